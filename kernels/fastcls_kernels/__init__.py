@@ -1,0 +1,31 @@
+"""Kernels for encoders that compute only what their answer needs.
+
+Every operation takes packed tokens, runs as a Triton kernel on a GPU and in plain PyTorch elsewhere, and has its
+definition in `fastcls_kernels.reference`. Importing this package needs torch alone.
+"""
+
+from ._backend import Backend, explain_backend, use_backend
+from ._layout import PackedLayout
+from ._triton import HAS_TRITON
+from .attention import attention_padded, attention_varlen
+from .cls_attention import cls_attention, cls_attention_kv
+from .embedding import embedding_layer_norm
+from .layer_norm import add_layer_norm
+from .linear import linear, linear_gelu, uses_onednn
+
+__all__ = [
+    "HAS_TRITON",
+    "Backend",
+    "PackedLayout",
+    "add_layer_norm",
+    "attention_padded",
+    "attention_varlen",
+    "cls_attention",
+    "cls_attention_kv",
+    "embedding_layer_norm",
+    "explain_backend",
+    "linear",
+    "linear_gelu",
+    "use_backend",
+    "uses_onednn",
+]

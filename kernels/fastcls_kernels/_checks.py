@@ -1,0 +1,46 @@
+"""Checks that the public functions share. Each names the argument, what it was and what it must be."""
+
+from __future__ import annotations
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_tensor(name: str, tensor: torch.Tensor, shape: str, like: torch.Tensor | None = None) -> None:
+    """Checks dimensions (``shape`` is a text such as "(total_tokens, nheads, headdim)"), dtype and device.
+
+    Without ``like`` the dtype must be one that the kernels compute in; with it, dtype and device must be its own.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(tensor).__name__}")
+    ndim = shape.count(",") + (0 if shape.endswith(",)") else 1)
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if like is None:
+        # float64 exists to prove exactness on the PyTorch path; no GPU kernel computes in it.
+        allowed = FLOAT_DTYPES if tensor.is_cuda else (*FLOAT_DTYPES, torch.float64)
+        if tensor.dtype not in allowed:
+            raise TypeError(f"{name} must be one of {', '.join(map(str, allowed))}, got {tensor.dtype}")
+        return
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} must be {like.dtype} like the other inputs, got {tensor.dtype}")
+    check_device(name, tensor, like)
+
+
+def check_device(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    """Checks that ``tensor`` lies where ``like`` lies."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like the other inputs, got {tensor.device}")
+
+
+def check_last_dim_contiguous(name: str, tensor: torch.Tensor) -> None:
+    """Checks that neighbours in the last dimension are neighbours in memory."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+
+
+def check_head_dim(name: str, head_dim: int) -> None:
+    """Checks that the kernels have a tile for this head size."""
+    if not 16 <= head_dim <= 128 or head_dim % 8:
+        raise ValueError(f"{name} must have a head size that is a multiple of 8 from 16 to 128, got {head_dim}")

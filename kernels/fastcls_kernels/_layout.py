@@ -1,0 +1,132 @@
+"""Where each sequence lies in a packed tensor, and what the operations derive from it once for many calls."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import check_device
+
+
+class Run(NamedTuple):
+    """Neighbouring sequences of one length: ``tokens[start_token:end_token]`` is (num_sequences, length, ...)."""
+
+    first_sequence: int
+    num_sequences: int
+    start_token: int
+    length: int
+
+    @property
+    def end_token(self) -> int:
+        return self.start_token + self.num_sequences * self.length
+
+    def batch(self, tokens: Tensor) -> Tensor:
+        """The run's rows of a packed tensor as a view of shape (num_sequences, length, ...)."""
+        return tokens[self.start_token : self.end_token].unflatten(0, (self.num_sequences, self.length))
+
+    def sequences(self, rows: Tensor) -> Tensor:
+        """The run's rows of a tensor that has one row a sequence."""
+        return rows[self.first_sequence : self.first_sequence + self.num_sequences]
+
+
+class PackedLayout:
+    """The layout of packed tokens: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``.
+
+    Args:
+        cu_seqlens: (num_sequences + 1,), int32, contiguous. Zero-length sequences are allowed. Checked by value where
+            it lies on the CPU; on a GPU that would stall the device, so there it is trusted.
+        max_seqlen: the longest sequence, in tokens, or any bound above it.
+        total_tokens: rows of the packed tensors, at least ``cu_seqlens[-1]``; the rows after that belong to no
+            sequence.
+
+    Raises:
+        TypeError: ``cu_seqlens`` is not an int32 tensor, or ``max_seqlen`` not an int.
+        ValueError: a shape or value that does not fit.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, total_tokens: int) -> None:
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+            found = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+            raise TypeError(f"cu_seqlens must be a torch.int32 tensor, got {found}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0 or not cu_seqlens.is_contiguous():
+            raise ValueError(
+                "cu_seqlens must be contiguous, of shape (num_sequences + 1,), "
+                f"got shape {tuple(cu_seqlens.shape)} with strides {cu_seqlens.stride()}"
+            )
+        if not isinstance(max_seqlen, int):
+            raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
+        self.cu_seqlens = cu_seqlens
+        self.max_seqlen = max_seqlen
+        self.total_tokens = total_tokens
+        if cu_seqlens.device.type == "cpu":
+            self._check_values()
+
+    @classmethod
+    def of(cls, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int, layout: PackedLayout | None) -> PackedLayout:
+        """``layout`` if it is given and fits ``tokens`` (total_tokens, ...), else one made of the other arguments."""
+        if layout is None:
+            layout = cls(cu_seqlens, max_seqlen, tokens.shape[0])
+        elif layout.total_tokens != tokens.shape[0]:
+            raise ValueError(f"layout must be of total_tokens = {tokens.shape[0]}, got {layout.total_tokens}")
+        check_device("cu_seqlens", layout.cu_seqlens, tokens)
+        return layout
+
+    def _check_values(self) -> None:
+        lengths = self.cu_seqlens.diff()
+        first, last = int(self.cu_seqlens[0]), int(self.cu_seqlens[-1])
+        if first != 0 or last > self.total_tokens or bool((lengths < 0).any()):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to at most total_tokens = {self.total_tokens}, got {_shortened(self.cu_seqlens)}"
+            )
+        longest = int(lengths.max()) if lengths.numel() else 0
+        if longest > self.max_seqlen:
+            raise ValueError(f"max_seqlen must be at least the longest sequence, {longest}, got {self.max_seqlen}")
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @functools.cached_property
+    def first_tokens(self) -> Tensor:
+        """(num_sequences,), int64: the row of each sequence's first token."""
+        return self.cu_seqlens[:-1].long()
+
+    @functools.cached_property
+    def row_bounds(self) -> tuple[Tensor, Tensor]:
+        """For each row its sequence's start and end, two int32 tensors (total_tokens,), both 0 where there is none.
+
+        Computed on the tensor's device without waiting for it.
+        """
+        # A last, imaginary sequence [0, 0) takes the rows that belong to none.
+        rest = self.total_tokens - self.cu_seqlens[-1:]
+        repeats = torch.cat((self.cu_seqlens.diff(), rest))
+        zero = self.cu_seqlens.new_zeros(1)
+        starts = torch.cat((self.cu_seqlens[:-1], zero)).repeat_interleave(repeats, output_size=self.total_tokens)
+        ends = torch.cat((self.cu_seqlens[1:], zero)).repeat_interleave(repeats, output_size=self.total_tokens)
+        return starts, ends
+
+    @functools.cached_property
+    def runs(self) -> list[Run]:
+        """Runs of neighbouring sequences of one length; zero-length sequences belong to none.
+
+        How the PyTorch paths batch sequences without padding or copies: sorting by length makes the fewest runs.
+        Waits for the device where ``cu_seqlens`` is on one.
+        """
+        runs = []
+        sequence = token = 0
+        for length, group in itertools.groupby(self.cu_seqlens.diff().tolist()):
+            count = sum(1 for _ in group)
+            if length:
+                runs.append(Run(sequence, count, token, length))
+            sequence += count
+            token += count * length
+        return runs
+
+
+def _shortened(values: Tensor) -> str:
+    listed = values.tolist()
+    return str(listed) if len(listed) <= 8 else f"[{', '.join(map(str, listed[:4]))}, ..., {listed[-1]}]"

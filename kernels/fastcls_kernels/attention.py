@@ -1,0 +1,257 @@
+"""Bidirectional attention over packed sequences: out_i = Σ_j softmax_j(q_i · k_j · scale) v_j, j in i's sequence.
+
+One program takes a tile of BLOCK_M packed tokens and one head, whatever sequences the tile holds: every row carries
+the bounds [start, end) of its own sequence and is masked to them. Short sequences share a tile, long ones span many,
+and no length ever reaches the compiler.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ._backend import device_guard, runs_triton
+from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
+from ._layout import PackedLayout
+from ._triton import cdiv, jit, next_power_of_2, tl
+from .tuning import arch_of, attention_tile
+
+LOG2_E = 1.4426950408889634
+
+
+@jit(do_not_specialize=["total_tokens"])
+def _attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    row_start_ptr,
+    row_end_ptr,
+    total_tokens,
+    scale_log2,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    head = tl.program_id(1).to(tl.int64)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    in_tile = offs_m < total_tokens
+    in_head = offs_d < HEAD_DIM
+
+    # A row that belongs to no sequence has start = end = 0; it must not widen the span of keys that the tile reads.
+    row_start = tl.load(row_start_ptr + offs_m, mask=in_tile, other=0)
+    row_end = tl.load(row_end_ptr + offs_m, mask=in_tile, other=0)
+    first_key = tl.min(tl.where(row_end > row_start, row_start, total_tokens))
+    last_key = tl.max(row_end)
+
+    # [BLOCK_M, BLOCK_D]
+    q = tl.load(
+        q_ptr + offs_m[:, None] * stride_qt + head * stride_qh + offs_d[None, :],
+        mask=in_tile[:, None] & in_head[None, :],
+        other=0.0,
+    )
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    # [BLOCK_M]
+    row_max = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    for start_n in range(first_key, last_key, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        # Masked loads, not only masked scores: a neighbour's NaN times a weight of zero would still be NaN.
+        in_span = offs_n < last_key
+        # [BLOCK_N, BLOCK_D]
+        k = tl.load(
+            k_ptr + offs_n.to(tl.int64)[:, None] * stride_kt + head * stride_kh + offs_d[None, :],
+            mask=in_span[:, None] & in_head[None, :],
+            other=0.0,
+        )
+        # [BLOCK_M, BLOCK_N]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        own = (offs_n[None, :] >= row_start[:, None]) & (offs_n[None, :] < row_end[:, None])
+        scores = tl.where(own, scores, -1e30)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # A row with no key in this block has new_max = -1e30 and exp2(0) = 1: the weights are masked once more.
+        weights = tl.where(own, tl.exp2(scores - new_max[:, None]), 0.0)
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        row_max = new_max
+        # [BLOCK_N, BLOCK_D]
+        v = tl.load(
+            v_ptr + offs_n.to(tl.int64)[:, None] * stride_vt + head * stride_vh + offs_d[None, :],
+            mask=in_span[:, None] & in_head[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+
+    acc = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
+    tl.store(
+        out_ptr + offs_m[:, None] * stride_ot + head * stride_oh + offs_d[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=in_tile[:, None] & in_head[None, :],
+    )
+
+
+def _launch_attention(
+    q: Tensor, k: Tensor, v: Tensor, row_bounds: tuple[Tensor, Tensor], max_seqlen: int, scale: float
+) -> Tensor:
+    total_tokens, num_heads, head_dim = q.shape
+    out = q.new_empty(total_tokens, num_heads, head_dim)
+    if out.numel() == 0:
+        return out
+    tile = attention_tile(arch_of(q.device), q.dtype, head_dim, max_seqlen)
+    with device_guard(q):
+        _attention_kernel[(cdiv(total_tokens, tile.BLOCK_M), num_heads)](
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            out_ptr=out,
+            row_start_ptr=row_bounds[0],
+            row_end_ptr=row_bounds[1],
+            total_tokens=total_tokens,
+            scale_log2=scale * LOG2_E,
+            stride_qt=q.stride(0),
+            stride_qh=q.stride(1),
+            stride_kt=k.stride(0),
+            stride_kh=k.stride(1),
+            stride_vt=v.stride(0),
+            stride_vh=v.stride(1),
+            stride_ot=out.stride(0),
+            stride_oh=out.stride(1),
+            HEAD_DIM=head_dim,
+            BLOCK_D=next_power_of_2(head_dim),
+            BLOCK_M=tile.BLOCK_M,
+            BLOCK_N=tile.BLOCK_N,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return out
+
+
+def _attention_runs(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+    out = q.new_empty(q.shape)
+    end_token = 0
+    for run in layout.runs:
+        # [num_sequences, nheads, length, headdim]
+        queries, keys, values = (run.batch(tensor).transpose(1, 2) for tensor in (q, k, v))
+        attended = scaled_dot_product_attention(queries, keys, values, scale=scale)
+        run.batch(out).copy_(attended.transpose(1, 2))
+        end_token = run.end_token
+    out[end_token:] = 0
+    return out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float | None = None,
+    *,
+    layout: PackedLayout | None = None,
+) -> Tensor:
+    """Bidirectional attention inside each of many packed sequences.
+
+    Args:
+        q, k, v: (total_tokens, nheads, headdim), float32, float16 or bfloat16, head sizes that are multiples of 8
+            from 16 to 128. Any strides with a contiguous last dimension: views of one fused projection are taken as
+            they are.
+        cu_seqlens: (num_sequences + 1,), int32: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``. Zero-length
+            sequences are allowed. Rows from ``cu_seqlens[-1]`` on belong to no sequence.
+        max_seqlen: the longest sequence, in tokens, or any bound above it. Chooses the tile; it compiles nothing.
+        softmax_scale: factor on the scores; ``headdim ** -0.5`` if None.
+        layout: ``PackedLayout(cu_seqlens, max_seqlen, total_tokens)``, for callers that use one packing many times:
+            what depends on the lengths alone is checked and computed once.
+
+    Returns:
+        (total_tokens, nheads, headdim), contiguous, in q's dtype; zero in rows that belong to no sequence.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, stride, device, head size or length that does not fit. ``cu_seqlens`` is checked by
+            value where it lies on the CPU; on a GPU that would stall the device, so there it is trusted.
+
+    Accumulates and takes the softmax in float32. The signature is flash-attention's (Dao, 2023); on a CPU each run
+    of neighbouring sequences of equal length is one call of `torch.nn.functional.scaled_dot_product_attention`.
+    """
+    shape = "(total_tokens, nheads, headdim)"
+    check_tensor("q", q, shape)
+    _check_keys_values(q, k, v, shape)
+    layout = PackedLayout.of(q, cu_seqlens, max_seqlen, layout)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    if not runs_triton(q):
+        return _attention_runs(q, k, v, layout, scale)
+    return _launch_attention(q, k, v, layout.row_bounds, layout.max_seqlen, scale)
+
+
+def attention_padded(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_scale: float | None = None
+) -> Tensor:
+    """Bidirectional attention over a padded batch whose real tokens come first in each row.
+
+    Args:
+        q, k, v: (batch, seqlen, nheads, headdim), dtypes, head sizes and strides as in `attention_varlen`. A copy is
+            made where batch and seqlen cannot be seen as one dimension.
+        seqlens: (batch,), int32 or int64: the real tokens in each row, from 0 to seqlen.
+        softmax_scale: factor on the scores; ``headdim ** -0.5`` if None.
+
+    Returns:
+        (batch, seqlen, nheads, headdim), contiguous, in q's dtype; zero at the padding.
+
+    Raises:
+        TypeError, ValueError: as `attention_varlen`.
+    """
+    shape = "(batch, seqlen, nheads, headdim)"
+    check_tensor("q", q, shape)
+    _check_keys_values(q, k, v, shape)
+    batch, seqlen, num_heads, head_dim = q.shape
+    _check_seqlens(seqlens, q)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    positions = torch.arange(seqlen, device=seqlens.device)
+    real = positions[None, :] < seqlens[:, None]
+    if not runs_triton(q):
+        # A row of nothing but padding would be a softmax over nothing: it attends everywhere, and is zeroed below.
+        mask = (real | (seqlens[:, None] == 0))[:, None, None, :]
+        queries, keys, values = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale).transpose(1, 2)
+        return attended.masked_fill(~real[:, :, None, None], 0.0).contiguous()
+    first = torch.arange(batch, device=seqlens.device)[:, None] * seqlen
+    starts = (first * real).flatten()
+    ends = ((first + seqlens[:, None]) * real).flatten()
+    packed = (tensor.flatten(0, 1) for tensor in (q, k, v))
+    out = _launch_attention(*packed, (starts.int(), ends.int()), seqlen, scale)
+    return out.unflatten(0, (batch, seqlen))
+
+
+def _check_keys_values(q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:
+    check_tensor("k", k, shape, like=q)
+    check_tensor("v", v, shape, like=q)
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != q.shape:
+            raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(tensor.shape)}")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_last_dim_contiguous(name, tensor)
+    check_head_dim("q", q.shape[-1])
+
+
+def _check_seqlens(seqlens: Tensor, q: Tensor) -> None:
+    if not isinstance(seqlens, Tensor) or seqlens.is_floating_point():
+        raise TypeError(f"seqlens must be an int32 or int64 tensor, got {getattr(seqlens, 'dtype', type(seqlens))}")
+    if seqlens.shape != q.shape[:1]:
+        raise ValueError(f"seqlens must have shape (batch,) = ({q.shape[0]},), got {tuple(seqlens.shape)}")
+    check_device("seqlens", seqlens, q)
+    if not seqlens.is_cuda and seqlens.numel() and not 0 <= int(seqlens.min()) <= int(seqlens.max()) <= q.shape[1]:
+        raise ValueError(
+            f"seqlens must lie between 0 and seqlen = {q.shape[1]}, got {int(seqlens.min())} to {int(seqlens.max())}"
+        )

@@ -1,0 +1,530 @@
+"""One query a sequence: the attention of a last layer of which only the [CLS] row is read.
+
+`cls_attention` is the streaming pass over the layer's *input*. With the key projection absorbed into the query,
+score_j = q̃_h · x_j, and with the value projection applied after the sum,
+
+    out_h = Σ_j softmax_j(q̃_h · x_j · scale) x_j,
+
+so keys and values are never made and x is read once for all heads (the derivation is in kernels/README.md).
+A program takes one sequence (or one split of a long one), a group of BLOCK_H heads and up to four chunks of BLOCK_W
+columns; a second kernel merges the splits.
+
+`cls_attention_kv` is the same over keys and values that exist already.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ._backend import device_guard, multiprocessor_count, runs_triton
+from ._checks import check_head_dim, check_last_dim_contiguous, check_tensor
+from ._layout import PackedLayout
+from ._triton import cdiv, jit, next_power_of_2, tl
+from .attention import LOG2_E
+from .tuning import arch_of, cls_tile
+
+
+@jit()
+def _load_query_chunk(
+    q_ptr, chunk, in_heads, offs_h, stride_qh, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, DTYPE: tl.constexpr
+):
+    offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
+    # [BLOCK_H, BLOCK_W]
+    query = tl.load(
+        q_ptr + offs_h[:, None] * stride_qh + offs_w[None, :],
+        mask=in_heads[:, None] & (offs_w[None, :] < WIDTH),
+        other=0.0,
+    ).to(tl.float32)
+    high = query.to(DTYPE)
+    return high, (query - high.to(tl.float32)).to(DTYPE)
+
+
+@jit()
+def _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
+    # [BLOCK_N, BLOCK_W]
+    return tl.load(
+        x_ptr + offs_t[:, None] * stride_xt + offs_w[None, :],
+        mask=in_split[:, None] & (offs_w[None, :] < WIDTH),
+        other=0.0,
+    )
+
+
+@jit()
+def _pair_dot(high, low, other, acc, PAIR: tl.constexpr):
+    # high + low carries the left side in twice the bits of a 16-bit dtype; a float32 left side is all in high.
+    acc = tl.dot(high, other, acc, input_precision="ieee")
+    if PAIR:
+        acc = tl.dot(low, other, acc, input_precision="ieee")
+    return acc
+
+
+@jit()
+def _store_output_chunk(
+    out_ptr, acc, chunk, in_heads, offs_h, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
+    tl.store(
+        out_ptr + offs_h[:, None] * WIDTH + offs_w[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=in_heads[:, None] & (offs_w[None, :] < WIDTH),
+    )
+
+
+@jit(do_not_specialize=["num_splits"])
+def _cls_attention_kernel(
+    q_ptr,
+    x_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_ptr,
+    num_splits,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_xt,
+    NUM_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    COLUMN_GROUPS: tl.constexpr,
+    PAIR: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    head_group = tl.program_id(2) // COLUMN_GROUPS
+    column_group = tl.program_id(2) % COLUMN_GROUPS
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+
+    start = tl.load(cu_seqlens_ptr + sequence)
+    end = tl.load(cu_seqlens_ptr + sequence + 1)
+    tokens_per_split = tl.cdiv(tl.cdiv(end - start, num_splits), BLOCK_N) * BLOCK_N
+    split_start = start + split * tokens_per_split
+    split_end = tl.minimum(split_start + tokens_per_split, end)
+
+    offs_h = head_group * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_heads = offs_h < NUM_HEADS
+    q_ptr += sequence * stride_qb
+    chunk0 = column_group * CHUNKS
+
+    # [BLOCK_H]
+    row_max = tl.full([BLOCK_H], -1e30, dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_H], dtype=tl.float32)
+    # [BLOCK_H, BLOCK_W] each
+    acc0 = tl.zeros([BLOCK_H, BLOCK_W], dtype=tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
+
+    # One column group: the query stays on chip, and each tile of x serves both products.
+    if COLUMN_GROUPS == 1:
+        q0, r0 = _load_query_chunk(q_ptr, 0, in_heads, offs_h, stride_qh, WIDTH, BLOCK_W, DTYPE)
+        if CHUNKS > 1:
+            q1, r1 = _load_query_chunk(q_ptr, 1, in_heads, offs_h, stride_qh, WIDTH, BLOCK_W, DTYPE)
+        if CHUNKS > 2:
+            q2, r2 = _load_query_chunk(q_ptr, 2, in_heads, offs_h, stride_qh, WIDTH, BLOCK_W, DTYPE)
+        if CHUNKS > 3:
+            q3, r3 = _load_query_chunk(q_ptr, 3, in_heads, offs_h, stride_qh, WIDTH, BLOCK_W, DTYPE)
+
+    for tile_start in range(split_start, split_end, BLOCK_N):
+        offs_t = tile_start + tl.arange(0, BLOCK_N)
+        in_split = offs_t < split_end
+        offs_t = offs_t.to(tl.int64)
+        # [BLOCK_N, BLOCK_W] each
+        x0 = _load_token_chunk(x_ptr, chunk0, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
+        if CHUNKS > 1:
+            x1 = _load_token_chunk(x_ptr, chunk0 + 1, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
+        if CHUNKS > 2:
+            x2 = _load_token_chunk(x_ptr, chunk0 + 2, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
+        if CHUNKS > 3:
+            x3 = _load_token_chunk(x_ptr, chunk0 + 3, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
+
+        # [BLOCK_H, BLOCK_N]
+        scores = tl.zeros([BLOCK_H, BLOCK_N], dtype=tl.float32)
+        if COLUMN_GROUPS == 1:
+            scores = _pair_dot(q0, r0, tl.trans(x0), scores, PAIR)
+            if CHUNKS > 1:
+                scores = _pair_dot(q1, r1, tl.trans(x1), scores, PAIR)
+            if CHUNKS > 2:
+                scores = _pair_dot(q2, r2, tl.trans(x2), scores, PAIR)
+            if CHUNKS > 3:
+                scores = _pair_dot(q3, r3, tl.trans(x3), scores, PAIR)
+        else:
+            for chunk in range(0, (WIDTH + BLOCK_W - 1) // BLOCK_W):
+                query, rest = _load_query_chunk(q_ptr, chunk, in_heads, offs_h, stride_qh, WIDTH, BLOCK_W, DTYPE)
+                x = _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
+                scores = _pair_dot(query, rest, tl.trans(x), scores, PAIR)
+
+        scores = tl.where(in_split[None, :], scores * scale_log2, -1e30)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        weights = tl.where(in_split[None, :], tl.exp2(scores - new_max[:, None]), 0.0)
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        row_max = new_max
+        high = weights.to(DTYPE)
+        low = (weights - high.to(tl.float32)).to(DTYPE)
+        acc0 = _pair_dot(high, low, x0, acc0 * rescale[:, None], PAIR)
+        if CHUNKS > 1:
+            acc1 = _pair_dot(high, low, x1, acc1 * rescale[:, None], PAIR)
+        if CHUNKS > 2:
+            acc2 = _pair_dot(high, low, x2, acc2 * rescale[:, None], PAIR)
+        if CHUNKS > 3:
+            acc3 = _pair_dot(high, low, x3, acc3 * rescale[:, None], PAIR)
+
+    divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
+    out_row = sequence * num_splits + split
+    out_ptr += out_row * NUM_HEADS * WIDTH
+    _store_output_chunk(out_ptr, acc0 / divisor[:, None], chunk0, in_heads, offs_h, WIDTH, BLOCK_W)
+    if CHUNKS > 1:
+        _store_output_chunk(out_ptr, acc1 / divisor[:, None], chunk0 + 1, in_heads, offs_h, WIDTH, BLOCK_W)
+    if CHUNKS > 2:
+        _store_output_chunk(out_ptr, acc2 / divisor[:, None], chunk0 + 2, in_heads, offs_h, WIDTH, BLOCK_W)
+    if CHUNKS > 3:
+        _store_output_chunk(out_ptr, acc3 / divisor[:, None], chunk0 + 3, in_heads, offs_h, WIDTH, BLOCK_W)
+    # An empty split keeps -1e30 and so weighs nothing beside any other.
+    tl.store(
+        lse_ptr + out_row * NUM_HEADS + offs_h, row_max + tl.log2(divisor), mask=in_heads & (column_group == 0)
+    )
+
+
+@jit(do_not_specialize=["num_splits"])
+def _cls_attention_kv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_ptr,
+    num_splits,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    head = tl.program_id(2).to(tl.int64)
+
+    start = tl.load(cu_seqlens_ptr + sequence)
+    end = tl.load(cu_seqlens_ptr + sequence + 1)
+    tokens_per_split = tl.cdiv(tl.cdiv(end - start, num_splits), BLOCK_N) * BLOCK_N
+    split_start = start + split * tokens_per_split
+    split_end = tl.minimum(split_start + tokens_per_split, end)
+
+    offs_d = tl.arange(0, BLOCK_D)
+    in_head = offs_d < HEAD_DIM
+    # [BLOCK_D]
+    query = tl.load(q_ptr + sequence * stride_qb + head * stride_qh + offs_d, mask=in_head, other=0.0).to(tl.float32)
+    query *= scale_log2
+    # Each of the BLOCK_N lanes keeps a softmax of its own; they meet after the loop.
+    # [BLOCK_N]
+    lane_max = tl.full([BLOCK_N], -1e30, dtype=tl.float32)
+    lane_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
+    # [BLOCK_N, BLOCK_D]
+    acc = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+
+    for tile_start in range(split_start, split_end, BLOCK_N):
+        offs_t = tile_start + tl.arange(0, BLOCK_N)
+        in_split = offs_t < split_end
+        mask = in_split[:, None] & in_head[None, :]
+        offs_t = offs_t.to(tl.int64)
+        # [BLOCK_N, BLOCK_D]
+        k = tl.load(k_ptr + offs_t[:, None] * stride_kt + head * stride_kh + offs_d[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + offs_t[:, None] * stride_vt + head * stride_vh + offs_d[None, :], mask=mask, other=0.0)
+        # [BLOCK_N]
+        scores = tl.where(in_split, tl.sum(k.to(tl.float32) * query[None, :], 1), -1e30)
+        new_max = tl.maximum(lane_max, scores)
+        weights = tl.where(in_split, tl.exp2(scores - new_max), 0.0)
+        rescale = tl.exp2(lane_max - new_max)
+        lane_sum = lane_sum * rescale + weights
+        lane_max = new_max
+        acc = acc * rescale[:, None] + weights[:, None] * v.to(tl.float32)
+
+    row_max = tl.max(lane_max)
+    lane_weight = tl.exp2(lane_max - row_max)
+    row_sum = tl.sum(lane_sum * lane_weight)
+    divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
+    # [BLOCK_D]
+    out = tl.sum(acc * lane_weight[:, None], 0) / divisor
+    out_row = (sequence * num_splits + split) * NUM_HEADS + head
+    tl.store(out_ptr + out_row * HEAD_DIM + offs_d, out.to(out_ptr.dtype.element_ty), mask=in_head)
+    tl.store(lse_ptr + out_row, row_max + tl.log2(divisor))
+
+
+@jit(do_not_specialize=["num_splits"])
+def _merge_splits_kernel(
+    partial_ptr, lse_ptr, out_ptr, num_splits, NUM_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    sequence = row // NUM_HEADS
+    head = row % NUM_HEADS
+    offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    in_width = offs_w < WIDTH
+    # [BLOCK_W]
+    acc = tl.zeros([BLOCK_W], dtype=tl.float32)
+    total = 0.0
+    largest = -1e30
+    for split in range(0, num_splits):
+        partial_row = (sequence * num_splits + split) * NUM_HEADS + head
+        lse = tl.load(lse_ptr + partial_row)
+        new_largest = tl.maximum(largest, lse)
+        rescale = tl.exp2(largest - new_largest)
+        weight = tl.exp2(lse - new_largest)
+        partial = tl.load(partial_ptr + partial_row * WIDTH + offs_w, mask=in_width, other=0.0)
+        acc = acc * rescale + weight * partial
+        total = total * rescale + weight
+        largest = new_largest
+    tl.store(out_ptr + row * WIDTH + offs_w, (acc / total).to(out_ptr.dtype.element_ty), mask=in_width)
+
+
+class _Partials:
+    """Where a pass writes: the output itself with one split, else float32 partial results and their log-sums."""
+
+    def __init__(self, out: Tensor, num_splits: int) -> None:
+        num_sequences, num_heads, width = out.shape
+        self.out = out
+        self.num_splits = num_splits
+        self.lse = out.new_empty(num_sequences, num_splits, num_heads, dtype=torch.float32)
+        self.target = (
+            out
+            if num_splits == 1
+            else out.new_empty(num_sequences, num_splits, num_heads, width, dtype=torch.float32)
+        )
+
+    def merge(self) -> Tensor:
+        if self.num_splits > 1:
+            num_sequences, num_heads, width = self.out.shape
+            block_w = min(1024, next_power_of_2(width))
+            _merge_splits_kernel[(num_sequences * num_heads, cdiv(width, block_w))](
+                partial_ptr=self.target,
+                lse_ptr=self.lse,
+                out_ptr=self.out,
+                num_splits=self.num_splits,
+                NUM_HEADS=num_heads,
+                WIDTH=width,
+                BLOCK_W=block_w,
+                num_warps=4,
+            )
+        return self.out
+
+
+def default_num_splits(device: torch.device, num_programs: int, max_seqlen: int) -> int:
+    """Splits a sequence so that ``num_programs`` (without splits) fill the chip twice, at least 128 tokens each."""
+    wanted = 2 * multiprocessor_count(device)
+    if num_programs >= wanted:
+        return 1
+    return max(1, min(cdiv(max_seqlen, 128), cdiv(wanted, num_programs)))
+
+
+def _launch_cls_attention(
+    query: Tensor, hidden_states: Tensor, layout: PackedLayout, scale: float, num_splits: int | None
+) -> Tensor:
+    num_sequences, num_heads, width = query.shape
+    out = query.new_empty(query.shape)
+    if out.numel() == 0:
+        return out
+    tile = cls_tile(arch_of(query.device), hidden_states.dtype, width)
+    column_groups = cdiv(width, tile.BLOCK_W * tile.CHUNKS)
+    programs = cdiv(num_heads, tile.BLOCK_H) * column_groups
+    if num_splits is None:
+        num_splits = default_num_splits(query.device, num_sequences * programs, layout.max_seqlen)
+    partials = _Partials(out, num_splits)
+    with device_guard(query):
+        _cls_attention_kernel[(num_sequences, num_splits, programs)](
+            q_ptr=query,
+            x_ptr=hidden_states,
+            out_ptr=partials.target,
+            lse_ptr=partials.lse,
+            cu_seqlens_ptr=layout.cu_seqlens,
+            num_splits=num_splits,
+            scale_log2=scale * LOG2_E,
+            stride_qb=query.stride(0),
+            stride_qh=query.stride(1),
+            stride_xt=hidden_states.stride(0),
+            NUM_HEADS=num_heads,
+            WIDTH=width,
+            BLOCK_H=tile.BLOCK_H,
+            BLOCK_N=tile.BLOCK_N,
+            BLOCK_W=tile.BLOCK_W,
+            CHUNKS=tile.CHUNKS,
+            COLUMN_GROUPS=column_groups,
+            PAIR=hidden_states.dtype != torch.float32,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        return partials.merge()
+
+
+def _launch_cls_attention_kv(
+    query: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float, num_splits: int | None
+) -> Tensor:
+    num_sequences, num_heads, head_dim = query.shape
+    out = query.new_empty(query.shape)
+    if out.numel() == 0:
+        return out
+    if num_splits is None:
+        num_splits = default_num_splits(query.device, num_sequences * num_heads, layout.max_seqlen)
+    partials = _Partials(out, num_splits)
+    with device_guard(query):
+        _cls_attention_kv_kernel[(num_sequences, num_splits, num_heads)](
+            q_ptr=query,
+            k_ptr=k,
+            v_ptr=v,
+            out_ptr=partials.target,
+            lse_ptr=partials.lse,
+            cu_seqlens_ptr=layout.cu_seqlens,
+            num_splits=num_splits,
+            scale_log2=scale * LOG2_E,
+            stride_qb=query.stride(0),
+            stride_qh=query.stride(1),
+            stride_kt=k.stride(0),
+            stride_kh=k.stride(1),
+            stride_vt=v.stride(0),
+            stride_vh=v.stride(1),
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_D=next_power_of_2(head_dim),
+            BLOCK_N=32,
+            num_warps=4,
+        )
+        return partials.merge()
+
+
+def _cls_attention_runs(query: Tensor, hidden_states: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+    # The products run in the wider of the two dtypes, as the kernel's do: the queries are the sensitive side.
+    dtype = torch.promote_types(query.dtype, hidden_states.dtype)
+    out = query.new_zeros(query.shape)
+    for run in layout.runs:
+        # [num_sequences, length, width]
+        tokens = run.batch(hidden_states).to(dtype)
+        # [num_sequences, nheads, length]
+        scores = run.sequences(query).to(dtype) @ tokens.transpose(1, 2)
+        run.sequences(out).copy_(scores.mul_(scale).softmax(-1) @ tokens)
+    return out
+
+
+def _cls_attention_kv_runs(query: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+    out = query.new_zeros(query.shape)
+    for run in layout.runs:
+        keys, values = run.batch(k).transpose(1, 2), run.batch(v).transpose(1, 2)
+        attended = scaled_dot_product_attention(run.sequences(query).unsqueeze(2), keys, values, scale=scale)
+        run.sequences(out).copy_(attended.squeeze(2))
+    return out
+
+
+def cls_attention(
+    query: Tensor,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    *,
+    num_splits: int | None = None,
+    layout: PackedLayout | None = None,
+) -> Tensor:
+    """Attention of one absorbed query a sequence and head over the layer's input, without keys and values.
+
+    Args:
+        query: (num_sequences, nheads, width), 1 to 64 heads: the [CLS] queries times the key projection, in
+            hidden_states' dtype or in float32, which keeps what rounding them would lose.
+        hidden_states: (total_tokens, width), float32, float16 or bfloat16, contiguous last dimension, a width that is
+            a multiple of 16 up to 4,096: the input of the layer.
+        cu_seqlens: (num_sequences + 1,), int32: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``.
+        max_seqlen: the longest sequence, in tokens, or any bound above it.
+        softmax_scale: factor on the scores, usually ``headdim ** -0.5``: the width does not tell the head size.
+        num_splits: programs that share one sequence on a GPU; None chooses by the chip and the batch.
+        layout: ``PackedLayout(cu_seqlens, max_seqlen, total_tokens)``, for callers that use one packing many times.
+
+    Returns:
+        (num_sequences, nheads, width) in query's dtype: the weighted sums of rows, to which the value projection is
+        still to be applied. Zero for a zero-length sequence.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, stride, device, width, head count or length that does not fit.
+
+    Queries and weights enter 16-bit products as a pair of numbers (high part and remainder), and sums are float32.
+    """
+    check_tensor("hidden_states", hidden_states, "(total_tokens, width)")
+    check_last_dim_contiguous("hidden_states", hidden_states)
+    wide = hidden_states if query.dtype == hidden_states.dtype else hidden_states.new_empty(0, dtype=torch.float32)
+    check_tensor("query", query, "(num_sequences, nheads, width)", like=wide)
+    check_last_dim_contiguous("query", query)
+    num_sequences, num_heads, width = query.shape
+    if hidden_states.shape[1] != width:
+        raise ValueError(f"query must have hidden_states' width {hidden_states.shape[1]}, got {width}")
+    if not 16 <= width <= 4096 or width % 16:
+        raise ValueError(f"hidden_states must have a width that is a multiple of 16 from 16 to 4096, got {width}")
+    if not 1 <= num_heads <= 64:
+        raise ValueError(f"query must have 1 to 64 heads, got {num_heads}")
+    layout = PackedLayout.of(hidden_states, cu_seqlens, max_seqlen, layout)
+    _check_query(query, layout, num_splits)
+    if not runs_triton(query):
+        return _cls_attention_runs(query, hidden_states, layout, softmax_scale)
+    return _launch_cls_attention(query, hidden_states, layout, softmax_scale, num_splits)
+
+
+def cls_attention_kv(
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float | None = None,
+    *,
+    num_splits: int | None = None,
+    layout: PackedLayout | None = None,
+) -> Tensor:
+    """Attention of one query a sequence and head over packed keys and values.
+
+    Args:
+        query: (num_sequences, nheads, headdim), float32, float16 or bfloat16.
+        k, v: (total_tokens, nheads, headdim) in query's dtype; any strides with a contiguous last dimension.
+        cu_seqlens, max_seqlen, num_splits, layout: as in `cls_attention`.
+        softmax_scale: factor on the scores; ``headdim ** -0.5`` if None.
+
+    Returns:
+        (num_sequences, nheads, headdim) in query's dtype; zero for a zero-length sequence.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, stride, device, head size or length that does not fit.
+    """
+    check_tensor("query", query, "(num_sequences, nheads, headdim)")
+    for name, tensor in (("k", k), ("v", v)):
+        check_tensor(name, tensor, "(total_tokens, nheads, headdim)", like=query)
+        if tensor.shape[1:] != query.shape[1:] or tensor.shape != k.shape:
+            raise ValueError(
+                f"{name} must have shape (total_tokens, {query.shape[1]}, {query.shape[2]}), the same for k and v, "
+                f"got {tuple(tensor.shape)}"
+            )
+    for name, tensor in (("query", query), ("k", k), ("v", v)):
+        check_last_dim_contiguous(name, tensor)
+    check_head_dim("query", query.shape[2])
+    layout = PackedLayout.of(k, cu_seqlens, max_seqlen, layout)
+    _check_query(query, layout, num_splits)
+    scale = query.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    if not runs_triton(query):
+        return _cls_attention_kv_runs(query, k, v, layout, scale)
+    return _launch_cls_attention_kv(query, k, v, layout, scale, num_splits)
+
+
+def _check_query(query: Tensor, layout: PackedLayout, num_splits: int | None) -> None:
+    if query.shape[0] != layout.num_sequences:
+        raise ValueError(
+            f"query must have one row for each of the {layout.num_sequences} sequences of cu_seqlens, "
+            f"got {query.shape[0]}"
+        )
+    if num_splits is not None and not 1 <= num_splits <= 65535:
+        raise ValueError(f"num_splits must be from 1 to 65535 or None, got {num_splits}")

@@ -1,0 +1,150 @@
+"""The input of an encoder in one pass: out = LayerNorm(word[id] + type[type_id] + position[position_id]).
+
+One program gathers one token's three rows and normalises their sum in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._backend import device_guard, runs_triton
+from ._checks import check_device, check_tensor
+from ._triton import jit, next_power_of_2, tl
+from .layer_norm import check_norm, norm_warps, normalise_row
+
+
+@jit()
+def _embedding_layer_norm_kernel(
+    token_ids_ptr,
+    position_ids_ptr,
+    token_type_ids_ptr,
+    word_ptr,
+    position_ptr,
+    token_type_ptr,
+    weight_ptr,
+    norm_bias_ptr,
+    out_ptr,
+    eps,
+    HAS_TYPES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    offs_w = tl.arange(0, BLOCK_W)
+    in_width = offs_w < WIDTH
+    token_id = tl.load(token_ids_ptr + token).to(tl.int64)
+    position_id = tl.load(position_ids_ptr + token).to(tl.int64)
+    # [BLOCK_W]
+    row = tl.load(word_ptr + token_id * WIDTH + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    if HAS_TYPES:
+        token_type_ptr += tl.load(token_type_ids_ptr + token).to(tl.int64) * WIDTH
+    row += tl.load(token_type_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    row += tl.load(position_ptr + position_id * WIDTH + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    out = normalise_row(row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, WIDTH)
+    tl.store(out_ptr + token * WIDTH + offs_w, out.to(out_ptr.dtype.element_ty), mask=in_width)
+
+
+def _launch_embedding_layer_norm(
+    token_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word_table: Tensor,
+    position_table: Tensor,
+    token_type_table: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    num_tokens, width = token_ids.shape[0], word_table.shape[1]
+    out = word_table.new_empty(num_tokens, width)
+    if out.numel() == 0:
+        return out
+    with device_guard(out):
+        _embedding_layer_norm_kernel[(num_tokens,)](
+            token_ids_ptr=token_ids,
+            position_ids_ptr=position_ids,
+            token_type_ids_ptr=token_type_ids,
+            word_ptr=word_table,
+            position_ptr=position_table,
+            token_type_ptr=token_type_table,
+            weight_ptr=weight,
+            norm_bias_ptr=norm_bias,
+            out_ptr=out,
+            eps=eps,
+            HAS_TYPES=token_type_ids is not None,
+            WIDTH=width,
+            BLOCK_W=next_power_of_2(width),
+            num_warps=norm_warps(width),
+        )
+    return out
+
+
+def embedding_layer_norm(
+    token_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word_table: Tensor,
+    position_table: Tensor,
+    token_type_table: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """Layer norm of the sum of word, token type and position embeddings.
+
+    Args:
+        token_ids, position_ids: (num_tokens,), int32 or int64.
+        token_type_ids: the same, or None for type 0 everywhere.
+        word_table: (vocab_size, width), float32, float16 or bfloat16, contiguous, width up to 16,384.
+        position_table: (max_positions, width), in word_table's dtype.
+        token_type_table: (type_vocab_size, width), in word_table's dtype.
+        weight, norm_bias: (width,), the layer norm's own.
+        eps: added to the variance.
+
+    Returns:
+        (num_tokens, width) in word_table's dtype.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, stride or device that does not fit, or, on the CPU, an id outside its table. On a GPU
+            ids are trusted, since checking them would stall the device: check them before they are sent there.
+    """
+    check_tensor("word_table", word_table, "(vocab_size, width)")
+    width = word_table.shape[1]
+    tables = {"word_table": word_table, "position_table": position_table, "token_type_table": token_type_table}
+    for name, table in tables.items():
+        check_tensor(name, table, "(rows, width)", like=word_table)
+        if table.shape[1] != width or not table.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, of shape (rows, {width}), "
+                f"got shape {tuple(table.shape)} with strides {table.stride()}"
+            )
+    _check_ids("token_ids", token_ids, token_ids, word_table)
+    _check_ids("position_ids", position_ids, token_ids, position_table)
+    if token_type_ids is not None:
+        _check_ids("token_type_ids", token_type_ids, token_ids, token_type_table)
+    check_norm(weight, norm_bias, width, word_table)
+    if runs_triton(word_table):
+        return _launch_embedding_layer_norm(
+            token_ids, position_ids, token_type_ids, *tables.values(), weight, norm_bias, eps
+        )
+    summed = F.embedding(token_ids, word_table)
+    summed += token_type_table[0] if token_type_ids is None else F.embedding(token_type_ids, token_type_table)
+    summed += F.embedding(position_ids, position_table)
+    return F.layer_norm(summed, (width,), weight, norm_bias, eps)
+
+
+def _check_ids(name: str, ids: Tensor, token_ids: Tensor, table: Tensor) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
+    if ids.ndim != 1 or ids.shape != token_ids.shape or not ids.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, of shape (num_tokens,), the same as token_ids, got {tuple(ids.shape)}"
+        )
+    check_device(name, ids, table)
+    if not ids.is_cuda and ids.numel():
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        if low < 0 or high >= table.shape[0]:
+            raise ValueError(f"{name} must lie from 0 to {table.shape[0] - 1}, got {low} to {high}")

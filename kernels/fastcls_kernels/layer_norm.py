@@ -1,0 +1,141 @@
+"""Layer norm with everything that stands before it in a post-norm encoder:
+
+    out = (s - mean(s)) / sqrt(var(s) + eps) * weight + norm_bias,    s = hidden_states + bias + residual,
+
+where ``bias`` is that of the product that made ``hidden_states``. One program normalises one row, in float32.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._backend import device_guard, runs_triton
+from ._checks import check_last_dim_contiguous, check_tensor
+from ._triton import jit, next_power_of_2, tl
+
+MAX_WIDTH = 16384
+
+
+@jit()
+def normalise_row(row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, WIDTH: tl.constexpr):
+    """Layer norm of one row held in registers; shared with the embedding kernel."""
+    mean = tl.sum(row, 0) / WIDTH
+    centred = tl.where(in_width, row - mean, 0.0)
+    variance = tl.sum(centred * centred, 0) / WIDTH
+    weight = tl.load(weight_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    norm_bias = tl.load(norm_bias_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    return centred * tl.rsqrt(variance + eps) * weight + norm_bias
+
+
+@jit()
+def _add_layer_norm_kernel(
+    x_ptr,
+    bias_ptr,
+    residual_ptr,
+    weight_ptr,
+    norm_bias_ptr,
+    out_ptr,
+    eps,
+    stride_xt,
+    stride_rt,
+    stride_ot,
+    HAS_BIAS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    offs_w = tl.arange(0, BLOCK_W)
+    in_width = offs_w < WIDTH
+    # [BLOCK_W]
+    row = tl.load(x_ptr + token * stride_xt + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    row += tl.load(residual_ptr + token * stride_rt + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        row += tl.load(bias_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    out = normalise_row(row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, WIDTH)
+    tl.store(out_ptr + token * stride_ot + offs_w, out.to(out_ptr.dtype.element_ty), mask=in_width)
+
+
+def _launch_add_layer_norm(
+    hidden_states: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+) -> Tensor:
+    out = hidden_states.new_empty(hidden_states.shape)
+    num_tokens, width = hidden_states.shape
+    if out.numel() == 0:
+        return out
+    with device_guard(hidden_states):
+        _add_layer_norm_kernel[(num_tokens,)](
+            x_ptr=hidden_states,
+            bias_ptr=bias,
+            residual_ptr=residual,
+            weight_ptr=weight,
+            norm_bias_ptr=norm_bias,
+            out_ptr=out,
+            eps=eps,
+            stride_xt=hidden_states.stride(0),
+            stride_rt=residual.stride(0),
+            stride_ot=out.stride(0),
+            HAS_BIAS=bias is not None,
+            WIDTH=width,
+            BLOCK_W=next_power_of_2(width),
+            num_warps=norm_warps(width),
+        )
+    return out
+
+
+def norm_warps(width: int) -> int:
+    """Warps for one row: some 8 numbers a thread, at most 16 warps."""
+    return min(16, max(1, next_power_of_2(width) // 256))
+
+
+def check_norm(weight: Tensor, norm_bias: Tensor, width: int, like: Tensor) -> None:
+    """Checks a layer norm's weight and bias, which every norm kernel takes."""
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"the width must be from 1 to {MAX_WIDTH}, got {width}")
+    for name, tensor in (("weight", weight), ("norm_bias", norm_bias)):
+        check_vector(name, tensor, width, like)
+
+
+def check_vector(name: str, tensor: Tensor, width: int, like: Tensor) -> None:
+    """Checks one contiguous (width,) vector of ``like``'s dtype and device."""
+    check_tensor(name, tensor, "(width,)", like=like)
+    if tensor.shape[0] != width:
+        raise ValueError(f"{name} must have shape ({width},), got {tuple(tensor.shape)}")
+    check_last_dim_contiguous(name, tensor)
+
+
+def add_layer_norm(
+    hidden_states: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+) -> Tensor:
+    """Layer norm of ``hidden_states + bias + residual``.
+
+    Args:
+        hidden_states: (num_tokens, width), float32, float16 or bfloat16, width up to 16,384.
+        bias: (width,), the bias of the product that made ``hidden_states``, or None.
+        residual: (num_tokens, width).
+        weight, norm_bias: (width,), the layer norm's own.
+        eps: added to the variance.
+
+    Returns:
+        (num_tokens, width), contiguous, in hidden_states' dtype.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, stride or device that does not fit.
+    """
+    check_tensor("hidden_states", hidden_states, "(num_tokens, width)")
+    check_tensor("residual", residual, "(num_tokens, width)", like=hidden_states)
+    if residual.shape != hidden_states.shape:
+        raise ValueError(
+            f"residual must have hidden_states' shape {tuple(hidden_states.shape)}, got {tuple(residual.shape)}"
+        )
+    width = hidden_states.shape[1]
+    check_norm(weight, norm_bias, width, hidden_states)
+    if bias is not None:
+        check_vector("bias", bias, width, hidden_states)
+    for name, tensor in (("hidden_states", hidden_states), ("residual", residual)):
+        check_last_dim_contiguous(name, tensor)
+    if runs_triton(hidden_states):
+        return _launch_add_layer_norm(hidden_states, bias, residual, weight, norm_bias, eps)
+    summed = hidden_states + residual
+    return F.layer_norm(summed if bias is None else summed.add_(bias), (width,), weight, norm_bias, eps)

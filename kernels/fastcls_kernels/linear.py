@@ -1,0 +1,176 @@
+"""Matrix products: gelu(x weightᵀ + bias) in one kernel, and the plain product that cuBLAS or oneDNN does best.
+
+One program makes a BLOCK_M x BLOCK_N tile of the output, adds the bias and applies the exact (erf) GELU while the
+sums are still in float32 registers. Programs walk the output in groups of rows, so that those running at the same
+time share their weights in the second-level cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._backend import device_guard, runs_triton
+from ._checks import check_last_dim_contiguous, check_tensor
+from ._triton import cdiv, jit, tl
+from .layer_norm import check_vector
+from .tuning import arch_of, linear_tile
+
+
+@jit(do_not_specialize=["num_rows"])
+def _linear_gelu_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    num_rows,
+    stride_xm,
+    stride_wn,
+    stride_om,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row_tiles = tl.cdiv(num_rows, BLOCK_M)
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    group = program // (GROUP_M * column_tiles)
+    group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
+    in_group = program % (GROUP_M * column_tiles)
+    offs_m = (group * GROUP_M + in_group % group_rows).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (in_group // group_rows).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    in_rows = offs_m < num_rows
+    in_columns = offs_n < N
+
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
+    weight_ptrs = weight_ptr + offs_n[:, None] * stride_wn + offs_k[None, :]
+    # [BLOCK_M, BLOCK_N]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        in_k = offs_k < K - k
+        # [BLOCK_M, BLOCK_K]
+        x = tl.load(x_ptrs, mask=in_rows[:, None] & in_k[None, :], other=0.0)
+        # [BLOCK_N, BLOCK_K]
+        weight = tl.load(weight_ptrs, mask=in_columns[:, None] & in_k[None, :], other=0.0)
+        acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K
+
+    acc += tl.load(bias_ptr + offs_n, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    out = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
+    tl.store(
+        out_ptr + offs_m[:, None] * stride_om + offs_n[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=in_rows[:, None] & in_columns[None, :],
+    )
+
+
+def _launch_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    num_rows, in_features = hidden_states.shape
+    out_features = weight.shape[0]
+    out = hidden_states.new_empty(num_rows, out_features)
+    if out.numel() == 0:
+        return out
+    tile = linear_tile(arch_of(hidden_states.device), hidden_states.dtype, num_rows)
+    with device_guard(hidden_states):
+        _linear_gelu_kernel[(cdiv(num_rows, tile.BLOCK_M) * cdiv(out_features, tile.BLOCK_N),)](
+            x_ptr=hidden_states,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            out_ptr=out,
+            num_rows=num_rows,
+            stride_xm=hidden_states.stride(0),
+            stride_wn=weight.stride(0),
+            stride_om=out.stride(0),
+            N=out_features,
+            K=in_features,
+            BLOCK_M=tile.BLOCK_M,
+            BLOCK_N=tile.BLOCK_N,
+            BLOCK_K=tile.BLOCK_K,
+            GROUP_M=8,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return out
+
+
+def uses_onednn(tensor: Tensor) -> bool:
+    """Whether a CPU product on ``tensor`` goes to oneDNN directly, with its bias and GELU fused.
+
+    PyTorch's own float32 ``linear`` goes to MKL or OpenBLAS, which are slower than oneDNN on many CPUs (a third slower
+    on AMD's), and its GELU is a pass of its own. The operator is the one that torch.compile emits.
+    """
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _onednn_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, activation, [], "none")
+    return out
+
+
+def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``hidden_states @ weight.T + bias`` by the fastest library at hand: cuBLAS on a GPU, oneDNN on a CPU.
+
+    Args:
+        hidden_states: (num_tokens, in_features).
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+
+    Returns:
+        (num_tokens, out_features) in hidden_states' dtype.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape or device that does not fit.
+    """
+    _check_linear(hidden_states, weight, bias)
+    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0:
+        return _onednn_linear(hidden_states, weight, bias, "none")
+    return F.linear(hidden_states, weight, bias)
+
+
+def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``gelu(hidden_states @ weight.T + bias)`` with the exact (erf) GELU.
+
+    Args:
+        hidden_states: (num_tokens, in_features), float32, float16 or bfloat16.
+        weight: (out_features, in_features), contiguous last dimension.
+        bias: (out_features,).
+
+    Returns:
+        (num_tokens, out_features) in hidden_states' dtype.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, stride or device that does not fit.
+    """
+    _check_linear(hidden_states, weight, bias)
+    if runs_triton(hidden_states):
+        return _launch_linear_gelu(hidden_states, weight, bias)
+    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0:
+        return _onednn_linear(hidden_states, weight, bias, "gelu")
+    return F.gelu(F.linear(hidden_states, weight, bias))
+
+
+def _check_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensor("hidden_states", hidden_states, "(num_tokens, in_features)")
+    check_tensor("weight", weight, "(out_features, in_features)", like=hidden_states)
+    if weight.shape[1] != hidden_states.shape[1]:
+        raise ValueError(
+            f"weight must have shape (out_features, {hidden_states.shape[1]}), got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        check_vector("bias", bias, weight.shape[0], hidden_states)
+    check_last_dim_contiguous("hidden_states", hidden_states)
+    check_last_dim_contiguous("weight", weight)
