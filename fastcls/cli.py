@@ -1,0 +1,228 @@
+"""The command line: classify, demo, doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, NoReturn, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+app = typer.Typer(
+    help="BERT classifiers that compute only what the label needs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_stderr = Console(stderr=True)
+
+_P = ParamSpec("_P")
+
+Device = Annotated[
+    str | None, typer.Option(help="Where to run: cpu, cuda:0 and so on. Default: a GPU if there is one.")
+]
+DType = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's own.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's own choice.")]
+
+
+def _fail(message: str) -> NoReturn:
+    _stderr.print(f"[bold red]Error:[/] {_escape(message)}", soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _expected_errors(command: Callable[_P, None]) -> Callable[_P, None]:
+    """Errors that the user can mend are one line; anything else is a bug and keeps its traceback."""
+
+    @wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except BrokenPipeError:
+            # Whoever read our output has left. Python would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(128 + signal.SIGPIPE) from None
+        except OSError as error:
+            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        except (ValueError, TypeError) as error:
+            if not _is_ours(error):
+                raise
+            _fail(str(error))
+
+    return run
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised by a check of ours, and not by a defect somewhere below."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module: str = frame.f_globals["__name__"]
+    return module.split(".")[0] in ("fastcls", "fastcls_kernels")
+
+
+@app.command()
+@_expected_errors
+def classify(
+    model: Annotated[str, typer.Argument(help="A folder with a fine-tuned checkpoint, or a name on the hub.")],
+    file: Annotated[Path, typer.Argument(help="UTF-8 text, one text a line; - is standard input.")] = Path("-"),
+    pairs: Annotated[bool, typer.Option("--pairs", help="Each line is two texts with a tab between.")] = False,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Give this many labels for each text, best first.")] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long for the model.")] = False,
+    device: Device = None,
+    dtype: DType = None,
+    threads: Threads = None,
+) -> None:
+    """Classify lines of text: one JSON object a line on standard output, in the order of the input.
+
+    Progress goes to standard error. Every input line gives one output line, an empty one too.
+    """
+    total = None if str(file) == "-" else _count_lines(file)
+    from .classifier import Classifier
+
+    _set_threads(threads)
+    with _stderr.status("Loading the model", spinner="dots"):
+        classifier = Classifier.from_pretrained(model, device=device, dtype=dtype, truncation=truncate)
+    done = 0
+    source = sys.stdin.buffer if str(file) == "-" else file.open("rb")
+    with source, _progress() as progress:
+        task = progress.add_task("texts", total=total)
+        texts = _Lines(source, str(file), pairs)
+        try:
+            for result in classifier.stream(texts, top_k="best" if top_k is None else top_k):
+                text, pair = texts.seen.pop(done)
+                row: dict[str, Any] = {"text": text} if pair is None else {"text": text, "text_pair": pair}
+                row |= result if top_k is None else {"labels": result}
+                sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+                done += 1
+                progress.update(task, completed=done)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            sys.stdout.flush()
+            progress.stop()
+            _stderr.print(f"Interrupted: {done} texts classified.")
+            raise typer.Exit(128 + signal.SIGINT) from None
+
+
+class _Lines:
+    """Lines of a binary stream as texts, remembered until their results are written."""
+
+    def __init__(self, source: BinaryIO, name: str, pairs: bool) -> None:
+        self.source = source
+        self.name = name
+        self.pairs = pairs
+        self.seen: dict[int, tuple[str, str | None]] = {}
+
+    def __iter__(self) -> Iterator[str | tuple[str, str]]:
+        for index, line in enumerate(_decoded_lines(self.source, self.name)):
+            if not self.pairs:
+                self.seen[index] = (line, None)
+                yield line
+                continue
+            text, tab, pair = line.partition("\t")
+            if not tab:
+                raise ValueError(f"{self.name}, line {index + 1}: --pairs needs a tab between two texts, got {line!r}")
+            self.seen[index] = (text, pair)
+            yield text, pair
+
+
+def _decoded_lines(source: BinaryIO, name: str) -> Iterator[str]:
+    for number, raw in enumerate(source, start=1):
+        try:
+            # The first line may carry a byte order mark, which is no part of the text.
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}, line {number}: not UTF-8 at byte {error.start + 1} of the line (0x{raw[error.start]:02x}). "
+                "Convert the file first, for instance with iconv"
+            ) from error
+        yield line.rstrip("\r\n")
+
+
+def _count_lines(file: Path) -> int:
+    """Reads the file through once, so that a line that is not UTF-8 is found before the model is loaded."""
+    if file.is_dir():
+        raise ValueError(f"{file} must be a file, it is a folder")
+    with file.open("rb") as source:
+        return sum(1 for _ in _decoded_lines(source, str(file)))
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=_stderr,
+        # A log file wants no animation.
+        disable=not _stderr.is_terminal,
+        transient=True,
+    )
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@app.command()
+@_expected_errors
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="A real checkpoint (folder or hub name) instead of random weights.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant is timed.")] = 5,
+    device: Device = None,
+    dtype: DType = None,
+    threads: Threads = None,
+) -> None:
+    """See transformers and fastcls side by side: agreement, time, and where the time went.
+
+    Needs neither network nor GPU: without --model a BERT-base-shaped classifier with random weights is built.
+    """
+    from .demo import run_demo
+
+    _set_threads(threads)
+    try:
+        run_demo(model, rounds, device, dtype, Console(), _stderr)
+    except KeyboardInterrupt:
+        _stderr.print("Interrupted.")
+        raise typer.Exit(128 + signal.SIGINT) from None
+
+
+@app.command()
+@_expected_errors
+def doctor() -> None:
+    """Report what was found (torch, triton, GPU) and which path would run, and why."""
+    from .doctor import report
+
+    report(Console())
+
+
+def _version(show: bool) -> None:
+    if show:
+        from . import __version__
+
+        typer.echo(f"fastcls {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """BERT classifiers that compute only what the label needs."""

@@ -1,0 +1,154 @@
+"""Packed tokens to hidden states: the embeddings, the layers, and the last layer for the [CLS] rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastcls_kernels import (
+    PackedLayout,
+    add_layer_norm,
+    attention_varlen,
+    cls_attention,
+    cls_attention_kv,
+    embedding_layer_norm,
+    linear,
+    linear_gelu,
+)
+
+from .packing import PackedTokens
+from .spec import EncoderSpec
+
+LastLayer = Literal["full", "selected", "absorbed"]
+
+
+def check_last_layer(last_layer: str) -> None:
+    """Raises ValueError where ``last_layer`` is no rung of the ladder."""
+    if last_layer not in get_args(LastLayer):
+        raise ValueError(f"last_layer must be one of {', '.join(get_args(LastLayer))}, got {last_layer!r}")
+
+
+class Embeddings(nn.Module):
+    """Word, token type and position embeddings, summed and normalised."""
+
+    word_table: Tensor
+    position_table: Tensor
+    token_type_table: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+    def __init__(self, spec: EncoderSpec, weights: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.eps = spec.layer_norm_eps
+        for name, weight in weights.items():
+            self.register_parameter(name, weight)
+
+    def forward(self, packed: PackedTokens) -> Tensor:
+        """(total_tokens, hidden_size)."""
+        if packed.inputs_embeds is not None:
+            # Embeddings that the caller made stand in for the word table: one row a token.
+            token_ids = torch.arange(packed.inputs_embeds.shape[0], device=packed.inputs_embeds.device)
+            word_table = packed.inputs_embeds
+        else:
+            assert packed.token_ids is not None
+            token_ids, word_table = packed.token_ids, self.word_table
+        return embedding_layer_norm(
+            token_ids,
+            packed.position_ids,
+            packed.token_type_ids,
+            word_table,
+            self.position_table,
+            self.token_type_table,
+            self.norm_weight,
+            self.norm_bias,
+            self.eps,
+        )
+
+
+class EncoderLayer(nn.Module):
+    """One post-norm layer over packed tokens, whole or for the [CLS] rows alone."""
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    attention_norm_weight: Tensor
+    attention_norm_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
+    output_norm_weight: Tensor
+    output_norm_bias: Tensor
+
+    def __init__(self, spec: EncoderSpec, weights: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.scale = spec.head_dim**-0.5
+        for name, weight in weights.items():
+            self.register_parameter(name, weight)
+
+    def forward(self, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
+        """Every row: (total_tokens, hidden_size) to the same."""
+        qkv = linear(hidden_states, self.qkv_weight, self.qkv_bias)
+        q, k, v = qkv.unflatten(1, (3, self.spec.num_heads, self.spec.head_dim)).unbind(1)
+        context = attention_varlen(q, k, v, layout.cu_seqlens, layout.max_seqlen, self.scale, layout=layout)
+        return self._after_attention(context.flatten(1), hidden_states)
+
+    def cls_rows(self, hidden_states: Tensor, layout: PackedLayout, last_layer: LastLayer) -> Tensor:
+        """The [CLS] row of each sequence: (total_tokens, hidden_size) to (num_sequences, hidden_size)."""
+        if last_layer == "full":
+            return self(hidden_states, layout)[layout.first_tokens]
+        cls_states = hidden_states[layout.first_tokens]
+        attend = self._attend_selected if last_layer == "selected" else self._attend_absorbed
+        return self._after_attention(attend(cls_states, hidden_states, layout), cls_states)
+
+    def _attend_selected(self, cls_states: Tensor, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
+        size = self.spec.hidden_size
+        query = linear(cls_states, self.qkv_weight[:size], self.qkv_bias[:size])
+        kv = linear(hidden_states, self.qkv_weight[size:], self.qkv_bias[size:])
+        heads = (self.spec.num_heads, self.spec.head_dim)
+        k, v = kv.unflatten(1, (2, *heads)).unbind(1)
+        context = cls_attention_kv(
+            query.unflatten(1, heads), k, v, layout.cu_seqlens, layout.max_seqlen, self.scale, layout=layout
+        )
+        return context.flatten(1)
+
+    def _attend_absorbed(self, cls_states: Tensor, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
+        """No keys, no values: the key projection moves into the queries, the value projection after the sum.
+
+        The few rows that carry the answer are computed in at least float32, so that absorbing costs no accuracy.
+        """
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        heads = (self.spec.num_heads, self.spec.head_dim)
+        query_weight, key_weight, value_weight = self.qkv_weight.to(dtype).chunk(3)
+        query_bias, _, value_bias = self.qkv_bias.to(dtype).chunk(3)
+        # [nheads, num_sequences, headdim] @ [nheads, headdim, hidden_size]
+        query = linear(cls_states.to(dtype), query_weight, query_bias).unflatten(1, heads).transpose(0, 1)
+        absorbed = (query @ key_weight.unflatten(0, heads)).transpose(0, 1)
+        summed = cls_attention(absorbed, hidden_states, layout.cu_seqlens, layout.max_seqlen, self.scale, layout=layout)
+        # [nheads, num_sequences, hidden_size] @ [nheads, hidden_size, headdim]
+        context = summed.transpose(0, 1) @ value_weight.unflatten(0, heads).transpose(1, 2)
+        return (context.transpose(0, 1).flatten(1) + value_bias).to(hidden_states.dtype)
+
+    def _after_attention(self, context: Tensor, residual: Tensor) -> Tensor:
+        eps = self.spec.layer_norm_eps
+        attended = add_layer_norm(
+            linear(context, self.out_weight),
+            self.out_bias,
+            residual,
+            self.attention_norm_weight,
+            self.attention_norm_bias,
+            eps,
+        )
+        return add_layer_norm(
+            linear(linear_gelu(attended, self.up_weight, self.up_bias), self.down_weight),
+            self.down_bias,
+            attended,
+            self.output_norm_weight,
+            self.output_norm_bias,
+            eps,
+        )

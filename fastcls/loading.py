@@ -1,0 +1,161 @@
+"""Checkpoints from disk or the hub, with errors that say what is wrong with them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from .families import family_of_config
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """ "bfloat16" and the like as a torch.dtype; None stays None.
+
+    Raises:
+        ValueError: any other name.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    return _DTYPES[dtype]
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """The device to run on; None is the GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        parsed = torch.device(device)
+        torch.empty(0, device=parsed)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be one that torch can use here, got {device!r}: {_first_line(error)}") from error
+    return parsed
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    **hub_options: Any,
+) -> PreTrainedModel:
+    """A transformers classifier in eval mode.
+
+    Args:
+        name_or_path: a folder with a checkpoint, or a name on the hub.
+        device: where to put it.
+        dtype: None keeps the checkpoint's own.
+        hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and the like, for transformers.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        TypeError: its model class is not supported.
+        ValueError: the checkpoint is damaged, or its config asks for what fastcls does not compute, or it holds no
+            trained classifier, so that its labels would be random.
+        OSError: the hub has no such model, or cannot be reached.
+    """
+    _check_folder(name_or_path)
+    with _quiet(), _readable_errors(name_or_path):
+        config = AutoConfig.from_pretrained(name_or_path, **hub_options)
+    # An unsupported model is refused before its weights are fetched and read.
+    family_of_config(config).spec(config)
+    with _quiet(), _readable_errors(name_or_path):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **hub_options,
+        )
+    if info["mismatched_keys"]:
+        name, found, needed = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"cannot load {name_or_path}, the checkpoint does not fit its config.json: "
+            f"{name} is {tuple(found)}, the config asks for {tuple(needed)}"
+        )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{name_or_path} holds no weights for {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}: "
+            "it is not a trained classifier, and labels from random weights would mean nothing"
+        )
+    # nn.Module.to, because the wrapper that transformers puts around it hides its types.
+    return cast(PreTrainedModel, nn.Module.to(model, device)).eval()
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str], **hub_options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a checkpoint. Arguments and errors as in `load_model`."""
+    _check_folder(name_or_path)
+    with _quiet(), _readable_errors(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_options)
+    # Without its files transformers makes a tokenizer that knows no words, and every text becomes the same.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(f"{name_or_path} holds no tokenizer: save it there with tokenizer.save_pretrained")
+    return tokenizer
+
+
+def _check_folder(name_or_path: str | os.PathLike[str]) -> None:
+    path = Path(name_or_path)
+    # Names on the hub are "model" or "owner/model"; anything else can only be a path.
+    looks_like_path = (
+        path.is_absolute() or len(path.parts) != min(len(path.parts), 2) or str(path).startswith((".", "~"))
+    )
+    if looks_like_path and not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"a checkpoint must be a folder with config.json and weights, got the file {path}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: the folder has no config.json")
+
+
+@contextlib.contextmanager
+def _readable_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot load {name_or_path}: {_first_line(error)}") from error
+    except Exception as error:
+        # Damaged files surface as whatever their parser raises (JSON, safetensors, pickle, shape mismatches).
+        raise ValueError(
+            f"cannot load {name_or_path}, the checkpoint is damaged or incomplete: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers' progress bars and load reports off: what matters in them is raised."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

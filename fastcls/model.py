@@ -1,0 +1,424 @@
+"""The nn.Module that stands where a transformers classifier stood."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from .encoder import Embeddings, EncoderLayer, LastLayer, check_last_layer
+from .families import family_of
+from .heads import ClassificationHead
+from .packing import PackedTokens, pack_lists, pack_padded, unpack_rows
+from .spec import EncoderSpec, WeightMap
+
+# On a CPU a pass over about this many tokens keeps its activations in cache; larger batches run in several passes.
+CPU_TOKENS_PER_PASS = 2048
+
+
+class FastClassifier(nn.Module):
+    """A BERT classifier that computes only what its label needs. Made by `optimize`; runs inference only.
+
+    Attributes:
+        config: the transformers config.
+        spec: the encoder's shape.
+        last_layer: how the last layer is computed: "absorbed" (no keys, no values, [CLS] alone), "selected" (keys and
+            values for all tokens, the rest for [CLS] alone) or "full" (every row). The logits are the same up to
+            rounding. May be set at any time.
+    """
+
+    def __init__(
+        self,
+        model_class: type[PreTrainedModel],
+        config: PreTrainedConfig,
+        spec: EncoderSpec,
+        weight_map: WeightMap,
+        weights: Mapping[str, nn.Parameter],
+        last_layer: LastLayer = "absorbed",
+    ) -> None:
+        super().__init__()
+        self.model_class = model_class
+        self.config = config
+        self.spec = spec
+        self.weight_map = weight_map
+        self.last_layer = last_layer
+        self.embeddings = Embeddings(spec, _under("embeddings.", weights))
+        self.layers = nn.ModuleList(
+            EncoderLayer(spec, _under(f"layers.{layer}.", weights)) for layer in range(spec.num_layers)
+        )
+        self.head = ClassificationHead(_under("head.", weights))
+        self.register_state_dict_post_hook(_to_checkpoint_names)
+        self.register_load_state_dict_pre_hook(_from_checkpoint_names)
+        self.eval()
+
+    @property
+    def last_layer(self) -> LastLayer:
+        return self._last_layer
+
+    @last_layer.setter
+    def last_layer(self, last_layer: LastLayer) -> None:
+        check_last_layer(last_layer)
+        self._last_layer = last_layer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embeddings.word_table.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights and of the computation."""
+        return self.embeddings.word_table.dtype
+
+    @property
+    def num_labels(self) -> int:
+        return self.head.classifier_weight.shape[0]
+
+    def can_generate(self) -> bool:
+        """False; transformers' pipelines ask."""
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
+        """Classifies a padded batch, as the transformers model does.
+
+        Args:
+            input_ids: (batch, seqlen), int64 or int32.
+            attention_mask: (batch, seqlen), 1 for a token and 0 for padding, any pattern whose first column is 1;
+                None keeps every token.
+            token_type_ids: (batch, seqlen), or None for type 0.
+            position_ids: (batch, seqlen) or (1, seqlen), or None for 0, 1, 2, ... along each row.
+            inputs_embeds: (batch, seqlen, hidden_size), instead of ``input_ids``.
+            labels: (batch,) or (batch, num_labels); adds the loss that the config's problem type asks for.
+            return_dict: False gives a tuple; None asks the config.
+
+        Integer inputs may lie on the CPU or on the model's device: they are packed on the CPU.
+
+        Returns:
+            SequenceClassifierOutput with ``logits`` (batch, num_labels), without gradient.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype, or one that this model does not take.
+            ValueError: a shape, device or value that does not fit; attentions or hidden states asked for.
+            RuntimeError: the module is in training mode.
+        """
+        if self.training:
+            raise RuntimeError("fastcls runs inference only: call .eval() first, or train the transformers model")
+        self._refuse_extras(output_attentions, output_hidden_states, kwargs)
+        ids, mask, types, positions = self._checked_inputs(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        )
+        if labels is not None and (labels.ndim == 0 or labels.shape[0] != mask.shape[0]):
+            raise ValueError(
+                f"labels must have one row for each of the {mask.shape[0]} texts, got {tuple(labels.shape)}"
+            )
+        with torch.no_grad():
+            parts = pack_padded(mask, ids, types, positions, inputs_embeds, self._tokens_per_pass)
+            logits = self._logits(parts) if mask.shape[0] else self._no_logits()
+        output = SequenceClassifierOutput(
+            loss=None if labels is None else _loss(labels, logits, self.config), logits=logits
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def logits_of(
+        self, token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
+        """Classifies sequences of token ids as they come from a tokenizer without padding.
+
+        Args:
+            token_ids: for each text its ids, special tokens included; at most the model's positions each.
+            token_type_ids: the same shape, or None for type 0.
+
+        Returns:
+            (num_texts, num_labels), in the texts' order.
+
+        Raises:
+            ValueError: an empty or too long sequence, an id outside its table, or shapes that differ.
+        """
+        lengths = [len(ids) for ids in token_ids]
+        if not lengths:
+            return self._no_logits()
+        if min(lengths) == 0:
+            raise ValueError(f"token_ids must hold at least one token a text, got none for text {lengths.index(0)}")
+        self._check_positions(max(lengths))
+        if token_type_ids is not None and [len(types) for types in token_type_ids] != lengths:
+            raise ValueError("token_type_ids must have the lengths of token_ids")
+        with torch.no_grad():
+            return self._logits(self._checked_parts(pack_lists(token_ids, token_type_ids, self._tokens_per_pass)))
+
+    def forward_packed(self, packed: PackedTokens) -> Tensor:
+        """Packed tokens on the model's device to logits (num_sequences, num_labels), in packed order."""
+        hidden_states = self.embeddings(packed)
+        *layers, last = self.layers
+        for layer in layers:
+            hidden_states = layer(hidden_states, packed.layout)
+        cls_states: Tensor = last.cls_rows(hidden_states, packed.layout, self.last_layer)  # type: ignore[operator]
+        logits: Tensor = self.head(cls_states)
+        return logits
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes a transformers checkpoint, which ``from_pretrained`` of the original class reads back.
+
+        Args:
+            save_directory: a folder, made if need be.
+            kwargs: passed on to transformers' ``save_pretrained``.
+        """
+        with torch.device("meta"):
+            model = self.model_class(self.config)
+        model.load_state_dict(self.state_dict(), assign=True)
+        model.save_pretrained(save_directory, **kwargs)
+
+    @property
+    def _tokens_per_pass(self) -> int | None:
+        return CPU_TOKENS_PER_PASS if self.device.type == "cpu" else None
+
+    def _no_logits(self) -> Tensor:
+        return self.head.classifier_weight.new_empty(0, self.num_labels)
+
+    def _logits(self, parts: Iterable[PackedTokens]) -> Tensor:
+        return unpack_rows([(self.forward_packed(part.to(self.device)), part.order) for part in parts])
+
+    def _checked_parts(self, parts: Iterable[PackedTokens]) -> Iterable[PackedTokens]:
+        for part in parts:
+            assert part.token_ids is not None
+            _check_ids("token_ids", part.token_ids, self.spec.vocab_size, "vocab_size")
+            if part.token_type_ids is not None:
+                _check_ids("token_type_ids", part.token_type_ids, self.spec.token_types, "type_vocab_size")
+            yield part
+
+    def _refuse_extras(
+        self, output_attentions: bool | None, output_hidden_states: bool | None, kwargs: Mapping[str, Any]
+    ) -> None:
+        for name, asked in (
+            ("output_attentions", output_attentions),
+            ("output_hidden_states", output_hidden_states),
+        ):
+            if getattr(self.config, name, False) if asked is None else asked:
+                raise ValueError(
+                    f"{name} must be False: fastcls does not compute what the label does not need. "
+                    "Use the transformers model for it"
+                )
+        unknown = [name for name, value in kwargs.items() if value is not None and value is not False]
+        if unknown:
+            raise TypeError(f"forward() takes no argument {', '.join(unknown)}")
+
+    def _checked_inputs(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+        """Checks everything before anything is computed; the integer inputs come back as int64 on the CPU."""
+        spec = self.spec
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        ids = None
+        if input_ids is not None:
+            ids = self._integers("input_ids", input_ids)
+            if ids.ndim != 2:
+                raise ValueError(f"input_ids must have shape (batch, seqlen), got {tuple(ids.shape)}")
+            shape = ids.shape
+        else:
+            assert inputs_embeds is not None
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != spec.hidden_size:
+                raise ValueError(
+                    f"inputs_embeds must have shape (batch, seqlen, {spec.hidden_size}), "
+                    f"got {tuple(inputs_embeds.shape)}"
+                )
+            if inputs_embeds.dtype != self.dtype:
+                raise TypeError(f"inputs_embeds must be {self.dtype} like the model, got {inputs_embeds.dtype}")
+            if inputs_embeds.device != self.device:
+                raise ValueError(f"inputs_embeds must be on {self.device} like the model, got {inputs_embeds.device}")
+            shape = inputs_embeds.shape[:2]
+        if shape[0] and not shape[1]:
+            raise ValueError(f"a batch of {shape[0]} texts must hold at least one token each, got shape {tuple(shape)}")
+
+        mask = self._checked_mask(attention_mask, shape)
+        types = None
+        if token_type_ids is not None:
+            types = self._integers("token_type_ids", token_type_ids)
+            if types.shape != shape:
+                raise ValueError(f"token_type_ids must have shape {tuple(shape)}, got {tuple(types.shape)}")
+            _check_ids("token_type_ids", types[mask], spec.token_types, "type_vocab_size")
+        if position_ids is None:
+            if mask.numel():
+                self._check_positions(int(mask.any(0).nonzero().max()) + 1)
+            positions = torch.arange(shape[1]).expand(shape)
+        else:
+            positions = self._integers("position_ids", position_ids)
+            if positions.shape not in (shape, (1, shape[1])):
+                raise ValueError(
+                    f"position_ids must have shape {tuple(shape)} or (1, {shape[1]}), got {tuple(positions.shape)}"
+                )
+            positions = positions.expand(shape)
+            _check_ids("position_ids", positions[mask], spec.max_positions, "max_position_embeddings")
+        if ids is not None:
+            _check_ids("input_ids", ids[mask], spec.vocab_size, "vocab_size")
+        return ids, mask, types, positions
+
+    def _checked_mask(self, attention_mask: Tensor | None, shape: torch.Size) -> Tensor:
+        if attention_mask is None:
+            return torch.ones(shape, dtype=torch.bool)
+        if not isinstance(attention_mask, Tensor):
+            raise TypeError(f"attention_mask must be a torch.Tensor, got {type(attention_mask).__name__}")
+        if attention_mask.shape != shape:
+            raise ValueError(
+                f"attention_mask must have the batch's shape {tuple(shape)}, got {tuple(attention_mask.shape)}"
+            )
+        self._check_place("attention_mask", attention_mask)
+        values = attention_mask.cpu()
+        mask = values.bool()
+        if not torch.equal(mask.to(values.dtype), values):
+            raise ValueError("attention_mask must hold 1 (token) and 0 (padding) only, got other values")
+        if not bool(mask[:, :1].all()):
+            row = int((~mask[:, 0]).nonzero()[0])
+            raise ValueError(
+                f"attention_mask must be 1 in its first column, where [CLS] is; it is 0 in row {row}. "
+                'For left-padded batches set tokenizer.padding_side = "right"'
+            )
+        return mask
+
+    def _check_positions(self, longest: int) -> None:
+        if longest > self.spec.max_positions:
+            raise ValueError(
+                f"a text of {longest} tokens is longer than the model's {self.spec.max_positions} positions: "
+                f"pass truncation=True, max_length={self.spec.max_positions} to the tokenizer"
+            )
+
+    def _integers(self, name: str, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int64, torch.int32):
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be an int64 or int32 tensor, got {found}")
+        self._check_place(name, tensor)
+        return tensor.cpu().long()
+
+    def _check_place(self, name: str, tensor: Tensor) -> None:
+        if tensor.device.type != "cpu" and tensor.device != self.device:
+            raise ValueError(f"{name} must be on the CPU or on {self.device} like the model, got {tensor.device}")
+
+
+def optimize(model: PreTrainedModel, *, last_layer: LastLayer = "absorbed") -> FastClassifier:
+    """A module with the same interface that gives the same logits, faster. Inference only.
+
+    It shares the model's weights: query, key and value become one matrix, of which the model's own parameters are
+    views from then on, so that both go on working and no memory is doubled.
+
+    Args:
+        model: a transformers ``BertForSequenceClassification`` in float32, float16 or bfloat16, on one device.
+        last_layer: see `FastClassifier`.
+
+    Raises:
+        TypeError: the model's class is not supported, or its parameters' dtype is not.
+        ValueError: its config asks for what fastcls does not compute, or its parameters are not those of its class
+            (adapters must be merged first), or lie on several devices.
+    """
+    check_last_layer(last_layer)
+    family = family_of(model)
+    spec = family.spec(model.config)
+    weight_map = family.weights(spec)
+    parameters = dict(model.named_parameters())
+    _check_parameters(parameters, weight_map)
+    weights = {own: _take_over([parameters[name] for name in names]) for own, names in weight_map.sources.items()}
+    return FastClassifier(type(model), model.config, spec, weight_map, weights, last_layer)
+
+
+def _check_parameters(parameters: Mapping[str, nn.Parameter], weight_map: WeightMap) -> None:
+    differing = sorted(parameters.keys() ^ weight_map.checkpoint_names)
+    if differing:
+        raise ValueError(
+            "model must have just the parameters of its class (merge or remove adapters first); "
+            f"these differ: {', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''}"
+        )
+    dtypes = {parameter.dtype for parameter in parameters.values()}
+    allowed = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+    if len(dtypes) != 1 or not dtypes <= allowed:
+        raise TypeError(
+            "model must have all its parameters in one of float32, float16 or bfloat16, "
+            f"got {', '.join(sorted(map(str, dtypes)))}"
+        )
+    devices = {parameter.device for parameter in parameters.values()}
+    if len(devices) != 1 or next(iter(devices)).type == "meta":
+        found = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"model must have all its parameters on one device that holds data, got {found}")
+
+
+def _take_over(parameters: list[nn.Parameter]) -> nn.Parameter:
+    """A parameter over the same memory; several become one, and they its views."""
+    if len(parameters) == 1:
+        return nn.Parameter(parameters[0].data, requires_grad=False)
+    fused = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, fused.split([p.shape[0] for p in parameters]), strict=True):
+        parameter.data = part
+    return nn.Parameter(fused, requires_grad=False)
+
+
+def _under(prefix: str, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def _to_checkpoint_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    assert isinstance(module, FastClassifier)
+    for own, names in module.weight_map.sources.items():
+        for name, part in zip(names, state_dict.pop(prefix + own).chunk(len(names)), strict=True):
+            state_dict[prefix + name] = part
+
+
+def _from_checkpoint_names(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    _local_metadata: dict[str, Any],
+    _strict: bool,
+    missing_keys: list[str],
+    _unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    assert isinstance(module, FastClassifier)
+    for own, names in module.weight_map.sources.items():
+        current = module.get_parameter(own).data.chunk(len(names))
+        missing_keys.extend(prefix + name for name in names if prefix + name not in state_dict)
+        parts = [state_dict.pop(prefix + name, part) for name, part in zip(names, current, strict=True)]
+        for name, part, kept in zip(names, parts, current, strict=True):
+            if part.shape != kept.shape:
+                error_msgs.append(
+                    f"size mismatch for {prefix + name}: the checkpoint's is {tuple(part.shape)}, "
+                    f"the model's {tuple(kept.shape)}"
+                )
+                parts = list(current)
+                break
+        state_dict[prefix + own] = parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _check_ids(name: str, ids: Tensor, size: int, config_name: str) -> None:
+    if not ids.numel():
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must lie from 0 to {size - 1} (config.{config_name} = {size}), got {low} to {high}")
+
+
+def _loss(labels: Tensor, logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    from transformers.loss.loss_utils import ForSequenceClassificationLoss
+
+    loss: Tensor = ForSequenceClassificationLoss(labels, logits, config)
+    return loss
