@@ -174,11 +174,12 @@ class Classifier:
                 truncation=self.truncation,
                 max_length=self.model.spec.max_positions if self.truncation else None,
                 return_attention_mask=False,
-                return_token_type_ids=True,
                 verbose=False,
             )
-            for row, ids, kinds in zip(rows, encoded["input_ids"], encoded["token_type_ids"], strict=True):
-                token_ids[row], types[row] = ids, kinds
+            # A tokenizer that gives no types means type 0, as it does to transformers' pipeline.
+            kinds = encoded.get("token_type_ids") or [[0] * len(ids) for ids in encoded["input_ids"]]
+            for row, ids, row_kinds in zip(rows, encoded["input_ids"], kinds, strict=True):
+                token_ids[row], types[row] = ids, row_kinds
         limit = self.model.spec.max_positions
         for row, ids in enumerate(token_ids):
             if len(ids) > limit:

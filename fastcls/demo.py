@@ -106,7 +106,12 @@ def sample_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     separator, classifier = (("[SEP]", special.index("[SEP]")), ("[CLS]", special.index("[CLS]")))
     tokenizer.post_processor = processors.BertProcessing(separator, classifier)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
 
 

@@ -1,0 +1,86 @@
+"""What the tests share: the measure of exactness, packings of odd sizes, a small classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
+
+# Each list is one packing. Zeros are empty sequences; the odd ones straddle every tile size.
+PACKINGS = {
+    "one_token": [1],
+    "around_a_tile": [15, 16, 17, 31, 32, 33, 63, 64, 65],
+    "with_empty_sequences": [0, 1, 0, 0, 40, 2, 0],
+    "many_short": [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3],
+    "long_and_short": [300, 1, 129, 7],
+    "nothing_at_all": [0, 0],
+    "no_sequences": [],
+}
+
+TINY = {
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 112,
+    "max_position_embeddings": 96,
+    "num_labels": 3,
+}
+
+
+def tiny_bert(**overrides: object) -> BertForSequenceClassification:
+    """A small random classifier whose weights are large enough that its logits differ from text to text."""
+    torch.manual_seed(0)
+    config = BertConfig(**{**TINY, "initializer_range": 0.2, **overrides})
+    model = BertForSequenceClassification(config).eval()
+    # transformers starts biases at 0 and norms at 1: a lost or misplaced one would go unseen.
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.2)
+        elif "LayerNorm.weight" in name:
+            parameter.data.normal_(mean=1.0, std=0.2)
+    return model
+
+
+def cu_seqlens_of(lengths: Sequence[int], device: str = "cpu") -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
+def random(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> Tensor:
+    """Standard normal numbers from torch's global generator, drawn on the CPU so that devices agree."""
+    return (torch.randn(*shape) * scale).to(dtype).to(device)
+
+
+def assert_as_exact_as(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "result") -> None:
+    """Checks ``actual`` against float64 truth, allowed 1.1 times eager's error in RMS and twice its worst element.
+
+    Where eager happens to be better than its dtype can store (a sum of one term, say), the rounding of the truth
+    itself to that dtype is the allowance instead.
+    """
+    assert actual.dtype == eager.dtype, f"{what} is {actual.dtype}, not {eager.dtype}"
+    assert actual.shape == exact.shape, f"{what} has shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
+    assert bool(torch.isfinite(actual).all()), f"{what} has {int((~torch.isfinite(actual)).sum())} non-finite numbers"
+    if actual.numel() == 0:
+        return
+    exact = exact.cpu()
+    eager_rms, eager_worst = _errors(eager, exact)
+    stored_rms, stored_worst = _errors(exact.to(actual.dtype), exact)
+    rms, worst = _errors(actual, exact)
+    allowed_rms, allowed_worst = 1.1 * max(eager_rms, stored_rms), 2 * max(eager_worst, stored_worst)
+    assert rms <= allowed_rms, f"{what}: RMS error {rms:.3e}, allowed {allowed_rms:.3e}"
+    assert worst <= allowed_worst, f"{what}: worst error {worst:.3e}, allowed {allowed_worst:.3e}"
+
+
+def _errors(values: Tensor, exact: Tensor) -> tuple[float, float]:
+    difference = values.double().cpu() - exact
+    return float(difference.square().mean().sqrt()), float(difference.abs().max())
+
+
+def product_bound(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The textbook bound on the error of ``x @ weight.T + bias`` summed in x's dtype in any order (Higham, 3.5)."""
+    terms = x.shape[1] + 1
+    unit = torch.finfo(x.dtype).eps / 2
+    magnitude = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+    return magnitude * (terms * unit / (1 - terms * unit))

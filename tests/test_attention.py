@@ -1,0 +1,164 @@
+"""attention_varlen and attention_padded against their definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import assert_as_exact_as, cu_seqlens_of, random
+from torch import Tensor
+
+from fastcls_kernels import PackedLayout, attention_padded, attention_varlen
+from fastcls_kernels.reference import attention_padded_reference, attention_varlen_reference
+
+HEADS = [pytest.param(3, 16, id="3x16"), pytest.param(2, 48, id="2x48"), pytest.param(1, 64, id="1x64")]
+
+
+def fused_qkv(total: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    return random(total, 3, num_heads, head_dim, dtype=dtype, device=device).unbind(1)
+
+
+def check_varlen(lengths: list[int], num_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
+    # Two rows that belong to no sequence stand at the end.
+    q, k, v = fused_qkv(sum(lengths) + 2, num_heads, head_dim, dtype, device)
+    cu_seqlens, longest = cu_seqlens_of(lengths, device), max(lengths, default=0)
+    actual = attention_varlen(q, k, v, cu_seqlens, longest)
+    eager = attention_varlen_reference(q, k, v, cu_seqlens, longest)
+    exact = attention_varlen_reference(q.double(), k.double(), v.double(), cu_seqlens, longest)
+    assert_as_exact_as(actual, eager, exact)
+    assert not bool(actual[sum(lengths) :].any()), "rows that belong to no sequence must be zero"
+
+
+@pytest.mark.parametrize(("num_heads", "head_dim"), HEADS)
+def test_kernel_matches_definition(
+    kernels: str, lengths: list[int], num_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    check_varlen(lengths, num_heads, head_dim, dtype, kernels)
+
+
+@pytest.mark.parametrize(("num_heads", "head_dim"), HEADS)
+def test_torch_path_matches_definition(
+    torch_path: str, lengths: list[int], num_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    # Few float32 numbers make an RMS that varies by more than the bound's tenth.
+    check_varlen(lengths * 8, num_heads, head_dim, dtype, torch_path)
+
+
+@pytest.mark.parametrize("head_dim", [24, 32, 80, 96, 120, 128])
+@pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
+def test_kernel_takes_every_head_size(kernels: str, head_dim: int, dtype: torch.dtype) -> None:
+    check_varlen([5, 70, 33], 2, head_dim, dtype, kernels)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_kernel_on_long_sequences(kernels: str, head_dim: int, dtype: torch.dtype) -> None:
+    check_varlen([8192, 1, 511, 513, 0, 2048], 2, head_dim, dtype, kernels)
+
+
+@pytest.mark.parametrize("defect", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("spoiled", ["q", "k", "v"])
+@pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
+def test_a_text_that_overflows_spoils_no_other(kernels: str, dtype: torch.dtype, spoiled: str, defect: float) -> None:
+    tensors = dict(zip("qkv", fused_qkv(30, 2, 16, dtype, kernels), strict=True))
+    cu_seqlens = cu_seqlens_of([10, 12, 8], kernels)
+    clean = attention_varlen(**tensors, cu_seqlens=cu_seqlens, max_seqlen=12)
+    tensors[spoiled][15, 0, 3] = defect
+    actual = attention_varlen(**tensors, cu_seqlens=cu_seqlens, max_seqlen=12)
+    others = [*range(10), *range(22, 30)]
+    assert torch.equal(actual[others], clean[others])
+    assert bool(actual[10:22, 0].isnan().any()), "what went wrong must be seen in the text's own rows"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"])
+def test_large_scores_do_not_overflow(kernels: str, dtype: torch.dtype) -> None:
+    q, k, v = fused_qkv(40, 1, 16, dtype, kernels)
+    cu_seqlens = cu_seqlens_of([40], kernels)
+    arguments = (q * 100, k * 100, v, cu_seqlens, 40)
+    exact = attention_varlen_reference(*(tensor.double() for tensor in arguments[:3]), cu_seqlens, 40)
+    assert_as_exact_as(attention_varlen(*arguments), attention_varlen_reference(*arguments), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
+@pytest.mark.parametrize("seqlens", [[17, 0, 40, 1], [40, 40, 40, 40]], ids=["ragged", "full"])
+def test_padded_kernel_matches_definition(kernels: str, seqlens: list[int], dtype: torch.dtype) -> None:
+    check_padded(seqlens, dtype, kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"])
+def test_padded_torch_path_matches_definition(torch_path: str, dtype: torch.dtype) -> None:
+    check_padded([17, 0, 40, 1], dtype, torch_path)
+
+
+def check_padded(seqlens: list[int], dtype: torch.dtype, device: str) -> None:
+    q, k, v = random(len(seqlens), 40, 3, 2, 32, dtype=dtype, device=device).unbind(2)
+    lengths = torch.tensor(seqlens, device=device)
+    actual = attention_padded(q, k, v, lengths, 0.3)
+    exact = attention_padded_reference(q.double(), k.double(), v.double(), lengths, 0.3)
+    assert_as_exact_as(actual, attention_padded_reference(q, k, v, lengths, 0.3), exact)
+
+
+def test_layout_is_used_in_place_of_cu_seqlens() -> None:
+    q, k, v = fused_qkv(12, 1, 16, torch.float32, "cpu")
+    layout = PackedLayout(cu_seqlens_of([4, 8]), 8, 12)
+    with_layout = attention_varlen(q, k, v, layout.cu_seqlens, 8, layout=layout)
+    assert torch.equal(with_layout, attention_varlen(q, k, v, layout.cu_seqlens, 8))
+    with pytest.raises(ValueError, match=r"layout must be of total_tokens = 11, got 12"):
+        attention_varlen(q[:11], k[:11], v[:11], layout.cu_seqlens, 8, layout=layout)
+
+
+def valid() -> dict[str, object]:
+    q, k, v = fused_qkv(12, 2, 16, torch.float32, "cpu")
+    return {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens_of([4, 8]), "max_seqlen": 8}
+
+
+BAD = {
+    "q_of_two_dimensions": ({"q": torch.zeros(12, 32)}, ValueError, r"q must have shape .*got \(12, 32\)"),
+    "integer_q": ({"q": torch.zeros(12, 2, 16, dtype=torch.int32)}, TypeError, "q must be one of .*int32"),
+    "k_of_another_dtype": ({"k": torch.zeros(12, 2, 16).half()}, TypeError, "k must be torch.float32"),
+    "v_of_another_shape": ({"v": torch.zeros(12, 3, 16)}, ValueError, r"v must have q's shape \(12, 2, 16\)"),
+    "k_on_another_device": ({"k": torch.zeros(12, 2, 16, device="meta")}, ValueError, "k must be on cpu"),
+    "strided_last_dimension": (
+        {"q": torch.zeros(12, 2, 32)[..., ::2]},
+        ValueError,
+        "q must be contiguous in its last dimension",
+    ),
+    "cu_seqlens_of_int64": ({"cu_seqlens": torch.tensor([0, 12])}, TypeError, "cu_seqlens must be a torch.int32"),
+    "cu_seqlens_past_the_end": (
+        {"cu_seqlens": cu_seqlens_of([4, 9]), "max_seqlen": 9},
+        ValueError,
+        r"at most total_tokens = 12, got \[0, 4, 13\]",
+    ),
+    "falling_cu_seqlens": (
+        {"cu_seqlens": torch.tensor([0, 8, 4], dtype=torch.int32)},
+        ValueError,
+        r"cu_seqlens must rise .*got \[0, 8, 4\]",
+    ),
+    "short_max_seqlen": ({"max_seqlen": 7}, ValueError, "max_seqlen must be at least the longest sequence, 8, got 7"),
+    "no_tensor": ({"q": [1.0]}, TypeError, "q must be a torch.Tensor.*got list"),
+    "head_of_12": (
+        dict.fromkeys("qkv", torch.zeros(12, 2, 12)),
+        ValueError,
+        "q must have a head size that is a multiple of 8 from 16 to 128, got 12",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), list(BAD.values()), ids=list(BAD))
+def test_bad_input_is_named(change: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        attention_varlen(**{**valid(), **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("seqlens", "error", "message"),
+    [
+        pytest.param(torch.tensor([3]), ValueError, r"\(batch,\) = \(2,\), got \(1,\)", id="shape"),
+        pytest.param(torch.tensor([3, 6]), ValueError, "between 0 and seqlen = 5, got 3 to 6", id="too_long"),
+        pytest.param(torch.tensor([3.0, 5.0]), TypeError, "int32 or int64", id="float"),
+    ],
+)
+def test_bad_padded_lengths_are_named(seqlens: Tensor, error: type[Exception], message: str) -> None:
+    q = torch.zeros(2, 5, 1, 16)
+    with pytest.raises(error, match=message):
+        attention_padded(q, q, q, seqlens)

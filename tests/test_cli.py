@@ -1,0 +1,161 @@
+"""The command line as a user runs it: real processes, real pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import tiny_bert
+from typer.testing import CliRunner, Result
+
+from fastcls.cli import app
+from fastcls.demo import sample_texts, sample_tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "fastcls", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")))
+    # Wide and without colours, so that messages stand on one line.
+    return {**os.environ, "PYTHONPATH": paths, "COLUMNS": "500", "NO_COLOR": "1", "TRITON_INTERPRET": "0"}
+
+
+def run(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        command(*arguments), input=stdin, capture_output=True, check=False, env=environment(), timeout=300
+    )
+
+
+def inside(*arguments: str | Path, stdin: bytes = b"") -> Result:
+    """The same without a process of its own, which would import everything anew."""
+    return CliRunner().invoke(app, list(map(str, arguments)), input=stdin)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = sample_tokenizer(sample_texts())
+    names = {"id2label": {0: "bad", 1: "fair", 2: "good"}, "label2id": {"bad": 0, "fair": 1, "good": 2}}
+    tiny_bert(vocab_size=len(tokenizer), **names).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_classify_gives_one_json_line_a_text(model: Path, tmp_path: Path) -> None:
+    # A byte order mark, Windows line ends, an empty line, no newline at the end, text beyond ASCII.
+    lines = ["Great service, thank you!", "", "où est le colis ?", "ok"]
+    file = tmp_path / "texts.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    for done in (run("classify", model, file), run("classify", model, stdin=file.read_bytes())):
+        assert done.returncode == 0, done.stderr.decode()
+        rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
+        assert [row["text"] for row in rows] == lines
+        assert all(set(row) == {"text", "label", "score"} and row["label"] in ("bad", "fair", "good") for row in rows)
+        assert done.stderr == b"", "progress belongs on a terminal only"
+
+
+def test_classify_pairs_and_top_k(model: Path) -> None:
+    done = inside("classify", model, "--pairs", "--top-k", "2", stdin=b"is it late?\tno\nwhere?\there\n")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["text"], row["text_pair"], len(row["labels"])) for row in rows] == [
+        ("is it late?", "no", 2),
+        ("where?", "here", 2),
+    ]
+
+
+def test_empty_input_gives_empty_output(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    for done in (inside("classify", model, tmp_path / "empty.txt"), inside("classify", model)):
+        assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_bad_input_is_one_line_on_stderr(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("fine\ncafé\n".encode("latin-1"))
+    long = tmp_path / "long.txt"
+    long.write_text("ok\n" + "word " * 200 + "\n")
+    for arguments, stdin, message in (
+        ((model, latin), b"", f"{latin}, line 2: not UTF-8 at byte 4 of the line (0xe9)"),
+        ((model,), latin.read_bytes(), "-, line 2: not UTF-8"),
+        ((model, tmp_path / "none.txt"), b"", "none.txt: No such file"),
+        ((model, tmp_path), b"", "must be a file, it is a folder"),
+        ((tmp_path / "nowhere", latin.parent / "long.txt"), b"", "there is no such folder"),
+        ((model, "--pairs"), b"no tab\n", "line 1: --pairs needs a tab between two texts, got 'no tab'"),
+        ((model, "--dtype", "int4"), b"", "dtype must be one of float32, float16, bfloat16, got 'int4'"),
+        ((model, long), b"", "texts[1] is"),
+    ):
+        done = inside("classify", *arguments, stdin=stdin)
+        assert done.exit_code == 2, arguments
+        assert done.stderr.startswith("Error: ")
+        assert done.stderr.count("\n") == 1
+        assert message in done.stderr
+    assert inside("classify", model, long, "--truncate").stdout.count("\n") == 2
+
+
+@pytest.fixture
+def many_texts(tmp_path: Path) -> Path:
+    """Enough for a dozen windows, more than a pipe holds."""
+    file = tmp_path / "many.txt"
+    file.write_text("some words to classify\n" * 3072)
+    return file
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), bufsize=0
+    )
+
+
+def test_a_closed_pipe_ends_it_quietly(model: Path, many_texts: Path) -> None:
+    with start("classify", model, many_texts) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1) == b"{"
+        process.stdout.close()
+        assert process.wait(timeout=120) == 128 + signal.SIGPIPE
+        assert process.stderr.read() == b""
+
+
+def test_ctrl_c_keeps_what_is_done(model: Path, many_texts: Path) -> None:
+    with start("classify", model, many_texts) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 128 + signal.SIGINT
+        rows = [json.loads(line) for line in (first + out).splitlines()]
+        assert 0 < len(rows) < 3072
+        assert err.decode() == f"Interrupted: {len(rows)} texts classified.\n"
+
+
+def test_doctor_says_what_runs_and_why() -> None:
+    done = run("doctor")
+    assert done.returncode == 0
+    for expected in ("torch", "triton", "transformers", "plain PyTorch on packed data", "fastcls runs on"):
+        assert expected in done.stdout.decode()
+
+
+def test_demo_on_a_checkpoint(model: Path) -> None:
+    done = run("demo", "--model", model, "--rounds", "1", "--device", "cpu")
+    assert done.returncode == 0, done.stderr.decode()
+    out = done.stdout.decode()
+    assert "labels equal 64 of 64" in out
+    for row in ("transformers (sdpa)", "no padding", "last layer for [CLS] only", "keys and values not made"):
+        assert row in out
+    assert "labels mean nothing" not in out
+
+
+def test_help_names_every_command() -> None:
+    text = run("--help").stdout.decode()
+    assert all(name in text for name in ("classify", "demo", "doctor"))
+    assert run("--version").stdout.decode().startswith("fastcls 0.")

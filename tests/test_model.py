@@ -1,0 +1,553 @@
+"""The optimized model against the transformers model that it replaces."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from conftest import Sentences
+from support import assert_as_exact_as, tiny_bert
+from torch import Tensor
+from transformers import BertForSequenceClassification, PreTrainedTokenizerBase, RobertaConfig
+from transformers import RobertaForSequenceClassification as Roberta
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+import fastcls
+from fastcls.encoder import LastLayer
+from fastcls_kernels import use_backend
+
+RUNGS = get_args(LastLayer)
+
+MASKS = {
+    "right_padding": [[1] * 9, [1] * 4 + [0] * 5, [1] + [0] * 8],
+    "holes": [[1, 0, 1, 1, 0, 0, 1, 0, 1], [1, 1, 0, 0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 1, 0, 0, 1, 0]],
+    "all_tokens": [[1] * 9] * 3,
+    "none": None,
+}
+
+
+def batch(rows: int = 3, length: int = 9, device: str = "cpu") -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {
+        "input_ids": torch.randint(5, 199, (rows, length), device=device),
+        "token_type_ids": torch.randint(0, 2, (rows, length), device=device),
+    }
+
+
+def logits_of(model: Any, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(**inputs).logits
+    return logits
+
+
+@pytest.mark.parametrize("last_layer", RUNGS)
+@pytest.mark.parametrize("mask", list(MASKS))
+def test_logits_are_those_of_transformers(mask: str, last_layer: LastLayer, device: str) -> None:
+    model = tiny_bert().to(device)
+    inputs = batch(device=device)
+    if MASKS[mask] is not None:
+        inputs["attention_mask"] = torch.tensor(MASKS[mask], device=device)
+    fast = fastcls.optimize(model, last_layer=last_layer)
+    eager = logits_of(model, **inputs)
+    assert float((logits_of(fast, **inputs) - eager).abs().max()) <= 1e-5
+    assert float(eager.std(0).max()) > 0.01, "logits that do not differ from text to text would prove nothing"
+
+
+@pytest.mark.parametrize("last_layer", RUNGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_as_exact_as_transformers_in_every_dtype(dtype: torch.dtype, last_layer: LastLayer, device: str) -> None:
+    if dtype == torch.float32 and device == "cpu":
+        pytest.skip("the CPU's float32 products are oneDNN's, held to 1e-5 by the test above")
+    lengths = torch.tensor([40, 3, 17, 1, 33, 40, 25, 8] * 8)
+    inputs = batch(len(lengths), 40, device)
+    inputs["attention_mask"] = (torch.arange(40) < lengths[:, None]).long().to(device)
+    rounded = tiny_bert(attn_implementation="eager").to(device, dtype)
+    exact = logits_of(copy.deepcopy(rounded).double(), **inputs)
+    eager = logits_of(rounded, **inputs)
+    assert_as_exact_as(logits_of(fastcls.optimize(rounded, last_layer=last_layer), **inputs), eager, exact)
+
+
+@pytest.mark.parametrize("last_layer", RUNGS)
+def test_exact_in_float64(last_layer: LastLayer) -> None:
+    model = tiny_bert().double()
+    inputs = {**batch(), "attention_mask": torch.tensor(MASKS["holes"])}
+    difference = logits_of(fastcls.optimize(model, last_layer=last_layer), **inputs) - logits_of(model, **inputs)
+    assert float(difference.abs().max()) < 1e-13
+
+
+def test_whole_model_through_the_kernels(kernel_device: str) -> None:
+    # One forward pass of every kernel together, in the interpreter or on a GPU.
+    model = tiny_bert(num_hidden_layers=2).to(kernel_device)
+    inputs = {**batch(device=kernel_device), "attention_mask": torch.tensor(MASKS["holes"], device=kernel_device)}
+    fast = fastcls.optimize(model)
+    with use_backend("triton"):
+        actual = logits_of(fast, **inputs)
+    assert float((actual - logits_of(model, **inputs)).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("hidden_size", [48, 96], ids=["head_12_refused", "head_24"])
+def test_other_shapes(hidden_size: int) -> None:
+    model = tiny_bert(hidden_size=hidden_size, num_hidden_layers=1)
+    if hidden_size // 4 < 16:
+        with pytest.raises(ValueError, match="multiple of 8 from 16 to 128, got 48 / 4"):
+            fastcls.optimize(model)
+        return
+    inputs = batch()
+    assert float((logits_of(fastcls.optimize(model), **inputs) - logits_of(model, **inputs)).abs().max()) <= 1e-5
+
+
+def test_one_token_and_the_longest_text() -> None:
+    model = tiny_bert()
+    fast = fastcls.optimize(model)
+    for length in (1, 96):
+        inputs = batch(2, length)
+        assert float((logits_of(fast, **inputs) - logits_of(model, **inputs)).abs().max()) <= 1e-5
+
+
+def test_a_large_batch_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcls.model.CPU_TOKENS_PER_PASS", 100)
+    model = tiny_bert()
+    lengths = torch.randint(1, 60, (40,))
+    inputs = {**batch(40, 60), "attention_mask": (torch.arange(60) < lengths[:, None]).long()}
+    difference = logits_of(fastcls.optimize(model), **inputs) - logits_of(model, **inputs)
+    assert float(difference.abs().max()) <= 1e-5
+
+
+def test_custom_positions_and_embeddings() -> None:
+    model = tiny_bert()
+    fast = fastcls.optimize(model)
+    positions = torch.arange(9).flip(0)[None] * 5
+    embeds = torch.randn(3, 9, 64)
+    mask = torch.tensor(MASKS["holes"])
+    for inputs in (
+        {"input_ids": batch()["input_ids"], "position_ids": positions, "attention_mask": mask},
+        {"inputs_embeds": embeds, "attention_mask": mask},
+    ):
+        assert float((logits_of(fast, **inputs) - logits_of(model, **inputs)).abs().max()) <= 1e-5
+
+
+def test_a_text_alone_and_in_company_agree() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    ids = batch(6, 30)["input_ids"]
+    mask = (torch.arange(30) < torch.tensor([30, 4, 9, 17, 22, 2])[:, None]).long()
+    together = logits_of(fast, input_ids=ids, attention_mask=mask)
+    for row, length in enumerate(mask.sum(1).tolist()):
+        alone = logits_of(fast, input_ids=ids[row : row + 1, :length])
+        assert float((alone - together[row]).abs().max()) <= 1e-5
+
+
+def test_what_stands_under_padding_does_not_matter() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    inputs = {**batch(), "attention_mask": torch.tensor(MASKS["right_padding"])}
+    clean = logits_of(fast, **inputs)
+    # Ids under padding may be anything, even outside the vocabulary: they are never looked at.
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 10**6)
+    assert torch.equal(logits_of(fast, **inputs), clean)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.float32], ids=str)
+def test_masks_of_any_dtype(kind: torch.dtype) -> None:
+    fast = fastcls.optimize(tiny_bert())
+    mask = torch.tensor(MASKS["holes"])
+    expected = logits_of(fast, **batch(), attention_mask=mask)
+    assert torch.equal(logits_of(fast, **batch(), attention_mask=mask.to(kind)), expected)
+
+
+def test_output_is_that_of_transformers() -> None:
+    model = tiny_bert()
+    fast = fastcls.optimize(model)
+    output = fast(**batch())
+    assert isinstance(output, SequenceClassifierOutput)
+    assert list(output) == list(model(**batch()))
+    assert isinstance(fast(**batch(), return_dict=False), tuple)
+    assert not output.logits.requires_grad
+    assert (fast.device, fast.dtype, fast.config) == (model.device, model.dtype, model.config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "labels"),
+    [
+        pytest.param({}, torch.tensor([0, 2, 1]), id="single_label"),
+        pytest.param({"num_labels": 1}, torch.tensor([0.5, 2.0, -1.0]), id="regression"),
+        pytest.param({}, torch.tensor([[1.0, 0, 1]] * 3), id="multi_label"),
+    ],
+)
+def test_loss_is_that_of_transformers(overrides: dict[str, Any], labels: Tensor) -> None:
+    model = tiny_bert(**overrides)
+    expected = model(**batch(), labels=labels).loss
+    actual = fastcls.optimize(model)(**batch(), labels=labels).loss
+    assert torch.allclose(actual, expected, atol=1e-5)
+
+
+def test_weights_are_shared_and_both_models_go_on_working() -> None:
+    model = tiny_bert(hidden_size=256, intermediate_size=1024, vocab_size=2000, initializer_range=0.1)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    before = logits_of(model, **batch())
+    fast = fastcls.optimize(model)
+    assert torch.equal(logits_of(model, **batch()), before)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.parameters()}
+    extra = sum(
+        tensor.untyped_storage().nbytes()
+        for tensor in fast.parameters()
+        if tensor.untyped_storage().data_ptr() not in storages
+    )
+    assert extra <= 0.05 * size * 4
+    # A weight changed through the one is changed in the other.
+    model.bert.encoder.layer[1].attention.self.key.weight.data.mul_(1.5)
+    assert float((logits_of(fast, **batch()) - logits_of(model, **batch())).abs().max()) <= 1e-5
+    assert not torch.equal(logits_of(model, **batch()), before)
+
+
+def test_extra_memory_at_most_a_twentieth() -> None:
+    # Allocations of the process, not only what the modules own up to.
+    model = tiny_bert(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, vocab_size=2000)
+    live_before = live_bytes()
+    fast = fastcls.optimize(model)
+    assert live_bytes() - live_before <= 0.05 * sum(p.numel() * 4 for p in model.parameters())
+    assert fast is not None
+
+
+def live_bytes() -> int:
+    gc.collect()
+    storages = {
+        thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
+        for thing in gc.get_objects()
+        # The exact type, since asking some lazy modules for theirs makes them warn.
+        if type(thing) in (Tensor, torch.nn.Parameter) and thing.device.type == "cpu"
+    }
+    return sum(storages.values())
+
+
+def test_state_dict_has_the_checkpoints_names() -> None:
+    model = tiny_bert()
+    fast = fastcls.optimize(model)
+    ours, theirs = fast.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # Inside a larger module the names carry its prefix.
+    assert {f"inner.{name}" for name in theirs} == torch.nn.ModuleDict({"inner": fast}).state_dict().keys()
+
+
+def test_load_state_dict_takes_a_checkpoint() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    other = tiny_bert()
+    for parameter in other.parameters():
+        parameter.data.mul_(1.1)
+    assert fast.load_state_dict(other.state_dict()).missing_keys == []
+    assert float((logits_of(fast, **batch()) - logits_of(other, **batch())).abs().max()) <= 1e-5
+
+
+def test_load_state_dict_names_what_is_wrong() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    state = fast.state_dict()
+    key = "bert.encoder.layer.0.attention.self.key.weight"
+    without = {name: value for name, value in state.items() if name != key}
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{key}"'):
+        fast.load_state_dict(without)
+    assert fast.load_state_dict(without, strict=False).missing_keys == [key]
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*key.weight: the checkpoint's is \(3, 64\)"):
+        fast.load_state_dict({**state, key: torch.zeros(3, 64)})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"more"'):
+        fast.load_state_dict({**state, "more": torch.zeros(1)})
+
+
+def test_save_pretrained_round_trip(tmp_path: Path) -> None:
+    model = tiny_bert()
+    fastcls.optimize(model).save_pretrained(tmp_path)
+    again = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits_of(again, **batch()), logits_of(model, **batch()))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_work_and_stand_alone(how: str) -> None:
+    fast = fastcls.optimize(tiny_bert())
+    expected = logits_of(fast, **batch())
+    twin = copy.deepcopy(fast) if how == "deepcopy" else pickle.loads(pickle.dumps(fast))
+    for parameter in fast.parameters():
+        parameter.data.zero_()
+    assert torch.equal(logits_of(twin, **batch()), expected)
+    assert twin.state_dict().keys() == fast.state_dict().keys()
+
+
+def test_converting_the_fast_model_leaves_the_original_alone() -> None:
+    model = tiny_bert()
+    expected = logits_of(model, **batch())
+    fast = fastcls.optimize(model).to(torch.bfloat16)
+    assert fast.dtype == torch.bfloat16
+    assert logits_of(fast, **batch()).dtype == torch.bfloat16
+    assert model.dtype == torch.float32
+    assert torch.equal(logits_of(model, **batch()), expected)
+
+
+def test_rungs_can_be_changed() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    assert fast.last_layer == "absorbed"
+    fast.last_layer = "full"
+    with pytest.raises(ValueError, match="last_layer must be one of full, selected, absorbed, got 'half'"):
+        fast.last_layer = "half"  # type: ignore[assignment]
+    assert fast.last_layer == "full"
+
+
+def test_the_last_layer_does_not_compute_what_it_need_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rows that enter the last layer's products: all for full, keys and values only for selected, none for absorbed.
+    rows: list[int] = []
+    linear = fastcls.encoder.linear  # type: ignore[attr-defined]
+
+    def counting(hidden_states: Tensor, *args: Any) -> Tensor:
+        rows.append(hidden_states.shape[0])
+        return linear(hidden_states, *args)
+
+    model = tiny_bert(num_hidden_layers=1)
+    monkeypatch.setattr("fastcls.encoder.linear", counting)
+    counted = {}
+    for last_layer in RUNGS:
+        rows.clear()
+        logits_of(fastcls.optimize(model, last_layer=last_layer), **batch())
+        counted[last_layer] = sum(count > 3 for count in rows)
+    assert counted == {"full": 3, "selected": 1, "absorbed": 0}
+
+
+def test_empty_batch_gives_empty_logits() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    for shape in ((0, 5), (0, 0)):
+        empty = torch.zeros(shape, dtype=torch.long)
+        assert logits_of(fast, input_ids=empty, attention_mask=empty).shape == (0, 3)
+    assert fast.logits_of([]).shape == (0, 3)
+
+
+def test_lists_of_ids_give_the_same_logits() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    ids, types = (tensor.tolist() for tensor in batch().values())
+    lengths = [9, 2, 5]
+    padded = logits_of(fast, **batch(), attention_mask=(torch.arange(9) < torch.tensor(lengths)[:, None]).long())
+    cut = [[row[:length] for row, length in zip(rows, lengths, strict=True)] for rows in (ids, types)]
+    assert torch.allclose(fast.logits_of(*cut), padded, atol=1e-5)
+
+
+def changed(**change: Any) -> dict[str, Any]:
+    return {**batch(), "attention_mask": torch.ones(3, 9, dtype=torch.long), **change}
+
+
+LEFT_PADDED = torch.tensor([[1] * 9, [0] * 2 + [1] * 7, [1] * 9])
+
+BAD_FORWARD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "left_padding": (changed(attention_mask=LEFT_PADDED), ValueError, r'first column.*row 1.*padding_side = "right"'),
+    "mask_of_another_shape": (
+        changed(attention_mask=torch.ones(3, 8)),
+        ValueError,
+        r"attention_mask must have the batch's shape \(3, 9\), got \(3, 8\)",
+    ),
+    "mask_of_four_dimensions": (changed(attention_mask=torch.ones(3, 1, 9, 9)), ValueError, r"got \(3, 1, 9, 9\)"),
+    "additive_mask": (changed(attention_mask=torch.full((3, 9), -1e9)), ValueError, "1 .token. and 0 .padding. only"),
+    "mask_that_is_a_list": (
+        changed(attention_mask=[[1]]),
+        TypeError,
+        "attention_mask must be a torch.Tensor, got list",
+    ),
+    "id_out_of_range": (
+        changed(input_ids=torch.full((3, 9), 199)),
+        ValueError,
+        r"input_ids must lie from 0 to 198 \(config.vocab_size = 199\), got 199 to 199",
+    ),
+    "negative_id": (changed(input_ids=torch.full((3, 9), -1)), ValueError, "input_ids must lie from 0 to 198"),
+    "type_out_of_range": (
+        changed(token_type_ids=torch.full((3, 9), 2)),
+        ValueError,
+        "token_type_ids must lie from 0 to 1",
+    ),
+    "types_of_another_shape": (
+        changed(token_type_ids=torch.zeros(3, 8, dtype=torch.long)),
+        ValueError,
+        r"token_type_ids must have shape \(3, 9\), got \(3, 8\)",
+    ),
+    "position_out_of_range": (
+        changed(position_ids=torch.full((1, 9), 96)),
+        ValueError,
+        "position_ids must lie from 0 to 95",
+    ),
+    "positions_of_another_shape": (
+        changed(position_ids=torch.arange(8)[None]),
+        ValueError,
+        r"position_ids must have shape \(3, 9\) or \(1, 9\)",
+    ),
+    "too_long": (
+        {"input_ids": torch.ones(2, 97, dtype=torch.long)},
+        ValueError,
+        "97 tokens is longer than the model's 96 positions: pass truncation=True, max_length=96",
+    ),
+    "float_ids": (changed(input_ids=torch.ones(3, 9)), TypeError, "input_ids must be an int64 or int32.*float32"),
+    "ids_that_are_a_list": ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be an int64 or int32 tensor, got list"),
+    "one_dimension": ({"input_ids": torch.ones(9, dtype=torch.long)}, ValueError, r"\(batch, seqlen\), got \(9,\)"),
+    "no_tokens": ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, ValueError, "at least one token each"),
+    "ids_on_another_device": (
+        {"input_ids": torch.ones(2, 3, dtype=torch.long, device="meta")},
+        ValueError,
+        "input_ids must be on the CPU or on cpu like the model, got meta",
+    ),
+    "ids_and_embeddings": (changed(inputs_embeds=torch.zeros(3, 9, 64)), ValueError, "exactly one of input_ids"),
+    "nothing": ({}, ValueError, "exactly one of input_ids and inputs_embeds"),
+    "embeddings_of_another_width": (
+        {"inputs_embeds": torch.zeros(3, 9, 32)},
+        ValueError,
+        r"inputs_embeds must have shape \(batch, seqlen, 64\), got \(3, 9, 32\)",
+    ),
+    "embeddings_of_another_dtype": (
+        {"inputs_embeds": torch.zeros(3, 9, 64).half()},
+        TypeError,
+        "inputs_embeds must be torch.float32 like the model, got torch.float16",
+    ),
+    "labels_of_another_batch": (changed(labels=torch.tensor([1, 2])), ValueError, r"each of the 3 texts, got \(2,\)"),
+    "attentions": (changed(output_attentions=True), ValueError, "output_attentions must be False"),
+    "hidden_states": (changed(output_hidden_states=True), ValueError, "output_hidden_states must be False"),
+    "cross_attention": (changed(encoder_hidden_states=torch.zeros(1)), TypeError, "no argument encoder_hidden_states"),
+}
+
+
+@pytest.mark.parametrize(("inputs", "error", "message"), list(BAD_FORWARD.values()), ids=list(BAD_FORWARD))
+def test_bad_input_is_named_before_anything_is_computed(
+    inputs: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = fastcls.optimize(tiny_bert())
+    monkeypatch.setattr(fast.embeddings, "forward", lambda *_: pytest.fail("computed before it was checked"))
+    with pytest.raises(error, match=message):
+        fast(**inputs)
+
+
+def test_config_that_asks_for_hidden_states_is_refused() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    fast.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="output_hidden_states must be False"):
+        fast(**batch())
+
+
+def test_training_mode_is_refused() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    with pytest.raises(RuntimeError, match=r"inference only: call .eval\(\)"):
+        fast.train()(**batch())
+
+
+def test_a_model_in_training_mode_comes_out_in_eval_mode() -> None:
+    model = tiny_bert()
+    fast = fastcls.optimize(model.train())
+    assert float((logits_of(fast, **batch()) - logits_of(model.eval(), **batch())).abs().max()) <= 1e-5
+
+
+def test_bad_lists_of_ids_are_named() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    with pytest.raises(ValueError, match="at least one token a text, got none for text 1"):
+        fast.logits_of([[1], []])
+    with pytest.raises(ValueError, match="97 tokens is longer than the model's 96 positions"):
+        fast.logits_of([[1] * 97])
+    with pytest.raises(ValueError, match="token_ids must lie from 0 to 198"):
+        fast.logits_of([[1], [199]])
+    with pytest.raises(ValueError, match="token_type_ids must have the lengths of token_ids"):
+        fast.logits_of([[1]], [[0, 0]])
+
+
+class Overridden(BertForSequenceClassification):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().forward(*args, **kwargs)
+
+
+def roberta() -> Roberta:
+    return Roberta(RobertaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64))
+
+
+def with_adapter() -> BertForSequenceClassification:
+    model = tiny_bert()
+    model.bert.adapter = torch.nn.Linear(2, 2)
+    return model
+
+
+def in_two_dtypes() -> BertForSequenceClassification:
+    model = tiny_bert()
+    model.classifier.half()
+    return model
+
+
+BAD_MODELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "another_class": (roberta, TypeError, "transformers BertForSequenceClassification, got .*RobertaForSequence"),
+    "no_model": (lambda: torch.nn.Linear(2, 2), TypeError, "BertForSequenceClassification, got torch.nn"),
+    "base_model": (lambda: tiny_bert().bert, TypeError, "BertForSequenceClassification, got .*BertModel"),
+    "overridden_forward": (lambda: Overridden(tiny_bert().config), TypeError, "got test_model.Overridden"),
+    "decoder": (lambda: tiny_bert(is_decoder=True), ValueError, "config.is_decoder must be False, got True"),
+    "cross_attention": (
+        lambda: tiny_bert(is_decoder=True, add_cross_attention=True),
+        ValueError,
+        "config.(is_decoder|add_cross_attention) must be False",
+    ),
+    "relative_positions": (
+        lambda: tiny_bert(position_embedding_type="relative_key"),
+        ValueError,
+        "config.position_embedding_type must be 'absolute', got 'relative_key'",
+    ),
+    "another_activation": (lambda: tiny_bert(hidden_act="relu"), ValueError, "config.hidden_act must be 'gelu'"),
+    "adapter": (with_adapter, ValueError, "merge or remove adapters first.*bert.adapter.bias"),
+    "two_dtypes": (in_two_dtypes, TypeError, "one of float32, float16 or bfloat16, got torch.float16, torch.float32"),
+    "no_data": (lambda: tiny_bert().to("meta"), ValueError, "one device that holds data, got meta"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), list(BAD_MODELS.values()), ids=list(BAD_MODELS))
+def test_unsupported_models_are_named(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fastcls.optimize(make())
+
+
+@pytest.mark.parametrize("last_layer", RUNGS)
+def test_real_weights_on_real_sentences(
+    last_layer: LastLayer,
+    minilm_sst2: BertForSequenceClassification,
+    minilm_tokenizer: PreTrainedTokenizerBase,
+    sst2: Callable[[str], Sentences],
+) -> None:
+    texts, labels = sst2("dev")
+    fast = fastcls.optimize(minilm_sst2, last_layer=last_layer)
+    right = 0
+    for start in range(0, len(texts), 32):
+        inputs = minilm_tokenizer(texts[start : start + 32], padding=True, return_tensors="pt")
+        expected, actual = logits_of(minilm_sst2, **inputs), logits_of(fast, **inputs)
+        assert float((actual - expected).abs().max()) <= 1e-5
+        assert torch.equal(actual.argmax(1), expected.argmax(1))
+        right += int((actual.argmax(1) == torch.tensor(labels[start : start + 32])).sum())
+    assert right / len(texts) > 0.6, "a classifier that has learnt nothing would prove nothing"
+
+
+def test_not_one_label_changes_on_sst2(
+    minilm_sst2: BertForSequenceClassification,
+    minilm_tokenizer: PreTrainedTokenizerBase,
+    sst2: Callable[[str], Sentences],
+) -> None:
+    texts = [text for split in ("train", "dev", "test") for text in sst2(split).texts]
+    fast = fastcls.optimize(minilm_sst2)
+    ids = minilm_tokenizer(texts)["input_ids"]
+    order = sorted(range(len(texts)), key=lambda index: len(ids[index]))
+    expected = torch.empty(len(texts), 2)
+    for start in range(0, len(order), 64):
+        rows = order[start : start + 64]
+        inputs = minilm_tokenizer([texts[row] for row in rows], padding=True, return_tensors="pt")
+        expected[rows] = logits_of(minilm_sst2, **inputs)
+    actual = fast.logits_of(ids)
+    assert len(texts) > 9000
+    assert float((actual - expected).abs().max()) <= 1e-5
+    assert int((actual.argmax(1) != expected.argmax(1)).sum()) == 0
+
+
+def test_float16_and_bfloat16_on_the_cpu_keep_the_labels(
+    minilm_sst2: BertForSequenceClassification,
+    minilm_tokenizer: PreTrainedTokenizerBase,
+    sst2: Callable[[str], Sentences],
+) -> None:
+    # In 16 bits near-ties may fall either way: fastcls may change no more labels than transformers does itself.
+    inputs = minilm_tokenizer(sst2("dev").texts[:256], padding=True, return_tensors="pt")
+    exact = logits_of(copy.deepcopy(minilm_sst2).double(), **inputs)
+    rounded = copy.deepcopy(minilm_sst2).to(torch.bfloat16)
+    eager = logits_of(rounded, **inputs)
+    actual = logits_of(fastcls.optimize(rounded), **inputs)
+    assert_as_exact_as(actual, eager, exact)
