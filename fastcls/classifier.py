@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
@@ -76,13 +76,23 @@ class Classifier:
         model = load_model(name_or_path, target, torch_dtype, **hub_options)
         return cls(optimize(model, last_layer=last_layer), tokenizer, truncation=truncation)
 
+    @overload
+    def __call__(
+        self, texts: Text | Iterable[Text], *, function_to_apply: ScoreFunction | None = None
+    ) -> list[Label]: ...
+
+    @overload
+    def __call__(
+        self, texts: Text | Iterable[Text], *, top_k: int | None, function_to_apply: ScoreFunction | None = None
+    ) -> list[Any]: ...
+
     def __call__(
         self,
         texts: Text | Iterable[Text],
         *,
         top_k: int | Literal["best"] | None = "best",
         function_to_apply: ScoreFunction | None = None,
-    ) -> list[Label] | list[list[Label]]:
+    ) -> list[Any]:
         """Labels with their scores, in the order of the texts, as transformers' text-classification pipeline gives.
 
         Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,6 +24,9 @@ app = typer.Typer(
 _stderr = Console(stderr=True)
 
 _P = ParamSpec("_P")
+
+# What a shell reports of a program that SIGINT or SIGPIPE ended; by number, since not every system has the latter.
+_INTERRUPTED, _CLOSED_PIPE = 130, 141
 
 Device = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda:0 and so on. Default: a GPU if there is one.")
@@ -52,7 +54,7 @@ def _expected_errors(command: Callable[_P, None]) -> Callable[_P, None]:
         except BrokenPipeError:
             # Whoever read our output has left. Python would complain once more when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(128 + signal.SIGPIPE) from None
+            raise typer.Exit(_CLOSED_PIPE) from None
         except OSError as error:
             _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         except (ValueError, TypeError) as error:
@@ -110,7 +112,7 @@ def classify(
             sys.stdout.flush()
             progress.stop()
             _stderr.print(f"Interrupted: {done} texts classified.")
-            raise typer.Exit(128 + signal.SIGINT) from None
+            raise typer.Exit(_INTERRUPTED) from None
 
 
 class _Lines:
@@ -199,7 +201,7 @@ def demo(
         run_demo(model, rounds, device, dtype, Console(), _stderr)
     except KeyboardInterrupt:
         _stderr.print("Interrupted.")
-        raise typer.Exit(128 + signal.SIGINT) from None
+        raise typer.Exit(_INTERRUPTED) from None
 
 
 @app.command()

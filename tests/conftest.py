@@ -6,7 +6,7 @@ import csv
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -113,7 +113,7 @@ def poison_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     new_empty = Tensor.new_empty
 
     def poisoned(self: Tensor, *size: object, **options: object) -> Tensor:
-        out: Tensor = new_empty(self, *size, **options)  # type: ignore[arg-type, call-overload]
+        out: Tensor = new_empty(self, *size, **options)  # type: ignore[call-overload]
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
@@ -140,12 +140,10 @@ def minilm_tokenizer(minilm_path: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
-def minilm_sst2(
-    minilm_path: Path, minilm_tokenizer: PreTrainedTokenizerBase, sst2: Callable[[str], Sentences]
-) -> BertForSequenceClassification:
+def minilm_sst2(minilm_path: Path, minilm_tokenizer: PreTrainedTokenizerBase, sst2: Callable[[str], Sentences]) -> Any:
     """MiniLM with a sentiment head fitted by least squares to its pooled output on the first training sentences."""
     transformers.utils.logging.set_verbosity_error()
-    model = BertForSequenceClassification.from_pretrained(minilm_path, dtype=torch.float32).eval()
+    model: Any = BertForSequenceClassification.from_pretrained(minilm_path, dtype=torch.float32).eval()
     texts, labels = sst2("train")
     texts, labels = texts[:1024], labels[:1024]
     pooled = []

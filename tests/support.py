@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ PACKINGS = {
     "no_sequences": [],
 }
 
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 199,
     "hidden_size": 64,
     "num_hidden_layers": 3,
@@ -30,7 +31,7 @@ TINY = {
 }
 
 
-def tiny_bert(**overrides: object) -> BertForSequenceClassification:
+def tiny_bert(**overrides: Any) -> Any:
     """A small random classifier whose weights are large enough that its logits differ from text to text."""
     torch.manual_seed(0)
     config = BertConfig(**{**TINY, "initializer_range": 0.2, **overrides})

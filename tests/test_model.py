@@ -166,6 +166,7 @@ def test_output_is_that_of_transformers() -> None:
     assert isinstance(output, SequenceClassifierOutput)
     assert list(output) == list(model(**batch()))
     assert isinstance(fast(**batch(), return_dict=False), tuple)
+    assert output.logits is not None
     assert not output.logits.requires_grad
     assert (fast.device, fast.dtype, fast.config) == (model.device, model.dtype, model.config)
 
@@ -451,7 +452,7 @@ def test_bad_lists_of_ids_are_named() -> None:
 
 
 class Overridden(BertForSequenceClassification):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 
 
@@ -459,13 +460,13 @@ def roberta() -> Roberta:
     return Roberta(RobertaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64))
 
 
-def with_adapter() -> BertForSequenceClassification:
+def with_adapter() -> Any:
     model = tiny_bert()
     model.bert.adapter = torch.nn.Linear(2, 2)
     return model
 
 
-def in_two_dtypes() -> BertForSequenceClassification:
+def in_two_dtypes() -> Any:
     model = tiny_bert()
     model.classifier.half()
     return model
@@ -503,7 +504,7 @@ def test_unsupported_models_are_named(make: Callable[[], Any], error: type[Excep
 @pytest.mark.parametrize("last_layer", RUNGS)
 def test_real_weights_on_real_sentences(
     last_layer: LastLayer,
-    minilm_sst2: BertForSequenceClassification,
+    minilm_sst2: Any,
     minilm_tokenizer: PreTrainedTokenizerBase,
     sst2: Callable[[str], Sentences],
 ) -> None:
@@ -520,7 +521,7 @@ def test_real_weights_on_real_sentences(
 
 
 def test_not_one_label_changes_on_sst2(
-    minilm_sst2: BertForSequenceClassification,
+    minilm_sst2: Any,
     minilm_tokenizer: PreTrainedTokenizerBase,
     sst2: Callable[[str], Sentences],
 ) -> None:
@@ -539,12 +540,11 @@ def test_not_one_label_changes_on_sst2(
     assert int((actual.argmax(1) != expected.argmax(1)).sum()) == 0
 
 
-def test_float16_and_bfloat16_on_the_cpu_keep_the_labels(
-    minilm_sst2: BertForSequenceClassification,
+def test_real_weights_in_bfloat16_are_as_exact_as_transformers(
+    minilm_sst2: Any,
     minilm_tokenizer: PreTrainedTokenizerBase,
     sst2: Callable[[str], Sentences],
 ) -> None:
-    # In 16 bits near-ties may fall either way: fastcls may change no more labels than transformers does itself.
     inputs = minilm_tokenizer(sst2("dev").texts[:256], padding=True, return_tensors="pt")
     exact = logits_of(copy.deepcopy(minilm_sst2).double(), **inputs)
     rounded = copy.deepcopy(minilm_sst2).to(torch.bfloat16)

@@ -80,7 +80,8 @@ class PackedLayout:
         first, last = int(self.cu_seqlens[0]), int(self.cu_seqlens[-1])
         if first != 0 or last > self.total_tokens or bool((lengths < 0).any()):
             raise ValueError(
-                f"cu_seqlens must rise from 0 to at most total_tokens = {self.total_tokens}, got {_shortened(self.cu_seqlens)}"
+                f"cu_seqlens must rise from 0 to at most total_tokens = {self.total_tokens}, "
+                f"got {_shortened(self.cu_seqlens)}"
             )
         longest = int(lengths.max()) if lengths.numel() else 0
         if longest > self.max_seqlen:

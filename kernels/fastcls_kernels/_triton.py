@@ -15,6 +15,8 @@ except ModuleNotFoundError as error:
     triton = None
     tl = None
 
+__all__ = ["HAS_TRITON", "INTERPRETED", "cdiv", "jit", "next_power_of_2", "tl"]
+
 HAS_TRITON: bool = triton is not None
 # Triton reads the variable when a kernel is decorated, so it is settled at import here too.
 INTERPRETED: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True")

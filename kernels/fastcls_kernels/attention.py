@@ -20,6 +20,66 @@ from .tuning import arch_of, attention_tile
 LOG2_E = 1.4426950408889634
 
 
+@jit()
+def _attend(
+    q,
+    k_ptr,
+    v_ptr,
+    row_start,
+    row_end,
+    first_key,
+    last_key,
+    scale_log2,
+    stride_kt,
+    stride_vt,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ISOLATE: tl.constexpr,
+):
+    offs_d = tl.arange(0, BLOCK_D)
+    in_head = offs_d < HEAD_DIM
+    # [BLOCK_M, BLOCK_D]
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    # [BLOCK_M]
+    row_max = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    # The rare pass must not cost the common one registers, so it is not pipelined.
+    for start_n in tl.range(first_key, last_key, BLOCK_N, num_stages=1 if ISOLATE else None):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        # Masked loads, not only masked scores: stale memory may hold NaN, and a weight of zero times NaN is NaN.
+        in_span = offs_n < last_key
+        # [BLOCK_N, BLOCK_D]
+        k = tl.load(
+            k_ptr + offs_n.to(tl.int64)[:, None] * stride_kt + offs_d[None, :],
+            mask=in_span[:, None] & in_head[None, :],
+            other=0.0,
+        )
+        v = tl.load(
+            v_ptr + offs_n.to(tl.int64)[:, None] * stride_vt + offs_d[None, :],
+            mask=in_span[:, None] & in_head[None, :],
+            other=0.0,
+        )
+        # [BLOCK_M, BLOCK_N]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        if ISOLATE:
+            # v - v is 0, or NaN where v is not finite: that goes to the scores of its own sequence's rows alone.
+            defect = (v - v).to(tl.float32)
+            v = tl.where(defect == 0.0, v, 0.0)
+            scores += tl.sum(defect, 1)[None, :]
+        own = (offs_n[None, :] >= row_start[:, None]) & (offs_n[None, :] < row_end[:, None])
+        # new_max is at least -1e30, so a masked score weighs exp2(-inf) = 0 and never meets inf - inf.
+        scores = tl.where(own, scores, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        row_max = new_max
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    return acc, row_sum
+
+
 @jit(do_not_specialize=["total_tokens"])
 def _attention_kernel(
     q_ptr,
@@ -48,6 +108,8 @@ def _attention_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     in_tile = offs_m < total_tokens
     in_head = offs_d < HEAD_DIM
+    k_ptr += head * stride_kh
+    v_ptr += head * stride_vh
 
     # A row that belongs to no sequence has start = end = 0; it must not widen the span of keys that the tile reads.
     row_start = tl.load(row_start_ptr + offs_m, mask=in_tile, other=0)
@@ -61,40 +123,19 @@ def _attention_kernel(
         mask=in_tile[:, None] & in_head[None, :],
         other=0.0,
     )
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    # [BLOCK_M]
-    row_max = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc, row_sum = _attend(
+        q, k_ptr, v_ptr, row_start, row_end, first_key, last_key, scale_log2, stride_kt, stride_vt,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, ISOLATE=False,
+    )  # fmt: skip
+    # A value that is not finite (a text that overflowed) spoils every row of the tile, since 0 * inf is NaN. Such
+    # tiles are rare and are computed once more, so that it reaches the rows of its own sequence only.
+    if tl.max(tl.max(tl.where(acc == acc, 0, 1), 1)) > 0:
+        acc, row_sum = _attend(
+            q, k_ptr, v_ptr, row_start, row_end, first_key, last_key, scale_log2, stride_kt, stride_vt,
+            HEAD_DIM, BLOCK_D, BLOCK_M, 16 if BLOCK_N == 16 else BLOCK_N // 2, ISOLATE=True,
+        )  # fmt: skip
 
-    for start_n in range(first_key, last_key, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        # Masked loads, not only masked scores: a neighbour's NaN times a weight of zero would still be NaN.
-        in_span = offs_n < last_key
-        # [BLOCK_N, BLOCK_D]
-        k = tl.load(
-            k_ptr + offs_n.to(tl.int64)[:, None] * stride_kt + head * stride_kh + offs_d[None, :],
-            mask=in_span[:, None] & in_head[None, :],
-            other=0.0,
-        )
-        # [BLOCK_M, BLOCK_N]
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        own = (offs_n[None, :] >= row_start[:, None]) & (offs_n[None, :] < row_end[:, None])
-        scores = tl.where(own, scores, -1e30)
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # A row with no key in this block has new_max = -1e30 and exp2(0) = 1: the weights are masked once more.
-        weights = tl.where(own, tl.exp2(scores - new_max[:, None]), 0.0)
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(weights, 1)
-        row_max = new_max
-        # [BLOCK_N, BLOCK_D]
-        v = tl.load(
-            v_ptr + offs_n.to(tl.int64)[:, None] * stride_vt + head * stride_vh + offs_d[None, :],
-            mask=in_span[:, None] & in_head[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-
-    acc = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
+    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     tl.store(
         out_ptr + offs_m[:, None] * stride_ot + head * stride_oh + offs_d[None, :],
         acc.to(out_ptr.dtype.element_ty),
@@ -134,6 +175,7 @@ def _launch_attention(
             BLOCK_N=tile.BLOCK_N,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            enable_fp_fusion=True,
         )
     return out
 
@@ -195,9 +237,7 @@ def attention_varlen(
     return _launch_attention(q, k, v, layout.row_bounds, layout.max_seqlen, scale)
 
 
-def attention_padded(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_scale: float | None = None
-) -> Tensor:
+def attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_scale: float | None = None) -> Tensor:
     """Bidirectional attention over a padded batch whose real tokens come first in each row.
 
     Args:
@@ -215,7 +255,7 @@ def attention_padded(
     shape = "(batch, seqlen, nheads, headdim)"
     check_tensor("q", q, shape)
     _check_keys_values(q, k, v, shape)
-    batch, seqlen, num_heads, head_dim = q.shape
+    batch, seqlen, _num_heads, head_dim = q.shape
     _check_seqlens(seqlens, q)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     positions = torch.arange(seqlen, device=seqlens.device)
@@ -229,8 +269,8 @@ def attention_padded(
     first = torch.arange(batch, device=seqlens.device)[:, None] * seqlen
     starts = (first * real).flatten()
     ends = ((first + seqlens[:, None]) * real).flatten()
-    packed = (tensor.flatten(0, 1) for tensor in (q, k, v))
-    out = _launch_attention(*packed, (starts.int(), ends.int()), seqlen, scale)
+    queries, keys, values = (tensor.flatten(0, 1) for tensor in (q, k, v))
+    out = _launch_attention(queries, keys, values, (starts.int(), ends.int()), seqlen, scale)
     return out.unflatten(0, (batch, seqlen))
 
 

@@ -62,9 +62,7 @@ def _pair_dot(high, low, other, acc, PAIR: tl.constexpr):
 
 
 @jit()
-def _store_output_chunk(
-    out_ptr, acc, chunk, in_heads, offs_h, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr
-):
+def _store_output_chunk(out_ptr, acc, chunk, in_heads, offs_h, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
     offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
     tl.store(
         out_ptr + offs_h[:, None] * WIDTH + offs_w[None, :],
@@ -154,7 +152,7 @@ def _cls_attention_kernel(
             if CHUNKS > 3:
                 scores = _pair_dot(q3, r3, tl.trans(x3), scores, PAIR)
         else:
-            for chunk in range(0, (WIDTH + BLOCK_W - 1) // BLOCK_W):
+            for chunk in range((WIDTH + BLOCK_W - 1) // BLOCK_W):
                 query, rest = _load_query_chunk(q_ptr, chunk, in_heads, offs_h, stride_qh, WIDTH, BLOCK_W, DTYPE)
                 x = _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
                 scores = _pair_dot(query, rest, tl.trans(x), scores, PAIR)
@@ -186,9 +184,7 @@ def _cls_attention_kernel(
     if CHUNKS > 3:
         _store_output_chunk(out_ptr, acc3 / divisor[:, None], chunk0 + 3, in_heads, offs_h, WIDTH, BLOCK_W)
     # An empty split keeps -1e30 and so weighs nothing beside any other.
-    tl.store(
-        lse_ptr + out_row * NUM_HEADS + offs_h, row_max + tl.log2(divisor), mask=in_heads & (column_group == 0)
-    )
+    tl.store(lse_ptr + out_row * NUM_HEADS + offs_h, row_max + tl.log2(divisor), mask=in_heads & (column_group == 0))
 
 
 @jit(do_not_specialize=["num_splits"])
@@ -275,7 +271,7 @@ def _merge_splits_kernel(
     acc = tl.zeros([BLOCK_W], dtype=tl.float32)
     total = 0.0
     largest = -1e30
-    for split in range(0, num_splits):
+    for split in range(num_splits):
         partial_row = (sequence * num_splits + split) * NUM_HEADS + head
         lse = tl.load(lse_ptr + partial_row)
         new_largest = tl.maximum(largest, lse)
@@ -297,9 +293,7 @@ class _Partials:
         self.num_splits = num_splits
         self.lse = out.new_empty(num_sequences, num_splits, num_heads, dtype=torch.float32)
         self.target = (
-            out
-            if num_splits == 1
-            else out.new_empty(num_sequences, num_splits, num_heads, width, dtype=torch.float32)
+            out if num_splits == 1 else out.new_empty(num_sequences, num_splits, num_heads, width, dtype=torch.float32)
         )
 
     def merge(self) -> Tensor:
@@ -315,6 +309,7 @@ class _Partials:
                 WIDTH=width,
                 BLOCK_W=block_w,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
         return self.out
 
@@ -362,6 +357,7 @@ def _launch_cls_attention(
             PAIR=hidden_states.dtype != torch.float32,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            enable_fp_fusion=True,
         )
         return partials.merge()
 
@@ -397,6 +393,7 @@ def _launch_cls_attention_kv(
             BLOCK_D=next_power_of_2(head_dim),
             BLOCK_N=32,
             num_warps=4,
+            enable_fp_fusion=True,
         )
         return partials.merge()
 
@@ -461,7 +458,7 @@ def cls_attention(
     wide = hidden_states if query.dtype == hidden_states.dtype else hidden_states.new_empty(0, dtype=torch.float32)
     check_tensor("query", query, "(num_sequences, nheads, width)", like=wide)
     check_last_dim_contiguous("query", query)
-    num_sequences, num_heads, width = query.shape
+    _num_sequences, num_heads, width = query.shape
     if hidden_states.shape[1] != width:
         raise ValueError(f"query must have hidden_states' width {hidden_states.shape[1]}, got {width}")
     if not 16 <= width <= 4096 or width % 16:

@@ -77,6 +77,7 @@ def _launch_embedding_layer_norm(
             WIDTH=width,
             BLOCK_W=next_power_of_2(width),
             num_warps=norm_warps(width),
+            enable_fp_fusion=True,
         )
     return out
 
@@ -113,8 +114,11 @@ def embedding_layer_norm(
     """
     check_tensor("word_table", word_table, "(vocab_size, width)")
     width = word_table.shape[1]
-    tables = {"word_table": word_table, "position_table": position_table, "token_type_table": token_type_table}
-    for name, table in tables.items():
+    for name, table in (
+        ("word_table", word_table),
+        ("position_table", position_table),
+        ("token_type_table", token_type_table),
+    ):
         check_tensor(name, table, "(rows, width)", like=word_table)
         if table.shape[1] != width or not table.is_contiguous():
             raise ValueError(
@@ -128,7 +132,15 @@ def embedding_layer_norm(
     check_norm(weight, norm_bias, width, word_table)
     if runs_triton(word_table):
         return _launch_embedding_layer_norm(
-            token_ids, position_ids, token_type_ids, *tables.values(), weight, norm_bias, eps
+            token_ids,
+            position_ids,
+            token_type_ids,
+            word_table,
+            position_table,
+            token_type_table,
+            weight,
+            norm_bias,
+            eps,
         )
     summed = F.embedding(token_ids, word_table)
     summed += token_type_table[0] if token_type_ids is None else F.embedding(token_type_ids, token_type_table)

@@ -79,6 +79,7 @@ def _launch_add_layer_norm(
             WIDTH=width,
             BLOCK_W=next_power_of_2(width),
             num_warps=norm_warps(width),
+            enable_fp_fusion=True,
         )
     return out
 

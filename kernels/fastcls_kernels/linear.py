@@ -95,6 +95,7 @@ def _launch_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> 
             GROUP_M=8,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            enable_fp_fusion=True,
         )
     return out
 
@@ -105,11 +106,11 @@ def uses_onednn(tensor: Tensor) -> bool:
     PyTorch's own float32 ``linear`` goes to MKL or OpenBLAS, which are slower than oneDNN on many CPUs (a third slower
     on AMD's), and its GELU is a pass of its own. The operator is the one that torch.compile emits.
     """
-    return (
+    return bool(
         tensor.device.type == "cpu"
         and tensor.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
@@ -167,9 +168,7 @@ def _check_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) ->
     check_tensor("hidden_states", hidden_states, "(num_tokens, in_features)")
     check_tensor("weight", weight, "(out_features, in_features)", like=hidden_states)
     if weight.shape[1] != hidden_states.shape[1]:
-        raise ValueError(
-            f"weight must have shape (out_features, {hidden_states.shape[1]}), got {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight must have shape (out_features, {hidden_states.shape[1]}), got {tuple(weight.shape)}")
     if bias is not None:
         check_vector("bias", bias, weight.shape[0], hidden_states)
     check_last_dim_contiguous("hidden_states", hidden_states)

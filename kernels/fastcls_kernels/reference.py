@@ -6,6 +6,8 @@ whose error bounds everybody else's. They are written to be read, not to be fast
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,7 @@ def attention_varlen_reference(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         queries, keys, values = (tensor[start:end].transpose(0, 1) for tensor in (q, k, v))
         weights = torch.softmax(queries @ keys.transpose(1, 2) * scale, dim=-1)
         out[start:end] = (weights @ values).transpose(0, 1)
@@ -44,7 +46,7 @@ def cls_attention_reference(
     """Σ_j softmax_j(query · x_j · scale) x_j for each sequence and head. See `cls_attention`."""
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     bounds = cu_seqlens.tolist()
-    for sequence, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for sequence, (start, end) in enumerate(itertools.pairwise(bounds)):
         tokens = hidden_states[start:end].to(query.dtype)
         weights = torch.softmax(query[sequence] @ tokens.T * softmax_scale, dim=-1)
         out[sequence] = weights @ tokens
@@ -58,7 +60,7 @@ def cls_attention_kv_reference(
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     bounds = cu_seqlens.tolist()
-    for sequence, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for sequence, (start, end) in enumerate(itertools.pairwise(bounds)):
         keys, values = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)
         weights = torch.softmax(query[sequence, :, None] @ keys.transpose(1, 2) * scale, dim=-1)
         out[sequence] = (weights @ values)[:, 0]
