@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from fastcls_kernels import (
     PackedLayout,
-    add_layer_norm,
     attention_varlen,
     cls_attention,
     cls_attention_kv,
     embedding_layer_norm,
     linear,
+    linear_add_layer_norm,
     linear_gelu,
 )
 
@@ -136,16 +136,18 @@ class EncoderLayer(nn.Module):
 
     def _after_attention(self, context: Tensor, residual: Tensor) -> Tensor:
         eps = self.spec.layer_norm_eps
-        attended = add_layer_norm(
-            linear(context, self.out_weight),
+        attended = linear_add_layer_norm(
+            context,
+            self.out_weight,
             self.out_bias,
             residual,
             self.attention_norm_weight,
             self.attention_norm_bias,
             eps,
         )
-        return add_layer_norm(
-            linear(linear_gelu(attended, self.up_weight, self.up_bias), self.down_weight),
+        return linear_add_layer_norm(
+            linear_gelu(attended, self.up_weight, self.up_bias),
+            self.down_weight,
             self.down_bias,
             attended,
             self.output_norm_weight,

@@ -304,8 +304,15 @@ def test_the_last_layer_does_not_compute_what_it_need_not(monkeypatch: pytest.Mo
         rows.append(hidden_states.shape[0])
         return linear(hidden_states, *args)
 
+    linear_add_layer_norm = fastcls.encoder.linear_add_layer_norm  # type: ignore[attr-defined]
+
+    def counting_norm(hidden_states: Tensor, *args: Any) -> Tensor:
+        rows.append(hidden_states.shape[0])
+        return linear_add_layer_norm(hidden_states, *args)
+
     model = tiny_bert(num_hidden_layers=1)
     monkeypatch.setattr("fastcls.encoder.linear", counting)
+    monkeypatch.setattr("fastcls.encoder.linear_add_layer_norm", counting_norm)
     counted = {}
     for last_layer in RUNGS:
         rows.clear()

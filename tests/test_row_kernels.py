@@ -12,7 +12,14 @@ import torch
 from support import assert_as_exact_as, product_bound, random
 from torch import Tensor
 
-from fastcls_kernels import add_layer_norm, embedding_layer_norm, linear, linear_gelu, use_backend
+from fastcls_kernels import (
+    add_layer_norm,
+    embedding_layer_norm,
+    linear,
+    linear_add_layer_norm,
+    linear_gelu,
+    use_backend,
+)
 from fastcls_kernels.reference import (
     add_layer_norm_reference,
     embedding_layer_norm_reference,
@@ -122,6 +129,33 @@ def test_gelu_is_the_exact_one() -> None:
     exact = torch.nn.functional.gelu(x.double())
     tanh_form = torch.nn.functional.gelu(x.double(), approximate="tanh")
     assert float((actual - exact).abs().max()) < float((tanh_form - exact).abs().max()) / 100
+
+
+def half_layer_inputs(rows: int, width: int, columns: int, dtype: torch.dtype, device: str) -> list[Any]:
+    x, weight, bias = linear_inputs(rows, width, columns, dtype, device)
+    residual = random(rows, columns, dtype=dtype, device=device)
+    return [x, weight, bias, residual, *(random(columns, dtype=dtype, device=device) for _ in range(2))]
+
+
+def half_layer(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *norm: Tensor) -> Tensor:
+    """The usual computation, one operation after the other."""
+    return add_layer_norm_reference(torch.nn.functional.linear(x, weight, bias), None, residual, *norm, EPS)
+
+
+def test_linear_add_layer_norm_kernel(kernels: str, dtype: torch.dtype) -> None:
+    inputs = half_layer_inputs(40, 64, 96, dtype, kernels)
+    exact = half_layer(*[tensor.double() for tensor in inputs])
+    assert_as_exact_as(linear_add_layer_norm(*inputs, EPS), half_layer(*inputs), exact)
+
+
+def test_linear_add_layer_norm_torch_path(torch_path: str, dtype: torch.dtype) -> None:
+    inputs = half_layer_inputs(40, 16, 96, dtype, torch_path)
+    before = [tensor.clone() for tensor in inputs]
+    exact = half_layer(*[tensor.double() for tensor in inputs])
+    assert_as_exact_as(linear_add_layer_norm(*inputs, EPS), half_layer(*inputs), exact)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True)), "inputs must be left alone"
+    with pytest.raises(ValueError, match=r"residual must have shape \(40, 96\), got \(39, 96\)"):
+        linear_add_layer_norm(*inputs[:3], inputs[3][:39], *inputs[4:], EPS)
 
 
 def test_products_without_onednn_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from .attention import attention_padded, attention_varlen
 from .cls_attention import cls_attention, cls_attention_kv
 from .embedding import embedding_layer_norm
 from .layer_norm import add_layer_norm
-from .linear import linear, linear_gelu, uses_onednn
+from .linear import linear, linear_add_layer_norm, linear_gelu, uses_onednn
 
 __all__ = [
     "HAS_TRITON",
@@ -25,6 +25,7 @@ __all__ = [
     "embedding_layer_norm",
     "explain_backend",
     "linear",
+    "linear_add_layer_norm",
     "linear_gelu",
     "use_backend",
     "uses_onednn",

@@ -14,7 +14,7 @@ from torch import Tensor
 from ._backend import device_guard, runs_triton
 from ._checks import check_last_dim_contiguous, check_tensor
 from ._triton import cdiv, jit, tl
-from .layer_norm import check_vector
+from .layer_norm import add_layer_norm, check_norm, check_vector
 from .tuning import arch_of, linear_tile
 
 
@@ -162,6 +162,44 @@ def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if uses_onednn(hidden_states) and hidden_states.shape[0] > 0:
         return _onednn_linear(hidden_states, weight, bias, "gelu")
     return F.gelu(F.linear(hidden_states, weight, bias))
+
+
+def linear_add_layer_norm(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """``layer_norm(hidden_states @ weight.T + bias + residual)``: what ends each half of a post-norm layer.
+
+    Args:
+        hidden_states: (num_tokens, in_features), float32, float16 or bfloat16.
+        weight: (out_features, in_features).
+        bias, norm_weight, norm_bias: (out_features,).
+        residual: (num_tokens, out_features).
+        eps: added to the variance.
+
+    Returns:
+        (num_tokens, out_features) in hidden_states' dtype.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, stride or device that does not fit.
+    """
+    if runs_triton(hidden_states):
+        return add_layer_norm(linear(hidden_states, weight), bias, residual, norm_weight, norm_bias, eps)
+    check_tensor("residual", residual, "(num_tokens, out_features)", like=hidden_states)
+    if residual.shape != (hidden_states.shape[0], weight.shape[0]):
+        raise ValueError(
+            f"residual must have shape ({hidden_states.shape[0]}, {weight.shape[0]}), got {tuple(residual.shape)}"
+        )
+    check_norm(norm_weight, norm_bias, weight.shape[0], hidden_states)
+    # Nobody else holds the product, so that the residual can be added to it in place.
+    summed = linear(hidden_states, weight, bias).add_(residual)
+    return F.layer_norm(summed, (weight.shape[0],), norm_weight, norm_bias, eps)
 
 
 def _check_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> None:
