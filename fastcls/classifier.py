@@ -104,7 +104,7 @@ class Classifier:
 
         Returns:
             A list of ``{"label": ..., "score": ...}``, one a text; with ``top_k`` given, a list of such lists. For one
-            string, the list for it.
+            text that is not in a list, with ``top_k``, the list for it.
 
         Raises:
             TypeError: something that is not a text.

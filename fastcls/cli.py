@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Annotated, Any, BinaryIO, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 app = typer.Typer(
@@ -36,12 +38,8 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: 
 
 
 def _fail(message: str) -> NoReturn:
-    _stderr.print(f"[bold red]Error:[/] {_escape(message)}", soft_wrap=True)
+    _stderr.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
     raise typer.Exit(2)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _expected_errors(command: Callable[_P, None]) -> Callable[_P, None]:
@@ -94,6 +92,9 @@ def classify(
     _set_threads(threads)
     with _stderr.status("Loading the model", spinner="dots"):
         classifier = Classifier.from_pretrained(model, device=device, dtype=dtype, truncation=truncate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # JSON lines are UTF-8, whatever the terminal's language.
+        sys.stdout.reconfigure(encoding="utf-8")
     done = 0
     source = sys.stdin.buffer if str(file) == "-" else file.open("rb")
     with source, _progress() as progress:
@@ -150,10 +151,13 @@ def _decoded_lines(source: BinaryIO, name: str) -> Iterator[str]:
         yield line.rstrip("\r\n")
 
 
-def _count_lines(file: Path) -> int:
-    """Reads the file through once, so that a line that is not UTF-8 is found before the model is loaded."""
+def _count_lines(file: Path) -> int | None:
+    """Reads a regular file through once, so that a line that is not UTF-8 is found before the model is loaded."""
     if file.is_dir():
         raise ValueError(f"{file} must be a file, it is a folder")
+    if file.exists() and not file.is_file():
+        # A pipe can be read once only.
+        return None
     with file.open("rb") as source:
         return sum(1 for _ in _decoded_lines(source, str(file)))
 

@@ -93,10 +93,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
         """Every row: (total_tokens, hidden_size) to the same."""
-        qkv = linear(hidden_states, self.qkv_weight, self.qkv_bias)
-        q, k, v = qkv.unflatten(1, (3, self.spec.num_heads, self.spec.head_dim)).unbind(1)
-        context = attention_varlen(q, k, v, layout.cu_seqlens, layout.max_seqlen, self.scale, layout=layout)
-        return self._after_attention(context.flatten(1), hidden_states)
+        return self._after_attention(self._attend(hidden_states, layout), hidden_states)
 
     def cls_rows(self, hidden_states: Tensor, layout: PackedLayout, last_layer: LastLayer) -> Tensor:
         """The [CLS] row of each sequence: (total_tokens, hidden_size) to (num_sequences, hidden_size)."""
@@ -105,6 +102,13 @@ class EncoderLayer(nn.Module):
         cls_states = hidden_states[layout.first_tokens]
         attend = self._attend_selected if last_layer == "selected" else self._attend_absorbed
         return self._after_attention(attend(cls_states, hidden_states, layout), cls_states)
+
+    def _attend(self, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
+        # A method of its own, so that queries, keys and values are gone before the feed-forward needs its memory.
+        qkv = linear(hidden_states, self.qkv_weight, self.qkv_bias)
+        q, k, v = qkv.unflatten(1, (3, self.spec.num_heads, self.spec.head_dim)).unbind(1)
+        context = attention_varlen(q, k, v, layout.cu_seqlens, layout.max_seqlen, self.scale, layout=layout)
+        return context.flatten(1)
 
     def _attend_selected(self, cls_states: Tensor, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
         size = self.spec.hidden_size
@@ -145,6 +149,7 @@ class EncoderLayer(nn.Module):
             self.attention_norm_bias,
             eps,
         )
+        del context
         return linear_add_layer_norm(
             linear_gelu(attended, self.up_weight, self.up_bias),
             self.down_weight,

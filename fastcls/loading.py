@@ -74,7 +74,7 @@ def load_model(
             trained classifier, so that its labels would be random.
         OSError: the hub has no such model, or cannot be reached.
     """
-    _check_folder(name_or_path)
+    _check_folder(name_or_path, hub_options.get("subfolder"))
     with _quiet(), _readable_errors(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, **hub_options)
     # An unsupported model is refused before its weights are fetched and read.
@@ -106,7 +106,7 @@ def load_model(
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], **hub_options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a checkpoint. Arguments and errors as in `load_model`."""
-    _check_folder(name_or_path)
+    _check_folder(name_or_path, hub_options.get("subfolder"))
     with _quiet(), _readable_errors(name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_options)
     # Without its files transformers makes a tokenizer that knows no words, and every text becomes the same.
@@ -115,17 +115,15 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **hub_options: Any) -> 
     return tokenizer
 
 
-def _check_folder(name_or_path: str | os.PathLike[str]) -> None:
+def _check_folder(name_or_path: str | os.PathLike[str], subfolder: str | None) -> None:
     path = Path(name_or_path)
     # Names on the hub are "model" or "owner/model"; anything else can only be a path.
-    looks_like_path = (
-        path.is_absolute() or len(path.parts) != min(len(path.parts), 2) or str(path).startswith((".", "~"))
-    )
+    looks_like_path = path.is_absolute() or len(path.parts) > 2 or str(path).startswith((".", "~"))
     if looks_like_path and not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
     if path.exists() and not path.is_dir():
         raise ValueError(f"a checkpoint must be a folder with config.json and weights, got the file {path}")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not subfolder and not (path / "config.json").is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: the folder has no config.json")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .spec import EncoderSpec, WeightMap
 
 # On a CPU a pass over about this many tokens keeps its activations in cache; larger batches run in several passes.
 CPU_TOKENS_PER_PASS = 2048
+# On a GPU this many fill the largest chip, and bound the memory of a pass: some 1.6 GB for BERT-base in float32.
+GPU_TOKENS_PER_PASS = 65536
 
 
 class FastClassifier(nn.Module):
@@ -129,7 +132,7 @@ class FastClassifier(nn.Module):
             raise ValueError(
                 f"labels must have one row for each of the {mask.shape[0]} texts, got {tuple(labels.shape)}"
             )
-        with torch.no_grad():
+        with self._inference():
             parts = pack_padded(mask, ids, types, positions, inputs_embeds, self._tokens_per_pass)
             logits = self._logits(parts) if mask.shape[0] else self._no_logits()
         output = SequenceClassifierOutput(
@@ -161,7 +164,7 @@ class FastClassifier(nn.Module):
         self._check_positions(max(lengths))
         if token_type_ids is not None and [len(types) for types in token_type_ids] != lengths:
             raise ValueError("token_type_ids must have the lengths of token_ids")
-        with torch.no_grad():
+        with self._inference():
             return self._logits(self._checked_parts(pack_lists(token_ids, token_type_ids, self._tokens_per_pass)))
 
     def forward_packed(self, packed: PackedTokens) -> Tensor:
@@ -187,8 +190,14 @@ class FastClassifier(nn.Module):
         model.save_pretrained(save_directory, **kwargs)
 
     @property
-    def _tokens_per_pass(self) -> int | None:
-        return CPU_TOKENS_PER_PASS if self.device.type == "cpu" else None
+    def _tokens_per_pass(self) -> int:
+        return CPU_TOKENS_PER_PASS if self.device.type == "cpu" else GPU_TOKENS_PER_PASS
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        """No gradients, and the model's own dtype: autocast would change it between one operation and the next."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            yield
 
     def _no_logits(self) -> Tensor:
         return self.head.classifier_weight.new_empty(0, self.num_labels)
@@ -338,6 +347,7 @@ def optimize(model: PreTrainedModel, *, last_layer: LastLayer = "absorbed") -> F
     weight_map = family.weights(spec)
     parameters = dict(model.named_parameters())
     _check_parameters(parameters, weight_map)
+    _check_tables(parameters, spec, weight_map)
     weights = {own: _take_over([parameters[name] for name in names]) for own, names in weight_map.sources.items()}
     return FastClassifier(type(model), model.config, spec, weight_map, weights, last_layer)
 
@@ -350,7 +360,10 @@ def _check_parameters(parameters: Mapping[str, nn.Parameter], weight_map: Weight
             f"these differ: {', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''}"
         )
     dtypes = {parameter.dtype for parameter in parameters.values()}
-    allowed = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+    allowed = {torch.float32, torch.float16, torch.bfloat16}
+    if not any(parameter.is_cuda for parameter in parameters.values()):
+        # To prove exactness with; no GPU kernel computes in it.
+        allowed.add(torch.float64)
     if len(dtypes) != 1 or not dtypes <= allowed:
         raise TypeError(
             "model must have all its parameters in one of float32, float16 or bfloat16, "
@@ -362,14 +375,39 @@ def _check_parameters(parameters: Mapping[str, nn.Parameter], weight_map: Weight
         raise ValueError(f"model must have all its parameters on one device that holds data, got {found}")
 
 
+def _check_tables(parameters: Mapping[str, nn.Parameter], spec: EncoderSpec, weight_map: WeightMap) -> None:
+    """Ids are checked against the config's sizes, so the tables must have them."""
+    for own, size in (
+        ("embeddings.word_table", spec.vocab_size),
+        ("embeddings.position_table", spec.max_positions),
+        ("embeddings.token_type_table", spec.token_types),
+    ):
+        (name,) = weight_map.sources[own]
+        if parameters[name].shape != (size, spec.hidden_size):
+            raise ValueError(
+                f"{name} must have shape {(size, spec.hidden_size)} as the config says, "
+                f"got {tuple(parameters[name].shape)}"
+            )
+
+
 def _take_over(parameters: list[nn.Parameter]) -> nn.Parameter:
     """A parameter over the same memory; several become one, and they its views."""
     if len(parameters) == 1:
         return nn.Parameter(parameters[0].data, requires_grad=False)
-    fused = torch.cat([parameter.data for parameter in parameters])
-    for parameter, part in zip(parameters, fused.split([p.shape[0] for p in parameters]), strict=True):
-        parameter.data = part
+    first, rows = parameters[0].data, [parameter.shape[0] for parameter in parameters]
+    starts = [first.data_ptr() + sum(rows[:index]) * first.stride(0) * first.itemsize for index in range(len(rows))]
+    if [parameter.data_ptr() for parameter in parameters] == starts and _same_storage(parameters):
+        # Optimized before: the views lie as they must, and whoever made them goes on sharing.
+        fused = first.as_strided((sum(rows), *first.shape[1:]), first.stride())
+    else:
+        fused = torch.cat([parameter.data for parameter in parameters])
+        for parameter, part in zip(parameters, fused.split(rows), strict=True):
+            parameter.data = part
     return nn.Parameter(fused, requires_grad=False)
+
+
+def _same_storage(parameters: list[nn.Parameter]) -> bool:
+    return len({parameter.untyped_storage().data_ptr() for parameter in parameters}) == 1
 
 
 def _under(prefix: str, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,18 @@ def tiny_bert(**overrides: Any) -> Any:
         elif "LayerNorm.weight" in name:
             parameter.data.normal_(mean=1.0, std=0.2)
     return model
+
+
+def live_bytes() -> int:
+    """Bytes of all CPU tensors that this process holds."""
+    gc.collect()
+    storages = {
+        thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
+        for thing in gc.get_objects()
+        # The exact type, since asking some lazy modules for theirs makes them warn.
+        if type(thing) in (Tensor, torch.nn.Parameter) and thing.device.type == "cpu"
+    }
+    return sum(storages.values())
 
 
 def cu_seqlens_of(lengths: Sequence[int], device: str = "cpu") -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any, get_args
 import pytest
 import torch
 from conftest import Sentences
-from support import assert_as_exact_as, tiny_bert
+from support import assert_as_exact_as, live_bytes, tiny_bert
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForSequenceClassification, PreTrainedTokenizerBase, RobertaConfig
 from transformers import RobertaForSequenceClassification as Roberta
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -91,13 +91,9 @@ def test_whole_model_through_the_kernels(kernel_device: str) -> None:
     assert float((actual - logits_of(model, **inputs)).abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("hidden_size", [48, 96], ids=["head_12_refused", "head_24"])
-def test_other_shapes(hidden_size: int) -> None:
-    model = tiny_bert(hidden_size=hidden_size, num_hidden_layers=1)
-    if hidden_size // 4 < 16:
-        with pytest.raises(ValueError, match="multiple of 8 from 16 to 128, got 48 / 4"):
-            fastcls.optimize(model)
-        return
+@pytest.mark.parametrize("hidden_size", [96, 104, 312], ids=lambda size: f"head_{size // 4}")
+def test_other_head_sizes(hidden_size: int) -> None:
+    model = tiny_bert(hidden_size=hidden_size, num_hidden_layers=2, initializer_range=0.1)
     inputs = batch()
     assert float((logits_of(fastcls.optimize(model), **inputs) - logits_of(model, **inputs)).abs().max()) <= 1e-5
 
@@ -110,11 +106,12 @@ def test_one_token_and_the_longest_text() -> None:
         assert float((logits_of(fast, **inputs) - logits_of(model, **inputs)).abs().max()) <= 1e-5
 
 
-def test_a_large_batch_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_batch_in_several_passes(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr("fastcls.model.CPU_TOKENS_PER_PASS", 100)
-    model = tiny_bert()
+    monkeypatch.setattr("fastcls.model.GPU_TOKENS_PER_PASS", 100)
+    model = tiny_bert().to(device)
     lengths = torch.randint(1, 60, (40,))
-    inputs = {**batch(40, 60), "attention_mask": (torch.arange(60) < lengths[:, None]).long()}
+    inputs = {**batch(40, 60, device), "attention_mask": (torch.arange(60) < lengths[:, None]).long().to(device)}
     difference = logits_of(fastcls.optimize(model), **inputs) - logits_of(model, **inputs)
     assert float(difference.abs().max()) <= 1e-5
 
@@ -181,7 +178,8 @@ def test_output_is_that_of_transformers() -> None:
 )
 def test_loss_is_that_of_transformers(overrides: dict[str, Any], labels: Tensor) -> None:
     model = tiny_bert(**overrides)
-    expected = model(**batch(), labels=labels).loss
+    # Each with a config of its own: what labels say of the problem type is written there.
+    expected = tiny_bert(**overrides)(**batch(), labels=labels).loss
     actual = fastcls.optimize(model)(**batch(), labels=labels).loss
     assert torch.allclose(actual, expected, atol=1e-5)
 
@@ -214,15 +212,40 @@ def test_extra_memory_at_most_a_twentieth() -> None:
     assert fast is not None
 
 
-def live_bytes() -> int:
-    gc.collect()
-    storages = {
-        thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
-        for thing in gc.get_objects()
-        # The exact type, since asking some lazy modules for theirs makes them warn.
-        if type(thing) in (Tensor, torch.nn.Parameter) and thing.device.type == "cpu"
-    }
-    return sum(storages.values())
+def test_optimizing_twice_goes_on_sharing() -> None:
+    model = tiny_bert()
+    first, second = fastcls.optimize(model), fastcls.optimize(model)
+    pointers = [{tensor.untyped_storage().data_ptr() for tensor in each.parameters()} for each in (first, second)]
+    assert pointers[0] == pointers[1]
+    assert torch.equal(logits_of(first, **batch()), logits_of(second, **batch()))
+
+
+def test_autocast_changes_nothing(device: str) -> None:
+    fast = fastcls.optimize(tiny_bert().to(device))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        inside = logits_of(fast, **batch(device=device))
+    assert torch.equal(inside, logits_of(fast, **batch(device=device)))
+
+
+@pytest.mark.gpu
+def test_inputs_may_lie_on_the_cpu() -> None:
+    model = tiny_bert().to("cuda")
+    fast = fastcls.optimize(model)
+    inputs = {**batch(), "attention_mask": torch.tensor(MASKS["holes"])}
+    expected = logits_of(model, **{name: tensor.to("cuda") for name, tensor in inputs.items()})
+    actual = logits_of(fast, **inputs)
+    assert actual.device.type == "cuda"
+    assert float((actual - expected).abs().max()) <= 1e-5
+
+
+@pytest.mark.gpu
+def test_torch_path_on_a_gpu() -> None:
+    # What runs where the GPU is too old for the kernels.
+    model = tiny_bert().to("cuda")
+    inputs = {**batch(device="cuda"), "attention_mask": torch.tensor(MASKS["holes"], device="cuda")}
+    with use_backend("torch"):
+        actual = logits_of(fastcls.optimize(model), **inputs)
+    assert float((actual - logits_of(model, **inputs)).abs().max()) <= 1e-5
 
 
 def test_state_dict_has_the_checkpoints_names() -> None:
@@ -295,30 +318,28 @@ def test_rungs_can_be_changed() -> None:
     assert fast.last_layer == "full"
 
 
-def test_the_last_layer_does_not_compute_what_it_need_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Rows that enter the last layer's products: all for full, keys and values only for selected, none for absorbed.
-    rows: list[int] = []
-    linear = fastcls.encoder.linear  # type: ignore[attr-defined]
+class CountTokenProducts(TorchDispatchMode):
+    """Counts matrix products, by whatever operator, whose result has a row for each of ``tokens`` tokens."""
 
-    def counting(hidden_states: Tensor, *args: Any) -> Tensor:
-        rows.append(hidden_states.shape[0])
-        return linear(hidden_states, *args)
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.count = 0
 
-    linear_add_layer_norm = fastcls.encoder.linear_add_layer_norm  # type: ignore[attr-defined]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        is_product = any(name in str(func) for name in ("linear", "mm"))
+        self.count += is_product and isinstance(out, Tensor) and out.ndim == 2 and out.shape[0] == self.tokens
+        return out
 
-    def counting_norm(hidden_states: Tensor, *args: Any) -> Tensor:
-        rows.append(hidden_states.shape[0])
-        return linear_add_layer_norm(hidden_states, *args)
 
-    model = tiny_bert(num_hidden_layers=1)
-    monkeypatch.setattr("fastcls.encoder.linear", counting)
-    monkeypatch.setattr("fastcls.encoder.linear_add_layer_norm", counting_norm)
-    counted = {}
-    for last_layer in RUNGS:
-        rows.clear()
-        logits_of(fastcls.optimize(model, last_layer=last_layer), **batch())
-        counted[last_layer] = sum(count > 3 for count in rows)
-    assert counted == {"full": 3, "selected": 1, "absorbed": 0}
+@pytest.mark.parametrize(("last_layer", "products"), [("full", 4), ("selected", 1), ("absorbed", 0)])
+def test_the_last_layer_does_not_compute_what_it_need_not(last_layer: LastLayer, products: int) -> None:
+    # Of every token: queries with keys and values, output and the two of the feed-forward; keys and values; nothing.
+    fast = fastcls.optimize(tiny_bert(num_hidden_layers=1), last_layer=last_layer)
+    with torch.no_grad(), CountTokenProducts(tokens=27) as counted:
+        fast(**batch())
+    assert counted.count == products
 
 
 def test_empty_batch_gives_empty_logits() -> None:
@@ -473,6 +494,12 @@ def with_adapter() -> Any:
     return model
 
 
+def with_other_words() -> Any:
+    model = tiny_bert()
+    model.set_input_embeddings(torch.nn.Embedding(100, 64))
+    return model
+
+
 def in_two_dtypes() -> Any:
     model = tiny_bert()
     model.classifier.half()
@@ -496,6 +523,12 @@ BAD_MODELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "config.position_embedding_type must be 'absolute', got 'relative_key'",
     ),
     "another_activation": (lambda: tiny_bert(hidden_act="relu"), ValueError, "config.hidden_act must be 'gelu'"),
+    "head_of_12": (lambda: tiny_bert(hidden_size=48), ValueError, "heads of 16 to 128, got 48 / 4"),
+    "other_vocabulary": (
+        with_other_words,
+        ValueError,
+        r"must have shape \(199, 64\).*got \(100, 64\)",
+    ),
     "adapter": (with_adapter, ValueError, "merge or remove adapters first.*bert.adapter.bias"),
     "two_dtypes": (in_two_dtypes, TypeError, "one of float32, float16 or bfloat16, got torch.float16, torch.float32"),
     "no_data": (lambda: tiny_bert().to("meta"), ValueError, "one device that holds data, got meta"),
@@ -510,17 +543,19 @@ def test_unsupported_models_are_named(make: Callable[[], Any], error: type[Excep
 
 @pytest.mark.parametrize("last_layer", RUNGS)
 def test_real_weights_on_real_sentences(
+    device: str,
     last_layer: LastLayer,
     minilm_sst2: Any,
     minilm_tokenizer: PreTrainedTokenizerBase,
     sst2: Callable[[str], Sentences],
 ) -> None:
     texts, labels = sst2("dev")
-    fast = fastcls.optimize(minilm_sst2, last_layer=last_layer)
+    model = copy.deepcopy(minilm_sst2).to(device)
+    fast = fastcls.optimize(model, last_layer=last_layer)
     right = 0
     for start in range(0, len(texts), 32):
-        inputs = minilm_tokenizer(texts[start : start + 32], padding=True, return_tensors="pt")
-        expected, actual = logits_of(minilm_sst2, **inputs), logits_of(fast, **inputs)
+        inputs = minilm_tokenizer(texts[start : start + 32], padding=True, return_tensors="pt").to(device)
+        expected, actual = logits_of(model, **inputs).cpu(), logits_of(fast, **inputs).cpu()
         assert float((actual - expected).abs().max()) <= 1e-5
         assert torch.equal(actual.argmax(1), expected.argmax(1))
         right += int((actual.argmax(1) == torch.tensor(labels[start : start + 32])).sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -79,7 +79,6 @@ def test_lists_pack_like_padded_rows(texts: list[list[int]], max_tokens: int | N
     assert sequences(parts, "position_ids") == {row: list(range(len(text))) for row, text in enumerate(texts)}
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60))
 def test_rows_of_filling_belong_to_no_sequence(lengths: list[int]) -> None:
     (part,) = pack_lists([[7] * length for length in lengths], None, None)

@@ -34,10 +34,10 @@ def spec(config: PreTrainedConfig) -> EncoderSpec:
         if found != needed:
             raise ValueError(f"config.{name} must be {needed!r}, got {found!r}: fastcls does not compute that")
     head_dim, remainder = divmod(config.hidden_size, config.num_attention_heads)
-    if remainder or config.hidden_size % 16 or not 16 <= head_dim <= 128 or head_dim % 8:
+    if remainder or not 16 <= head_dim <= 128 or config.hidden_size > 4096 or config.num_attention_heads > 64:
         raise ValueError(
-            "config.hidden_size must be a multiple of 16 and hidden_size / num_attention_heads a multiple of 8 "
-            f"from 16 to 128, got {config.hidden_size} / {config.num_attention_heads}"
+            "config.hidden_size must be at most 4096 in at most 64 heads of 16 to 128, "
+            f"got {config.hidden_size} / {config.num_attention_heads}"
         )
     if config.num_hidden_layers < 1:
         raise ValueError(f"config.num_hidden_layers must be at least 1, got {config.num_hidden_layers}")

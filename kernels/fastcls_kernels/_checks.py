@@ -42,5 +42,5 @@ def check_last_dim_contiguous(name: str, tensor: torch.Tensor) -> None:
 
 def check_head_dim(name: str, head_dim: int) -> None:
     """Checks that the kernels have a tile for this head size."""
-    if not 16 <= head_dim <= 128 or head_dim % 8:
-        raise ValueError(f"{name} must have a head size that is a multiple of 8 from 16 to 128, got {head_dim}")
+    if not 16 <= head_dim <= 128:
+        raise ValueError(f"{name} must have a head size from 16 to 128, got {head_dim}")

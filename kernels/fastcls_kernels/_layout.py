@@ -72,6 +72,8 @@ class PackedLayout:
             layout = cls(cu_seqlens, max_seqlen, tokens.shape[0])
         elif layout.total_tokens != tokens.shape[0]:
             raise ValueError(f"layout must be of total_tokens = {tokens.shape[0]}, got {layout.total_tokens}")
+        elif layout.cu_seqlens is not cu_seqlens or layout.max_seqlen != max_seqlen:
+            raise ValueError("cu_seqlens and max_seqlen must be the layout's own where a layout is given")
         check_device("cu_seqlens", layout.cu_seqlens, tokens)
         return layout
 

@@ -220,9 +220,9 @@ def attention_varlen(
     """Bidirectional attention inside each of many packed sequences.
 
     Args:
-        q, k, v: (total_tokens, nheads, headdim), float32, float16 or bfloat16, head sizes that are multiples of 8
-            from 16 to 128. Any strides with a contiguous last dimension: views of one fused projection are taken as
-            they are.
+        q, k, v: (total_tokens, nheads, headdim), float32, float16 or bfloat16, head sizes from 16 to 128 (multiples
+            of 16 are fastest). Any strides with a contiguous last dimension: views of one fused projection are taken
+            as they are.
         cu_seqlens: (num_sequences + 1,), int32: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``. Zero-length
             sequences are allowed. Rows from ``cu_seqlens[-1]`` on belong to no sequence.
         max_seqlen: the longest sequence, in tokens, or any bound above it. Chooses the tile; it compiles nothing.
@@ -272,11 +272,15 @@ def attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_s
     batch, seqlen, _num_heads, head_dim = q.shape
     _check_seqlens(seqlens, q)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    # On a GPU the values are trusted, since reading them would stall it; but a row never reaches into the next one.
+    seqlens = seqlens.clamp(0, seqlen)
     positions = torch.arange(seqlen, device=seqlens.device)
     real = positions[None, :] < seqlens[:, None]
     if not runs_triton(q):
         # A row of nothing but padding would be a softmax over nothing: it attends everywhere, and is zeroed below.
         mask = (real | (seqlens[:, None] == 0))[:, None, None, :]
+        # Padding may hold NaN, and a weight of zero times NaN is NaN.
+        k, v = (tensor.masked_fill(~real[:, :, None, None], 0.0) for tensor in (k, v))
         queries, keys, values = (tensor.transpose(1, 2) for tensor in (q, k, v))
         attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale).transpose(1, 2)
         return attended.masked_fill(~real[:, :, None, None], 0.0).contiguous()
@@ -300,7 +304,7 @@ def _check_keys_values(q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:
 
 
 def _check_seqlens(seqlens: Tensor, q: Tensor) -> None:
-    if not isinstance(seqlens, Tensor) or seqlens.is_floating_point():
+    if not isinstance(seqlens, Tensor) or seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"seqlens must be an int32 or int64 tensor, got {getattr(seqlens, 'dtype', type(seqlens))}")
     if seqlens.shape != q.shape[:1]:
         raise ValueError(f"seqlens must have shape (batch,) = ({q.shape[0]},), got {tuple(seqlens.shape)}")

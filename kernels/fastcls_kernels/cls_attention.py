@@ -28,15 +28,25 @@ from .tuning import arch_of, cls_tile
 
 @jit()
 def _load_query_chunk(
-    q_ptr, chunk, in_heads, offs_h, stride_qh, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, DTYPE: tl.constexpr
+    q_ptr,
+    chunk,
+    in_heads,
+    offs_h,
+    stride_qh,
+    scale_log2,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
     # [BLOCK_H, BLOCK_W]
     query = tl.load(
-        q_ptr + offs_h[:, None] * stride_qh + offs_w[None, :],
+        q_ptr + offs_h.to(tl.int64)[:, None] * stride_qh + offs_w[None, :],
         mask=in_heads[:, None] & (offs_w[None, :] < WIDTH),
         other=0.0,
     ).to(tl.float32)
+    # Scaled before it is split: absorbed queries are the largest numbers of the layer, and float16 ends at 65,504.
+    query *= scale_log2
     high = query.to(DTYPE)
     return high, (query - high.to(tl.float32)).to(DTYPE)
 
@@ -120,13 +130,13 @@ def _cls_attention_kernel(
 
     # One column group: the query stays on chip, and each tile of x serves both products.
     if COLUMN_GROUPS == 1:
-        q0, r0 = _load_query_chunk(q_ptr, 0, in_heads, offs_h, stride_qh, WIDTH, BLOCK_W, DTYPE)
+        q0, r0 = _load_query_chunk(q_ptr, 0, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE)
         if CHUNKS > 1:
-            q1, r1 = _load_query_chunk(q_ptr, 1, in_heads, offs_h, stride_qh, WIDTH, BLOCK_W, DTYPE)
+            q1, r1 = _load_query_chunk(q_ptr, 1, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE)
         if CHUNKS > 2:
-            q2, r2 = _load_query_chunk(q_ptr, 2, in_heads, offs_h, stride_qh, WIDTH, BLOCK_W, DTYPE)
+            q2, r2 = _load_query_chunk(q_ptr, 2, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE)
         if CHUNKS > 3:
-            q3, r3 = _load_query_chunk(q_ptr, 3, in_heads, offs_h, stride_qh, WIDTH, BLOCK_W, DTYPE)
+            q3, r3 = _load_query_chunk(q_ptr, 3, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE)
 
     for tile_start in range(split_start, split_end, BLOCK_N):
         offs_t = tile_start + tl.arange(0, BLOCK_N)
@@ -153,11 +163,13 @@ def _cls_attention_kernel(
                 scores = _pair_dot(q3, r3, tl.trans(x3), scores, PAIR)
         else:
             for chunk in range((WIDTH + BLOCK_W - 1) // BLOCK_W):
-                query, rest = _load_query_chunk(q_ptr, chunk, in_heads, offs_h, stride_qh, WIDTH, BLOCK_W, DTYPE)
+                query, rest = _load_query_chunk(
+                    q_ptr, chunk, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE
+                )
                 x = _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
                 scores = _pair_dot(query, rest, tl.trans(x), scores, PAIR)
 
-        scores = tl.where(in_split[None, :], scores * scale_log2, -1e30)
+        scores = tl.where(in_split[None, :], scores, -1e30)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         weights = tl.where(in_split[None, :], tl.exp2(scores - new_max[:, None]), 0.0)
         rescale = tl.exp2(row_max - new_max)
@@ -435,8 +447,8 @@ def cls_attention(
     Args:
         query: (num_sequences, nheads, width), 1 to 64 heads: the [CLS] queries times the key projection, in
             hidden_states' dtype or in float32, which keeps what rounding them would lose.
-        hidden_states: (total_tokens, width), float32, float16 or bfloat16, contiguous last dimension, a width that is
-            a multiple of 16 up to 4,096: the input of the layer.
+        hidden_states: (total_tokens, width), float32, float16 or bfloat16, contiguous last dimension, a width from 16
+            to 4,096 (multiples of 16 are fastest): the input of the layer.
         cu_seqlens: (num_sequences + 1,), int32: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``.
         max_seqlen: the longest sequence, in tokens, or any bound above it.
         softmax_scale: factor on the scores, usually ``headdim ** -0.5``: the width does not tell the head size.
@@ -461,8 +473,8 @@ def cls_attention(
     _num_sequences, num_heads, width = query.shape
     if hidden_states.shape[1] != width:
         raise ValueError(f"query must have hidden_states' width {hidden_states.shape[1]}, got {width}")
-    if not 16 <= width <= 4096 or width % 16:
-        raise ValueError(f"hidden_states must have a width that is a multiple of 16 from 16 to 4096, got {width}")
+    if not 16 <= width <= 4096:
+        raise ValueError(f"hidden_states must have a width from 16 to 4096, got {width}")
     if not 1 <= num_heads <= 64:
         raise ValueError(f"query must have 1 to 64 heads, got {num_heads}")
     layout = PackedLayout.of(hidden_states, cu_seqlens, max_seqlen, layout)

@@ -108,10 +108,13 @@ def uses_onednn(tensor: Tensor) -> bool:
     """
     return bool(
         tensor.device.type == "cpu"
-        and tensor.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and (
+            tensor.dtype == torch.float32
+            or (tensor.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
     )
 
 

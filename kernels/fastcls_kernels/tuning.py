@@ -14,8 +14,17 @@ import torch
 from ._triton import cdiv, next_power_of_2
 
 
-class Tile(NamedTuple):
-    """One launch: BLOCK_M rows by BLOCK_N keys (attention) or columns (products)."""
+class AttentionTile(NamedTuple):
+    """One launch of attention: BLOCK_M query rows by BLOCK_N keys."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+class LinearTile(NamedTuple):
+    """One launch of a product: BLOCK_M rows by BLOCK_N output features, BLOCK_K input features a step."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -46,22 +55,22 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def attention_tile(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Tile:
+def attention_tile(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> AttentionTile:
     """The tile of `attention_varlen`: BLOCK_M query rows, BLOCK_N keys."""
     if dtype == torch.float32:
-        return Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=head_dim, num_warps=4, num_stages=1)
+        return AttentionTile(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
     if arch.startswith("gfx"):
         # Masks live in scalar registers there, and with more keys a step there are not enough of them.
         if head_dim > 64:
-            return Tile(BLOCK_M=64, BLOCK_N=16, BLOCK_K=head_dim, num_warps=8, num_stages=2)
+            return AttentionTile(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=2)
         if max_seqlen <= 128:
-            return Tile(BLOCK_M=64, BLOCK_N=16, BLOCK_K=head_dim, num_warps=4, num_stages=2)
-        return Tile(BLOCK_M=128, BLOCK_N=16, BLOCK_K=head_dim, num_warps=8, num_stages=2)
+            return AttentionTile(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2)
+        return AttentionTile(BLOCK_M=128, BLOCK_N=16, num_warps=8, num_stages=2)
     if head_dim > 64:
-        return Tile(BLOCK_M=128, BLOCK_N=32, BLOCK_K=head_dim, num_warps=8, num_stages=2)
+        return AttentionTile(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2)
     if max_seqlen <= 128:
-        return Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=head_dim, num_warps=4, num_stages=2)
-    return Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=head_dim, num_warps=8, num_stages=2)
+        return AttentionTile(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
+    return AttentionTile(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
 
 
 def cls_tile(arch: str, dtype: torch.dtype, width: int) -> ClsTile:
@@ -85,13 +94,13 @@ def cls_tile(arch: str, dtype: torch.dtype, width: int) -> ClsTile:
     return ClsTile(BLOCK_H=16, BLOCK_N=block_n, BLOCK_W=block_w, CHUNKS=chunks, num_warps=8, num_stages=2)
 
 
-def linear_tile(arch: str, dtype: torch.dtype, rows: int) -> Tile:
+def linear_tile(arch: str, dtype: torch.dtype, rows: int) -> LinearTile:
     """The tile of `linear_gelu`: BLOCK_M rows, BLOCK_N output features, BLOCK_K input features a step."""
     if dtype == torch.float32:
-        return Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
+        return LinearTile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
     if arch.startswith("gfx"):
-        return Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=2)
+        return LinearTile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=2)
     if rows <= 512:
-        return Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)
+        return LinearTile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)
     stages = 4 if arch in ("sm_90", "sm_100") else 3
-    return Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64 if stages == 4 else 32, num_warps=8, num_stages=stages)
+    return LinearTile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64 if stages == 4 else 32, num_warps=8, num_stages=stages)
