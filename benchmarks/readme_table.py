@@ -51,6 +51,7 @@ def _rows(report: Report) -> Iterator[str]:
     headings = ["model", "workload", "dtype"]
     headings += [*(f"{peer.name}, ms" for peer in _PEERS), "fastcls, ms"]
     headings += [f"fastcls vs {peer.name}" for peer in _PEERS]
+    headings += ["of the machine's product rate", "peak memory, MiB: transformers sdpa", "fastcls"]
     yield _line(headings)
     yield _line(["---"] * 3 + ["---:"] * (len(headings) - 3))
     for case in report.cases:
@@ -61,12 +62,26 @@ def _rows(report: Report) -> Iterator[str]:
                 case.dtype,
                 *(_milliseconds(case, provider.name) for provider in (*_PEERS, ABSORBED)),
                 *(times(case.times_faster(ABSORBED.name, peer.name), case.noise) for peer in _PEERS),
+                _share(case),
+                *(_peak(report, case, provider.name) for provider in (SDPA, ABSORBED)),
             ]
         )
 
 
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _share(case: Case) -> str:
+    share = case.share(ABSORBED.name, case.flops)
+    return NONE if share is None else f"{share:.0%}"
+
+
+def _peak(report: Report, case: Case, provider: str) -> str:
+    for each in report.memory:
+        if (each.model, each.workload, each.provider) == (case.model, case.workload, provider) and each.peak_bytes:
+            return f"{each.peak_bytes / 2**20:.1f}"
+    return NONE
 
 
 def _milliseconds(case: Case, provider: str) -> str:
