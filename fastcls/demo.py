@@ -167,13 +167,24 @@ def _show_agreement(out: Console, theirs: Tensor, ours: Tensor) -> None:
     )
 
 
+def _saved(before: list[float], after: list[float]) -> str:
+    """Milliseconds between two medians, or what they are worth: a difference within the samples' scatter is none."""
+    medians = [statistics.median(samples) for samples in (before, after)]
+    scatter = sum(
+        statistics.median(abs(sample - median) for sample in samples)
+        for samples, median in zip((before, after), medians, strict=True)
+    )
+    difference = medians[0] - medians[1]
+    return "within noise" if abs(difference) <= scatter else f"{difference * 1e3:.0f}"
+
+
 def _show_ladder(out: Console, names: list[str], seconds: list[list[float]]) -> None:
     medians = [statistics.median(samples) for samples in seconds]
     table: Any = Table(title="Time", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     for heading, justify in (("", "left"), ("ms", "right"), ("saved by this step", "right"), ("times faster", "right")):
         table.add_column(heading, justify=justify)
     for index, (name, median) in enumerate(zip(names, medians, strict=True)):
-        saved = "" if index == 0 else f"{(medians[index - 1] - median) * 1e3:.0f}"
+        saved = "" if index == 0 else _saved(seconds[index - 1], seconds[index])
         table.add_row(name.replace("[CLS]", r"\[CLS]"), f"{median * 1e3:.0f}", saved, f"{medians[0] / median:.2f}")
     out.print(table)
     spread = max((max(samples) - min(samples)) / statistics.median(samples) for samples in seconds)
