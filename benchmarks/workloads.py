@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, logging
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from fastcls.loading import quiet_transformers
 
 Batch = dict[str, Tensor]
 
@@ -34,20 +36,6 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No load report: that the classification head is new is on purpose here."""
-    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if progress:
-            logging.enable_progress_bar()
-
-
 def bert_base() -> BertForSequenceClassification:
     """BERT-base with random weights: time does not depend on their values."""
     with _seeded():
@@ -65,7 +53,7 @@ def _minilm_path() -> str:
 def minilm_l6() -> BertForSequenceClassification:
     """all-MiniLM-L6-v2: a trained encoder of 6 layers of 384, under a random head of two labels."""
     path = _minilm_path()
-    with _seeded(), _quiet_transformers():
+    with _seeded(), quiet_transformers():
         model: BertForSequenceClassification = BertForSequenceClassification.from_pretrained(path, num_labels=2)
     return model.eval()
 

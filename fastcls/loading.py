@@ -75,11 +75,11 @@ def load_model(
         OSError: the hub has no such model, or cannot be reached.
     """
     _check_folder(name_or_path, hub_options.get("subfolder"))
-    with _quiet(), _readable_errors(name_or_path):
+    with quiet_transformers(), _readable_errors(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, **hub_options)
     # An unsupported model is refused before its weights are fetched and read.
     family_of_config(config).spec(config)
-    with _quiet(), _readable_errors(name_or_path):
+    with quiet_transformers(), _readable_errors(name_or_path):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name_or_path,
             config=config,
@@ -107,7 +107,7 @@ def load_model(
 def load_tokenizer(name_or_path: str | os.PathLike[str], **hub_options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a checkpoint. Arguments and errors as in `load_model`."""
     _check_folder(name_or_path, hub_options.get("subfolder"))
-    with _quiet(), _readable_errors(name_or_path):
+    with quiet_transformers(), _readable_errors(name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_options)
     # Without its files transformers makes a tokenizer that knows no words, and every text becomes the same.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -146,7 +146,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Transformers' progress bars and load reports off: what matters in them is raised."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

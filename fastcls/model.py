@@ -205,13 +205,15 @@ class FastClassifier(nn.Module):
     def _logits(self, parts: Iterable[PackedTokens]) -> Tensor:
         return unpack_rows([(self.forward_packed(part.to(self.device)), part.order) for part in parts])
 
-    def _checked_parts(self, parts: Iterable[PackedTokens]) -> Iterable[PackedTokens]:
-        for part in parts:
+    def _checked_parts(self, parts: Iterable[PackedTokens]) -> list[PackedTokens]:
+        """All of them, so that the last is checked before the first is computed."""
+        checked = list(parts)
+        for part in checked:
             assert part.token_ids is not None
             _check_ids("token_ids", part.token_ids, self.spec.vocab_size, "vocab_size")
             if part.token_type_ids is not None:
                 _check_ids("token_type_ids", part.token_type_ids, self.spec.token_types, "type_vocab_size")
-            yield part
+        return checked
 
     def _refuse_extras(
         self, output_attentions: bool | None, output_hidden_states: bool | None, kwargs: Mapping[str, Any]

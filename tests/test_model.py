@@ -467,6 +467,14 @@ def test_a_model_in_training_mode_comes_out_in_eval_mode() -> None:
     assert float((logits_of(fast, **batch()) - logits_of(model.eval(), **batch())).abs().max()) <= 1e-5
 
 
+def test_the_last_part_is_checked_before_the_first_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcls.model.CPU_TOKENS_PER_PASS", 2)
+    fast = fastcls.optimize(tiny_bert())
+    monkeypatch.setattr(fast.embeddings, "forward", lambda *_: pytest.fail("computed before it was checked"))
+    with pytest.raises(ValueError, match="token_ids must lie from 0 to 198"):
+        fast.logits_of([[1], [1, 2], [3, 4, 199]])
+
+
 def test_bad_lists_of_ids_are_named() -> None:
     fast = fastcls.optimize(tiny_bert())
     with pytest.raises(ValueError, match="at least one token a text, got none for text 1"):
