@@ -49,7 +49,7 @@ def _version_of(package: str) -> str:
 
 def _cpu_path() -> str:
     if fastcls_kernels.uses_onednn(torch.empty(0)):
-        products = "matrix products by oneDNN, with bias and GELU fused"
+        products = "matrix products by oneDNN where it is the faster one"
     else:
         products = "matrix products by torch's BLAS: this build of torch has no oneDNN, which is often faster"
     return f"plain PyTorch on packed data, {products}"

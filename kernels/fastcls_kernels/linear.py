@@ -100,12 +100,23 @@ def _launch_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> 
     return out
 
 
-def uses_onednn(tensor: Tensor) -> bool:
-    """Whether a CPU product on ``tensor`` goes to oneDNN directly, with its bias and GELU fused.
+# Where MKL overtakes oneDNN on a CPU without AVX-512: between 256 and 512 rows at BERT-base's and MiniLM's widths.
+_AVX2_ONEDNN_ROWS = 256
 
-    PyTorch's own float32 ``linear`` goes to MKL or OpenBLAS, which are slower than oneDNN on many CPUs (a third slower
-    on AMD's), and its GELU is a pass of its own. The operator is the one that torch.compile emits.
+
+def _is_avx2() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def uses_onednn(tensor: Tensor) -> bool:
+    """Whether a CPU product over the rows of ``tensor``, (num_tokens, in_features), goes to oneDNN directly.
+
+    PyTorch's own float32 ``linear`` goes to MKL or OpenBLAS. With AVX-512 oneDNN is faster (by a third on an AMD Zen 4),
+    and its GELU is fused. With AVX2 it is faster for few rows only, and its fused GELU takes longer than a pass of its
+    own (measured on an AMD Zen 3). The operator is the one that torch.compile emits.
     """
+    if _is_avx2() and tensor.shape[0] > _AVX2_ONEDNN_ROWS:
+        return False
     return bool(
         tensor.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
@@ -123,8 +134,14 @@ def _onednn_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, a
     return out
 
 
+def _product(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0:
+        return _onednn_linear(hidden_states, weight, bias, "none")
+    return F.linear(hidden_states, weight, bias)
+
+
 def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``hidden_states @ weight.T + bias`` by the fastest library at hand: cuBLAS on a GPU, oneDNN on a CPU.
+    """``hidden_states @ weight.T + bias`` by the fastest library at hand: cuBLAS on a GPU, oneDNN or MKL on a CPU.
 
     Args:
         hidden_states: (num_tokens, in_features).
@@ -139,9 +156,7 @@ def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         ValueError: a shape or device that does not fit.
     """
     _check_linear(hidden_states, weight, bias)
-    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0:
-        return _onednn_linear(hidden_states, weight, bias, "none")
-    return F.linear(hidden_states, weight, bias)
+    return _product(hidden_states, weight, bias)
 
 
 def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -162,9 +177,9 @@ def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     _check_linear(hidden_states, weight, bias)
     if runs_triton(hidden_states):
         return _launch_linear_gelu(hidden_states, weight, bias)
-    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0:
+    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0 and not _is_avx2():
         return _onednn_linear(hidden_states, weight, bias, "gelu")
-    return F.gelu(F.linear(hidden_states, weight, bias))
+    return F.gelu(_product(hidden_states, weight, bias))
 
 
 def linear_add_layer_norm(
