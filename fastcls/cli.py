@@ -1,4 +1,4 @@
-"""The command line: classify, demo, doctor."""
+"""The command line: classify, demo, bench, doctor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, BinaryIO, NoReturn, ParamSpec
 
 import typer
@@ -67,7 +68,7 @@ def _is_ours(error: BaseException) -> bool:
     """Whether the error was raised by a check of ours, and not by a defect somewhere below."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module: str = frame.f_globals["__name__"]
-    return module.split(".")[0] in ("fastcls", "fastcls_kernels")
+    return module.split(".")[0] in ("fastcls", "fastcls_kernels", "fastcls_benchmarks")
 
 
 @app.command()
@@ -206,6 +207,92 @@ def demo(
     except KeyboardInterrupt:
         _stderr.print("Interrupted.")
         raise typer.Exit(_INTERRUPTED) from None
+
+
+@app.command()
+@_expected_errors
+def bench(
+    suite: Annotated[
+        str, typer.Option(help="quick (under 1 minute), default (5) or release (8).", rich_help_panel="What")
+    ] = "default",
+    model: Annotated[list[str] | None, typer.Option(help="Only this model.", rich_help_panel="What")] = None,
+    lengths: Annotated[list[str] | None, typer.Option(help="Only texts so long.", rich_help_panel="What")] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only batches of so many texts.", rich_help_panel="What")
+    ] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="Only this one, and the baseline.", rich_help_panel="What")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="float32, float16 or bfloat16. CPU: float32; GPU: bfloat16.", rich_help_panel="What"),
+    ] = None,
+    list_choices: Annotated[
+        bool, typer.Option("--list", help="Show what can be chosen, and leave.", rich_help_panel="What")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of results. Default: one by date in ./fastcls-bench.")
+    ] = None,
+    from_file: Annotated[
+        Path | None, typer.Option("--from", help="Measure nothing: show the results.json of an earlier run.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="The results.json of an earlier run: show what moved beyond noise.")
+    ] = None,
+    fail_above: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --compare: status 1 if anything is slower by more percent, beyond noise."),
+    ] = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Time fastcls and its peers side by side on this machine, after checking each one's answers.
+
+    The options under "What" can be given several times; each of --model, --lengths, --batch-size and --dtype
+    replaces the suite's own cases by all combinations of what is given.
+
+    Writes results.json, samples.csv, plots and report.html. Ctrl-C keeps what was measured.
+    """
+    if fail_above is not None and compare is None:
+        raise ValueError("--fail-above needs --compare: the results.json to compare with")
+    command = _bench_command()
+    from fastcls_benchmarks.results import Report
+
+    from .loading import parse_device
+
+    _set_threads(threads)
+    place = parse_device(device)
+    if list_choices:
+        command.show_choices(place, Console())
+        return
+    old = Report.read(compare) if compare else None
+    if from_file is not None:
+        report = Report.read(from_file)
+        folder = None if out is None else command.result_folder(out)
+    else:
+        folder = command.result_folder(out)
+        choice = command.Choice(suite, model or [], lengths or [], batch_size or [], provider or [], dtype or [], place)
+        report = command.measure(choice, folder, _stderr)
+    console = Console()
+    command.show(report, console)
+    if folder is not None:
+        command.write(report, folder)
+        console.print(f"\nWritten to [bold]{escape(str(folder))}[/]: report.html, results.json, samples.csv, plots.")
+    fine = old is None or command.show_comparison(old, report, fail_above, console)
+    if report.partial and from_file is None:
+        raise typer.Exit(_INTERRUPTED)
+    if not fine:
+        raise typer.Exit(1)
+
+
+def _bench_command() -> ModuleType:
+    try:
+        from fastcls_benchmarks import command
+    except ModuleNotFoundError as error:
+        if error.name == "fastcls_benchmarks":
+            _fail("fastcls_benchmarks is not found: in a checkout that is not installed, add benchmarks/ to PYTHONPATH")
+        _fail(f'{error.name} is not installed: pip install "fastcls[bench]"')
+    return command
 
 
 @app.command()

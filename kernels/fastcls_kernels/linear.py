@@ -111,9 +111,9 @@ def _is_avx2() -> bool:
 def uses_onednn(tensor: Tensor) -> bool:
     """Whether a CPU product over the rows of ``tensor``, (num_tokens, in_features), goes to oneDNN directly.
 
-    PyTorch's own float32 ``linear`` goes to MKL or OpenBLAS. With AVX-512 oneDNN is faster (by a third on an AMD Zen 4),
-    and its GELU is fused. With AVX2 it is faster for few rows only, and its fused GELU takes longer than a pass of its
-    own (measured on an AMD Zen 3). The operator is the one that torch.compile emits.
+    PyTorch's own float32 ``linear`` goes to MKL or OpenBLAS. With AVX-512 oneDNN is faster, by a third on an AMD Zen 4,
+    and its GELU is fused. With AVX2, on an AMD Zen 3, it is faster for few rows only, and its fused GELU takes longer
+    than a pass of its own. The operator is the one that torch.compile emits.
     """
     if _is_avx2() and tensor.shape[0] > _AVX2_ONEDNN_ROWS:
         return False

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import BertForSequenceClassification
 
-from .providers import EAGER, SDPA, Forward, Provider
+from .providers import EAGER, SDPA, Forward, Model, Provider, own_copy
 from .workloads import Batch
 
 
@@ -29,9 +27,10 @@ class Reference:
     the same dtype on the same batches: nobody is asked to be more exact than the usual way, or allowed to be cruder.
     """
 
-    def __init__(self, model: BertForSequenceClassification, batches: Sequence[Batch]) -> None:
+    def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
         self.batches = batches
-        exact = SDPA.load(copy.deepcopy(model).float()).forward
+        single = model if model.dtype == torch.float32 else own_copy(model).float()
+        exact = SDPA.load(single).forward
         self.logits = [exact(batch).cpu() for batch in batches]
         self.eager_difference: float | None = None
         if model.dtype != torch.float32:

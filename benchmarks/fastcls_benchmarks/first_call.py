@@ -1,0 +1,125 @@
+"""A provider's first call and its peak memory, in a fresh process, where nobody's leftovers hide them.
+
+`measure` starts this module as a program, which prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Nothing that imports torch stands here: its import is part of what is timed.
+if TYPE_CHECKING:
+    from .results import FirstCall
+    from .suites import FirstCallPlan
+
+_PROC = Path("/proc/self")
+# glibc's own starting value. Set, it no longer grows, and each tensor's memory goes back when the tensor does; left to
+# grow, what is measured is how much freed memory the C library happens to keep, a different amount every time.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+
+
+def measure(plan: FirstCallPlan, device: str, threads: int) -> FirstCall:
+    """Runs the plan with as many threads as told."""
+    from .results import FirstCall
+
+    dtype = str(plan.dtype).removeprefix("torch.")
+    result = FirstCall(plan.model, plan.workload.name, dtype, plan.provider.name)
+    work = {
+        "model": plan.model,
+        "batch_size": plan.workload.batch_size,
+        "lengths": plan.workload.lengths,
+        "dtype": dtype,
+        "provider": plan.provider.name,
+        "device": device,
+        "threads": threads,
+    }
+    command = [sys.executable, "-m", __name__, json.dumps(work)]
+    path = os.pathsep.join(each for each in sys.path if each)
+    environment = os.environ | _MALLOC | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        result.detail = (done.stderr.strip().splitlines() or ["failed"])[-1]
+        return result
+    for name, value in json.loads(done.stdout.splitlines()[-1]).items():
+        setattr(result, name, value)
+    return result
+
+
+def main(work: dict[str, str | int]) -> dict[str, float | int | str | None]:
+    """The seconds of each step and the bytes of one more forward."""
+    start = time.perf_counter()
+    import torch
+    import transformers  # noqa: F401
+
+    from .machine import wait_for
+    from .providers import FASTCLS, ONNXRUNTIME, OPENVINO, PROVIDERS
+    from .workloads import Workload, build_model, padded_tokens
+
+    own = {FASTCLS.name: "fastcls", ONNXRUNTIME.name: "onnxruntime", OPENVINO.name: "openvino"}
+    if work["provider"] in own:
+        importlib.import_module(own[str(work["provider"])])
+    imported = time.perf_counter()
+
+    torch.set_num_threads(int(work["threads"]))
+    device, dtype = torch.device(str(work["device"])), getattr(torch, str(work["dtype"]))
+    batches = Workload(int(work["batch_size"]), str(work["lengths"])).batches(4)
+    provider = PROVIDERS[str(work["provider"])]
+    missing = provider.available(device, dtype)
+    if missing:
+        return {"detail": missing}
+    prepared = time.perf_counter()
+    model = build_model(str(work["model"]), device, dtype)
+    loaded = time.perf_counter()
+    forward = provider.load(model).forward
+    converted = time.perf_counter()
+    forward(batches[0])
+    wait_for(device)
+    answered = time.perf_counter()
+
+    largest = max(batches, key=padded_tokens)
+    result: dict[str, float | int | str | None] = {
+        "import_seconds": imported - start,
+        "load_seconds": loaded - prepared,
+        "convert_seconds": converted - loaded,
+        "first_seconds": answered - converted,
+    }
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        forward(largest)
+        return result | {"peak_bytes": torch.cuda.max_memory_allocated(device) - before}
+    if not (_PROC / "clear_refs").exists():
+        return result | {"detail": "peak memory on the CPU is read from Linux's /proc"}
+    _give_back_freed_memory()
+    # 5 resets the peak ("VmHWM") to what is resident now: man 5 proc.
+    (_PROC / "clear_refs").write_text("5")
+    before = _status("VmRSS")
+    forward(largest)
+    return result | {"peak_bytes": _status("VmHWM") - before}
+
+
+def _give_back_freed_memory() -> None:
+    """Memory that the C library kept after loading would serve the forward and not be counted."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", (_PROC / "status").read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {name}")
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

@@ -1,0 +1,116 @@
+"""The strong baseline: the same packed model in torch alone, as a good engineer would write it without our kernels.
+
+Padding is removed before the first layer and never comes back, except around attention where torch has no attention
+over packed sequences (on a CPU, and in float32). The last layer is computed for every token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification
+
+from .workloads import Batch
+
+
+class Packed(NamedTuple):
+    """A batch without its padding.
+
+    Attributes:
+        token_ids, position_ids, token_type_ids: (total_tokens,).
+        cu_seqlens: (batch_size + 1,) where each text starts and ends, int32.
+        first: (batch_size,) the rows of the [CLS] tokens.
+        rows: (batch_size, length) for each padded place its row, 0 where there is none.
+        places: (total_tokens,) for each row its place among batch_size * length.
+        keep: (batch_size, 1, 1, length) whether a place holds a token.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    token_type_ids: Tensor
+    cu_seqlens: Tensor
+    first: Tensor
+    rows: Tensor
+    places: Tensor
+    keep: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> Packed:
+        keep = batch["attention_mask"].bool()
+        places = keep.flatten().nonzero().flatten()
+        rows = torch.zeros_like(batch["input_ids"])
+        rows[keep] = torch.arange(len(places))
+        cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0)).int()
+        positions = torch.arange(keep.shape[1]).expand_as(keep)
+        parts = (
+            batch["input_ids"][keep],
+            positions[keep],
+            batch["token_type_ids"][keep],
+            cu_seqlens,
+            cu_seqlens[:-1].long(),
+            rows,
+            places,
+            keep[:, None, None, :],
+        )
+        return cls(*(part.to(device, non_blocking=True) for part in parts))
+
+
+class PackedTorchBert(nn.Module):
+    """Logits of a transformers BERT classifier over a `Packed` batch, with the transformers model's own modules."""
+
+    def __init__(self, model: BertForSequenceClassification) -> None:
+        super().__init__()
+        self.model = model
+        # Any: torch types a module's attributes as tensors or modules, without saying which.
+        layers: Any = model.bert.encoder.layer
+        self.layers = layers
+        self.fused = nn.ModuleList([_fused(layer.attention.self) for layer in layers])
+        weight = model.bert.embeddings.word_embeddings.weight
+        self.varlen = weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
+
+    def forward(self, packed: Packed) -> Tensor:
+        embeddings = self.model.bert.embeddings
+        hidden_states = embeddings.LayerNorm(
+            embeddings.word_embeddings(packed.token_ids)
+            + embeddings.token_type_embeddings(packed.token_type_ids)
+            + embeddings.position_embeddings(packed.position_ids)
+        )
+        for layer, fused in zip(cast(Any, self.layers), self.fused, strict=True):
+            output = layer.attention.output
+            attended = self._attend(fused(hidden_states), packed)
+            hidden_states = output.LayerNorm(output.dense(attended) + hidden_states)
+            inner = F.gelu(layer.intermediate.dense(hidden_states))
+            hidden_states = layer.output.LayerNorm(layer.output.dense(inner) + hidden_states)
+        pooled = cast(nn.Module, self.model.bert.pooler)(hidden_states[packed.first][:, None])
+        logits: Tensor = self.model.classifier(pooled)
+        return logits
+
+    def _attend(self, qkv: Tensor, packed: Packed) -> Tensor:
+        """(total_tokens, 3 * width) to (total_tokens, width)."""
+        config = self.model.config
+        heads = config.num_attention_heads
+        # [total_tokens, heads, head_dim] each
+        q, k, v = qkv.unflatten(1, (3, heads, config.hidden_size // heads)).unbind(1)
+        if self.varlen:
+            from torch.nn.attention.varlen import varlen_attn
+
+            longest = packed.rows.shape[1]
+            out = varlen_attn(q, k, v, packed.cu_seqlens, packed.cu_seqlens, longest, longest)
+            return cast(Tensor, out).flatten(1)
+        # [batch_size, heads, length, head_dim]
+        q, k, v = (each[packed.rows].transpose(1, 2) for each in (q, k, v))
+        padded = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.keep)
+        return padded.transpose(1, 2).flatten(0, 1)[packed.places].flatten(1)
+
+
+def _fused(attention: Any) -> nn.Linear:
+    """Query, key and value as one product."""
+    parts = (attention.query, attention.key, attention.value)
+    weight = torch.cat([part.weight for part in parts])
+    fused = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=weight.dtype)
+    fused.weight = nn.Parameter(weight, requires_grad=False)
+    fused.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+    return fused

@@ -1,0 +1,105 @@
+"""What a figure depends on besides the code: chip, threads, versions, commit, date."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastcls
+import fastcls_kernels
+
+PACKAGES = ("torch", "triton", "transformers", "onnxruntime", "openvino", "flash-attn")
+_SOURCES = tuple(Path(each).resolve().parent for each in (fastcls.__file__, fastcls_kernels.__file__, __file__))
+_FOLDER = _SOURCES[0].parent
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints, or None where it fails or does not exist."""
+    try:
+        return subprocess.run(command, cwd=_FOLDER, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
+        if name:
+            return name[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_checkout() -> bool:
+    """Whether git's answers are about the code that runs, and not about whatever folder an installed copy lies in."""
+    top = output_of("git", "rev-parse", "--show-toplevel")
+    return top is not None and Path(top).resolve() == _FOLDER and (_FOLDER / "pyproject.toml").is_file()
+
+
+def _is_dirty() -> bool | None:
+    """Whether the code differs from its commit. What a run itself changes does not count."""
+    changes = output_of("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    return None if changes is None else bool(changes)
+
+
+def source_digest(folders: Iterable[Path] = _SOURCES) -> str:
+    """SHA-256 of the code that runs, which tells its commit where there is no git."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def collect(device: torch.device) -> dict[str, Any]:
+    """Everything that belongs beside a figure."""
+    cores = _cores()
+    on_gpu = device.type == "cuda"
+    in_checkout = _in_checkout()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {
+        "chip": torch.cuda.get_device_name(device) if on_gpu else f"{_cpu_model()} with {capability}, {cores} cores",
+        "device": device.type,
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cpu": _cpu_model(),
+        "cpu_capability": capability,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "fastcls": fastcls.__version__,
+        "versions": {package: _version(package) for package in PACKAGES},
+        "commit": output_of("git", "rev-parse", "HEAD") if in_checkout else None,
+        "dirty": _is_dirty() if in_checkout else None,
+        "source_digest": source_digest(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def slug(chip: str) -> str:
+    """A chip's name as a folder's: letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", chip.lower()).strip("-")

@@ -1,0 +1,245 @@
+"""What a run measured, as plain data: written to JSON and CSV, read back from JSON, and what follows from it."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .stats import noise_of, percentile, round_ratios
+from .work import floor_seconds
+
+FORMAT = 1
+# The baseline is timed twice under two names: what the two differ by is noise.
+AGAIN = " (again)"
+
+Status = Literal["timed", "failed", "unavailable"]
+Kind = Literal["model", "kernel"]
+
+
+@dataclass
+class Row:
+    """One provider in one case.
+
+    Attributes:
+        difference: the largest from the reference, or None where it was not computed.
+        detail: why it failed or cannot run; otherwise what there is to say about how it was prepared.
+        convert_seconds: from the transformers model to a function, where this case was the provider's first.
+        first_seconds: the first batch of this case: it includes compiling, where the provider compiles.
+    """
+
+    provider: str
+    status: Status
+    difference: float | None = None
+    detail: str = ""
+    convert_seconds: float | None = None
+    first_seconds: float | None = None
+
+
+@dataclass
+class Case:
+    """A model, or a single kernel, on one workload in one dtype.
+
+    Attributes:
+        subject: the model's or the kernel's name.
+        workload: `Workload.name`, or the kernel's sizes.
+        baseline: the provider that the others are compared with.
+        batch_size: texts in a batch; 0 for a kernel.
+        real_tokens, padded_tokens: of a batch, on average.
+        flops, num_bytes: the least that a batch needs, on average.
+        seconds: for each provider and the baseline again, for each complete round, for each call.
+    """
+
+    kind: Kind
+    subject: str
+    workload: str
+    dtype: str
+    baseline: str
+    batch_size: int = 0
+    real_tokens: float = 0.0
+    padded_tokens: float = 0.0
+    flops: float = 0.0
+    num_bytes: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+    seconds: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.kind, self.subject, self.workload, self.dtype
+
+    @property
+    def name(self) -> str:
+        return f"{self.subject}, {self.workload}, {self.dtype}"
+
+    @property
+    def is_latency(self) -> bool:
+        """Whether single calls matter, with their 99th percentile, and not their sum."""
+        return self.kind == "model" and self.batch_size == 1
+
+    def row(self, provider: str) -> Row | None:
+        return next((row for row in self.rows if row.provider == provider), None)
+
+    def round_seconds(self, provider: str) -> list[float]:
+        """For each round the mean time of a call; empty where nothing was timed."""
+        return [statistics.fmean(calls) for calls in self.seconds.get(provider, [])]
+
+    def call_seconds(self, provider: str) -> list[float]:
+        """Every call's time."""
+        return list(itertools.chain.from_iterable(self.seconds.get(provider, [])))
+
+    def typical_seconds(self, provider: str) -> float | None:
+        """The median: of all calls for a latency, else of the rounds' means."""
+        seconds = self.call_seconds(provider) if self.is_latency else self.round_seconds(provider)
+        return statistics.median(seconds) if seconds else None
+
+    def p99_seconds(self, provider: str) -> float | None:
+        seconds = self.call_seconds(provider)
+        return percentile(seconds, 99) if seconds else None
+
+    def per_second(self, provider: str, amount: float) -> float | None:
+        """How much of what a batch holds is done in a second."""
+        seconds = self.round_seconds(provider)
+        return amount / statistics.median(seconds) if seconds else None
+
+    def ratios(self, provider: str, baseline: str = "") -> list[float]:
+        """How many times faster than the baseline, round by round."""
+        ours, theirs = self.round_seconds(provider), self.round_seconds(baseline or self.baseline)
+        return round_ratios(theirs, ours) if ours and theirs else []
+
+    def times_faster(self, provider: str, baseline: str = "") -> float | None:
+        """The median of `ratios`."""
+        ratios = self.ratios(provider, baseline)
+        return statistics.median(ratios) if ratios else None
+
+    @property
+    def noise(self) -> float | None:
+        """What the baseline differs from itself by, as a fraction; None where too few rounds were measured."""
+        ratios = self.ratios(self.baseline + AGAIN)
+        return noise_of(ratios) if len(ratios) > 2 else None
+
+
+@dataclass
+class Rate:
+    """What the machine reached: ``per_second`` is in FLOP/s for products, in bytes/s for copies."""
+
+    kind: Literal["product", "copy"]
+    what: str
+    dtype: str
+    per_second: float
+
+
+@dataclass
+class FirstCall:
+    """One provider in a process of its own, from its start to the first batch's logits.
+
+    Attributes:
+        import_seconds: torch, transformers and the provider's library.
+        load_seconds: building the transformers model, which stands for reading a checkpoint.
+        convert_seconds: from there to a function.
+        first_seconds: the first batch.
+        peak_bytes: of one more forward on the largest batch, above what was held before; None where unknown.
+        detail: why something is missing.
+    """
+
+    model: str
+    workload: str
+    dtype: str
+    provider: str
+    import_seconds: float | None = None
+    load_seconds: float | None = None
+    convert_seconds: float | None = None
+    first_seconds: float | None = None
+    peak_bytes: int | None = None
+    detail: str = ""
+
+
+@dataclass
+class Report:
+    """One run. ``partial`` until it ended by itself."""
+
+    suite: str
+    provenance: dict[str, Any]
+    arguments: dict[str, Any]
+    partial: bool = True
+    seconds: float = 0.0
+    rates: list[Rate] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
+    first_calls: list[FirstCall] = field(default_factory=list)
+
+    def best_rate(self, kind: Literal["product", "copy"], dtype: str | None = None) -> float | None:
+        """The best that the machine was seen to do, in a dtype or in any."""
+        found = [rate.per_second for rate in self.rates if rate.kind == kind and dtype in (None, rate.dtype)]
+        return max(found, default=None)
+
+    def floor_seconds(self, case: Case) -> float | None:
+        """The time of one call below which this machine cannot go."""
+        products, copies = self.best_rate("product", case.dtype), self.best_rate("copy")
+        if products is None or copies is None:
+            return None
+        return floor_seconds(case.flops, case.num_bytes, products, copies)
+
+    def share_of_floor(self, case: Case, provider: str) -> float | None:
+        """The floor over the provider's time: 1 is as fast as can be."""
+        floor, seconds = self.floor_seconds(case), case.round_seconds(provider)
+        return floor / statistics.median(seconds) if floor is not None and seconds else None
+
+    def first_call(self, case: Case, provider: str) -> FirstCall | None:
+        wanted = (case.subject, case.workload, case.dtype, provider)
+        for each in self.first_calls:
+            if (each.model, each.workload, each.dtype, each.provider) == wanted:
+                return each
+        return None
+
+    def write(self, path: Path) -> None:
+        """JSON; a run that is stopped while writing leaves the file of before."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=None) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is no results file of this version.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data.pop("format") != FORMAT:
+                raise ValueError("of another version")
+            cases = [Case(**{**case, "rows": [Row(**row) for row in case["rows"]]}) for case in data.pop("cases")]
+            rates = [Rate(**rate) for rate in data.pop("rates")]
+            first_calls = [FirstCall(**each) for each in data.pop("first_calls")]
+            return cls(**data, rates=rates, cases=cases, first_calls=first_calls)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} must be a results.json of fastcls bench, format {FORMAT}: {error}") from error
+
+    def write_csv(self, path: Path) -> None:
+        """One line a call, each with what its figure depends on."""
+        facts = {
+            **{name: self.provenance[name] for name in ("chip", "driver", "cpu", "threads", "commit", "dirty", "date")},
+            **self.provenance["versions"],
+            "suite": self.suite,
+        }
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*_SAMPLE_COLUMNS, *facts])
+            for sample in self._samples():
+                writer.writerow([*sample, *facts.values()])
+
+    def _samples(self) -> Iterator[tuple[object, ...]]:
+        for case in self.cases:
+            for provider, rounds in case.seconds.items():
+                for number, calls in enumerate(rounds):
+                    for call, seconds in enumerate(calls):
+                        yield (*case.key, case.batch_size, provider, number, call, seconds)
+
+
+_SAMPLE_COLUMNS = ("kind", "subject", "workload", "dtype", "batch_size", "provider", "round", "call", "seconds")

@@ -1,0 +1,297 @@
+"""Runs a suite: checks every provider, times those that passed, keeps what is complete as it goes."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+
+from . import first_call, machine, timing
+from .kernels import KERNELS, Inputs, KernelProvider, Prepared
+from .providers import (
+    AUTOTUNED,
+    COMPILED,
+    ONNXRUNTIME,
+    OPENVINO,
+    PACKED_COMPILED,
+    SDPA,
+    Forward,
+    Loaded,
+    Model,
+    Provider,
+)
+from .results import Case, Report, Row
+from .suites import KernelPlan, ModelPlan, Suite
+from .verify import Reference
+from .work import product_shapes, useful_flops, weight_bytes
+from .workloads import Batch, build_model, config_of, padded_tokens, real_tokens
+
+# Different batches, and different sets of a kernel's inputs, that calls take in turn.
+NUM_BATCHES = 8
+NUM_LATENCY_BATCHES = 20
+NUM_INPUT_SETS = 4
+# Batches on which a provider's logits are checked, and texts where a batch is one.
+NUM_CHECKED = 2
+NUM_CHECKED_TEXTS = 5
+# Calls that a captured graph makes of each set of a kernel's inputs.
+GRAPH_REPEATS = 5
+
+
+class Listener(Protocol):
+    """Is told how a run goes on."""
+
+    def doing(self, what: str) -> None:
+        """What is happening now."""
+
+    def done(self, seconds: float) -> None:
+        """A plan that was expected to take so long has ended."""
+
+    def keep(self, report: Report) -> None:
+        """The report holds another complete case."""
+
+
+# About what a provider takes to be prepared on two CPU cores, in seconds for each six layers; the others take less than
+# a second. On a GPU, with more cores beside it, about half.
+_PREPARING = {COMPILED: 25.0, PACKED_COMPILED: 25.0, AUTOTUNED: 60.0, ONNXRUNTIME: 7.0, OPENVINO: 4.0}
+_PREPARING_KERNEL = 5.0
+
+
+def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
+    """About how long each of the plans takes, in the order in which `Listener.done` hears of them."""
+    factor = 0.5 if device.type == "cuda" else 1.0
+    expected = [suite.machine_seconds]
+    prepared: set[tuple[object, ...]] = set()
+    for plan in suite.models:
+        size = config_of(plan.model).num_hidden_layers / 6
+        seconds = plan.seconds + 0.5 * len(plan.providers) * size
+        for provider in plan.providers:
+            # Compilers make a batch of one a case of its own.
+            key = (plan.model, plan.dtype, provider.name, plan.workload.batch_size == 1)
+            if key not in prepared and provider.available(device, plan.dtype) is None:
+                seconds += factor * _PREPARING.get(provider, 0.0) * size
+            prepared.add(key)
+        expected.append(seconds)
+    expected.append(suite.machine_seconds)
+    expected += [factor * _PREPARING_KERNEL + plan.seconds for plan in suite.kernels]
+    return expected + [plan.seconds for plan in suite.first_calls]
+
+
+def run(suite: Suite, report: Report, device: torch.device, listener: Listener) -> None:
+    """Fills ``report``. Whatever ends it, what is in the report is complete."""
+    began = time.perf_counter()
+    expected = iter(planned_seconds(suite, device))
+
+    def finished() -> None:
+        report.seconds = time.perf_counter() - began
+        listener.keep(report)
+        listener.done(next(expected))
+
+    def measure_machine() -> None:
+        listener.doing("the machine's own rates")
+        dtypes = [*(plan.dtype for plan in suite.models), *(plan.dtype for plan in suite.kernels)]
+        for dtype in dict.fromkeys(dtypes):
+            configs = [config_of(plan.model) for plan in suite.models if plan.dtype == dtype]
+            shapes = [shape for config in configs for shape in product_shapes(config)]
+            report.rates += machine.measure(device, dtype, shapes, suite.machine_seconds)
+        finished()
+
+    measure_machine()
+    session: _Session | None = None
+    for plan in suite.models:
+        if session is None or (session.name, session.dtype) != (plan.model, plan.dtype):
+            # The models before are given back first: two large ones may not fit.
+            session = None
+            _free_memory(device)
+            listener.doing(f"building {plan.model}")
+            session = _Session(plan.model, plan.dtype, device)
+        case = session.new_case(plan)
+        session.measure(case, plan, listener.doing)
+        report.cases.append(case)
+        finished()
+    session = None
+    _free_memory(device)
+    # Measured again, because a machine is not as fast at every moment: the best of both counts.
+    measure_machine()
+    for kernel_plan in suite.kernels:
+        report.cases.append(measure_kernel(kernel_plan, device, listener.doing))
+        finished()
+    for first_plan in suite.first_calls:
+        listener.doing(f"{first_plan.model}, {first_plan.workload.name}: first call of {first_plan.provider.name}")
+        report.first_calls.append(first_call.measure(first_plan, str(device), torch.get_num_threads()))
+        finished()
+    report.partial = False
+
+
+def _free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class _Session:
+    """A model with all that was prepared of it, for one workload after the other."""
+
+    def __init__(self, name: str, dtype: torch.dtype, device: torch.device, model: Model | None = None) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.device = device
+        self.model = build_model(name, device, dtype) if model is None else model
+        self.loaded: dict[str, Loaded | Exception] = {}
+
+    def new_case(self, plan: ModelPlan) -> Case:
+        dtype = str(plan.dtype).removeprefix("torch.")
+        return Case("model", plan.model, plan.workload.name, dtype, SDPA.name, plan.workload.batch_size)
+
+    def measure(self, case: Case, plan: ModelPlan, doing: Callable[[str], None]) -> None:
+        latency = plan.workload.batch_size == 1
+        batches = plan.workload.batches(NUM_LATENCY_BATCHES if latency else NUM_BATCHES)
+        self.describe(case, batches)
+        checked = batches[: NUM_CHECKED_TEXTS if latency else NUM_CHECKED]
+        doing(f"{case.name}: the reference")
+        reference = Reference(self.model, checked)
+        timed: dict[str, timing.Function] = {}
+        for provider in plan.providers:
+            doing(f"{case.name}: preparing and checking {provider.name}")
+            row, forward = self._prepare(provider, reference)
+            case.rows.append(row)
+            if forward is not None:
+                timed[provider.name] = _taking_turns(forward, batches)
+        spinning = [provider.name for provider in plan.providers if provider.spins]
+        timing.time_rounds(case, timed, plan.effort, self.device, doing, spinning)
+
+    def describe(self, case: Case, batches: Sequence[Batch]) -> None:
+        """Fills in what the work is."""
+        config = self.model.config
+        case.real_tokens = statistics.fmean(map(real_tokens, batches))
+        case.padded_tokens = statistics.fmean(map(padded_tokens, batches))
+        case.flops = statistics.fmean(useful_flops(config, batch) for batch in batches)
+        case.num_bytes = weight_bytes(config, self.dtype.itemsize)
+
+    def _prepare(self, provider: Provider, reference: Reference) -> tuple[Row, Forward | None]:
+        """The provider's row, and its function if it may be timed."""
+        missing = provider.available(self.device, self.dtype)
+        if missing:
+            return Row(provider.name, "unavailable", detail=missing), None
+        convert_seconds = None
+        if provider.name not in self.loaded:
+            start = time.perf_counter()
+            try:
+                self.loaded[provider.name] = provider.load(self.model)
+            except Exception as error:  # a provider that breaks is a row of the table, not the end of the run
+                self.loaded[provider.name] = error
+            convert_seconds = time.perf_counter() - start
+        loaded = self.loaded[provider.name]
+        if isinstance(loaded, Exception):
+            return Row(provider.name, "failed", detail=_reason(loaded)), None
+        try:
+            start = time.perf_counter()
+            loaded.forward(reference.batches[0])
+            machine.wait_for(self.device)
+            first_seconds = time.perf_counter() - start
+            verdict = reference.check(provider, loaded.forward)
+        except Exception as error:  # likewise
+            return Row(provider.name, "failed", None, _reason(error), convert_seconds), None
+        detail = loaded.detail if verdict.passed else verdict.reason
+        status = "timed" if verdict.passed else "failed"
+        row = Row(provider.name, status, verdict.difference, detail, convert_seconds, first_seconds)  # type: ignore[arg-type]
+        return row, loaded.forward if verdict.passed else None
+
+
+def _reason(error: Exception) -> str:
+    """The first line: a compiler's message may be pages long."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _taking_turns(forward: Forward, batches: Sequence[Batch]) -> timing.Function:
+    return lambda index: forward(batches[index % len(batches)])
+
+
+def measure_case(
+    model: Model, plan: ModelPlan, device: torch.device, doing: Callable[[str], None] = lambda _: None
+) -> Case:
+    """One model plan by itself, on a model that is at hand."""
+    session = _Session(plan.model, model.dtype, device, model)
+    case = session.new_case(plan)
+    session.measure(case, plan, doing)
+    return case
+
+
+def measure_kernel(plan: KernelPlan, device: torch.device, doing: Callable[[str], None] = lambda _: None) -> Case:
+    """A kernel by everybody who can do it. On a GPU calls are replayed from a graph, so that launches do not count."""
+    kernel = KERNELS[plan.kernel]
+    dtype = str(plan.dtype).removeprefix("torch.")
+    case = Case("kernel", kernel.name, plan.workload.name, dtype, kernel.providers[0].name)
+    doing(f"{case.name}: making inputs")
+    with torch.inference_mode():
+        sets = kernel.inputs(plan.workload, device, plan.dtype, NUM_INPUT_SETS)
+        least = [kernel.least(inputs, plan.dtype.itemsize) for inputs in sets]
+        case.flops, case.num_bytes = (statistics.fmean(each) for each in zip(*least, strict=True))
+        case.real_tokens = case.padded_tokens = statistics.fmean(inputs.tokens for inputs in sets)
+        timed: dict[str, timing.Function] = {}
+        calls = 1
+        for provider in kernel.providers:
+            doing(f"{case.name}: preparing and checking {provider.name}")
+            row, prepared = prepare_kernel(provider, kernel.check, sets, device, plan.dtype)
+            case.rows.append(row)
+            if prepared and device.type == "cuda":
+                try:
+                    timed[provider.name] = _captured([each.run for each in prepared])
+                except RuntimeError as error:
+                    row.status, row.detail = "failed", f"cannot be captured in a CUDA graph: {_reason(error)}"
+                calls = GRAPH_REPEATS * len(prepared)
+            elif prepared:
+                timed[provider.name] = _in_turn([each.run for each in prepared])
+    timing.time_rounds(case, timed, plan.effort, device, doing)
+    case.seconds = {
+        name: [[seconds / calls for seconds in each] for each in rounds] for name, rounds in case.seconds.items()
+    }
+    return case
+
+
+def prepare_kernel(
+    provider: KernelProvider,
+    check: Callable[[Inputs, torch.Tensor], float],
+    sets: Sequence[Inputs],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Row, list[Prepared]]:
+    """The provider's row, and its functions, one for each set, if they may be timed."""
+    missing = provider.available(device, dtype)
+    if missing:
+        return Row(provider.name, "unavailable", detail=missing), []
+    start = time.perf_counter()
+    try:
+        prepared = [provider.prepare(inputs) for inputs in sets]
+        out = prepared[0].run()
+        machine.wait_for(device)
+        first_seconds = time.perf_counter() - start
+        result = prepared[0].result
+        difference = None if result is None else check(sets[0], result(out))
+    except Exception as error:  # a provider that breaks is a row of the table, not the end of the run
+        return Row(provider.name, "failed", detail=_reason(error)), []
+    return Row(provider.name, "timed", difference, first_seconds=first_seconds), prepared
+
+
+def _in_turn(functions: Sequence[Callable[[], object]]) -> timing.Function:
+    return lambda index: functions[index % len(functions)]()
+
+
+def _captured(functions: Iterable[Callable[[], object]]) -> timing.Function:
+    """All functions, several times, as one graph."""
+    functions = list(functions)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for function in functions:
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_REPEATS):
+            for function in functions:
+                function()
+    return lambda _: graph.replay()

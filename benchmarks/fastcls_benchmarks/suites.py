@@ -1,0 +1,258 @@
+"""Which cases a suite measures, with whom, and for how long."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .kernels import KERNELS
+from .providers import (
+    AUTOTUNED,
+    COMPILED,
+    EAGER,
+    FASTCLS,
+    FLASH,
+    FULL,
+    ONNXRUNTIME,
+    OPENVINO,
+    PACKED,
+    PACKED_COMPILED,
+    PROVIDERS,
+    SDPA,
+    SELECTED,
+    Provider,
+)
+from .timing import Effort
+from .workloads import Workload
+
+LATENCY_CALLS = 100
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model on a workload by some providers, the baseline among them."""
+
+    model: str
+    workload: Workload
+    dtype: torch.dtype
+    providers: tuple[Provider, ...]
+    seconds: float
+
+    @property
+    def effort(self) -> Effort:
+        if self.workload.batch_size == 1:
+            # 20 calls in each of at least 5 rounds.
+            rounds = LATENCY_CALLS // 20
+            return Effort(self.seconds, min_rounds=rounds, min_calls=20, max_calls=20)
+        return Effort(self.seconds)
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """A kernel on a workload, by everybody who can."""
+
+    kernel: str
+    workload: Workload
+    dtype: torch.dtype
+    seconds: float
+
+    @property
+    def effort(self) -> Effort:
+        return Effort(self.seconds, visit_seconds=0.02, min_calls=2, max_calls=50)
+
+
+@dataclass(frozen=True)
+class FirstCallPlan:
+    """One provider's first call, in a process of its own; ``seconds`` is about what it takes."""
+
+    model: str
+    workload: Workload
+    dtype: torch.dtype
+    provider: Provider
+    seconds: float = 9.0
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is measured, in this order; models that follow each other are loaded once.
+
+    Attributes:
+        machine_seconds: how long the machine's rates are measured, each time.
+    """
+
+    name: str
+    models: tuple[ModelPlan, ...]
+    kernels: tuple[KernelPlan, ...] = ()
+    first_calls: tuple[FirstCallPlan, ...] = ()
+    machine_seconds: float = 2.0
+
+
+_CORE = (SDPA, ONNXRUNTIME, FASTCLS)
+_LADDER = (FULL, SELECTED, FASTCLS)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What people run there: float32 on a CPU, bfloat16 on a GPU."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def suite(name: str, device: torch.device) -> Suite:
+    """One of `SUITES` on a kind of device."""
+    build = _GPU if device.type == "cuda" else _CPU
+    return build[name]()
+
+
+def custom(
+    name: str,
+    device: torch.device,
+    models: Sequence[str],
+    batch_sizes: Sequence[int],
+    lengths: Sequence[str],
+    providers: Sequence[Provider],
+    dtypes: Sequence[torch.dtype],
+) -> Suite:
+    """Every model on every workload: what ``--model``, ``--batch-size`` and ``--lengths`` ask for.
+
+    The suite ``name`` gives its first model and workload where nothing is asked for, and the time for each case.
+    """
+    like = suite(name, device).models[0]
+    chosen = tuple(providers) or like.providers
+    if SDPA not in chosen:
+        chosen = (SDPA, *chosen)
+    grid = itertools.product(
+        models or (like.model,),
+        dtypes or (like.dtype,),
+        batch_sizes or (like.workload.batch_size,),
+        lengths or (like.workload.lengths,),
+    )
+    plans = tuple(
+        ModelPlan(model, Workload(batch_size, length), dtype, chosen, like.seconds)
+        for model, dtype, batch_size, length in grid
+    )
+    return Suite("custom", plans)
+
+
+def _plans(
+    model: str, dtype: torch.dtype, seconds: float, providers: tuple[Provider, ...], *workloads: tuple[int, str]
+) -> tuple[ModelPlan, ...]:
+    return tuple(ModelPlan(model, Workload(*each), dtype, providers, seconds) for each in workloads)
+
+
+def _kernel_plans(dtype: torch.dtype, seconds: float, *workloads: tuple[int, str]) -> tuple[KernelPlan, ...]:
+    return tuple(KernelPlan(kernel, Workload(*each), dtype, seconds) for each in workloads for kernel in KERNELS)
+
+
+_ON_CPU = (EAGER, SDPA, COMPILED, PACKED, PACKED_COMPILED, ONNXRUNTIME, OPENVINO, *_LADDER)
+# Compiling takes longer than all the rest of a small suite on a CPU.
+_ON_CPU_WITHOUT_COMPILING = (EAGER, SDPA, PACKED, ONNXRUNTIME, OPENVINO, *_LADDER)
+
+
+def _cpu_quick() -> Suite:
+    single = torch.float32
+    return Suite(
+        "quick",
+        _plans("minilm-l6", single, 9, (SDPA, ONNXRUNTIME, *_LADDER), (32, "sst2"))
+        + _plans("minilm-l6", single, 5, _CORE, (8, "128"), (1, "sst2")),
+        machine_seconds=1.0,
+    )
+
+
+def _cpu_default() -> Suite:
+    single = torch.float32
+    return Suite(
+        "default",
+        _plans("minilm-l6", single, 25, (COMPILED, *_ON_CPU_WITHOUT_COMPILING), (32, "sst2"))
+        + _plans("minilm-l6", single, 15, (SDPA, PACKED, ONNXRUNTIME, *_LADDER), (8, "128"))
+        + _plans("minilm-l6", single, 9, _CORE, (1, "sst2"), (8, "sst2"), (32, "mnli"))
+        + _plans("minilm-l6", single, 9, _CORE, (8, "16"), (8, "64"), (8, "512"))
+        + _plans("bert-base", single, 40, (SDPA, FASTCLS), (32, "sst2")),
+        _kernel_plans(single, 1.0, (32, "sst2")),
+        tuple(FirstCallPlan("minilm-l6", Workload(32, "sst2"), single, each) for each in (SDPA, FASTCLS)),
+    )
+
+
+def _cpu_release() -> Suite:
+    single = torch.float32
+    return Suite(
+        "release",
+        _plans("minilm-l6", single, 25, _ON_CPU, (32, "sst2"))
+        + _plans("minilm-l6", single, 15, _ON_CPU_WITHOUT_COMPILING, (8, "128"))
+        + _plans("minilm-l6", single, 9, _CORE, (1, "sst2"), (8, "sst2"), (128, "sst2"), (32, "mnli"))
+        + _plans("minilm-l6", single, 8, _CORE, (8, "16"), (8, "64"), (8, "512"), (8, "squad"))
+        + _plans("bert-base", single, 60, _ON_CPU_WITHOUT_COMPILING, (32, "sst2"))
+        + _plans("bert-base", single, 30, _CORE, (8, "128"))
+        + _plans("bert-base", single, 15, _CORE, (1, "sst2"))
+        + _plans("distilbert", single, 15, (SDPA, FASTCLS), (32, "sst2"))
+        + _plans("bert-large", single, 15, (SDPA, FASTCLS), (8, "sst2")),
+        _kernel_plans(single, 1.2, (32, "sst2")),
+        tuple(
+            FirstCallPlan(model, Workload(32, "sst2"), single, each)
+            for model in ("minilm-l6", "bert-base")
+            for each in (SDPA, FASTCLS)
+        ),
+    )
+
+
+_ON_GPU = (EAGER, SDPA, FLASH, COMPILED, AUTOTUNED, PACKED_COMPILED, ONNXRUNTIME, *_LADDER)
+# Tuning takes longer than all the rest of a small suite.
+_GPU_WITHOUT_TUNING = tuple(each for each in _ON_GPU if each is not AUTOTUNED)
+_GPU_CORE = (SDPA, FLASH, COMPILED, PACKED_COMPILED, ONNXRUNTIME, FASTCLS)
+
+
+def _gpu_quick() -> Suite:
+    half = torch.bfloat16
+    return Suite(
+        "quick",
+        _plans("bert-base", half, 4, (SDPA, FLASH, *_LADDER), (32, "sst2"), (32, "128"), (1, "128")),
+    )
+
+
+def _gpu_default() -> Suite:
+    half = torch.bfloat16
+    return Suite(
+        "default",
+        _plans("bert-base", half, 5, _GPU_WITHOUT_TUNING, (32, "128"), (128, "mixed-512"))
+        + _plans("bert-base", half, 4, (SDPA, FLASH, *_LADDER), (1, "128"), (1, "sst2"))
+        + _plans("bert-base", half, 4, _GPU_CORE, (32, "sst2"), (8, "sst2"), (128, "sst2"))
+        + _plans("bert-base", half, 4, _GPU_CORE, (32, "mnli"), (32, "squad"))
+        + _plans("bert-base", half, 4, _GPU_CORE, (32, "16"), (32, "64"), (32, "256"), (32, "512")),
+        _kernel_plans(half, 1.0, (32, "sst2"), (32, "128")),
+        tuple(FirstCallPlan("bert-base", Workload(32, "sst2"), half, each) for each in (SDPA, FASTCLS)),
+    )
+
+
+def _gpu_release() -> Suite:
+    half = torch.bfloat16
+    return Suite(
+        "release",
+        _plans("bert-base", half, 6, _ON_GPU, (32, "128"), (128, "mixed-512"), (128, "512"))
+        + _plans("bert-base", half, 6, (SDPA, FLASH, AUTOTUNED, *_LADDER), (1, "128"))
+        + _plans("bert-base", half, 4, (SDPA, FLASH, FASTCLS), (1, "sst2"))
+        + _plans("bert-base", half, 4, _GPU_CORE, (32, "sst2"), (8, "sst2"), (128, "sst2"))
+        + _plans("bert-base", half, 4, _GPU_CORE, (32, "mnli"), (32, "squad"))
+        + _plans("bert-base", half, 4, _GPU_CORE, (32, "16"), (32, "64"), (32, "256"), (32, "512"))
+        + _plans("bert-base", torch.float16, 4, (SDPA, FLASH, ONNXRUNTIME, FASTCLS), (32, "128"), (128, "mixed-512"))
+        + _plans("bert-large", half, 5, (SDPA, FLASH, PACKED, FASTCLS), (32, "squad"), (32, "128"))
+        + _plans("minilm-l6", half, 4, (SDPA, FLASH, PACKED, FASTCLS), (32, "sst2"), (1, "sst2"))
+        + _plans("distilbert", half, 4, (SDPA, FLASH, FASTCLS), (32, "sst2")),
+        _kernel_plans(half, 1.0, (32, "sst2"), (32, "128"), (128, "mixed-512")),
+        tuple(
+            FirstCallPlan("bert-base", workload, half, each)
+            for workload in (Workload(32, "128"), Workload(128, "mixed-512"))
+            for each in (SDPA, FASTCLS)
+        ),
+    )
+
+
+_CPU = {"quick": _cpu_quick, "default": _cpu_default, "release": _cpu_release}
+_GPU = {"quick": _gpu_quick, "default": _gpu_default, "release": _gpu_release}
+SUITES = tuple(_CPU)
+
+
+def with_providers(chosen: Suite, names: Sequence[str]) -> Suite:
+    """The same cases by the given providers, and by the baseline."""
+    providers = tuple(PROVIDERS[name] for name in dict.fromkeys((SDPA.name, *names)))
+    return replace(chosen, models=tuple(replace(plan, providers=providers) for plan in chosen.models))
