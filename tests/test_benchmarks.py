@@ -480,7 +480,8 @@ class Silent:
     def doing(self, what: str) -> None:
         pass
 
-    def done(self, seconds: float) -> None:
+    def done(self, what: str, seconds: float) -> None:
+        assert what
         self.seconds += seconds
 
     def keep(self, report: Report) -> None:

@@ -19,6 +19,7 @@ from fastcls_kernels import (
     linear_add_layer_norm,
     linear_gelu,
     use_backend,
+    uses_onednn,
 )
 from fastcls_kernels.reference import (
     add_layer_norm_reference,
@@ -165,6 +166,19 @@ def test_products_without_onednn_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = linear_gelu_reference(*(tensor.double() for tensor in inputs))
     assert_as_exact_as(linear_gelu(*inputs), linear_gelu_reference(*inputs), exact)
     assert torch.allclose(linear_gelu(*inputs), with_onednn, atol=float(product_bound(*inputs).max()) * 2)
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("rows", [24, 300])
+def test_products_agree_whichever_library_a_cpu_goes_to(
+    monkeypatch: pytest.MonkeyPatch, capability: str, rows: int
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    inputs = linear_inputs(rows, 32, 24, torch.float32, "cpu")
+    exact = linear_gelu_reference(*(tensor.double() for tensor in inputs))
+    assert bool(((linear_gelu(*inputs).double() - exact).abs() <= 2 * product_bound(*inputs)).all())
+    if capability == "AVX2" and rows > 256:
+        assert not uses_onednn(inputs[0])
 
 
 def norm_with(**change: Any) -> dict[str, Any]:

@@ -87,18 +87,24 @@ def result_folder(out: Path | None) -> Path:
 
 
 class _Shown:
-    """A progress bar in seconds of the plan; every complete case is kept in a file."""
+    """A progress bar in seconds of the plan, or in a log a line for each case; what is complete is kept in a file."""
 
     def __init__(self, progress: Progress, total: float, path: Path) -> None:
         self.progress = progress
         self.task = progress.add_task("starting", total=total)
         self.path = path
+        self.total = total
+        self.passed = 0.0
 
     def doing(self, what: str) -> None:
         self.progress.update(self.task, description=escape(what))
 
-    def done(self, seconds: float) -> None:
+    def done(self, what: str, seconds: float) -> None:
+        self.passed += seconds
         self.progress.update(self.task, advance=seconds)
+        console = self.progress.console
+        if not console.is_terminal:
+            console.print(f"{self.passed / self.total:4.0%} {what}", highlight=False, markup=False)
 
     def keep(self, report: Report) -> None:
         report.write(self.path)

@@ -72,6 +72,11 @@ def _models(report: Report) -> list[Case]:
     return [case for case in report.cases if case.kind == "model" and _timed(case)]
 
 
+def _most_contested(report: Report) -> list[Case]:
+    """Those that most providers took part in first."""
+    return sorted(_models(report), key=lambda case: -len(_timed(case)))
+
+
 def _figure(height: float) -> Figure:
     return Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="white")
 
@@ -151,7 +156,7 @@ def _lines(
 
 def relative_speed(report: Report) -> Plot | None:
     """How many times faster than the baseline everybody is, for the cases that most took part in."""
-    cases = sorted((case for case in _models(report) if len(_timed(case)) > 2), key=lambda case: -len(_timed(case)))
+    cases = [case for case in _most_contested(report) if len(_timed(case)) > 2]
     groups = []
     for case in cases[:4]:
         hidden = set(LADDER[1:-1])
@@ -256,7 +261,7 @@ def throughput_by_length(report: Report) -> Plot | None:
 def share_of_floor(report: Report) -> Plot | None:
     """How near to the machine's limit the baseline and fastcls come."""
     groups = []
-    for case in _models(report):
+    for case in _most_contested(report)[:8]:
         bars = []
         for provider in (SDPA.name, FASTCLS.name):
             share = report.share_of_floor(case, provider)

@@ -47,7 +47,7 @@ class Listener(Protocol):
     def doing(self, what: str) -> None:
         """What is happening now."""
 
-    def done(self, seconds: float) -> None:
+    def done(self, what: str, seconds: float) -> None:
         """A plan that was expected to take so long has ended."""
 
     def keep(self, report: Report) -> None:
@@ -85,10 +85,10 @@ def run(suite: Suite, report: Report, device: torch.device, listener: Listener) 
     began = time.perf_counter()
     expected = iter(planned_seconds(suite, device))
 
-    def finished() -> None:
+    def finished(what: str) -> None:
         report.seconds = time.perf_counter() - began
         listener.keep(report)
-        listener.done(next(expected))
+        listener.done(what, next(expected))
 
     def measure_machine() -> None:
         listener.doing("the machine's own rates")
@@ -97,7 +97,7 @@ def run(suite: Suite, report: Report, device: torch.device, listener: Listener) 
             configs = [config_of(plan.model) for plan in suite.models if plan.dtype == dtype]
             shapes = [shape for config in configs for shape in product_shapes(config)]
             report.rates += machine.measure(device, dtype, shapes, suite.machine_seconds)
-        finished()
+        finished("the machine's own rates")
 
     measure_machine()
     session: _Session | None = None
@@ -111,18 +111,19 @@ def run(suite: Suite, report: Report, device: torch.device, listener: Listener) 
         case = session.new_case(plan)
         session.measure(case, plan, listener.doing)
         report.cases.append(case)
-        finished()
+        finished(case.name)
     session = None
     _free_memory(device)
     # Measured again, because a machine is not as fast at every moment: the best of both counts.
     measure_machine()
     for kernel_plan in suite.kernels:
         report.cases.append(measure_kernel(kernel_plan, device, listener.doing))
-        finished()
+        finished(report.cases[-1].name)
     for first_plan in suite.first_calls:
-        listener.doing(f"{first_plan.model}, {first_plan.workload.name}: first call of {first_plan.provider.name}")
+        what = f"{first_plan.model}, {first_plan.workload.name}: first call of {first_plan.provider.name}"
+        listener.doing(what)
         report.first_calls.append(first_call.measure(first_plan, str(device), torch.get_num_threads()))
-        finished()
+        finished(what)
     report.partial = False
 
 
@@ -189,10 +190,13 @@ class _Session:
             return Row(provider.name, "failed", detail=_reason(loaded)), None
         try:
             start = time.perf_counter()
-            loaded.forward(reference.batches[0])
+            # A copy: a graph's next replay writes over it.
+            first = loaded.forward(reference.batches[0]).clone()
             machine.wait_for(self.device)
             first_seconds = time.perf_counter() - start
-            verdict = reference.check(provider, loaded.forward)
+            verdict = reference.check(
+                provider, lambda batch: first if batch is reference.batches[0] else loaded.forward(batch)
+            )
         except Exception as error:  # likewise
             return Row(provider.name, "failed", None, _reason(error), convert_seconds), None
         detail = loaded.detail if verdict.passed else verdict.reason
@@ -245,6 +249,8 @@ def measure_kernel(plan: KernelPlan, device: torch.device, doing: Callable[[str]
                 calls = GRAPH_REPEATS * len(prepared)
             elif prepared:
                 timed[provider.name] = _in_turn([each.run for each in prepared])
+    if timed and case.baseline not in timed:
+        case.baseline = next(iter(timed))
     timing.time_rounds(case, timed, plan.effort, device, doing)
     case.seconds = {
         name: [[seconds / calls for seconds in each] for each in rounds] for name, rounds in case.seconds.items()

@@ -178,21 +178,17 @@ def _cpu_release() -> Suite:
     single = torch.float32
     return Suite(
         "release",
-        _plans("minilm-l6", single, 25, _ON_CPU, (32, "sst2"))
-        + _plans("minilm-l6", single, 15, _ON_CPU_WITHOUT_COMPILING, (8, "128"))
-        + _plans("minilm-l6", single, 9, _CORE, (1, "sst2"), (8, "sst2"), (128, "sst2"), (32, "mnli"))
-        + _plans("minilm-l6", single, 8, _CORE, (8, "16"), (8, "64"), (8, "512"), (8, "squad"))
-        + _plans("bert-base", single, 60, _ON_CPU_WITHOUT_COMPILING, (32, "sst2"))
-        + _plans("bert-base", single, 30, _CORE, (8, "128"))
+        _plans("minilm-l6", single, 28, _ON_CPU, (32, "sst2"))
+        + _plans("minilm-l6", single, 16, (SDPA, ONNXRUNTIME, *_LADDER), (8, "128"))
+        + _plans("minilm-l6", single, 8, _CORE, (1, "sst2"), (8, "sst2"), (128, "sst2"), (32, "mnli"))
+        + _plans("minilm-l6", single, 6, _CORE, (8, "16"), (8, "64"), (8, "512"), (8, "squad"))
+        + _plans("bert-base", single, 65, (SDPA, PACKED, ONNXRUNTIME, *_LADDER), (32, "sst2"))
+        + _plans("bert-base", single, 35, _CORE, (8, "128"))
         + _plans("bert-base", single, 15, _CORE, (1, "sst2"))
-        + _plans("distilbert", single, 15, (SDPA, FASTCLS), (32, "sst2"))
-        + _plans("bert-large", single, 15, (SDPA, FASTCLS), (8, "sst2")),
-        _kernel_plans(single, 1.2, (32, "sst2")),
-        tuple(
-            FirstCallPlan(model, Workload(32, "sst2"), single, each)
-            for model in ("minilm-l6", "bert-base")
-            for each in (SDPA, FASTCLS)
-        ),
+        + _plans("distilbert", single, 14, (SDPA, FASTCLS), (32, "sst2"))
+        + _plans("bert-large", single, 14, (SDPA, FASTCLS), (8, "sst2")),
+        _kernel_plans(single, 1.0, (32, "sst2")),
+        tuple(FirstCallPlan("bert-base", Workload(32, "sst2"), single, each) for each in (SDPA, FASTCLS)),
     )
 
 
