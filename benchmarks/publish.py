@@ -82,8 +82,9 @@ def _headline(report: Report) -> str:
         ", ".join(versions),
         f"commit {provenance['commit'][:9]}",
         provenance["date"][:10],
-        f"noise {noises[0]:.1%} to {noises[-1]:.1%}",
     ]
+    if noises:
+        facts.append(f"noise {noises[0]:.1%} to {noises[-1]:.1%}")
     return " · ".join(facts)
 
 
@@ -120,10 +121,7 @@ def _rows(report: Report) -> Iterator[str]:
                 *(duration(case.typical_seconds(name)) for name in (SDPA.name, ONNXRUNTIME.name)),
                 peer_cell,
                 duration(case.typical_seconds(FASTCLS.name)),
-                *(
-                    times(case.times_faster(FASTCLS.name, name) if name else None, case.noise)
-                    for name in (SDPA.name, ONNXRUNTIME.name, peer)
-                ),
+                *(times(case, FASTCLS.name, name) if name else NONE for name in (SDPA.name, ONNXRUNTIME.name, peer)),
                 NONE if share is None else f"{share:.0%}",
                 *(_peak(report, case, name) for name in (SDPA.name, FASTCLS.name)),
             ]

@@ -215,13 +215,15 @@ def bench(
     suite: Annotated[
         str, typer.Option(help="quick (under 1 minute), default (5) or release (8).", rich_help_panel="What")
     ] = "default",
-    model: Annotated[list[str] | None, typer.Option(help="Only this model.", rich_help_panel="What")] = None,
-    lengths: Annotated[list[str] | None, typer.Option(help="Only texts so long.", rich_help_panel="What")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="This model instead of the suite's cases.", rich_help_panel="What")
+    ] = None,
+    lengths: Annotated[list[str] | None, typer.Option(help="Texts so long, likewise.", rich_help_panel="What")] = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Only batches of so many texts.", rich_help_panel="What")
+        list[int] | None, typer.Option(min=1, help="Batches of so many texts, likewise.", rich_help_panel="What")
     ] = None,
     provider: Annotated[
-        list[str] | None, typer.Option(help="Only this one, and the baseline.", rich_help_panel="What")
+        list[str] | None, typer.Option(help="By this one and the baseline alone.", rich_help_panel="What")
     ] = None,
     dtype: Annotated[
         list[str] | None,
@@ -255,6 +257,8 @@ def bench(
     """
     if fail_above is not None and compare is None:
         raise ValueError("--fail-above needs --compare: the results.json to compare with")
+    if from_file is not None and (model or lengths or batch_size or provider or dtype):
+        raise ValueError("--from measures nothing: --model, --lengths, --batch-size, --provider and --dtype do not fit")
     command = _bench_command()
     from fastcls_benchmarks.results import Report
 
@@ -271,13 +275,15 @@ def bench(
         folder = None if out is None else command.result_folder(out)
     else:
         folder = command.result_folder(out)
+        if missing := command.pictures_missing():
+            _stderr.print(missing, style="yellow")
         choice = command.Choice(suite, model or [], lengths or [], batch_size or [], provider or [], dtype or [], place)
         report = command.measure(choice, folder, _stderr)
     console = Console()
     command.show(report, console)
     if folder is not None:
-        command.write(report, folder)
-        console.print(f"\nWritten to [bold]{escape(str(folder))}[/]: report.html, results.json, samples.csv, plots.")
+        written = command.write(report, folder)
+        console.print(f"\nWritten to [bold]{escape(str(folder))}[/]: {', '.join(written)}.")
     fine = old is None or command.show_comparison(old, report, fail_above, console)
     if report.partial and from_file is None:
         raise typer.Exit(_INTERRUPTED)
@@ -289,9 +295,9 @@ def _bench_command() -> ModuleType:
     try:
         from fastcls_benchmarks import command
     except ModuleNotFoundError as error:
-        if error.name == "fastcls_benchmarks":
-            _fail("fastcls_benchmarks is not found: in a checkout that is not installed, add benchmarks/ to PYTHONPATH")
-        _fail(f'{error.name} is not installed: pip install "fastcls[bench]"')
+        if error.name != "fastcls_benchmarks":
+            raise
+        _fail("fastcls_benchmarks is not found: in a checkout that is not installed, add benchmarks/ to PYTHONPATH")
     return command
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import io
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -40,7 +39,7 @@ from fastcls_benchmarks.providers import (
     load_onnxruntime,
 )
 from fastcls_benchmarks.results import AGAIN, Case, FirstCall, Rate, Report, Row
-from fastcls_benchmarks.stats import is_noise, median_interval, noise_of, percentile, round_ratios, spread
+from fastcls_benchmarks.stats import median_interval, noise_of, percentile, round_ratios, spread
 from fastcls_benchmarks.suites import SUITES, FirstCallPlan, KernelPlan, ModelPlan, Suite
 from fastcls_benchmarks.tables import render
 from fastcls_benchmarks.timing import Effort, time_rounds
@@ -136,7 +135,7 @@ def give_one_row(model: BertForSequenceClassification) -> Loaded:
     return Loaded(lambda batch: forward(batch)[:1])
 
 
-def break_down(_: BertForSequenceClassification) -> Loaded:
+def break_down(*_: object) -> Loaded:
     raise OSError("no such library\nand a long story")
 
 
@@ -350,9 +349,6 @@ def test_drift_cancels_out_of_ratios() -> None:
 def test_noise_is_what_one_provider_differs_from_itself_by() -> None:
     noise = noise_of([1.0, 1.02, 0.98, 1.02, 0.98, 1.0, 1.0, 1.02, 0.98])
     assert 0.02 < noise < 0.03
-    assert is_noise(1.01, noise)
-    assert not is_noise(1.05, noise)
-    assert not is_noise(0.95, noise)
     # The more rounds, the less; and a constant difference of a provider from itself is noise too.
     assert noise_of([1.0, 1.02, 0.98] * 12) < noise
     assert noise_of([1.04] * 9) == pytest.approx(0.04)
@@ -492,8 +488,11 @@ def new_report(suite: str = "quick") -> Report:
     provenance = {
         "chip": "Made-up Chip, 2 cores",
         "driver": None,
+        "cuda": None,
         "cpu": "Made-up Chip",
+        "cores": 2,
         "threads": 2,
+        "system": "Made-up",
         "python": "3.99",
         "fastcls": "0.0",
         "versions": {"torch": "9.9", "transformers": "8.8", "onnxruntime": None},
@@ -529,6 +528,65 @@ def test_run_measures_all_and_keeps_each_case_as_it_is_complete(
         assert share > 0
     # Loaded once for both workloads.
     assert [case.rows[1].convert_seconds is None for case in report.cases[:2]] == [False, True]
+
+
+def test_interrupted_run_keeps_the_rounds_of_the_case_under_way(
+    model: BertForSequenceClassification, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Impatient(Silent):
+        def doing(self, what: str) -> None:
+            if "round 3" in what:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "build_model", lambda *_: model)
+    monkeypatch.setattr(runner, "config_of", lambda _: model.config)
+    report = new_report()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(Suite("tiny", (plan_of(SDPA, FULL),), machine_seconds=0.0), report, CPU, Impatient())
+    assert report.partial
+    assert [len(rounds) for rounds in report.cases[0].seconds.values()] == [2, 2, 2]
+    assert "Partial" in text_of(*render(report))
+
+
+def test_what_breaks_a_case_is_shown_and_the_rest_is_measured(
+    model: BertForSequenceClassification, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def break_later(model: BertForSequenceClassification) -> Loaded:
+        forward = FULL.load(model).forward
+
+        def breaking(batch: Batch) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls > 4:
+                raise RuntimeError("out of something")
+            return forward(batch)
+
+        return Loaded(breaking)
+
+    case = measured(model, SDPA, dataclasses.replace(FULL, name="broken", load=break_later), FASTCLS)
+    row = case.row("broken")
+    assert row is not None
+    assert (row.status, row.detail) == ("failed", "RuntimeError: out of something")
+    assert case.times_faster(FASTCLS.name) is not None
+
+    monkeypatch.setattr(runner, "build_model", lambda *_: model)
+    monkeypatch.setattr(runner, "config_of", lambda _: model.config)
+    monkeypatch.setattr(runner, "Reference", break_down)
+    report = new_report()
+    runner.run(Suite("tiny", (plan_of(SDPA),), machine_seconds=0.0), report, CPU, Silent())
+    assert not report.partial
+    assert report.cases[0].rows[-1].status == "failed"
+    assert "failed" in text_of(*render(report))
+
+
+def test_given_providers_are_no_longer_the_suite() -> None:
+    found = suites.with_providers(suites.suite("release", CPU), [ONNXRUNTIME.name])
+    assert found.name == "custom"
+    assert found.kernels == ()
+    assert found.first_calls == ()
+    assert {plan.providers for plan in found.models} == {(SDPA, ONNXRUNTIME)}
 
 
 def test_first_call_is_measured_in_a_process_of_its_own() -> None:
@@ -601,7 +659,7 @@ def test_report_survives_its_file(tmp_path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["results.json"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 0}', '{"format": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 0}', '{"format": 1}', '{"format": 1, "provenance": {}}'])
 def test_what_is_no_results_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
     path = tmp_path / "other.json"
     path.write_text(text, encoding="utf-8")
@@ -714,6 +772,26 @@ def test_change_within_noise_is_none_and_beyond_it_is_shown() -> None:
     assert faster.regressions(0) == []
 
 
+def test_broken_provider_and_another_machine_do_not_pass() -> None:
+    new = made_up_report()
+    del new.cases[0].seconds[FASTCLS.name]
+    row = new.cases[0].row(FASTCLS.name)
+    assert row is not None
+    row.status = "failed"
+    broken = comparison.compare(made_up_report(), new)
+    assert broken.reasons_to_fail(5) == [f"bert-base, 32 x sst2, float32, {FASTCLS.name} has failed"]
+    assert "Failed now" in text_of(*comparison.render(broken))
+
+    elsewhere = made_up_report()
+    elsewhere.provenance["chip"] = "Another Chip"
+    assert comparison.compare(made_up_report(), elsewhere).reasons_to_fail(5) == [
+        "the runs are of different machines or numbers of threads"
+    ]
+    nothing = comparison.compare(made_up_report(), new_report())
+    assert nothing.reasons_to_fail(5) == ["the runs have no figures in common"]
+    assert "no figures in common" in text_of(*comparison.render(nothing))
+
+
 def test_what_only_one_run_has_is_named() -> None:
     new = made_up_report()
     del new.cases[0]
@@ -742,6 +820,7 @@ def bench(*arguments: str) -> tuple[int, str]:
         (["--provider", "mine"], "--provider must be one of transformers eager"),
         (["--dtype", "int8"], "--dtype must be one of float32"),
         (["--fail-above", "5"], "--fail-above needs --compare"),
+        (["--from", "old.json", "--model", "bert-base"], "--from measures nothing"),
         (["--compare", "no-such-file.json"], "no-such-file.json: No such file"),
     ],
 )
@@ -823,17 +902,18 @@ def test_interrupted_bench_keeps_what_is_complete(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "out" / "report.html").exists()
 
 
-def test_bench_names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastcls_benchmarks
-
-    # As in a fresh process.
-    for name in ("command", "plots", "html"):
-        monkeypatch.delitem(sys.modules, f"fastcls_benchmarks.{name}", raising=False)
-        monkeypatch.delattr(fastcls_benchmarks, name, raising=False)
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    code, output = bench("--list")
-    assert code == 2
-    assert 'jinja2 is not installed: pip install "fastcls[bench]"' in output
+def test_bench_without_what_draws_keeps_the_figures_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up_report().write(tmp_path / "old.json")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "fastcls_benchmarks.command.importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    code, output = bench("--from", str(tmp_path / "old.json"), "--out", str(tmp_path / "out"))
+    assert code == 0
+    assert {each.name for each in (tmp_path / "out").iterdir()} == {"results.json", "samples.csv"}
+    assert output.endswith("results.json, samples.csv.")
 
 
 # Publishing

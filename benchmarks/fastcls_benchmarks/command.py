@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import comparison, html, plots, provenance, runner, suites, tables
+from . import comparison, provenance, runner, suites, tables
 from .providers import PROVIDERS
 from .results import Report
 from .suites import SUITES, Suite
@@ -116,8 +117,13 @@ def measure(choice: Choice, folder: Path, errors: Console) -> Report:
         "suite": choice.suite.name,
         "device": str(choice.device),
         "seed": SEED,
-        "plans": [f"{plan.model}, {plan.workload.name}" for plan in choice.suite.models],
+        "plans": [
+            f"{plan.model}, {plan.workload.name}: {'; '.join(each.name for each in plan.providers)}"
+            for plan in choice.suite.models
+        ],
     }
+    # Before anything is measured: a folder that cannot be written to is found out now.
+    folder.mkdir(parents=True, exist_ok=True)
     report = Report(choice.suite.name, provenance.collect(choice.device), arguments)
     columns = (
         SpinnerColumn(),
@@ -132,20 +138,35 @@ def measure(choice: Choice, folder: Path, errors: Console) -> Report:
         f"Suite {choice.suite.name}: about {max(total / 60, 1):.0f} min. Results go to {folder}.", highlight=False
     )
     try:
-        with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        with Progress(
+            *columns, console=errors, transient=True, disable=not errors.is_terminal, speed_estimate_period=3600
+        ) as progress:
             runner.run(choice.suite, report, choice.device, _Shown(progress, total, folder / RESULTS_FILE))
     except KeyboardInterrupt:
         errors.print("Interrupted: what was measured so far is kept.", style="bold red")
     return report
 
 
-def write(report: Report, folder: Path) -> None:
-    """JSON, CSV, pictures and the HTML report."""
+def pictures_missing() -> str | None:
+    """Why neither pictures nor a page can be made."""
+    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    return f'plots and report.html are left out: {" and ".join(missing)} not installed (pip install "fastcls[bench]")'
+
+
+def write(report: Report, folder: Path) -> list[str]:
+    """JSON, CSV, and where they can be made pictures and the HTML report; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     report.write(folder / RESULTS_FILE)
     report.write_csv(folder / "samples.csv")
+    if pictures_missing():
+        return [RESULTS_FILE, "samples.csv"]
+    from . import html, plots
+
     plots.save(report, folder)
     (folder / "report.html").write_text(html.page(report), encoding="utf-8")
+    return ["report.html", RESULTS_FILE, "samples.csv", "plots"]
 
 
 def show(report: Report, console: Console) -> None:
@@ -161,16 +182,10 @@ def show_comparison(old: Report, new: Report, fail_above: float | None, console:
     found = comparison.compare(old, new)
     for part in comparison.render(found):
         console.print(part, highlight=False)
-    if fail_above is None:
-        return True
-    regressions = found.regressions(fail_above)
-    for change in regressions:
-        console.print(
-            f"{change.case.name}, {change.provider}: {1 / change.ratio - 1:.0%} slower, more than {fail_above:g} %",
-            style="bold red",
-            highlight=False,
-        )
-    return not regressions
+    reasons = [] if fail_above is None else found.reasons_to_fail(fail_above)
+    for reason in reasons:
+        console.print(escape(reason), style="bold red", highlight=False)
+    return not reasons
 
 
 def show_choices(device: torch.device, console: Console) -> None:

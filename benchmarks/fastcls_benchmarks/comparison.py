@@ -8,7 +8,6 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from .results import Case, Report
-from .stats import Interval, median_interval
 from .tables import duration, plain_table
 
 
@@ -40,18 +39,34 @@ class Comparison:
         changes: of all providers but the baselines, in the order of the new run.
         machine: how many times faster all baselines have become, in the middle: another machine, or another hour.
         only_old, only_new: what one of the runs alone has measured.
+        broken: what was timed before and has failed now.
         differing: what the runs' provenance differs in.
+        same_machine: whether both ran on the same chip with as many threads.
     """
 
     changes: list[Change]
     machine: float | None
     only_old: list[str]
     only_new: list[str]
+    broken: list[str]
     differing: list[str]
+    same_machine: bool
 
     @property
     def moved(self) -> list[Change]:
         return [change for change in self.changes if change.moved]
+
+    def reasons_to_fail(self, percent: float) -> list[str]:
+        """Why the new run does not pass for no slower than the old one by more than so much."""
+        reasons = [f"{name} has failed" for name in self.broken]
+        if not self.same_machine:
+            reasons.append("the runs are of different machines or numbers of threads")
+        if not self.changes:
+            reasons.append("the runs have no figures in common")
+        return reasons + [
+            f"{change.case.name}, {change.provider}: {1 / change.ratio - 1:.0%} slower, more than {percent:g} %"
+            for change in self.regressions(percent)
+        ]
 
     def regressions(self, percent: float) -> list[Change]:
         """What has become slower by more than so much, beyond the noise."""
@@ -77,17 +92,22 @@ def compare(old: Report, new: Report) -> Comparison:
         machine[len(machine) // 2] if machine else None,
         [name for name in old_names if name not in new_names],
         [name for name in new_names if name not in old_names],
+        [name for name in _names(new, "failed") if name in old_names],
         _differing(old, new),
+        all(old.provenance[name] == new.provenance[name] for name in ("chip", "threads")),
     )
 
 
-def _names(report: Report) -> dict[str, None]:
+def _names(report: Report, status: str = "timed") -> dict[str, None]:
     """Every provider that was timed, with its case; a dict, because it keeps the order."""
-    return {f"{case.name}, {row.provider}": None for case in report.cases for row in case.rows if row.status == "timed"}
+    return {f"{case.name}, {row.provider}": None for case in report.cases for row in case.rows if row.status == status}
 
 
 def _differing(old: Report, new: Report) -> list[str]:
-    facts = [(name, old.provenance[name], new.provenance[name]) for name in ("chip", "threads", "commit", "python")]
+    facts = [
+        (name, old.provenance[name], new.provenance[name])
+        for name in ("chip", "threads", "driver", "python", "commit", "dirty")
+    ]
     packages = {*old.provenance["versions"], *new.provenance["versions"]}
     facts += [
         (name, old.provenance["versions"].get(name), new.provenance["versions"].get(name)) for name in sorted(packages)
@@ -96,20 +116,12 @@ def _differing(old: Report, new: Report) -> list[str]:
 
 
 def _change(was: Case, case: Case, provider: str) -> Change | None:
-    ratios = was.ratios(provider), case.ratios(provider)
+    old, new = was.interval(provider), case.interval(provider)
     before, after = was.typical_seconds(provider), case.typical_seconds(provider)
-    if provider == case.baseline or min(map(len, ratios)) < 2 or before is None or after is None:
+    if provider == case.baseline or old is None or new is None or before is None or after is None:
         return None
-    old, new = (_uncertain(each, ratio) for each, ratio in zip((was, case), ratios, strict=True))
     moved = new.low > old.high or new.high < old.low
     return Change(case, provider, old.median, new.median, before, after, new.median / old.median, moved)
-
-
-def _uncertain(case: Case, ratios: list[float]) -> Interval:
-    """The ratio's own interval, and no narrower than the noise of the case."""
-    low, median, high = median_interval(ratios)
-    noise = 1 + (case.noise or 0.0)
-    return Interval(min(low, median / noise), median, max(high, median * noise))
 
 
 def render(comparison: Comparison) -> list[RenderableType]:
@@ -141,9 +153,15 @@ def render(comparison: Comparison) -> list[RenderableType]:
                 style="green" if percent > 0 else "red",
             )
         parts.append(table)
+    elif not count:
+        parts.append("The runs have no figures in common.")
     else:
         parts.append(f"Unchanged: none of {count} figures moved beyond the noise of both runs.")
-    for heading, names in (("Only before", comparison.only_old), ("Only now", comparison.only_new)):
+    for heading, names in (
+        ("Failed now", comparison.broken),
+        ("Only before", comparison.only_old),
+        ("Only now", comparison.only_new),
+    ):
         if names:
             parts.append(f"{heading}: {escape('; '.join(names))}.")
     return parts

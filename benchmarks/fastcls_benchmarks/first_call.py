@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from .suites import FirstCallPlan
 
 _PROC = Path("/proc/self")
-# glibc's own starting value. Set, it no longer grows, and each tensor's memory goes back when the tensor does; left to
-# grow, what is measured is how much freed memory the C library happens to keep, a different amount every time.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+# glibc's M_MMAP_THRESHOLD and its own starting value. Set, it no longer grows, and each tensor's memory goes back when
+# the tensor does; left to grow, what is measured is how much freed memory the C library happens to keep.
+_MMAP_THRESHOLD = (-3, 131072)
 
 
 def measure(plan: FirstCallPlan, device: str, threads: int) -> FirstCall:
@@ -44,12 +44,13 @@ def measure(plan: FirstCallPlan, device: str, threads: int) -> FirstCall:
     }
     command = [sys.executable, "-m", __name__, json.dumps(work)]
     path = os.pathsep.join(each for each in sys.path if each)
-    environment = os.environ | _MALLOC | {"PYTHONPATH": path}
+    environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
         result.detail = (done.stderr.strip().splitlines() or ["failed"])[-1]
         return result
-    for name, value in json.loads(done.stdout.splitlines()[-1]).items():
+    for name, value in json.loads(lines[-1]).items():
         setattr(result, name, value)
     return result
 
@@ -58,16 +59,18 @@ def main(work: dict[str, str | int]) -> dict[str, float | int | str | None]:
     """The seconds of each step and the bytes of one more forward."""
     start = time.perf_counter()
     import torch
-    import transformers  # noqa: F401
+
+    for library in ("fastcls", "onnxruntime", "openvino"):
+        if str(work["provider"]).startswith(library):
+            importlib.import_module(library)
+    # What `import transformers` puts off until a model is asked for.
+    from transformers import BertForSequenceClassification  # noqa: F401
+
+    imported = time.perf_counter()
 
     from .machine import wait_for
-    from .providers import FASTCLS, ONNXRUNTIME, OPENVINO, PROVIDERS
+    from .providers import PROVIDERS
     from .workloads import Workload, build_model, padded_tokens
-
-    own = {FASTCLS.name: "fastcls", ONNXRUNTIME.name: "onnxruntime", OPENVINO.name: "openvino"}
-    if work["provider"] in own:
-        importlib.import_module(own[str(work["provider"])])
-    imported = time.perf_counter()
 
     torch.set_num_threads(int(work["threads"]))
     device, dtype = torch.device(str(work["device"])), getattr(torch, str(work["dtype"]))
@@ -108,10 +111,11 @@ def main(work: dict[str, str | int]) -> dict[str, float | int | str | None]:
 
 
 def _give_back_freed_memory() -> None:
-    """Memory that the C library kept after loading would serve the forward and not be counted."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    """Memory that the C library kept, or keeps from now on, would serve the forward and not be counted."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.mallopt(*_MMAP_THRESHOLD)
+        library.malloc_trim(0)
 
 
 def _status(name: str) -> int:

@@ -23,9 +23,12 @@ class Packed(NamedTuple):
         token_ids, position_ids, token_type_ids: (total_tokens,).
         cu_seqlens: (batch_size + 1,) where each text starts and ends, int32.
         first: (batch_size,) the rows of the [CLS] tokens.
-        rows: (batch_size, length) for each padded place its row, 0 where there is none.
-        places: (total_tokens,) for each row its place among batch_size * length.
-        keep: (batch_size, 1, 1, length) whether a place holds a token.
+        longest: tokens of the longest text.
+        rows: (batch_size, longest) for each padded place its row, 0 where there is none.
+        places: (total_tokens,) for each row its place among batch_size * longest.
+        keep: (batch_size, 1, 1, longest) whether a place holds a token.
+
+    The last three are None where attention needs no padding.
     """
 
     token_ids: Tensor
@@ -33,16 +36,14 @@ class Packed(NamedTuple):
     token_type_ids: Tensor
     cu_seqlens: Tensor
     first: Tensor
-    rows: Tensor
-    places: Tensor
-    keep: Tensor
+    longest: int
+    rows: Tensor | None
+    places: Tensor | None
+    keep: Tensor | None
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> Packed:
+    def of(cls, batch: Batch, device: torch.device, varlen: bool) -> Packed:
         keep = batch["attention_mask"].bool()
-        places = keep.flatten().nonzero().flatten()
-        rows = torch.zeros_like(batch["input_ids"])
-        rows[keep] = torch.arange(len(places))
         cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0)).int()
         positions = torch.arange(keep.shape[1]).expand_as(keep)
         parts = (
@@ -51,11 +52,15 @@ class Packed(NamedTuple):
             batch["token_type_ids"][keep],
             cu_seqlens,
             cu_seqlens[:-1].long(),
-            rows,
-            places,
-            keep[:, None, None, :],
         )
-        return cls(*(part.to(device, non_blocking=True) for part in parts))
+        packed = [part.to(device, non_blocking=True) for part in parts]
+        if varlen:
+            return cls._make([*packed, keep.shape[1], None, None, None])
+        places = keep.flatten().nonzero().flatten()
+        rows = torch.zeros_like(batch["input_ids"])
+        rows[keep] = torch.arange(len(places))
+        padding = [part.to(device, non_blocking=True) for part in (rows, places, keep[:, None, None, :])]
+        return cls._make([*packed, keep.shape[1], *padding])
 
 
 class PackedTorchBert(nn.Module):
@@ -97,10 +102,11 @@ class PackedTorchBert(nn.Module):
         if self.varlen:
             from torch.nn.attention.varlen import varlen_attn
 
-            longest = packed.rows.shape[1]
-            out = varlen_attn(q, k, v, packed.cu_seqlens, packed.cu_seqlens, longest, longest)
+            out = varlen_attn(q, k, v, packed.cu_seqlens, packed.cu_seqlens, packed.longest, packed.longest)
             return cast(Tensor, out).flatten(1)
-        # [batch_size, heads, length, head_dim]
+        assert packed.rows is not None
+        assert packed.places is not None
+        # [batch_size, heads, longest, head_dim]
         q, k, v = (each[packed.rows].transpose(1, 2) for each in (q, k, v))
         padded = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.keep)
         return padded.transpose(1, 2).flatten(0, 1)[packed.places].flatten(1)

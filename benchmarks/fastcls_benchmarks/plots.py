@@ -11,8 +11,7 @@ from matplotlib.ticker import FuncFormatter
 
 from .providers import FASTCLS, FULL, PROVIDERS, SDPA, SELECTED
 from .results import Case, Report
-from .stats import is_noise
-from .tables import duration
+from .tables import duration, times
 from .workloads import LENGTHS
 
 # Okabe and Ito's colours, which most colour-blind people tell apart; ours is the strongest.
@@ -169,7 +168,7 @@ def relative_speed(report: Report) -> Plot | None:
 
 def _relative(case: Case, provider: str) -> tuple[str, float, str]:
     ratio = case.times_faster(provider) or 0.0
-    within = provider != case.baseline and case.noise is not None and is_noise(ratio, case.noise)
+    within = provider != case.baseline and times(case, provider) == "none"
     return provider, ratio, f"{ratio:.2f}{' (noise)' if within else ''}"
 
 

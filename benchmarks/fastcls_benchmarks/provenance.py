@@ -83,7 +83,7 @@ def collect(device: torch.device) -> dict[str, Any]:
     return {
         "chip": torch.cuda.get_device_name(device) if on_gpu else f"{_cpu_model()} with {capability}, {cores} cores",
         "device": device.type,
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "driver": _driver() if on_gpu else None,
         "cuda": torch.version.cuda if on_gpu else None,
         "cpu": _cpu_model(),
         "cpu_capability": capability,
@@ -98,6 +98,12 @@ def collect(device: torch.device) -> dict[str, Any]:
         "source_digest": source_digest(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _driver() -> str | None:
+    """nvidia-smi gives a line for each GPU, all of them alike."""
+    lines = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return lines.splitlines()[0] if lines else None
 
 
 def slug(chip: str) -> str:

@@ -98,9 +98,12 @@ def _transformers_loader(attention: str) -> Callable[[Model], Loaded]:
     return load
 
 
-def _compiled_loader(mode: str) -> Callable[[Model], Loaded]:
+def _compiled_loader(tuned: bool) -> Callable[[Model], Loaded]:
     def load(model: Model) -> Loaded:
-        compiled = torch.compile(_transformers(model, "sdpa"), dynamic=True, mode=mode)
+        mode = "max-autotune" if tuned and model.device.type == "cuda" else None
+        # On a CPU tuned products need weights that are constants.
+        options: dict[str, Any] | None = {"max_autotune": True, "freezing": True} if tuned and mode is None else None
+        compiled = torch.compile(_transformers(model, "sdpa"), dynamic=True, mode=mode, options=options)
         return Loaded(_forward_of(compiled, model.device), "dynamic shapes")
 
     return load
@@ -113,7 +116,7 @@ def _packed_loader(compiled: bool) -> Callable[[Model], Loaded]:
 
         @torch.inference_mode()
         def forward(batch: Batch) -> Tensor:
-            logits: Tensor = forward_packed(Packed.of(batch, model.device))
+            logits: Tensor = forward_packed(Packed.of(batch, model.device, packed.varlen))
             return logits
 
         return Loaded(forward, "attention: torch.nn.attention.varlen" if packed.varlen else "attention: padded sdpa")
@@ -141,8 +144,10 @@ def _flash_missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _onnxruntime_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     missing = _not_installed("onnx", "onnxscript", "onnxruntime")
-    if missing or device.type == "cpu":
+    if missing:
         return missing
+    if device.type == "cpu":
+        return None if dtype == torch.float32 else "measured in float32 on a CPU"
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -163,6 +168,8 @@ def load_onnxruntime(model: Model) -> Loaded:
         _export(model, "eager", path)
         detail = f"fused: {_fuse(model, path)}"
         session = onnxruntime.InferenceSession(str(path), options, providers=[f"{place}ExecutionProvider"])
+    if session.get_providers()[0] != f"{place}ExecutionProvider":
+        raise RuntimeError(f"ONNX Runtime could not load its {place} libraries and would run elsewhere")
     names = [each.name for each in session.get_inputs()]
 
     def forward(batch: Batch) -> Tensor:
@@ -275,12 +282,14 @@ FLASH = Provider(
     _transformers_loader("flash_attention_2"),
     _flash_missing,
 )
-COMPILED = Provider("torch.compile", "transformers sdpa, compiled", 1e-5, _compiled_loader("default"), compiler_missing)
+COMPILED = Provider(
+    "torch.compile", "transformers sdpa, compiled", 1e-5, _compiled_loader(tuned=False), compiler_missing
+)
 AUTOTUNED = Provider(
     "torch.compile autotune",
-    "transformers sdpa, compiled with max-autotune (CUDA graphs on a GPU)",
+    "transformers sdpa, compiled with max-autotune (CUDA graphs on a GPU, frozen weights on a CPU)",
     1e-5,
-    _compiled_loader("max-autotune"),
+    _compiled_loader(tuned=True),
     compiler_missing,
 )
 PACKED = Provider("torch packed", "the packed model in torch alone", 1e-5, _packed_loader(compiled=False))

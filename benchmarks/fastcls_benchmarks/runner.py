@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 
 from . import first_call, machine, timing
-from .kernels import KERNELS, Inputs, KernelProvider, Prepared
+from .kernels import KERNELS, Inputs, Kernel, KernelProvider, Prepared, compiled
 from .providers import (
     AUTOTUNED,
     COMPILED,
@@ -30,15 +32,20 @@ from .verify import Reference
 from .work import product_shapes, useful_flops, weight_bytes
 from .workloads import Batch, build_model, config_of, padded_tokens, real_tokens
 
-# Different batches, and different sets of a kernel's inputs, that calls take in turn.
+# Different batches that calls take in turn; of those that take long as many as are checked.
 NUM_BATCHES = 8
 NUM_LATENCY_BATCHES = 20
-NUM_INPUT_SETS = 4
+LONG_SECONDS = 0.25
 # Batches on which a provider's logits are checked, and texts where a batch is one.
 NUM_CHECKED = 2
 NUM_CHECKED_TEXTS = 5
-# Calls that a captured graph makes of each set of a kernel's inputs.
-GRAPH_REPEATS = 5
+# How often each batch is seen before anything is timed: on a GPU a CUDA graph is warmed up, then recorded.
+WARM_UP_CALLS = {"cpu": 1, "cuda": 3}
+# A kernel's sets of inputs hold more than any cache together, so that each call finds its own in main memory.
+INPUT_BYTES = 256 * 2**20
+MAX_INPUT_SETS = 64
+# Calls of a kernel that a captured graph makes at least, so that replaying it costs little beside them.
+GRAPH_CALLS = 100
 
 
 class Listener(Protocol):
@@ -63,7 +70,9 @@ _PREPARING_KERNEL = 5.0
 def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
     """About how long each of the plans takes, in the order in which `Listener.done` hears of them."""
     factor = 0.5 if device.type == "cuda" else 1.0
-    expected = [suite.machine_seconds]
+    dtypes = {plan.dtype for plan in suite.models} | {plan.dtype for plan in suite.kernels}
+    machine_seconds = suite.machine_seconds * len(dtypes)
+    expected = [machine_seconds]
     prepared: set[tuple[object, ...]] = set()
     for plan in suite.models:
         size = config_of(plan.model).num_hidden_layers / 6
@@ -75,13 +84,22 @@ def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
                 seconds += factor * _PREPARING.get(provider, 0.0) * size
             prepared.add(key)
         expected.append(seconds)
-    expected.append(suite.machine_seconds)
+    expected.append(machine_seconds)
     expected += [factor * _PREPARING_KERNEL + plan.seconds for plan in suite.kernels]
     return expected + [plan.seconds for plan in suite.first_calls]
 
 
 def run(suite: Suite, report: Report, device: torch.device, listener: Listener) -> None:
     """Fills ``report``. Whatever ends it, what is in the report is complete."""
+    if device.type == "cuda":
+        # Streams and graphs are made on the current device.
+        torch.cuda.set_device(device)
+    # A compiler that gives up and runs eager must not be timed under its own name.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        _run(suite, report, device, listener)
+
+
+def _run(suite: Suite, report: Report, device: torch.device, listener: Listener) -> None:
     began = time.perf_counter()
     expected = iter(planned_seconds(suite, device))
 
@@ -109,16 +127,18 @@ def run(suite: Suite, report: Report, device: torch.device, listener: Listener) 
             listener.doing(f"building {plan.model}")
             session = _Session(plan.model, plan.dtype, device)
         case = session.new_case(plan)
-        session.measure(case, plan, listener.doing)
-        report.cases.append(case)
+        with _kept(case, report):
+            session.measure(case, plan, listener.doing)
         finished(case.name)
     session = None
     _free_memory(device)
     # Measured again, because a machine is not as fast at every moment: the best of both counts.
     measure_machine()
     for kernel_plan in suite.kernels:
-        report.cases.append(measure_kernel(kernel_plan, device, listener.doing))
-        finished(report.cases[-1].name)
+        case = new_kernel_case(kernel_plan)
+        with _kept(case, report):
+            measure_kernel(case, kernel_plan, device, listener.doing)
+        finished(case.name)
     for first_plan in suite.first_calls:
         what = f"{first_plan.model}, {first_plan.workload.name}: first call of {first_plan.provider.name}"
         listener.doing(what)
@@ -127,7 +147,22 @@ def run(suite: Suite, report: Report, device: torch.device, listener: Listener) 
     report.partial = False
 
 
+@contextlib.contextmanager
+def _kept(case: Case, report: Report) -> Iterator[None]:
+    """Puts the case into the report whatever ends it; an error is its own and not the end of the run."""
+    try:
+        yield
+    except Exception as error:
+        case.rows.append(Row(case.baseline, "failed", detail=_reason(error)))
+    finally:
+        if case.rows:
+            report.cases.append(case)
+
+
 def _free_memory(device: torch.device) -> None:
+    # Forgets what was compiled, with its graphs and the count of its shapes.
+    torch.compiler.reset()
+    compiled.cache_clear()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -153,16 +188,31 @@ class _Session:
         self.describe(case, batches)
         checked = batches[: NUM_CHECKED_TEXTS if latency else NUM_CHECKED]
         doing(f"{case.name}: the reference")
+        start = time.perf_counter()
         reference = Reference(self.model, checked)
+        if (time.perf_counter() - start) / len(checked) > LONG_SECONDS:
+            batches = checked
         timed: dict[str, timing.Function] = {}
         for provider in plan.providers:
             doing(f"{case.name}: preparing and checking {provider.name}")
             row, forward = self._prepare(provider, reference)
             case.rows.append(row)
-            if forward is not None:
+            if forward is not None and self._warm_up(row, forward, batches):
                 timed[provider.name] = _taking_turns(forward, batches)
         spinning = [provider.name for provider in plan.providers if provider.spins]
         timing.time_rounds(case, timed, plan.effort, self.device, doing, spinning)
+
+    def _warm_up(self, row: Row, forward: Forward, batches: Sequence[Batch]) -> bool:
+        """Runs every batch, because a shape's first run may be slow; whether that went well."""
+        try:
+            for batch in batches:
+                for _ in range(WARM_UP_CALLS[self.device.type]):
+                    forward(batch)
+            machine.wait_for(self.device)
+        except Exception as error:  # a provider that breaks is a row of the table, not the end of the run
+            row.status, row.detail = "failed", _reason(error)
+            return False
+        return True
 
     def describe(self, case: Case, batches: Sequence[Batch]) -> None:
         """Fills in what the work is."""
@@ -224,38 +274,53 @@ def measure_case(
     return case
 
 
-def measure_kernel(plan: KernelPlan, device: torch.device, doing: Callable[[str], None] = lambda _: None) -> Case:
+def new_kernel_case(plan: KernelPlan) -> Case:
+    """A case of which nothing is measured yet."""
+    dtype = str(plan.dtype).removeprefix("torch.")
+    return Case("kernel", plan.kernel, plan.workload.name, dtype, KERNELS[plan.kernel].providers[0].name)
+
+
+def measure_kernel(
+    case: Case, plan: KernelPlan, device: torch.device, doing: Callable[[str], None] = lambda _: None
+) -> None:
     """A kernel by everybody who can do it. On a GPU calls are replayed from a graph, so that launches do not count."""
     kernel = KERNELS[plan.kernel]
-    dtype = str(plan.dtype).removeprefix("torch.")
-    case = Case("kernel", kernel.name, plan.workload.name, dtype, kernel.providers[0].name)
     doing(f"{case.name}: making inputs")
     with torch.inference_mode():
-        sets = kernel.inputs(plan.workload, device, plan.dtype, NUM_INPUT_SETS)
+        sets = _input_sets(kernel, plan, device)
         least = [kernel.least(inputs, plan.dtype.itemsize) for inputs in sets]
         case.flops, case.num_bytes = (statistics.fmean(each) for each in zip(*least, strict=True))
         case.real_tokens = case.padded_tokens = statistics.fmean(inputs.tokens for inputs in sets)
         timed: dict[str, timing.Function] = {}
-        calls = 1
+        repeats = math.ceil(GRAPH_CALLS / len(sets)) if device.type == "cuda" else 0
         for provider in kernel.providers:
             doing(f"{case.name}: preparing and checking {provider.name}")
             row, prepared = prepare_kernel(provider, kernel.check, sets, device, plan.dtype)
             case.rows.append(row)
-            if prepared and device.type == "cuda":
+            functions = [each.run for each in prepared]
+            if functions and repeats:
                 try:
-                    timed[provider.name] = _captured([each.run for each in prepared])
+                    timed[provider.name] = _captured(functions, repeats)
                 except RuntimeError as error:
                     row.status, row.detail = "failed", f"cannot be captured in a CUDA graph: {_reason(error)}"
-                calls = GRAPH_REPEATS * len(prepared)
-            elif prepared:
-                timed[provider.name] = _in_turn([each.run for each in prepared])
+            elif functions:
+                timed[provider.name] = _in_turn(functions)
     if timed and case.baseline not in timed:
         case.baseline = next(iter(timed))
-    timing.time_rounds(case, timed, plan.effort, device, doing)
-    case.seconds = {
-        name: [[seconds / calls for seconds in each] for each in rounds] for name, rounds in case.seconds.items()
-    }
-    return case
+    try:
+        timing.time_rounds(case, timed, plan.effort, device, doing)
+    finally:
+        calls = repeats * len(sets) or 1
+        case.seconds = {
+            name: [[seconds / calls for seconds in each] for each in rounds] for name, rounds in case.seconds.items()
+        }
+
+
+def _input_sets(kernel: Kernel, plan: KernelPlan, device: torch.device) -> list[Inputs]:
+    (first,) = kernel.inputs(plan.workload, device, plan.dtype, 1)
+    size = sum(each.nbytes for each in first.arguments if isinstance(each, torch.Tensor))
+    count = min(max(math.ceil(INPUT_BYTES / size), 2), MAX_INPUT_SETS)
+    return kernel.inputs(plan.workload, device, plan.dtype, count)
 
 
 def prepare_kernel(
@@ -286,9 +351,8 @@ def _in_turn(functions: Sequence[Callable[[], object]]) -> timing.Function:
     return lambda index: functions[index % len(functions)]()
 
 
-def _captured(functions: Iterable[Callable[[], object]]) -> timing.Function:
+def _captured(functions: Sequence[Callable[[], object]], repeats: int) -> timing.Function:
     """All functions, several times, as one graph."""
-    functions = list(functions)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -297,7 +361,7 @@ def _captured(functions: Iterable[Callable[[], object]]) -> timing.Function:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(GRAPH_REPEATS):
+        for _ in range(repeats):
             for function in functions:
                 function()
     return lambda _: graph.replay()

@@ -57,8 +57,3 @@ def noise_of(ratios: Sequence[float]) -> float:
     """How far from 1 the median ratio of one provider to itself may lie: what the method cannot tell apart."""
     low, _, high = median_interval(ratios)
     return max(abs(low - 1), abs(high - 1))
-
-
-def is_noise(ratio: float, noise: float) -> bool:
-    """Whether a ratio of two providers is none that this run can tell from 1."""
-    return abs(ratio - 1) <= noise

@@ -11,16 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from .results import Case, FirstCall, Report, Row
-from .stats import is_noise, spread
+from .stats import spread
 
 NONE = "-"
 
 
-def times(ratio: float | None, noise: float | None) -> str:
-    """A ratio to read: "none" where it is within the noise."""
+def times(case: Case, provider: str, baseline: str = "") -> str:
+    """How many times faster, to read: "none" where that is within the noise."""
+    ratio, interval = case.times_faster(provider, baseline), case.interval(provider, baseline)
     if ratio is None:
         return NONE
-    return "none" if noise is not None and is_noise(ratio, noise) else f"{ratio:.2f} x"
+    return "none" if interval and interval.low <= 1 <= interval.high else f"{ratio:.2f} x"
 
 
 def number(value: float | None) -> str:
@@ -75,7 +76,7 @@ def cells(report: Report, case: Case, row: Row) -> tuple[str, ...]:
     seconds = case.round_seconds(row.provider)
     width = len(headings(case))
     if not seconds:
-        shown = {"timed": "stopped", "failed": "failed", "unavailable": "cannot run"}[row.status]
+        shown = {"timed": "not timed", "failed": "failed", "unavailable": "cannot run"}[row.status]
         return (shown, *[NONE] * (width - 2), off)
     unit = "µs" if case.kind == "kernel" else "ms"
     typical = duration(case.typical_seconds(row.provider), unit)
@@ -84,7 +85,7 @@ def cells(report: Report, case: Case, row: Row) -> tuple[str, ...]:
     else:
         low, _, high = spread(seconds)
         around = f"{duration(low, unit)} to {duration(high, unit)}"
-    faster = "1" if row.provider == case.baseline else times(case.times_faster(row.provider), case.noise)
+    faster = "1" if row.provider == case.baseline else times(case, row.provider)
     # A kernel's row without an error is no answer: the floor is not its own.
     is_answer = case.kind == "model" or row.difference is not None
     share = report.share_of_floor(case, row.provider) if is_answer else None

@@ -206,12 +206,12 @@ LENGTHS: dict[str, Lengths] = {
     ),
     "mnli": Lengths(
         "pairs as in MNLI, mean 39",
-        "a model: log-normal (sigma 0.5), mean 39, from 8 to 128 tokens, the customary limit of GLUE",
+        "a model, not data: log-normal with MNLI's mean; its spread (sigma 0.5) is assumed; 8 to 128 tokens",
         _log_normal(39, 0.5, 8, 128),
     ),
     "squad": Lengths(
         "questions with a passage as in SQuAD, mean 177 of 384",
-        "a model: log-normal (sigma 0.4), mean 177, from 40 to 384 tokens, the customary limit of SQuAD 1.1",
+        "a model, not data: log-normal with SQuAD 1.1's mean; its spread (sigma 0.4) is assumed; 40 to 384 tokens",
         _log_normal(177, 0.4, 40, 384),
     ),
     "mixed-512": Lengths(

@@ -100,12 +100,12 @@ def _launch_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> 
     return out
 
 
-# Where MKL overtakes oneDNN on a CPU without AVX-512: between 256 and 512 rows at BERT-base's and MiniLM's widths.
+# Where MKL overtakes oneDNN on a CPU with AVX2: between 256 and 512 rows at BERT-base's and MiniLM's widths.
 _AVX2_ONEDNN_ROWS = 256
 
 
-def _is_avx2() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+def _has_avx2_and_mkl() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.backends.mkl.is_available()
 
 
 def uses_onednn(tensor: Tensor) -> bool:
@@ -115,7 +115,7 @@ def uses_onednn(tensor: Tensor) -> bool:
     and its GELU is fused. With AVX2, on an AMD Zen 3, it is faster for few rows only, and its fused GELU takes longer
     than a pass of its own. The operator is the one that torch.compile emits.
     """
-    if _is_avx2() and tensor.shape[0] > _AVX2_ONEDNN_ROWS:
+    if _has_avx2_and_mkl() and tensor.shape[0] > _AVX2_ONEDNN_ROWS:
         return False
     return bool(
         tensor.device.type == "cpu"
@@ -177,7 +177,7 @@ def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     _check_linear(hidden_states, weight, bias)
     if runs_triton(hidden_states):
         return _launch_linear_gelu(hidden_states, weight, bias)
-    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0 and not _is_avx2():
+    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0 and not _has_avx2_and_mkl():
         return _onednn_linear(hidden_states, weight, bias, "gelu")
     return F.gelu(_product(hidden_states, weight, bias))
 
