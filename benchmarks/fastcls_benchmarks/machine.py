@@ -42,7 +42,7 @@ def measure(device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
     on_gpu = device.type == "cuda"
-    rows = 16384 if on_gpu else 1024
+    rows = 16384 if on_gpu else 512
     squares = (4096, 8192) if on_gpu else (1024, 2048)
     sizes = [*((rows, *shape) for shape in dict.fromkeys(shapes)), *((size, size, size) for size in squares)]
     megabytes = (256, 1024) if on_gpu else (64, 256)

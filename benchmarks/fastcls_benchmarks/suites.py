@@ -178,15 +178,15 @@ def _cpu_release() -> Suite:
     single = torch.float32
     return Suite(
         "release",
-        _plans("minilm-l6", single, 25, _ON_CPU, (32, "sst2"))
-        + _plans("minilm-l6", single, 14, (SDPA, ONNXRUNTIME, *_LADDER), (8, "128"))
-        + _plans("minilm-l6", single, 7, _CORE, (1, "sst2"), (8, "sst2"), (128, "sst2"), (32, "mnli"))
-        + _plans("minilm-l6", single, 6, _CORE, (8, "16"), (8, "64"), (8, "256"), (8, "squad"), (8, "mixed-512"))
-        + _plans("bert-base", single, 55, (SDPA, PACKED, ONNXRUNTIME, *_LADDER), (32, "sst2"))
-        + _plans("bert-base", single, 35, _CORE, (8, "128"))
+        _plans("minilm-l6", single, 20, _ON_CPU, (32, "sst2"))
+        + _plans("minilm-l6", single, 10, (SDPA, ONNXRUNTIME, *_LADDER), (8, "128"))
+        + _plans("minilm-l6", single, 6, _CORE, (1, "sst2"), (8, "sst2"), (32, "mnli"))
+        + _plans("minilm-l6", single, 5, _CORE, (8, "16"), (8, "64"), (8, "256"), (8, "squad"), (8, "mixed-512"))
+        + _plans("bert-base", single, 38, (SDPA, PACKED, ONNXRUNTIME, *_LADDER), (32, "sst2"))
+        + _plans("bert-base", single, 28, _CORE, (8, "128"))
         + _plans("bert-base", single, 15, _CORE, (1, "sst2"))
-        + _plans("distilbert", single, 12, (SDPA, FASTCLS), (32, "sst2"))
-        + _plans("bert-large", single, 12, (SDPA, FASTCLS), (8, "sst2")),
+        + _plans("distilbert", single, 6, (SDPA, FASTCLS), (8, "sst2"))
+        + _plans("bert-large", single, 10, (SDPA, FASTCLS), (8, "sst2")),
         _kernel_plans(single, 1.0, (32, "sst2")),
         tuple(FirstCallPlan("bert-base", Workload(32, "sst2"), single, each) for each in (SDPA, FASTCLS)),
     )
