@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import BertConfig, BertForSequenceClassification
 
 # Each list is one packing. Zeros are empty sequences; the odd ones straddle every tile size.
@@ -67,22 +69,53 @@ def random(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> 
     return (torch.randn(*shape) * scale).to(dtype).to(device)
 
 
-def assert_as_exact_as(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "result") -> None:
+class _PlainSums(TorchFunctionMode):
+    """Products of matrices add one term after another, each sum rounded to the tensors' dtype."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight, bias = args
+            return x @ weight.T + bias
+        if func not in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
+            return func(*args, **(kwargs or {}))
+        left, right = args
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        total = left.new_zeros(*batch, left.shape[-2], right.shape[-1])
+        for term in range(left.shape[-1]):
+            total = total + left[..., :, term, None] * right[..., term, None, :]
+        return total
+
+
+def eager_runs(reference: Callable[..., Tensor], *arguments: Any) -> list[Tensor]:
+    """What eager PyTorch makes of ``reference``: once by the machine's own products, and in float32 in plain order too.
+
+    How a float32 product errs depends on the order of its sum, which differs from library to library and from one
+    instruction set to the next. In 16-bit dtypes the sums are float32 and their order is lost in the rounding of the
+    result.
+    """
+    runs = [reference(*arguments)]
+    if runs[0].dtype == torch.float32:
+        with _PlainSums():
+            runs.append(reference(*arguments))
+    return runs
+
+
+def assert_as_exact_as(actual: Tensor, eager: Sequence[Tensor], exact: Tensor, what: str = "result") -> None:
     """Checks ``actual`` against float64 truth, allowed 1.1 times eager's error in RMS and twice its worst element.
 
-    Where eager happens to be better than its dtype can store (a sum of one term, say), the rounding of the truth
-    itself to that dtype is the allowance instead.
+    Of several eager runs the worst counts. Where all happen to be better than their dtype can store (a sum of one
+    term, say), the rounding of the truth itself to that dtype is the allowance instead.
     """
-    assert actual.dtype == eager.dtype, f"{what} is {actual.dtype}, not {eager.dtype}"
+    dtype = eager[0].dtype
+    assert actual.dtype == dtype, f"{what} is {actual.dtype}, not {dtype}"
     assert actual.shape == exact.shape, f"{what} has shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
     assert bool(torch.isfinite(actual).all()), f"{what} has {int((~torch.isfinite(actual)).sum())} non-finite numbers"
     if actual.numel() == 0:
         return
     exact = exact.cpu()
-    eager_rms, eager_worst = _errors(eager, exact)
-    stored_rms, stored_worst = _errors(exact.to(actual.dtype), exact)
+    errors = [_errors(run, exact) for run in (*eager, exact.to(dtype))]
     rms, worst = _errors(actual, exact)
-    allowed_rms, allowed_worst = 1.1 * max(eager_rms, stored_rms), 2 * max(eager_worst, stored_worst)
+    allowed_rms, allowed_worst = 1.1 * max(rms for rms, _ in errors), 2 * max(worst for _, worst in errors)
     assert rms <= allowed_rms, f"{what}: RMS error {rms:.3e}, allowed {allowed_rms:.3e}"
     assert worst <= allowed_worst, f"{what}: worst error {worst:.3e}, allowed {allowed_worst:.3e}"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_as_exact_as, product_bound, random
+from support import assert_as_exact_as, eager_runs, product_bound, random
 from torch import Tensor
 
 from fastcls_kernels import (
@@ -40,7 +40,7 @@ def check_norm(rows: int, width: int, dtype: torch.dtype, device: str, with_bias
     x, bias, residual, weight, norm_bias = norm_inputs(rows, width, dtype, device)
     arguments: list[Any] = [x, bias if with_bias else None, residual, weight, norm_bias]
     exact = add_layer_norm_reference(*[a if a is None else a.double() for a in arguments], EPS)
-    assert_as_exact_as(add_layer_norm(*arguments, EPS), add_layer_norm_reference(*arguments, EPS), exact)
+    assert_as_exact_as(add_layer_norm(*arguments, EPS), eager_runs(add_layer_norm_reference, *arguments, EPS), exact)
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
@@ -74,7 +74,7 @@ def check_embedding(tokens: int, width: int, dtype: torch.dtype, device: str, wi
     kinds = types if with_types else None
     actual = embedding_layer_norm(ids, positions, kinds, *floats, EPS)
     exact = embedding_layer_norm_reference(ids, positions, kinds, *[tensor.double() for tensor in floats], EPS)
-    assert_as_exact_as(actual, embedding_layer_norm_reference(ids, positions, kinds, *floats, EPS), exact)
+    assert_as_exact_as(actual, eager_runs(embedding_layer_norm_reference, ids, positions, kinds, *floats, EPS), exact)
 
 
 @pytest.mark.parametrize("with_types", [True, False], ids=["types", "no_types"])
@@ -100,7 +100,7 @@ SHAPES = [(70, 96, 130), (1, 16, 1), (0, 32, 8), (33, 40, 64), (513, 64, 72)]
 def test_linear_gelu_kernel(kernels: str, rows: int, width: int, columns: int, dtype: torch.dtype) -> None:
     inputs = linear_inputs(rows, width, columns, dtype, kernels)
     exact = linear_gelu_reference(*(tensor.double() for tensor in inputs))
-    assert_as_exact_as(linear_gelu(*inputs), linear_gelu_reference(*inputs), exact)
+    assert_as_exact_as(linear_gelu(*inputs), eager_runs(linear_gelu_reference, *inputs), exact)
 
 
 @pytest.mark.parametrize(("rows", "width", "columns"), SHAPES)
@@ -146,14 +146,14 @@ def half_layer(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *norm:
 def test_linear_add_layer_norm_kernel(kernels: str, dtype: torch.dtype) -> None:
     inputs = half_layer_inputs(40, 64, 96, dtype, kernels)
     exact = half_layer(*[tensor.double() for tensor in inputs])
-    assert_as_exact_as(linear_add_layer_norm(*inputs, EPS), half_layer(*inputs), exact)
+    assert_as_exact_as(linear_add_layer_norm(*inputs, EPS), eager_runs(half_layer, *inputs), exact)
 
 
 def test_linear_add_layer_norm_torch_path(torch_path: str, dtype: torch.dtype) -> None:
     inputs = half_layer_inputs(40, 16, 96, dtype, torch_path)
     before = [tensor.clone() for tensor in inputs]
     exact = half_layer(*[tensor.double() for tensor in inputs])
-    assert_as_exact_as(linear_add_layer_norm(*inputs, EPS), half_layer(*inputs), exact)
+    assert_as_exact_as(linear_add_layer_norm(*inputs, EPS), eager_runs(half_layer, *inputs), exact)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True)), "inputs must be left alone"
     with pytest.raises(ValueError, match=r"residual must have shape \(40, 96\), got \(39, 96\)"):
         linear_add_layer_norm(*inputs[:3], inputs[3][:39], *inputs[4:], EPS)
@@ -164,7 +164,7 @@ def test_products_without_onednn_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     with_onednn = linear_gelu(*inputs)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     exact = linear_gelu_reference(*(tensor.double() for tensor in inputs))
-    assert_as_exact_as(linear_gelu(*inputs), linear_gelu_reference(*inputs), exact)
+    assert_as_exact_as(linear_gelu(*inputs), eager_runs(linear_gelu_reference, *inputs), exact)
     assert torch.allclose(linear_gelu(*inputs), with_onednn, atol=float(product_bound(*inputs).max()) * 2)
 
 
