@@ -292,11 +292,13 @@ def empty_case() -> Case:
 
 def test_order_changes_from_round_to_round_and_inputs_take_turns() -> None:
     calls: list[tuple[str, int]] = []
+    turns: list[str] = []
     functions = {name: (lambda index, name=name: calls.append((name, index))) for name in "abc"}
     effort = Effort(0.0, min_rounds=6, min_calls=3, max_calls=3)
-    time_rounds(empty_case(), functions, effort, CPU)
-    last_of_turn = [name for (name, _), after in zip(calls, [*calls[1:], ("", 0)], strict=True) if after[0] != name]
-    assert len({tuple(last_of_turn[start : start + 3]) for start in range(0, len(last_of_turn), 3)}) > 1
+    time_rounds(empty_case(), functions, effort, CPU, progress=lambda text: turns.append(text.split(", ")[-1]))
+    rounds = {tuple(turns[start : start + 4]) for start in range(0, len(turns), 4)}
+    assert len(rounds) > 1
+    assert {frozenset(names) for names in rounds} == {frozenset(["a", "a" + AGAIN, "b", "c"])}
     assert {index for name, index in calls if name == "b"} >= set(range(18))
 
 
@@ -370,8 +372,12 @@ def test_useful_work_of_bert_base() -> None:
 
 def test_padding_is_no_useful_work(batches: list[Batch]) -> None:
     batch = batches[0]
-    wider = {name: torch.nn.functional.pad(each, (0, 40)) for name, each in batch.items()}
-    assert useful_flops(BertConfig(), wider) == useful_flops(BertConfig(), batch)
+    alone = [
+        {name: each[row : row + 1, : int(length)] for name, each in batch.items()}
+        for row, length in enumerate(batch["attention_mask"].sum(1))
+    ]
+    assert len({each["input_ids"].shape for each in alone}) > 1, "no text of the batch is padded"
+    assert useful_flops(BertConfig(), batch) == sum(useful_flops(BertConfig(), each) for each in alone)
 
 
 def test_floor_is_the_longer_of_computing_and_moving() -> None:
