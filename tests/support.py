@@ -70,7 +70,10 @@ def random(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> 
 
 
 class _SumsInOrder(TorchFunctionMode):
-    """Products of matrices add one term after another in some order, each sum rounded to the tensors' dtype."""
+    """Products of matrices add one term after another in some order, each sum rounded to the tensors' dtype.
+
+    Norms take their columns in that order.
+    """
 
     def __init__(self, order: Callable[[int], Iterable[int]]) -> None:
         super().__init__()
@@ -80,6 +83,11 @@ class _SumsInOrder(TorchFunctionMode):
         if func is F.linear:
             x, weight, bias = args
             return x @ weight.T + bias
+        if func is F.layer_norm:
+            x, shape = args
+            columns = torch.tensor(list(self.order(x.shape[-1])), device=x.device)
+            weight, bias = kwargs["weight"][columns], kwargs["bias"][columns]
+            return F.layer_norm(x[..., columns], shape, weight, bias, kwargs["eps"])[..., columns.argsort()]
         if func not in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
             return func(*args, **(kwargs or {}))
         left, right = args

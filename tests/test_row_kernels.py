@@ -44,7 +44,7 @@ def check_norm(rows: int, width: int, dtype: torch.dtype, device: str, with_bias
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize(("rows", "width"), [(37, 768), (5, 48), (1, 1), (0, 64), (3, 1500)])
+@pytest.mark.parametrize(("rows", "width"), [(37, 768), (150, 48), (1, 1), (0, 64), (24, 1500)])
 def test_norm_kernel(kernels: str, rows: int, width: int, dtype: torch.dtype, with_bias: bool) -> None:
     check_norm(rows, width, dtype, kernels, with_bias)
 
@@ -78,7 +78,7 @@ def check_embedding(tokens: int, width: int, dtype: torch.dtype, device: str, wi
 
 
 @pytest.mark.parametrize("with_types", [True, False], ids=["types", "no_types"])
-@pytest.mark.parametrize(("tokens", "width"), [(37, 768), (5, 48), (0, 64)])
+@pytest.mark.parametrize(("tokens", "width"), [(37, 768), (150, 48), (0, 64)])
 def test_embedding_kernel(kernels: str, tokens: int, width: int, dtype: torch.dtype, with_types: bool) -> None:
     check_embedding(tokens, width, dtype, kernels, with_types)
 
@@ -93,7 +93,7 @@ def linear_inputs(rows: int, width: int, columns: int, dtype: torch.dtype, devic
     return random(rows, width, dtype=dtype, device=device), weight, random(columns, dtype=dtype, device=device)
 
 
-SHAPES = [(70, 96, 130), (1, 16, 1), (0, 32, 8), (33, 40, 64), (513, 64, 72)]
+SHAPES = [(70, 96, 130), (70, 16, 1), (1, 40, 70), (0, 32, 8), (33, 40, 64), (513, 64, 72)]
 
 
 @pytest.mark.parametrize(("rows", "width", "columns"), SHAPES)
