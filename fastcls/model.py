@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fastcls_kernels import explain_backend
+
 from .encoder import Embeddings, EncoderLayer, LastLayer, check_last_layer
 from .families import family_of
+from .graphs import Graphs, being_captured, bucket_of, max_graph_tokens
 from .heads import ClassificationHead
-from .packing import PackedTokens, pack_lists, pack_padded, unpack_rows
+from .packing import PackedTokens, PackShape, Source, fill_rows, flat_integers, pack, source_of_padded, unpack_rows
 from .spec import EncoderSpec, WeightMap
 
 # On a CPU a pass over about this many tokens keeps its activations in cache; larger batches run in several passes.
@@ -33,6 +36,9 @@ class FastClassifier(nn.Module):
         last_layer: how the last layer is computed: "absorbed" (no keys, no values, [CLS] alone), "selected" (keys and
             values for all tokens, the rest for [CLS] alone) or "full" (every row). The logits are the same up to
             rounding. May be set at any time.
+        cuda_graphs: whether small passes are replayed as CUDA graphs, on a GPU with the Triton kernels. A graph is made
+            at the second use of a shape and reads the weights where they were then: whoever puts others in their place
+            by hand (``parameter.data = ...``) calls `clear_graphs`. May be set at any time.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class FastClassifier(nn.Module):
         weight_map: WeightMap,
         weights: Mapping[str, nn.Parameter],
         last_layer: LastLayer = "absorbed",
+        cuda_graphs: bool = True,
     ) -> None:
         super().__init__()
         self.model_class = model_class
@@ -50,6 +57,7 @@ class FastClassifier(nn.Module):
         self.spec = spec
         self.weight_map = weight_map
         self.last_layer = last_layer
+        self.cuda_graphs = cuda_graphs
         self.embeddings = Embeddings(spec, _under("embeddings.", weights))
         self.layers = nn.ModuleList(
             EncoderLayer(spec, _under(f"layers.{layer}.", weights)) for layer in range(spec.num_layers)
@@ -57,7 +65,26 @@ class FastClassifier(nn.Module):
         self.head = ClassificationHead(_under("head.", weights))
         self.register_state_dict_post_hook(_to_checkpoint_names)
         self.register_load_state_dict_pre_hook(_from_checkpoint_names)
+        self.register_load_state_dict_post_hook(_forget_graphs)
+        self._graphs = Graphs(self._compute, spec.max_positions)
         self.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes graphs of its own, over its own weights.
+        return {name: value for name, value in self.__dict__.items() if name != "_graphs"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._graphs = Graphs(self._compute, self.spec.max_positions)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastClassifier:
+        # Every way of moving or converting the weights comes through here.
+        self._graphs.clear()
+        return super()._apply(fn, recurse)
+
+    def clear_graphs(self) -> None:
+        """Forgets the CUDA graphs that were made, and their memory."""
+        self._graphs.clear()
 
     @property
     def last_layer(self) -> LastLayer:
@@ -112,7 +139,8 @@ class FastClassifier(nn.Module):
             labels: (batch,) or (batch, num_labels); adds the loss that the config's problem type asks for.
             return_dict: False gives a tuple; None asks the config.
 
-        Integer inputs may lie on the CPU or on the model's device: they are packed on the CPU.
+        Integer inputs may lie on the CPU or on the model's device. From the CPU nothing waits for a GPU; where one of
+        them lies on the GPU, it is waited for once, to read and check them.
 
         Returns:
             SequenceClassifierOutput with ``logits`` (batch, num_labels), without gradient.
@@ -125,16 +153,12 @@ class FastClassifier(nn.Module):
         if self.training:
             raise RuntimeError("fastcls runs inference only: call .eval() first, or train the transformers model")
         self._refuse_extras(output_attentions, output_hidden_states, kwargs)
-        ids, mask, types, positions = self._checked_inputs(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        )
-        if labels is not None and (labels.ndim == 0 or labels.shape[0] != mask.shape[0]):
-            raise ValueError(
-                f"labels must have one row for each of the {mask.shape[0]} texts, got {tuple(labels.shape)}"
-            )
+        shape = self._batch_shape(input_ids, inputs_embeds)
+        if labels is not None and (labels.ndim == 0 or labels.shape[0] != shape[0]):
+            raise ValueError(f"labels must have one row for each of the {shape[0]} texts, got {tuple(labels.shape)}")
+        source = self._checked_source(shape, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         with self._inference():
-            parts = pack_padded(mask, ids, types, positions, inputs_embeds, self._tokens_per_pass)
-            logits = self._logits(parts) if mask.shape[0] else self._no_logits()
+            logits = self._no_logits() if source is None else self._logits(self._pack(source))
         output = SequenceClassifierOutput(
             loss=None if labels is None else _loss(labels, logits, self.config), logits=logits
         )
@@ -156,26 +180,34 @@ class FastClassifier(nn.Module):
         Raises:
             ValueError: an empty or too long sequence, an id outside its table, or shapes that differ.
         """
-        lengths = [len(ids) for ids in token_ids]
-        if not lengths:
+        source = self._source_of_lists(token_ids, token_type_ids)
+        if source is None:
             return self._no_logits()
-        if min(lengths) == 0:
-            raise ValueError(f"token_ids must hold at least one token a text, got none for text {lengths.index(0)}")
-        self._check_positions(max(lengths))
-        if token_type_ids is not None and [len(types) for types in token_type_ids] != lengths:
-            raise ValueError("token_type_ids must have the lengths of token_ids")
         with self._inference():
-            return self._logits(self._checked_parts(pack_lists(token_ids, token_type_ids, self._tokens_per_pass)))
+            return self._logits(self._pack(source))
+
+    def pack(
+        self, token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None
+    ) -> list[PackedTokens]:
+        """Packs sequences of token ids on the model's device, for `forward_packed`.
+
+        Args and errors are those of `logits_of`. Of many texts several parts are made.
+        """
+        source = self._source_of_lists(token_ids, token_type_ids)
+        return [] if source is None else [part.to(self.device) for part in self._pack(source)]
 
     def forward_packed(self, packed: PackedTokens) -> Tensor:
-        """Packed tokens on the model's device to logits (num_sequences, num_labels), in packed order."""
-        hidden_states = self.embeddings(packed)
-        *layers, last = self.layers
-        for layer in layers:
-            hidden_states = layer(hidden_states, packed.layout)
-        cls_states: Tensor = last.cls_rows(hidden_states, packed.layout, self.last_layer)  # type: ignore[operator]
-        logits: Tensor = self.head(cls_states)
-        return logits
+        """Packed tokens to logits (num_texts, num_labels) in packed order, without waiting for a GPU.
+
+        Args:
+            packed: what `pack` gives, or its like in pinned memory of the CPU.
+        """
+        with self._inference():
+            if self._replays(packed):
+                logits = self._graphs(packed, self.last_layer, self.device)
+            else:
+                logits = self._compute(packed.to(self.device), self.last_layer)
+        return logits[: packed.num_texts]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes a transformers checkpoint, which ``from_pretrained`` of the original class reads back.
@@ -189,10 +221,6 @@ class FastClassifier(nn.Module):
         model.load_state_dict(self.state_dict(), assign=True)
         model.save_pretrained(save_directory, **kwargs)
 
-    @property
-    def _tokens_per_pass(self) -> int:
-        return CPU_TOKENS_PER_PASS if self.device.type == "cpu" else GPU_TOKENS_PER_PASS
-
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
         """No gradients, and the model's own dtype: autocast would change it between one operation and the next."""
@@ -202,18 +230,66 @@ class FastClassifier(nn.Module):
     def _no_logits(self) -> Tensor:
         return self.head.classifier_weight.new_empty(0, self.num_labels)
 
-    def _logits(self, parts: Iterable[PackedTokens]) -> Tensor:
-        return unpack_rows([(self.forward_packed(part.to(self.device)), part.order) for part in parts])
+    def _pack(self, source: Source) -> Iterator[PackedTokens]:
+        on_cpu = self.device.type == "cpu"
+        runs_triton = explain_backend(self.device)[0] == "triton"
+        return pack(
+            source,
+            CPU_TOKENS_PER_PASS if on_cpu else GPU_TOKENS_PER_PASS,
+            self._fill_up if runs_triton else fill_rows,
+            sort=not runs_triton,
+            pin=self.device.type == "cuda",
+        )
 
-    def _checked_parts(self, parts: Iterable[PackedTokens]) -> list[PackedTokens]:
-        """All of them, so that the last is checked before the first is computed."""
-        checked = list(parts)
-        for part in checked:
-            assert part.token_ids is not None
-            _check_ids("token_ids", part.token_ids, self.spec.vocab_size, "vocab_size")
-            if part.token_type_ids is not None:
-                _check_ids("token_type_ids", part.token_type_ids, self.spec.token_types, "type_vocab_size")
-        return checked
+    def _logits(self, parts: Iterable[PackedTokens]) -> Tensor:
+        return unpack_rows([(self.forward_packed(part), part) for part in parts])
+
+    def _fill_up(self, tokens: int, sequences: int) -> PackShape:
+        bucket = bucket_of(tokens, sequences)
+        return bucket if self._may_replay(bucket) else fill_rows(tokens, sequences)
+
+    def _may_replay(self, shape: PackShape) -> bool:
+        return self.cuda_graphs and self.device.type == "cuda" and shape.tokens <= max_graph_tokens(self.spec)
+
+    def _replays(self, packed: PackedTokens) -> bool:
+        return (
+            self._may_replay(packed.shape)
+            and packed.inputs_embeds is None
+            and packed.shape == bucket_of(*packed.shape)
+            and explain_backend(self.device)[0] == "triton"
+            # A replay would pass hooks by.
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+            and not being_captured()
+        )
+
+    def _compute(self, packed: PackedTokens, last_layer: LastLayer) -> Tensor:
+        """Packed tokens on the model's device to logits (num_sequences, num_labels)."""
+        hidden_states = self.embeddings(packed)
+        *layers, last = self.layers
+        for layer in layers:
+            hidden_states = layer(hidden_states, packed.layout)
+        cls_states: Tensor = last.cls_rows(hidden_states, packed.layout, last_layer)  # type: ignore[operator]
+        logits: Tensor = self.head(cls_states)
+        return logits
+
+    def _source_of_lists(
+        self, token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None
+    ) -> Source | None:
+        """All of it is checked before any of it is computed."""
+        lengths = [len(ids) for ids in token_ids]
+        if not lengths:
+            return None
+        if min(lengths) == 0:
+            raise ValueError(f"token_ids must hold at least one token a text, got none for text {lengths.index(0)}")
+        self._check_positions(max(lengths))
+        if token_type_ids is not None and [len(types) for types in token_type_ids] != lengths:
+            raise ValueError("token_type_ids must have the lengths of token_ids")
+        ids = flat_integers("token_ids", token_ids)
+        _check_range("token_ids", _range_of(ids), self.spec.vocab_size, "vocab_size")
+        types = None if token_type_ids is None else flat_integers("token_type_ids", token_type_ids)
+        if types is not None:
+            _check_range("token_type_ids", _range_of(types), self.spec.token_types, "type_vocab_size")
+        return Source(torch.tensor(lengths), None, ids, types, None, None)
 
     def _refuse_extras(
         self, output_attentions: bool | None, output_hidden_states: bool | None, kwargs: Mapping[str, Any]
@@ -231,30 +307,21 @@ class FastClassifier(nn.Module):
         if unknown:
             raise TypeError(f"forward() takes no argument {', '.join(unknown)}")
 
-    def _checked_inputs(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
-        """Checks everything before anything is computed; the integer inputs come back as int64 on the CPU."""
-        spec = self.spec
+    def _batch_shape(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> torch.Size:
+        """(batch, seqlen)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        ids = None
         if input_ids is not None:
-            ids = self._integers("input_ids", input_ids)
-            if ids.ndim != 2:
-                raise ValueError(f"input_ids must have shape (batch, seqlen), got {tuple(ids.shape)}")
-            shape = ids.shape
+            self._check_integers("input_ids", input_ids)
+            if input_ids.ndim != 2:
+                raise ValueError(f"input_ids must have shape (batch, seqlen), got {tuple(input_ids.shape)}")
+            shape = input_ids.shape
         else:
             assert inputs_embeds is not None
-            if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != spec.hidden_size:
+            size = self.spec.hidden_size
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != size:
                 raise ValueError(
-                    f"inputs_embeds must have shape (batch, seqlen, {spec.hidden_size}), "
-                    f"got {tuple(inputs_embeds.shape)}"
+                    f"inputs_embeds must have shape (batch, seqlen, {size}), got {tuple(inputs_embeds.shape)}"
                 )
             if inputs_embeds.dtype != self.dtype:
                 raise TypeError(f"inputs_embeds must be {self.dtype} like the model, got {inputs_embeds.dtype}")
@@ -263,51 +330,90 @@ class FastClassifier(nn.Module):
             shape = inputs_embeds.shape[:2]
         if shape[0] and not shape[1]:
             raise ValueError(f"a batch of {shape[0]} texts must hold at least one token each, got shape {tuple(shape)}")
+        return shape
 
-        mask = self._checked_mask(attention_mask, shape)
-        types = None
-        if token_type_ids is not None:
-            types = self._integers("token_type_ids", token_type_ids)
-            if types.shape != shape:
-                raise ValueError(f"token_type_ids must have shape {tuple(shape)}, got {tuple(types.shape)}")
-            _check_ids("token_type_ids", types[mask], spec.token_types, "type_vocab_size")
-        if position_ids is None:
-            if mask.numel():
-                self._check_positions(int(mask.any(0).nonzero().max()) + 1)
-            positions = torch.arange(shape[1]).expand(shape)
-        else:
-            positions = self._integers("position_ids", position_ids)
-            if positions.shape not in (shape, (1, shape[1])):
+    def _checked_source(
+        self,
+        shape: torch.Size,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> Source | None:
+        """What is to be packed, or None of no texts. All of it is checked before any of it is computed."""
+        if attention_mask is not None:
+            if not isinstance(attention_mask, Tensor):
+                raise TypeError(f"attention_mask must be a torch.Tensor, got {type(attention_mask).__name__}")
+            if attention_mask.shape != shape:
                 raise ValueError(
-                    f"position_ids must have shape {tuple(shape)} or (1, {shape[1]}), got {tuple(positions.shape)}"
+                    f"attention_mask must have the batch's shape {tuple(shape)}, got {tuple(attention_mask.shape)}"
                 )
-            positions = positions.expand(shape)
-            _check_ids("position_ids", positions[mask], spec.max_positions, "max_position_embeddings")
-        if ids is not None:
-            _check_ids("input_ids", ids[mask], spec.vocab_size, "vocab_size")
-        return ids, mask, types, positions
+            self._check_place("attention_mask", attention_mask)
+        if token_type_ids is not None:
+            self._check_integers("token_type_ids", token_type_ids)
+            if token_type_ids.shape != shape:
+                raise ValueError(f"token_type_ids must have shape {tuple(shape)}, got {tuple(token_type_ids.shape)}")
+        if position_ids is not None:
+            self._check_integers("position_ids", position_ids)
+            if position_ids.shape not in (shape, (1, shape[1])):
+                raise ValueError(
+                    f"position_ids must have shape {tuple(shape)} or (1, {shape[1]}), got {tuple(position_ids.shape)}"
+                )
+        if not shape[0]:
+            return None
 
-    def _checked_mask(self, attention_mask: Tensor | None, shape: torch.Size) -> Tensor:
-        if attention_mask is None:
-            return torch.ones(shape, dtype=torch.bool)
-        if not isinstance(attention_mask, Tensor):
-            raise TypeError(f"attention_mask must be a torch.Tensor, got {type(attention_mask).__name__}")
-        if attention_mask.shape != shape:
-            raise ValueError(
-                f"attention_mask must have the batch's shape {tuple(shape)}, got {tuple(attention_mask.shape)}"
-            )
-        self._check_place("attention_mask", attention_mask)
-        values = attention_mask.cpu()
-        mask = values.bool()
-        if not torch.equal(mask.to(values.dtype), values):
+        given = (input_ids, attention_mask, token_type_ids, position_ids)
+        # One of them on a GPU has to be waited for anyway, so the rest follow it there.
+        on_cpu = all(tensor is None or tensor.device.type == "cpu" for tensor in given)
+        place = torch.device("cpu") if on_cpu else self.device
+
+        def placed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(place, non_blocking=True)
+
+        ids, values, types, positions = map(placed, given)
+        mask = torch.ones(shape, dtype=torch.bool, device=place) if values is None else values.bool()
+        positions = torch.arange(shape[1], device=place)[None] if positions is None else positions
+        positions = positions.expand(shape)
+        lengths = self._check_values(mask, values, ids, types, positions, own_positions=position_ids is not None)
+        return source_of_padded(mask, ids, types, positions, inputs_embeds, lengths)
+
+    def _check_values(
+        self,
+        mask: Tensor,
+        values: Tensor | None,
+        ids: Tensor | None,
+        types: Tensor | None,
+        positions: Tensor,
+        *,
+        own_positions: bool,
+    ) -> Tensor:
+        """Checks what the integers hold, and gives each text's length; waits for a GPU that they are on once."""
+        binary = mask.new_ones(1) if values is None else (mask.to(values.dtype) == values).all()[None]
+        ranges = [_bounds(torch.where(mask, tensor, 0)) for tensor in (types, positions, ids) if tensor is not None]
+        found = [mask.sum(1), mask[:, 0], binary, *(bound[None] for bounds in ranges for bound in bounds)]
+        facts = torch.cat([fact.long() for fact in found]).tolist()
+        texts = mask.shape[0]
+        lengths, first_column, (is_binary, *bounds) = facts[:texts], facts[texts : 2 * texts], facts[2 * texts :]
+        if not is_binary:
             raise ValueError("attention_mask must hold 1 (token) and 0 (padding) only, got other values")
-        if not bool(mask[:, :1].all()):
-            row = int((~mask[:, 0]).nonzero()[0])
+        if 0 in first_column:
             raise ValueError(
-                f"attention_mask must be 1 in its first column, where [CLS] is; it is 0 in row {row}. "
+                "attention_mask must be 1 in its first column, where [CLS] is; "
+                f"it is 0 in row {first_column.index(0)}. "
                 'For left-padded batches set tokenizer.padding_side = "right"'
             )
-        return mask
+        spec = self.spec
+        if types is not None:
+            _check_range("token_type_ids", bounds[:2], spec.token_types, "type_vocab_size")
+            bounds = bounds[2:]
+        if own_positions:
+            _check_range("position_ids", bounds[:2], spec.max_positions, "max_position_embeddings")
+        else:
+            self._check_positions(bounds[1] + 1)
+        if ids is not None:
+            _check_range("input_ids", bounds[2:], spec.vocab_size, "vocab_size")
+        return torch.tensor(lengths)
 
     def _check_positions(self, longest: int) -> None:
         if longest > self.spec.max_positions:
@@ -316,19 +422,18 @@ class FastClassifier(nn.Module):
                 f"pass truncation=True, max_length={self.spec.max_positions} to the tokenizer"
             )
 
-    def _integers(self, name: str, tensor: Tensor) -> Tensor:
+    def _check_integers(self, name: str, tensor: Tensor) -> None:
         if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int64, torch.int32):
             found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be an int64 or int32 tensor, got {found}")
         self._check_place(name, tensor)
-        return tensor.cpu().long()
 
     def _check_place(self, name: str, tensor: Tensor) -> None:
         if tensor.device.type != "cpu" and tensor.device != self.device:
             raise ValueError(f"{name} must be on the CPU or on {self.device} like the model, got {tensor.device}")
 
 
-def optimize(model: PreTrainedModel, *, last_layer: LastLayer = "absorbed") -> FastClassifier:
+def optimize(model: PreTrainedModel, *, last_layer: LastLayer = "absorbed", cuda_graphs: bool = True) -> FastClassifier:
     """A module with the same interface that gives the same logits, faster. Inference only.
 
     It shares the model's weights: query, key and value become one matrix, of which the model's own parameters are
@@ -336,7 +441,7 @@ def optimize(model: PreTrainedModel, *, last_layer: LastLayer = "absorbed") -> F
 
     Args:
         model: a transformers ``BertForSequenceClassification`` in float32, float16 or bfloat16, on one device.
-        last_layer: see `FastClassifier`.
+        last_layer, cuda_graphs: see `FastClassifier`.
 
     Raises:
         TypeError: the model's class is not supported, or its parameters' dtype is not.
@@ -351,7 +456,7 @@ def optimize(model: PreTrainedModel, *, last_layer: LastLayer = "absorbed") -> F
     _check_parameters(parameters, weight_map)
     _check_tables(parameters, spec, weight_map)
     weights = {own: _take_over([parameters[name] for name in names]) for own, names in weight_map.sources.items()}
-    return FastClassifier(type(model), model.config, spec, weight_map, weights, last_layer)
+    return FastClassifier(type(model), model.config, spec, weight_map, weights, last_layer, cuda_graphs)
 
 
 def _check_parameters(parameters: Mapping[str, nn.Parameter], weight_map: WeightMap) -> None:
@@ -449,12 +554,24 @@ def _from_checkpoint_names(
         state_dict[prefix + own] = parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _check_ids(name: str, ids: Tensor, size: int, config_name: str) -> None:
-    if not ids.numel():
-        return
-    low, high = (int(bound) for bound in torch.aminmax(ids))
+def _bounds(integers: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = torch.aminmax(integers)
+    return low, high
+
+
+def _range_of(integers: Tensor) -> list[int]:
+    return [int(bound) for bound in _bounds(integers)]
+
+
+def _check_range(name: str, bounds: Sequence[int], size: int, config_name: str) -> None:
+    low, high = bounds
     if low < 0 or high >= size:
         raise ValueError(f"{name} must lie from 0 to {size - 1} (config.{config_name} = {size}), got {low} to {high}")
+
+
+def _forget_graphs(module: nn.Module, _incompatible_keys: object) -> None:
+    assert isinstance(module, FastClassifier)
+    module.clear_graphs()
 
 
 def _loss(labels: Tensor, logits: Tensor, config: PreTrainedConfig) -> Tensor:

@@ -7,7 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastcls.packing import PackedTokens, pack_lists, pack_padded, unpack_rows
+from fastcls.graphs import bucket_of
+from fastcls.packing import (
+    FillUp,
+    PackedTokens,
+    Source,
+    fill_rows,
+    flat_integers,
+    pack,
+    source_of_padded,
+    true_indices,
+    unpack_rows,
+)
 
 # Each text is a pattern of kept and padded columns whose first is kept.
 patterns = st.integers(1, 24).flatmap(
@@ -17,31 +28,49 @@ patterns = st.integers(1, 24).flatmap(
         max_size=12,
     )
 )
-limits = st.one_of(st.none(), st.integers(1, 60))
+limits = st.integers(1, 60)
+fills = st.sampled_from([fill_rows, bucket_of])
+
+
+def order_of(part: PackedTokens, first: int) -> list[int]:
+    return list(range(first, first + part.num_texts)) if part.order is None else part.order.tolist()
 
 
 def sequences(parts: list[PackedTokens], field: str) -> dict[int, list[int]]:
     """For each row of the batch what was packed for it, whichever part it went to."""
-    found = {}
+    found: dict[int, list[int]] = {}
     for part in parts:
         values: Tensor = getattr(part, field)
         bounds = part.layout.cu_seqlens.tolist()
-        for sequence, row in enumerate(part.order.tolist()):
+        for sequence, row in enumerate(order_of(part, len(found))):
             assert row not in found, "a row was packed twice"
             found[row] = values[bounds[sequence] : bounds[sequence + 1]].tolist()
     return found
 
 
-def pack(mask: Tensor, max_tokens: int | None) -> list[PackedTokens]:
+def pack_mask(mask: Tensor, max_tokens: int, sort: bool, fill_up: FillUp = fill_rows) -> list[PackedTokens]:
     ids = torch.arange(mask.numel()).view(mask.shape)
     positions = torch.arange(mask.shape[1]).expand(mask.shape)
-    return list(pack_padded(mask, ids, ids % 2, positions, None, max_tokens))
+    return list(pack(source_of_padded(mask, ids, ids % 2, positions, None), max_tokens, fill_up, sort=sort))
 
 
-@given(patterns, limits)
-def test_every_kept_token_is_packed_once_in_its_place(pattern: list[list[bool]], max_tokens: int | None) -> None:
+def source_of(texts: list[list[int]], types: list[list[int]] | None = None) -> Source:
+    return Source(
+        torch.tensor([len(text) for text in texts]),
+        None,
+        flat_integers("token_ids", texts),
+        None if types is None else flat_integers("token_type_ids", types),
+        None,
+        None,
+    )
+
+
+@given(patterns, limits, st.booleans(), fills)
+def test_every_kept_token_is_packed_once_in_its_place(
+    pattern: list[list[bool]], max_tokens: int, sort: bool, fill_up: FillUp
+) -> None:
     mask = torch.tensor(pattern)
-    parts = pack(mask, max_tokens)
+    parts = pack_mask(mask, max_tokens, sort, fill_up)
     columns = {row: [column for column, kept in enumerate(kept_row) if kept] for row, kept_row in enumerate(pattern)}
     width = mask.shape[1]
     assert sequences(parts, "position_ids") == columns
@@ -51,42 +80,84 @@ def test_every_kept_token_is_packed_once_in_its_place(pattern: list[list[bool]],
     }
 
 
-@given(patterns, limits)
-def test_parts_hold_at_most_what_they_may(pattern: list[list[bool]], max_tokens: int | None) -> None:
-    parts = pack(torch.tensor(pattern), max_tokens)
+@given(patterns, limits, st.booleans())
+def test_parts_hold_at_most_what_they_may(pattern: list[list[bool]], max_tokens: int, sort: bool) -> None:
+    parts = pack_mask(torch.tensor(pattern), max_tokens, sort)
     for part in parts:
         lengths = part.layout.cu_seqlens.diff()
         assert int(lengths.max()) == part.layout.max_seqlen
-        assert lengths.tolist() == sorted(lengths.tolist())
-        assert max_tokens is None or len(lengths) == 1 or int(lengths.sum()) <= max_tokens
-    assert max_tokens is not None or len(parts) == 1
+        assert not sort or lengths.tolist() == sorted(lengths.tolist())
+        assert len(lengths) == 1 or int(lengths.sum()) <= max_tokens
 
 
-@given(patterns, limits)
-def test_rows_come_back_in_order(pattern: list[list[bool]], max_tokens: int | None) -> None:
-    parts = pack(torch.tensor(pattern), max_tokens)
-    # Each row's result is its own row number.
-    results = [(part.order[:, None].float(), part.order) for part in parts]
+@given(patterns, limits, st.booleans(), fills)
+def test_rows_come_back_in_order(pattern: list[list[bool]], max_tokens: int, sort: bool, fill_up: FillUp) -> None:
+    parts = pack_mask(torch.tensor(pattern), max_tokens, sort, fill_up)
+    results, first = [], 0
+    for part in parts:
+        # Each row's result is its own row number; what belongs to no text is -1.
+        rows = torch.full((part.layout.num_sequences, 1), -1.0)
+        rows[: part.num_texts, 0] = torch.tensor(order_of(part, first)).float()
+        results.append((rows, part))
+        first += part.num_texts
     assert unpack_rows(results)[:, 0].tolist() == list(range(len(pattern)))
 
 
-@given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=20), min_size=1, max_size=12), limits)
-def test_lists_pack_like_padded_rows(texts: list[list[int]], max_tokens: int | None) -> None:
+@given(
+    st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=20), min_size=1, max_size=12),
+    limits,
+    st.booleans(),
+    fills,
+)
+def test_lists_pack_like_padded_rows(texts: list[list[int]], max_tokens: int, sort: bool, fill_up: FillUp) -> None:
     types = [[token % 2 for token in text] for text in texts]
-    parts = list(pack_lists(texts, types, max_tokens))
+    parts = list(pack(source_of(texts, types), max_tokens, fill_up, sort=sort))
     assert sequences(parts, "token_ids") == dict(enumerate(texts))
     assert sequences(parts, "token_type_ids") == dict(enumerate(types))
     assert sequences(parts, "position_ids") == {row: list(range(len(text))) for row, text in enumerate(texts)}
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=60))
-def test_rows_of_filling_belong_to_no_sequence(lengths: list[int]) -> None:
-    (part,) = pack_lists([[7] * length for length in lengths], None, None)
-    total, filled = sum(lengths), part.layout.total_tokens
-    assert int(part.layout.cu_seqlens[-1]) == total <= filled < total + 8
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), fills)
+def test_filling_belongs_to_no_text(lengths: list[int], fill_up: FillUp) -> None:
+    (part,) = pack(source_of([[7] * length for length in lengths]), 10_000, fill_up)
+    total, texts = sum(lengths), len(lengths)
+    assert part.shape == fill_up(total, texts)
+    assert part.layout.cu_seqlens[texts:].tolist() == [total] * (part.shape.sequences - texts + 1)
     assert part.token_ids is not None
-    assert part.token_ids.shape == part.position_ids.shape == (filled,)
+    assert part.token_ids.shape == part.position_ids.shape == (part.shape.tokens,)
     assert not bool(part.token_ids[total:].any())
+    # The first token of an empty sequence, too, is a row that exists.
+    assert int(part.layout.cu_seqlens[:-1].max()) < part.shape.tokens
+
+
+@given(st.integers(1, 70_000), st.integers(1, 3000))
+def test_shapes_are_filled_up_by_an_eighth_at_most(tokens: int, sequences: int) -> None:
+    rows = fill_rows(tokens, sequences)
+    assert tokens <= rows.tokens < tokens + 8
+    assert rows.sequences == sequences
+    bucket = bucket_of(tokens, sequences)
+    assert tokens <= bucket.tokens <= max(tokens + 64, tokens * 1.125 + 1)
+    assert sequences <= bucket.sequences < 2 * sequences
+    assert bucket_of(*bucket) == bucket
+
+
+def test_there_are_few_shapes() -> None:
+    assert len({bucket_of(tokens, 1).tokens for tokens in range(1, 8193)}) <= 48
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.booleans())
+def test_arrays_start_where_wide_loads_may(lengths: list[int], with_types: bool) -> None:
+    texts = [[7] * length for length in lengths]
+    (part,) = pack(source_of(texts, texts if with_types else None), 10_000)
+    start = part.integers.data_ptr()
+    for array in (part.layout.cu_seqlens, part.token_ids, part.position_ids, part.token_type_ids):
+        assert array is None or (array.data_ptr() - start) % 64 == 0
+
+
+@given(st.lists(st.booleans(), max_size=50))
+def test_indices_of_what_is_kept_without_asking_their_number(mask: list[bool]) -> None:
+    kept = torch.tensor(mask, dtype=torch.bool)
+    assert torch.equal(true_indices(kept, sum(mask)), kept.nonzero().squeeze(1))
 
 
 @given(st.lists(st.integers(0, 30), max_size=20))

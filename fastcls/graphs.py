@@ -1,0 +1,239 @@
+"""CUDA graphs: a whole pass in one launch, for batches so small that launching takes longer than computing.
+
+A graph is fixed to a shape of packed tokens, not to lengths: the kernels read those from `cu_seqlens` on the device. So
+texts are filled up to one of few shapes (`bucket_of`), and a graph serves every mixture of lengths that fits its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .encoder import LastLayer
+from .packing import PackedTokens, PackShape
+from .spec import EncoderSpec
+
+# The pass: packed tokens and the rung of the last layer to (num_sequences, num_labels).
+Run = Callable[[PackedTokens, LastLayer], Tensor]
+
+# Shapes differ by at least so many tokens, and by no more than an eighth: a few percent of filling on average.
+_STEP = 64
+# Graphs kept, and the memory that their intermediate results may take; they share it, since only one replays at a time.
+MAX_GRAPHS = 64
+MAX_POOL_BYTES = 1 << 30
+# Estimates that decide where launches stop mattering: a layer's launches, the CPU's time for one, a large GPU's rate.
+_LAUNCHES_PER_LAYER = 7
+_SECONDS_PER_LAUNCH = 10e-6
+_FLOPS_PER_SECOND = 600e12
+
+# CUDA allows one capture at a time in a process.
+_capturing = threading.Lock()
+
+
+def bucket_of(tokens: int, sequences: int) -> PackShape:
+    """The shape that a pass of so many tokens and sequences is filled up to."""
+    num_sequences = 1 << (sequences - 1).bit_length()
+    # An empty sequence after the last one is read at its first token, which must be a row that exists.
+    tokens += num_sequences > sequences
+    step = max(_STEP, 1 << max((tokens - 1).bit_length() - 4, 0))
+    return PackShape(-(-tokens // step) * step, num_sequences)
+
+
+def max_graph_tokens(spec: EncoderSpec) -> int:
+    """Up to how many tokens a pass is replayed: from there on computing takes twice as long as launching."""
+    weights = 4 * spec.hidden_size**2 + 2 * spec.hidden_size * spec.intermediate_size
+    seconds_per_token = 2 * weights / _FLOPS_PER_SECOND
+    tokens = int(2 * _LAUNCHES_PER_LAYER * _SECONDS_PER_LAUNCH / seconds_per_token)
+    return max(_STEP, tokens // _STEP * _STEP)
+
+
+class Captured(Protocol):
+    """A pass that was captured over memory of its own."""
+
+    def replay(self, integers: Tensor) -> Tensor:
+        """The pass over `PackedTokens.integers`, its result in memory that nothing else writes to."""
+
+
+class Capture(Protocol):
+    """Captures passes; those that it made share one pool of memory."""
+
+    def __call__(self, run: Callable[[PackedTokens], Tensor], packed: PackedTokens) -> Captured:
+        """Captures ``run``, over memory of its own in which it gets packed tokens like ``packed``."""
+
+    @property
+    def pool_bytes(self) -> int:
+        """The memory that its captured passes take together."""
+
+
+class GraphKey(NamedTuple):
+    """All that a captured pass depends on, besides the model's weights."""
+
+    shape: PackShape
+    has_types: bool
+    last_layer: LastLayer
+
+
+class Graphs:
+    """The captured passes of one model: made at the second use of a shape, kept by use, bounded in number and memory.
+
+    Safe to call from several threads and streams: replays of one model take turns, since they share their memory.
+
+    Args:
+        run: the pass. It must not wait for the device.
+        new_capture: makes what captures, with a pool of its own.
+        max_seqlen: a bound on the length of any sequence.
+        max_graphs: beyond it the one least recently used goes.
+        max_pool_bytes: beyond it all of them go, since a shared pool gives its memory back as a whole.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        max_seqlen: int,
+        new_capture: Callable[[], Capture] | None = None,
+        max_graphs: int = MAX_GRAPHS,
+        max_pool_bytes: int = MAX_POOL_BYTES,
+    ) -> None:
+        self._run = run
+        self._max_seqlen = max_seqlen
+        self._new_capture = CudaCapture if new_capture is None else new_capture
+        self._max_graphs = max_graphs
+        self._max_pool_bytes = max_pool_bytes
+        self._lock = threading.Lock()
+        self._graphs: OrderedDict[GraphKey, Captured] = OrderedDict()
+        self._seen: set[GraphKey] = set()
+        self._too_large: set[GraphKey] = set()
+        self._capture: Capture | None = None
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def clear(self) -> None:
+        """Forgets every graph: after the weights have moved, say."""
+        with self._lock:
+            self._forget_all()
+            self._seen.clear()
+            self._too_large.clear()
+
+    def __call__(self, packed: PackedTokens, last_layer: LastLayer, device: torch.device) -> Tensor:
+        """The pass over ``packed``, which may lie in pinned memory of the CPU: replayed once its shape is known."""
+        key = GraphKey(packed.shape, packed.token_type_ids is not None, last_layer)
+        with self._lock:
+            graph = self._graph(key, packed, device)
+            if graph is not None:
+                return graph.replay(packed.integers)
+        return self._run(packed.to(device), last_layer)
+
+    def _graph(self, key: GraphKey, packed: PackedTokens, device: torch.device) -> Captured | None:
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            return graph
+        if key in self._too_large:
+            return None
+        if key not in self._seen:
+            # Most shapes of a short run come once; and this plain pass compiles what the graph will need.
+            self._seen.add(key)
+            return None
+        if self._capture is None:
+            self._capture = self._new_capture()
+        moved = packed.to(device)
+        # The length of the longest text is this batch's own; the graph must hold for any.
+        longest = min(self._max_seqlen, packed.shape.tokens)
+        try:
+            graph = self._capture(
+                lambda static: self._run(static, key.last_layer), moved.over(moved.integers, max_seqlen=longest)
+            )
+        except torch.OutOfMemoryError as error:
+            self._forget_all()
+            self._too_large.add(key)
+            warnings.warn(
+                f"no memory for a CUDA graph of {key.shape.tokens} tokens: they run without one ({error})",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            return None
+        self._graphs[key] = graph
+        if len(self._graphs) > self._max_graphs:
+            self._graphs.popitem(last=False)
+        if self._capture.pool_bytes > self._max_pool_bytes:
+            if len(self._graphs) == 1:
+                self._too_large.add(key)
+            self._forget_all()
+        return graph
+
+    def _forget_all(self) -> None:
+        self._graphs.clear()
+        self._capture = None
+
+
+@dataclass(frozen=True)
+class _CudaGraph:
+    graph: torch.cuda.CUDAGraph
+    integers: Tensor
+    logits: Tensor
+    # After the last use of the memory that the pool's graphs share, by whatever stream.
+    last_use: torch.cuda.Event
+
+    def replay(self, integers: Tensor) -> Tensor:
+        with torch.cuda.device(self.integers.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.last_use)
+            self.integers.copy_(integers, non_blocking=True)
+            self.graph.replay()
+            logits = self.logits.clone()
+            self.last_use.record(stream)
+        return logits
+
+
+class CudaCapture:
+    """Captures passes into CUDA graphs."""
+
+    def __init__(self) -> None:
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream | None = None
+        self._last_use = torch.cuda.Event()
+        self.pool_bytes = 0
+
+    def __call__(self, run: Callable[[PackedTokens], Tensor], packed: PackedTokens) -> _CudaGraph:
+        device = packed.integers.device
+        with _capturing, torch.cuda.device(device), _no_autograd():
+            if self._stream is None:
+                # One for all: a pool's memory is reused within a stream only.
+                self._stream = torch.cuda.Stream()
+            # A tensor made in the caller's inference mode could not be written to outside of it.
+            integers = torch.empty_like(packed.integers).copy_(packed.integers)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            self._stream.wait_event(self._last_use)
+            with torch.cuda.stream(self._stream):
+                # Libraries allocate and kernels are loaded at their first use, which a capture forbids.
+                run(packed.over(integers))
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
+            graph = torch.cuda.CUDAGraph()
+            # Over a new layout: what the warm-up's has cached was computed outside of the graph.
+            captured = packed.over(integers)
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                logits = run(captured)
+            self.pool_bytes += max(torch.cuda.memory_reserved() - before, 0)
+            return _CudaGraph(graph, integers, logits, self._last_use)
+
+
+@contextlib.contextmanager
+def _no_autograd() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def being_captured() -> bool:
+    """Whether the caller captures a graph of its own, or compiles: ours would not fit in."""
+    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
