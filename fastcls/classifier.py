@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
@@ -21,11 +22,34 @@ Label: TypeAlias = "dict[str, Any]"
 # Texts are tokenized, sorted and packed by the window: large enough to fill the machine, small enough that results
 # come steadily and memory stays bounded, however many texts there are and however long they are.
 _WINDOW = {"cpu": (256, 32_768), "cuda": (4096, 2_097_152)}
+# While a GPU computes one window the CPU tokenizes the next.
+_WINDOWS_UNDERWAY = {"cpu": 0, "cuda": 1}
 
 
 class _Item(NamedTuple):
     text: str
     pair: str | None
+
+
+class _Underway(NamedTuple):
+    """Logits on their way to the CPU; on a GPU they are there once the event has happened."""
+
+    logits: Tensor
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, logits: Tensor) -> _Underway:
+        if not logits.is_cuda:
+            return cls(logits.cpu(), None)
+        with torch.cuda.device(logits.device):
+            host, arrived = logits.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        return cls(host, arrived)
+
+    def wait(self) -> Tensor:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.logits
 
 
 class Classifier:
@@ -129,7 +153,8 @@ class Classifier:
     ) -> Iterator[Any]:
         """The same for any number of texts, one result at a time in their order, in bounded memory.
 
-        Reads ahead by one window of texts (256 on a CPU, 4,096 on a GPU, fewer where they are long).
+        Reads ahead by one window of texts (256 on a CPU, 4,096 on a GPU, fewer where they are long), on a GPU by two:
+        one is tokenized while the other is computed.
         """
         apply = self._score_function(function_to_apply)
         if top_k not in ("best", None) and (not isinstance(top_k, int) or top_k < 1):
@@ -144,21 +169,39 @@ class Classifier:
     def _stream(
         self, texts: Iterable[Text], top_k: int | Literal["best"] | None, apply: ScoreFunction
     ) -> Iterator[Any]:
+        underway: deque[_Underway] = deque()
+        try:
+            for first, window in self._windows(texts):
+                underway.append(_Underway.of(self._window_logits(window, first)))
+                if len(underway) > _WINDOWS_UNDERWAY[self._place]:
+                    yield from self._labels(underway.popleft(), top_k, apply)
+        except Exception:
+            # A text that cannot be classified loses nothing of those before it.
+            for window_before in underway:
+                yield from self._labels(window_before, top_k, apply)
+            raise
+        for last in underway:
+            yield from self._labels(last, top_k, apply)
+
+    def _labels(self, underway: _Underway, top_k: int | Literal["best"] | None, apply: ScoreFunction) -> Iterator[Any]:
         names = self.model.config.id2label or {}
-        for first, window in self._windows(texts):
-            scores = _scores(self._window_logits(window, first), apply)
-            count = 1 if top_k == "best" else min(top_k or scores.shape[1], scores.shape[1])
-            # A stable sort, so that of equal scores the first label comes first, as argmax would have it.
-            values, indices = scores.sort(dim=1, descending=True, stable=True)
-            for row_values, row_indices in zip(values[:, :count].tolist(), indices[:, :count].tolist(), strict=True):
-                labels = [
-                    {"label": names.get(index, f"LABEL_{index}"), "score": value}
-                    for value, index in zip(row_values, row_indices, strict=True)
-                ]
-                yield labels[0] if top_k == "best" else labels
+        scores = _scores(underway.wait(), apply)
+        count = 1 if top_k == "best" else min(top_k or scores.shape[1], scores.shape[1])
+        # A stable sort, so that of equal scores the first label comes first, as argmax would have it.
+        values, indices = scores.sort(dim=1, descending=True, stable=True)
+        for row_values, row_indices in zip(values[:, :count].tolist(), indices[:, :count].tolist(), strict=True):
+            labels = [
+                {"label": names.get(index, f"LABEL_{index}"), "score": value}
+                for value, index in zip(row_values, row_indices, strict=True)
+            ]
+            yield labels[0] if top_k == "best" else labels
+
+    @property
+    def _place(self) -> Literal["cpu", "cuda"]:
+        return "cuda" if self.model.device.type == "cuda" else "cpu"
 
     def _windows(self, texts: Iterable[Text]) -> Iterator[tuple[int, list[_Item]]]:
-        max_texts, max_characters = _WINDOW["cuda" if self.model.device.type == "cuda" else "cpu"]
+        max_texts, max_characters = _WINDOW[self._place]
         _check_sequence(texts)
         window: list[_Item] = []
         first = characters = 0
@@ -214,7 +257,7 @@ class Classifier:
 
 
 def _scores(logits: Tensor, apply: ScoreFunction) -> Tensor:
-    logits = logits.float().cpu()
+    logits = logits.float()
     if apply == "softmax":
         return logits.softmax(-1)
     return logits.sigmoid() if apply == "sigmoid" else logits

@@ -131,7 +131,35 @@ def test_nothing_in_nothing_out(classifier: fastcls.Classifier) -> None:
     assert classifier.logits([]).shape == (0, 3)
 
 
-def test_stream_reads_ahead_by_one_window_only(classifier: fastcls.Classifier) -> None:
+@pytest.fixture(params=[0, 1], ids=["one_after_another", "one_underway"])
+def windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Windows of 256 texts everywhere, and how many are underway while the next is tokenized."""
+    for place in ("cpu", "cuda"):
+        monkeypatch.setitem(fastcls.classifier._WINDOW, place, (256, 32_768))
+        monkeypatch.setitem(fastcls.classifier._WINDOWS_UNDERWAY, place, request.param)
+    underway: int = request.param
+    return underway
+
+
+@pytest.mark.usefixtures("windows")
+def test_windows_come_in_order(classifier: fastcls.Classifier) -> None:
+    texts = [f"{'very ' * (index % 5)}{TEXTS[index % 2]}" for index in range(600)]
+    assert_same(list(classifier.stream(iter(texts))), classifier(texts[:300]) + classifier(texts[300:]))
+
+
+@pytest.mark.usefixtures("windows")
+@pytest.mark.parametrize("bad", [0, 300, 599])
+def test_what_stands_in_windows_before_a_bad_text_is_not_lost(classifier: fastcls.Classifier, bad: int) -> None:
+    texts: list[Any] = ["ok"] * 600
+    texts[bad] = 7
+    results: list[Any] = []
+    stream = classifier.stream(iter(texts))
+    with pytest.raises(TypeError, match=rf"texts\[{bad}\] must be a string"):
+        results.extend(stream)
+    assert len(results) == bad // 256 * 256
+
+
+def test_stream_reads_ahead_by_as_many_windows_as_it_says(classifier: fastcls.Classifier, windows: int) -> None:
     taken = 0
 
     def endless() -> Iterator[str]:
@@ -143,9 +171,10 @@ def test_stream_reads_ahead_by_one_window_only(classifier: fastcls.Classifier) -
     results = classifier.stream(endless())
     first = [next(results) for _ in range(300)]
     assert len(first) == 300
-    assert taken <= 512
+    assert taken <= 512 + windows * 256
 
 
+@pytest.mark.usefixtures("windows")
 def test_memory_does_not_grow_with_the_number_of_texts(classifier: fastcls.Classifier) -> None:
     # Tensors are counted on their own: tracemalloc does not see their memory.
     tracemalloc.start()

@@ -156,7 +156,7 @@ def _check_ids(name: str, ids: Tensor, token_ids: Tensor, table: Tensor) -> None
             f"{name} must be contiguous, of shape (num_tokens,), the same as token_ids, got {tuple(ids.shape)}"
         )
     check_device(name, ids, table)
-    if not ids.is_cuda and ids.numel():
+    if ids.device.type == "cpu" and ids.numel():
         low, high = (int(bound) for bound in torch.aminmax(ids))
         if low < 0 or high >= table.shape[0]:
             raise ValueError(f"{name} must lie from 0 to {table.shape[0] - 1}, got {low} to {high}")
