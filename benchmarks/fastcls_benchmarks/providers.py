@@ -259,9 +259,13 @@ def load_openvino(model: Model) -> Loaded:
     return Loaded(forward)
 
 
-def _fastcls_loader(last_layer: LastLayer) -> Callable[[Model], Loaded]:
+def _no_graphs(device: torch.device, _dtype: torch.dtype) -> str | None:
+    return None if device.type == "cuda" else "CUDA graphs are a GPU's: elsewhere it is fastcls itself"
+
+
+def _fastcls_loader(last_layer: LastLayer, cuda_graphs: bool = False) -> Callable[[Model], Loaded]:
     def load(model: Model) -> Loaded:
-        fast = fastcls.optimize(own_copy(model), last_layer=last_layer)
+        fast = fastcls.optimize(own_copy(model), last_layer=last_layer, cuda_graphs=cuda_graphs)
 
         @torch.inference_mode()
         def forward(batch: Batch) -> Tensor:
@@ -307,7 +311,15 @@ ONNXRUNTIME = Provider(
 OPENVINO = Provider("openvino", "OpenVINO, float32", 1e-4, load_openvino, _openvino_missing, spins=True)
 FULL = Provider("fastcls packed only", "fastcls without padding, nothing else", 1e-5, _fastcls_loader("full"))
 SELECTED = Provider("fastcls + selected", "and the last layer for [CLS] rows only", 1e-5, _fastcls_loader("selected"))
-FASTCLS = Provider("fastcls", "and its keys and values not made: as users get it", 1e-5, _fastcls_loader("absorbed"))
+ABSORBED = Provider(
+    "fastcls + absorbed", "and its keys and values not made", 1e-5, _fastcls_loader("absorbed"), _no_graphs
+)
+FASTCLS = Provider(
+    "fastcls",
+    "all of it, on a GPU with CUDA graphs: as users get it",
+    1e-5,
+    _fastcls_loader("absorbed", cuda_graphs=True),
+)
 
 _ALL = (
     EAGER,
@@ -321,6 +333,7 @@ _ALL = (
     OPENVINO,
     FULL,
     SELECTED,
+    ABSORBED,
     FASTCLS,
 )
 PROVIDERS = {provider.name: provider for provider in _ALL}

@@ -10,6 +10,7 @@ import torch
 
 from .kernels import KERNELS
 from .providers import (
+    ABSORBED,
     AUTOTUNED,
     COMPILED,
     EAGER,
@@ -92,6 +93,7 @@ class Suite:
 
 _CORE = (SDPA, ONNXRUNTIME, FASTCLS)
 _LADDER = (FULL, SELECTED, FASTCLS)
+_GPU_LADDER = (FULL, SELECTED, ABSORBED, FASTCLS)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -192,7 +194,7 @@ def _cpu_release() -> Suite:
     )
 
 
-_ON_GPU = (EAGER, SDPA, FLASH, COMPILED, AUTOTUNED, PACKED_COMPILED, ONNXRUNTIME, *_LADDER)
+_ON_GPU = (EAGER, SDPA, FLASH, COMPILED, AUTOTUNED, PACKED_COMPILED, ONNXRUNTIME, *_GPU_LADDER)
 # Tuning takes longer than all the rest of a small suite.
 _GPU_WITHOUT_TUNING = tuple(each for each in _ON_GPU if each is not AUTOTUNED)
 _GPU_CORE = (SDPA, FLASH, COMPILED, PACKED_COMPILED, ONNXRUNTIME, FASTCLS)
@@ -202,7 +204,7 @@ def _gpu_quick() -> Suite:
     half = torch.bfloat16
     return Suite(
         "quick",
-        _plans("bert-base", half, 4, (SDPA, FLASH, *_LADDER), (32, "sst2"), (32, "128"), (1, "128")),
+        _plans("bert-base", half, 4, (SDPA, FLASH, *_GPU_LADDER), (32, "sst2"), (32, "128"), (1, "128")),
     )
 
 
@@ -211,7 +213,7 @@ def _gpu_default() -> Suite:
     return Suite(
         "default",
         _plans("bert-base", half, 5, _GPU_WITHOUT_TUNING, (32, "128"), (128, "mixed-512"))
-        + _plans("bert-base", half, 4, (SDPA, FLASH, *_LADDER), (1, "128"), (1, "sst2"))
+        + _plans("bert-base", half, 4, (SDPA, FLASH, *_GPU_LADDER), (1, "128"), (1, "sst2"))
         + _plans("bert-base", half, 4, _GPU_CORE, (32, "sst2"), (8, "sst2"), (128, "sst2"))
         + _plans("bert-base", half, 4, _GPU_CORE, (32, "mnli"), (32, "squad"))
         + _plans("bert-base", half, 4, _GPU_CORE, (32, "16"), (32, "64"), (32, "256"), (32, "512")),
@@ -225,7 +227,7 @@ def _gpu_release() -> Suite:
     return Suite(
         "release",
         _plans("bert-base", half, 6, _ON_GPU, (32, "128"), (128, "mixed-512"), (128, "512"))
-        + _plans("bert-base", half, 6, (SDPA, FLASH, AUTOTUNED, *_LADDER), (1, "128"))
+        + _plans("bert-base", half, 3, (SDPA, FLASH, AUTOTUNED, *_GPU_LADDER), (1, "128"))
         + _plans("bert-base", half, 4, (SDPA, FLASH, FASTCLS), (1, "sst2"))
         + _plans("bert-base", half, 4, _GPU_CORE, (32, "sst2"), (8, "sst2"), (128, "sst2"))
         + _plans("bert-base", half, 4, _GPU_CORE, (32, "mnli"), (32, "squad"))
