@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from fastcls_kernels import (
     PackedLayout,
+    absorb_query,
     attention_varlen,
     cls_attention,
     cls_attention_kv,
+    cls_output,
     embedding_layer_norm,
     linear,
     linear_add_layer_norm,
@@ -97,11 +99,14 @@ class EncoderLayer(nn.Module):
 
     def cls_rows(self, hidden_states: Tensor, layout: PackedLayout, last_layer: LastLayer) -> Tensor:
         """The [CLS] row of each sequence: (total_tokens, hidden_size) to (num_sequences, hidden_size)."""
+        # Selected by the kernels themselves, where they read them.
+        rows = layout.cu_seqlens[:-1]
         if last_layer == "full":
-            return self(hidden_states, layout)[layout.first_tokens]
-        cls_states = hidden_states[layout.first_tokens]
-        attend = self._attend_selected if last_layer == "selected" else self._attend_absorbed
-        return self._after_attention(attend(cls_states, hidden_states, layout), cls_states)
+            return self(hidden_states, layout)[rows]
+        if last_layer == "selected":
+            cls_states = hidden_states[rows]
+            return self._after_attention(self._attend_selected(cls_states, hidden_states, layout), cls_states)
+        return self._feed_forward(self._attend_absorbed(rows, hidden_states, layout))
 
     def _attend(self, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
         # A method of its own, so that queries, keys and values are gone before the feed-forward needs its memory.
@@ -121,25 +126,29 @@ class EncoderLayer(nn.Module):
         )
         return context.flatten(1)
 
-    def _attend_absorbed(self, cls_states: Tensor, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
+    def _attend_absorbed(self, rows: Tensor, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
         """No keys, no values: the key projection moves into the queries, the value projection after the sum.
 
         The few rows that carry the answer are computed in at least float32, so that absorbing costs no accuracy.
         """
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        heads = (self.spec.num_heads, self.spec.head_dim)
-        query_weight, key_weight, value_weight = self.qkv_weight.to(dtype).chunk(3)
-        query_bias, _, value_bias = self.qkv_bias.to(dtype).chunk(3)
-        # [nheads, num_sequences, headdim] @ [nheads, headdim, hidden_size]
-        query = linear(cls_states.to(dtype), query_weight, query_bias).unflatten(1, heads).transpose(0, 1)
-        absorbed = (query @ key_weight.unflatten(0, heads)).transpose(0, 1)
-        summed = cls_attention(absorbed, hidden_states, layout.cu_seqlens, layout.max_seqlen, self.scale, layout=layout)
-        # [nheads, num_sequences, hidden_size] @ [nheads, hidden_size, headdim]
-        context = summed.transpose(0, 1) @ value_weight.unflatten(0, heads).transpose(1, 2)
-        return (context.transpose(0, 1).flatten(1) + value_bias).to(hidden_states.dtype)
+        query_weight, key_weight, value_weight = self.qkv_weight.chunk(3)
+        query_bias, _, value_bias = self.qkv_bias.chunk(3)
+        query = absorb_query(hidden_states, rows, query_weight, query_bias, key_weight, self.spec.num_heads)
+        summed = cls_attention(query, hidden_states, layout.cu_seqlens, layout.max_seqlen, self.scale, layout=layout)
+        return cls_output(
+            summed,
+            value_weight,
+            value_bias,
+            self.out_weight,
+            self.out_bias,
+            hidden_states,
+            rows,
+            self.attention_norm_weight,
+            self.attention_norm_bias,
+            self.spec.layer_norm_eps,
+        )
 
     def _after_attention(self, context: Tensor, residual: Tensor) -> Tensor:
-        eps = self.spec.layer_norm_eps
         attended = linear_add_layer_norm(
             context,
             self.out_weight,
@@ -147,9 +156,12 @@ class EncoderLayer(nn.Module):
             residual,
             self.attention_norm_weight,
             self.attention_norm_bias,
-            eps,
+            self.spec.layer_norm_eps,
         )
         del context
+        return self._feed_forward(attended)
+
+    def _feed_forward(self, attended: Tensor) -> Tensor:
         return linear_add_layer_norm(
             linear_gelu(attended, self.up_weight, self.up_bias),
             self.down_weight,
@@ -157,5 +169,5 @@ class EncoderLayer(nn.Module):
             attended,
             self.output_norm_weight,
             self.output_norm_bias,
-            eps,
+            self.spec.layer_norm_eps,
         )

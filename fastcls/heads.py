@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fastcls_kernels import linear
+from fastcls_kernels import pooler_classifier
 
 
 class ClassificationHead(nn.Module):
@@ -24,5 +24,6 @@ class ClassificationHead(nn.Module):
 
     def forward(self, cls_states: Tensor) -> Tensor:
         """(num_sequences, hidden_size) to (num_sequences, num_labels)."""
-        pooled = linear(cls_states, self.pooler_weight, self.pooler_bias).tanh_()
-        return linear(pooled, self.classifier_weight, self.classifier_bias)
+        return pooler_classifier(
+            cls_states, self.pooler_weight, self.pooler_bias, self.classifier_weight, self.classifier_bias
+        )

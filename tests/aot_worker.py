@@ -10,25 +10,31 @@ A process of its own because triton's interpreter, where it is on, takes the pla
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastcls_kernels import PackedLayout
-from fastcls_kernels.attention import _launch_attention
+from fastcls_kernels import PackedLayout, tuning
+from fastcls_kernels.absorb_query import _launch_absorb_query
+from fastcls_kernels.attention import _choose_tile, _launch_attention
 from fastcls_kernels.cls_attention import _launch_cls_attention, _launch_cls_attention_kv
+from fastcls_kernels.cls_output import _launch_cls_output
 from fastcls_kernels.embedding import _launch_embedding_layer_norm
-from fastcls_kernels.layer_norm import _launch_add_layer_norm
+from fastcls_kernels.layer_norm import launch_sum_add_layer_norm
 from fastcls_kernels.linear import _launch_linear_gelu
+from fastcls_kernels.pooler_classifier import _launch_pooler_classifier
+from fastcls_kernels.split_linear import launch_split_linear
+from fastcls_kernels.tuning import linear_gelu_tile, linear_norm_tile, rows_tile, rules_of
 
 
 class Model(NamedTuple):
@@ -47,14 +53,13 @@ MODELS = {
     "bert_base": Model(hidden=768, heads=12, ffn=3072),
     "bert_large": Model(hidden=1024, heads=16, ffn=4096),
     "minilm": Model(hidden=384, heads=12, ffn=1536),
+    "wide_heads": Model(hidden=2048, heads=16, ffn=8192),
 }
-# sm_86 has the shared memory of sm_89 and sm_120 too.
-ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
-# One value for each tile that tuning.py has to choose from; test_aot.py checks that none is missing.
-MAX_SEQLENS = {"short": 128, "long": 512}
-ROWS = {"few_rows": 512, "many_rows": 4096}
-TOKENS = 4096
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SEQUENCES = 32
+# Beyond every limit of a rule.
+MANY_ROWS = 65536
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -62,69 +67,119 @@ def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def heads_of(model: Model) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values as views of one fused projection."""
-    q, k, v = tensor(TOKENS, 3, model.heads, model.head_dim).unbind(1)
-    return q, k, v
+def packing(total_tokens: int) -> PackedLayout:
+    return PackedLayout(tensor(SEQUENCES + 1, dtype=torch.int32), max_seqlen=512, total_tokens=total_tokens)
 
 
-def packing() -> PackedLayout:
-    return PackedLayout(tensor(SEQUENCES + 1, dtype=torch.int32), max_seqlen=512, total_tokens=TOKENS)
+def launch_attention(_arch: str, model: Model, dtype: torch.dtype, mean_seqlen: int, aligned: bool = True) -> None:
+    layout = packing(SEQUENCES * mean_seqlen)
+    # Queries, keys and values as views of one fused projection, or as the copy engine cannot take them.
+    width = model.head_dim if aligned else model.head_dim + 1
+    q, k, v = tensor(layout.total_tokens, 3, model.heads, width, dtype=dtype)[..., : model.head_dim].unbind(1)
+    _launch_attention(q, k, v, layout, 0.125, _choose_tile(q, k, v, layout))
 
 
-def launch_attention(model: Model, max_seqlen: int) -> None:
-    row_bounds = (tensor(TOKENS, dtype=torch.int32), tensor(TOKENS, dtype=torch.int32))
-    _launch_attention(*heads_of(model), row_bounds, max_seqlen, 0.125)
+def launch_cls_attention(_arch: str, model: Model, dtype: torch.dtype, num_splits: int) -> None:
+    query = tensor(SEQUENCES, model.heads, model.hidden, dtype=torch.float32)
+    layout = packing(4096)
+    _launch_cls_attention(query, tensor(4096, model.hidden, dtype=dtype), layout, 0.125, num_splits)
 
 
-def launch_cls_attention(model: Model, dtype: torch.dtype, num_splits: int) -> None:
-    query = tensor(SEQUENCES, model.heads, model.hidden, dtype=dtype)
-    _launch_cls_attention(query, tensor(TOKENS, model.hidden), packing(), 0.125, num_splits)
+def launch_cls_attention_kv(_arch: str, model: Model, dtype: torch.dtype, num_splits: int) -> None:
+    k, v = tensor(4096, 2, model.heads, model.head_dim, dtype=dtype).unbind(1)
+    query = tensor(SEQUENCES, model.heads, model.head_dim, dtype=dtype)
+    _launch_cls_attention_kv(query, k, v, packing(4096), 0.125, num_splits)
 
 
-def launch_cls_attention_kv(model: Model, num_splits: int) -> None:
-    _, k, v = heads_of(model)
-    query = tensor(SEQUENCES, model.heads, model.head_dim)
-    _launch_cls_attention_kv(query, k, v, packing(), 0.125, num_splits)
+def launch_linear_gelu(arch: str, model: Model, dtype: torch.dtype, rows: int) -> None:
+    tile = linear_gelu_tile(arch, dtype, rows, model.hidden, model.ffn)
+    if tile.BY == "triton":
+        weight, bias = tensor(model.ffn, model.hidden, dtype=dtype), tensor(model.ffn, dtype=dtype)
+        _launch_linear_gelu(tensor(rows, model.hidden, dtype=dtype), weight, bias, tile)
 
 
-def launch_linear_gelu(model: Model, rows: int) -> None:
-    _launch_linear_gelu(tensor(rows, model.hidden), tensor(model.ffn, model.hidden), tensor(model.ffn))
+def launch_linear_add_layer_norm(arch: str, model: Model, dtype: torch.dtype, rows: int) -> None:
+    """The products of both halves of a layer, where they are ours, and the layer norm behind them."""
+    residual, vector = tensor(rows, model.hidden, dtype=dtype), tensor(model.hidden, dtype=dtype)
+    for in_features in (model.hidden, model.ffn):
+        tile = linear_norm_tile(arch, dtype, rows, in_features, model.hidden)
+        if tile.BY == "triton":
+            weight = tensor(model.hidden, in_features, dtype=dtype)
+            parts = launch_split_linear(tensor(rows, in_features, dtype=dtype), weight, tile)
+        else:
+            parts = residual.unsqueeze(1)
+        launch_sum_add_layer_norm(parts, vector, residual, None, vector, vector, 1e-12)
 
 
-def launch_add_layer_norm(model: Model, has_bias: bool) -> None:
-    x, vector = tensor(TOKENS, model.hidden), tensor(model.hidden)
-    _launch_add_layer_norm(x, vector if has_bias else None, x, vector, vector, 1e-12)
+def launch_absorb_query(arch: str, model: Model, dtype: torch.dtype, rows: int) -> None:
+    first = tensor(rows, dtype=torch.int32)
+    weight, vector = tensor(model.hidden, model.hidden, dtype=dtype), tensor(model.hidden, dtype=dtype)
+    tile = rows_tile(arch, "absorb_query", dtype, rows)
+    _launch_absorb_query(tensor(4096, model.hidden, dtype=dtype), first, weight, vector, weight, model.heads, tile)
 
 
-def launch_embedding_layer_norm(model: Model, has_types: bool) -> None:
-    ids, vector = tensor(TOKENS, dtype=torch.int64), tensor(model.hidden)
-    words, positions, types = (tensor(rows, model.hidden) for rows in (30522, 512, 2))
+def launch_cls_output(arch: str, model: Model, dtype: torch.dtype, rows: int) -> None:
+    summed, first = tensor(rows, model.heads, model.hidden, dtype=torch.float32), tensor(rows, dtype=torch.int32)
+    weight, vector = tensor(model.hidden, model.hidden, dtype=dtype), tensor(model.hidden, dtype=dtype)
+    parts = _launch_cls_output(summed, weight, vector, weight, rows_tile(arch, "cls_output", dtype, rows))
+    launch_sum_add_layer_norm(parts, vector, tensor(4096, model.hidden, dtype=dtype), first, vector, vector, 1e-12)
+
+
+def launch_pooler_classifier(arch: str, model: Model, dtype: torch.dtype, rows: int) -> None:
+    x, weight = tensor(rows, model.hidden, dtype=dtype), tensor(model.hidden, model.hidden, dtype=dtype)
+    vector, labels = tensor(model.hidden, dtype=dtype), tensor(2, dtype=dtype)
+    tile = rows_tile(arch, "pooler_classifier", dtype, rows)
+    _launch_pooler_classifier(x, weight, vector, tensor(2, model.hidden, dtype=dtype), labels, tile)
+
+
+def launch_embedding_layer_norm(_arch: str, model: Model, dtype: torch.dtype, has_types: bool) -> None:
+    ids, vector = tensor(4096, dtype=torch.int32), tensor(model.hidden, dtype=dtype)
+    words, positions, types = (tensor(rows, model.hidden, dtype=dtype) for rows in (30522, 512, 2))
     type_ids = ids if has_types else None
     _launch_embedding_layer_norm(ids, ids, type_ids, words, positions, types, vector, vector, 1e-12)
 
 
-# Operation and variant -> its launch.
-LAUNCHES: dict[tuple[str, str], Callable[[Model], None]] = {
-    **{
-        ("attention", name): functools.partial(launch_attention, max_seqlen=max_seqlen)
-        for name, max_seqlen in MAX_SEQLENS.items()
-    },
-    ("cls_attention", "one_split"): functools.partial(launch_cls_attention, dtype=torch.bfloat16, num_splits=1),
-    ("cls_attention", "splits"): functools.partial(launch_cls_attention, dtype=torch.bfloat16, num_splits=2),
-    ("cls_attention", "float32_query"): functools.partial(launch_cls_attention, dtype=torch.float32, num_splits=2),
+# Operations whose tile depends on a number, its name in the rules.
+BY_NUMBER: dict[str, tuple[Callable[..., None], str]] = {
+    "attention": (launch_attention, "mean_seqlen"),
+    "linear_gelu": (launch_linear_gelu, "rows"),
+    "linear_add_layer_norm": (launch_linear_add_layer_norm, "rows"),
+    "absorb_query": (launch_absorb_query, "rows"),
+    "cls_output": (launch_cls_output, "rows"),
+    "pooler_classifier": (launch_pooler_classifier, "rows"),
+}
+OTHERS: dict[tuple[str, str], Callable[..., None]] = {
+    ("attention", "unaligned"): functools.partial(launch_attention, mean_seqlen=512, aligned=False),
+    ("cls_attention", "one_split"): functools.partial(launch_cls_attention, num_splits=1),
+    ("cls_attention", "splits"): functools.partial(launch_cls_attention, num_splits=2),
     ("cls_attention_kv", "one_split"): functools.partial(launch_cls_attention_kv, num_splits=1),
     ("cls_attention_kv", "splits"): functools.partial(launch_cls_attention_kv, num_splits=2),
-    **{("linear_gelu", name): functools.partial(launch_linear_gelu, rows=rows) for name, rows in ROWS.items()},
-    ("add_layer_norm", "bias"): functools.partial(launch_add_layer_norm, has_bias=True),
-    ("add_layer_norm", "no_bias"): functools.partial(launch_add_layer_norm, has_bias=False),
     ("embedding_layer_norm", "types"): functools.partial(launch_embedding_layer_norm, has_types=True),
     ("embedding_layer_norm", "no_types"): functools.partial(launch_embedding_layer_norm, has_types=False),
 }
 
 
-def case_id(operation: str, model: str, arch: str, variant: str) -> str:
-    return f"{operation}-{model}-{arch}-{variant}"
+def launches(arch: str) -> dict[str, Callable[[], None]]:
+    """Every launch of a chip by its name: for each rule of each operation a number that it is made for."""
+    found: dict[str, Callable[[], None]] = {}
+    for (name, model), (dtype_name, dtype) in itertools.product(MODELS.items(), DTYPES.items()):
+        if dtype == torch.float32 and name != "bert_base":
+            continue
+        for operation, (launch, fact) in BY_NUMBER.items():
+            if name == "wide_heads" and operation != "attention":
+                continue
+            limits = {rule.limits[fact] for rule in rules_of(arch, operation) if fact in rule.limits}
+            # A multiple of 16 is compiled apart from other numbers where nothing keeps the compiler from it.
+            for number in (*sorted(limits), MANY_ROWS // SEQUENCES if fact == "mean_seqlen" else MANY_ROWS):
+                found[f"{operation}-{name}-{arch}-{dtype_name}-{number}"] = functools.partial(
+                    launch, arch, model, dtype, number
+                )
+        for (operation, variant), launch in OTHERS.items():
+            if (variant == "unaligned" and dtype == torch.float32) or name == "wide_heads":
+                # The copy engine is for 16 bits alone.
+                continue
+            found[f"{operation}-{name}-{arch}-{dtype_name}-{variant}"] = functools.partial(launch, arch, model, dtype)
+    return found
 
 
 class _NamesTheChip:
@@ -211,19 +266,27 @@ def inspect(compiled: Any) -> dict[str, Any]:
 
 
 def report(arch: str) -> dict[str, Any]:
-    """Each case's kernels, or the error in their place."""
+    """Each case's kernels, or the error in their place; and the rules that they follow."""
     compiled = compile_only(arch)
+    rules: list[Any] = []
+    choose = tuning._first_fitting
+
+    def recorded(arch: str, operation: str, facts: Mapping[str, int]) -> dict[str, Any]:
+        tile = choose(arch, operation, facts)
+        rules.append([operation, dict(tile)])
+        return tile
+
+    tuning._first_fitting = recorded
     cases: dict[str, Any] = {}
-    for (operation, variant), launch in LAUNCHES.items():
-        for name, model in MODELS.items():
-            compiled.clear()
-            try:
-                launch(model)
-                result: Any = [inspect(kernel) for kernel in compiled]
-            except Exception:
-                result = traceback.format_exc()
-            cases[case_id(operation, name, arch, variant)] = result
-    return cases
+    for name, launch in launches(arch).items():
+        compiled.clear()
+        try:
+            launch()
+            result: Any = [inspect(kernel) for kernel in compiled]
+        except Exception:
+            result = traceback.format_exc()
+        cases[name] = result
+    return {"cases": cases, "rules": rules}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ spills when it compiles, and falls back from a matrix unit to a slower one witho
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import os
 import pkgutil
@@ -19,39 +18,48 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from aot_worker import ARCHS, LAUNCHES, MAX_SEQLENS, MODELS, ROWS, case_id
+from aot_worker import ARCHS, launches
 
 import fastcls_kernels
-from fastcls_kernels.tuning import attention_tile, linear_tile
+from fastcls_kernels import tuning
 
 pytestmark = pytest.mark.skipif(not fastcls_kernels.HAS_TRITON, reason="triton is not installed")
 
 # Bytes that one program may ask for.
-SHARED_MEMORY = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SHARED_MEMORY = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
 # Columns of sm_100's memory beside the tensor cores.
 TENSOR_MEMORY = 512
 
-WIDE_PRODUCT = {
-    "sm_80": ["HMMA"],
-    "sm_86": ["HMMA"],
-    "sm_90": ["HGMMA"],
-    "sm_100": ["UTCHMMA", "tcgen05.mma"],
-    "gfx942": ["v_mfma"],
+# The instruction of each chip; and that of chips whose widest one takes at least 64 rows, for products of 16.
+WIDE = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+NARROW = {"gfx942": "v_mfma"}
+NARROW_KERNELS = {
+    "_absorb_query_kernel",
+    "_cls_attention_kernel",
+    "_cls_output_kernel",
+    "_pooler_classifier_kernel",
+    "_split_linear_kernel",
 }
-# The instructions of sm_90 and sm_100 take at least 64 rows, and the [CLS] pass has 16 heads.
-NARROW_PRODUCT = {**WIDE_PRODUCT, "sm_90": ["HMMA"], "sm_100": ["HMMA"]}
-MATRIX_UNITS = {
-    "_attention_kernel": WIDE_PRODUCT,
-    "_linear_gelu_kernel": WIDE_PRODUCT,
-    "_cls_attention_kernel": NARROW_PRODUCT,
-}
+WIDE_KERNELS = {"_attention_kernel", "_linear_gelu_kernel"}
 
-CASES = [
-    pytest.param(arch, case, id=case)
-    for (operation, variant), model, arch in itertools.product(LAUNCHES, MODELS, ARCHS)
-    for case in [case_id(operation, model, arch, variant)]
-]
+CASES = [pytest.param(arch, case, id=case) for arch in ARCHS for case in launches(arch)]
+
+
+def matrix_unit(arch: str, case: str, kernel: str) -> str | None:
+    """The instruction that a kernel's products are meant to be, or None where it has none."""
+    if kernel not in WIDE_KERNELS | NARROW_KERNELS or ("-fp32-" in case and not arch.startswith("gfx")):
+        # In float32 the products are IEEE's, which NVIDIA's matrix units do not compute.
+        return None
+    few_rows = kernel == "_linear_gelu_kernel" and case.endswith("-16")
+    return (NARROW if kernel in NARROW_KERNELS or few_rows else WIDE).get(arch, "HMMA")
 
 
 def run_worker(arch: str) -> dict[str, Any]:
@@ -70,6 +78,8 @@ def run_worker(arch: str) -> dict[str, Any]:
 def reports(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[dict[str, Any]]]]:
     """What the worker of each chip that the selected tests ask about reports, two workers at a time."""
     asked = {item.callspec.params.get("arch") for item in request.session.items if hasattr(item, "callspec")}
+    if any("file" in item.callspec.params for item in request.session.items if hasattr(item, "callspec")):
+        asked = set(ARCHS)
     with ThreadPoolExecutor(max_workers=2) as pool:
         yield {arch: pool.submit(run_worker, arch) for arch in ARCHS if arch in asked}
 
@@ -78,14 +88,14 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[dict[st
 def test_launch_fits_its_chip_and_uses_the_matrix_unit_that_was_meant(
     reports: dict[str, Future[dict[str, Any]]], arch: str, case: str
 ) -> None:
-    kernels = reports[arch].result()[case]
+    kernels = reports[arch].result()["cases"][case]
     assert isinstance(kernels, list), kernels
-    assert kernels
     for kernel in kernels:
         assert kernel["spills"] == 0, kernel
         assert kernel["shared"] <= SHARED_MEMORY[arch], kernel
         assert kernel["tensor_memory"] <= TENSOR_MEMORY, kernel
-        assert kernel["matrix_units"] == MATRIX_UNITS.get(kernel["kernel"], {}).get(arch, []), kernel
+        unit = matrix_unit(arch, case, kernel["kernel"])
+        assert (unit in kernel["matrix_units"]) if unit else not kernel["matrix_units"], (unit, kernel)
         assert kernel["fp_fusion"], kernel
 
 
@@ -97,14 +107,20 @@ def test_every_kernel_is_compiled(reports: dict[str, Future[dict[str, Any]]], ar
         for name in vars(importlib.import_module(module.name))
         if name.endswith("_kernel")
     }
-    compiled = {kernel["kernel"] for kernels in reports[arch].result().values() for kernel in kernels}
+    compiled = {kernel["kernel"] for kernels in reports[arch].result()["cases"].values() for kernel in kernels}
     assert compiled == defined
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_tile_is_compiled(arch: str) -> None:
-    for model in MODELS.values():
-        attention = {attention_tile(arch, torch.bfloat16, model.head_dim, seqlen) for seqlen in range(1, 8193)}
-        assert attention == {attention_tile(arch, torch.bfloat16, model.head_dim, n) for n in MAX_SEQLENS.values()}
-    linear = {linear_tile(arch, torch.bfloat16, rows) for rows in range(1, 8193)}
-    assert linear == {linear_tile(arch, torch.bfloat16, rows) for rows in ROWS.values()}
+@pytest.mark.parametrize("file", sorted(tuning.CONFIGS.glob("*.json")), ids=lambda file: file.stem)
+def test_every_rule_is_compiled(reports: dict[str, Future[dict[str, Any]]], file: Path) -> None:
+    chips = [arch for arch in ARCHS if tuning.config_file(arch) == file]
+    assert chips, f"none of {ARCHS} takes {file.name}"
+    compiled = [rule for arch in chips for rule in reports[arch].result()["rules"]]
+    rules = json.loads(file.read_text(encoding="utf-8"))["rules"]
+    missing = [
+        (operation, rule)
+        for operation, each in rules.items()
+        for rule in each
+        if [operation, rule["tile"]] not in compiled
+    ]
+    assert not missing

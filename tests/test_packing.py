@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,15 +163,12 @@ def test_indices_of_what_is_kept_without_asking_their_number(mask: list[bool]) -
 
 
 @given(st.lists(st.integers(0, 30), max_size=20))
-def test_runs_and_bounds_describe_the_same_layout(lengths: list[int]) -> None:
+def test_runs_are_the_layouts_sequences(lengths: list[int]) -> None:
     from fastcls_kernels import PackedLayout
 
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     layout = PackedLayout(cu_seqlens, max(lengths, default=0), sum(lengths) + 3)
-    starts, ends = layout.row_bounds
-    expected = [(start, end) for start, end in zip(cu_seqlens.tolist(), cu_seqlens[1:].tolist(), strict=False)]
-    rows = [bounds for bounds in expected for _ in range(bounds[1] - bounds[0])] + [(0, 0)] * 3
-    assert list(zip(starts.tolist(), ends.tolist(), strict=True)) == rows
+    expected = list(itertools.pairwise(cu_seqlens.tolist()))
     covered = [
         (run.start_token + index * run.length, run.start_token + (index + 1) * run.length)
         for run in layout.runs

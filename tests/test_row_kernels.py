@@ -26,6 +26,7 @@ from fastcls_kernels.reference import (
     embedding_layer_norm_reference,
     linear_gelu_reference,
 )
+from fastcls_kernels.tuning import GeluTile, SplitTile, use_tile
 
 EPS = 1e-12
 
@@ -93,14 +94,43 @@ def linear_inputs(rows: int, width: int, columns: int, dtype: torch.dtype, devic
     return random(rows, width, dtype=dtype, device=device), weight, random(columns, dtype=dtype, device=device)
 
 
-SHAPES = [(70, 96, 130), (70, 16, 1), (1, 40, 70), (0, 32, 8), (33, 40, 64), (513, 64, 72)]
+def needs_copy_engine(device: str) -> None:
+    if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("the copy engine comes with compute capability 9.0")
 
 
+GELU_TILES = {
+    "pointers": GeluTile("triton", False, BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2),
+    "tma": GeluTile("triton", True, BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2),
+    "few_rows": GeluTile("triton", False, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
+    "library": GeluTile("torch"),
+}
+SPLIT_TILES = {
+    "library": SplitTile("torch"),
+    "one_part": SplitTile("triton", 1, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2),
+    "parts": SplitTile("triton", 3, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2),
+}
+
+SHAPES = [(70, 96, 130), (300, 48, 1), (1, 40, 70), (0, 32, 8), (33, 40, 64), (513, 64, 72)]
+
+
+@pytest.mark.parametrize("tile", list(GELU_TILES.values()), ids=list(GELU_TILES))
 @pytest.mark.parametrize(("rows", "width", "columns"), SHAPES)
-def test_linear_gelu_kernel(kernels: str, rows: int, width: int, columns: int, dtype: torch.dtype) -> None:
+def test_linear_gelu_kernel(
+    kernels: str,
+    rows: int,
+    width: int,
+    columns: int,
+    dtype: torch.dtype,
+    tile: GeluTile,
+) -> None:
+    if tile.TMA:
+        needs_copy_engine(kernels)
     inputs = linear_inputs(rows, width, columns, dtype, kernels)
     exact = linear_gelu_reference(*(tensor.double() for tensor in inputs))
-    assert_as_exact_as(linear_gelu(*inputs), eager_runs(linear_gelu_reference, *inputs), exact)
+    with use_tile("linear_gelu", tile._asdict()):
+        actual = linear_gelu(*inputs)
+    assert_as_exact_as(actual, eager_runs(linear_gelu_reference, *inputs), exact)
 
 
 @pytest.mark.parametrize(("rows", "width", "columns"), SHAPES)
@@ -143,10 +173,21 @@ def half_layer(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *norm:
     return add_layer_norm_reference(torch.nn.functional.linear(x, weight, bias), None, residual, *norm, EPS)
 
 
-def test_linear_add_layer_norm_kernel(kernels: str, dtype: torch.dtype) -> None:
-    inputs = half_layer_inputs(40, 64, 96, dtype, kernels)
+@pytest.mark.parametrize("tile", list(SPLIT_TILES.values()), ids=list(SPLIT_TILES))
+@pytest.mark.parametrize(("rows", "width", "columns"), [(40, 64, 96), (17, 100, 70), (0, 32, 64)])
+def test_linear_add_layer_norm_kernel(
+    kernels: str,
+    rows: int,
+    width: int,
+    columns: int,
+    dtype: torch.dtype,
+    tile: SplitTile,
+) -> None:
+    inputs = half_layer_inputs(rows, width, columns, dtype, kernels)
     exact = half_layer(*[tensor.double() for tensor in inputs])
-    assert_as_exact_as(linear_add_layer_norm(*inputs, EPS), eager_runs(half_layer, *inputs), exact)
+    with use_tile("linear_add_layer_norm", tile._asdict()):
+        actual = linear_add_layer_norm(*inputs, EPS)
+    assert_as_exact_as(actual, eager_runs(half_layer, *inputs), exact)
 
 
 def test_linear_add_layer_norm_torch_path(torch_path: str, dtype: torch.dtype) -> None:

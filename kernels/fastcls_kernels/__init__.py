@@ -7,26 +7,32 @@ definition in `fastcls_kernels.reference`. Importing this package needs torch al
 from ._backend import Backend, explain_backend, use_backend
 from ._layout import PackedLayout
 from ._triton import HAS_TRITON
+from .absorb_query import absorb_query
 from .attention import attention_padded, attention_varlen
 from .cls_attention import cls_attention, cls_attention_kv
+from .cls_output import cls_output
 from .embedding import embedding_layer_norm
 from .layer_norm import add_layer_norm
 from .linear import linear, linear_add_layer_norm, linear_gelu, uses_onednn
+from .pooler_classifier import pooler_classifier
 
 __all__ = [
     "HAS_TRITON",
     "Backend",
     "PackedLayout",
+    "absorb_query",
     "add_layer_norm",
     "attention_padded",
     "attention_varlen",
     "cls_attention",
     "cls_attention_kv",
+    "cls_output",
     "embedding_layer_norm",
     "explain_backend",
     "linear",
     "linear_add_layer_norm",
     "linear_gelu",
+    "pooler_classifier",
     "use_backend",
     "uses_onednn",
 ]

@@ -44,3 +44,16 @@ def check_head_dim(name: str, head_dim: int) -> None:
     """Checks that the kernels have a tile for this head size."""
     if not 16 <= head_dim <= 128:
         raise ValueError(f"{name} must have a head size from 16 to 128, got {head_dim}")
+
+
+def check_rows(name: str, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Checks indices of rows of ``tokens``; their values only on the CPU, since reading them would stall a GPU."""
+    if not isinstance(rows, torch.Tensor) or rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {getattr(rows, 'dtype', type(rows).__name__)}")
+    if rows.ndim != 1 or not rows.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, of shape (num_rows,), got {tuple(rows.shape)}")
+    check_device(name, rows, tokens)
+    if rows.device.type == "cpu" and rows.numel():
+        low, high = (int(bound) for bound in torch.aminmax(rows))
+        if low < 0 or high >= tokens.shape[0]:
+            raise ValueError(f"{name} must lie from 0 to {tokens.shape[0] - 1}, got {low} to {high}")

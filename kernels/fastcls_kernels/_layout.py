@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_device
+from .tile_map import launch_row_bounds, launch_sequence_tiles
 
 
 class Run(NamedTuple):
@@ -62,6 +63,7 @@ class PackedLayout:
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
         self.total_tokens = total_tokens
+        self._sequence_tiles: dict[int, Tensor] = {}
         if cu_seqlens.device.type == "cpu":
             self._check_values()
 
@@ -94,23 +96,21 @@ class PackedLayout:
         return self.cu_seqlens.numel() - 1
 
     @functools.cached_property
-    def first_tokens(self) -> Tensor:
-        """(num_sequences,), int64: the row of each sequence's first token."""
-        return self.cu_seqlens[:-1].long()
-
-    @functools.cached_property
     def row_bounds(self) -> tuple[Tensor, Tensor]:
         """For each row its sequence's start and end, two int32 tensors (total_tokens,), both 0 where there is none.
 
-        Computed on the tensor's device without waiting for it.
+        For the kernels; computed on the tensor's device without waiting for it.
         """
-        # A last, imaginary sequence [0, 0) takes the rows that belong to none.
-        rest = self.total_tokens - self.cu_seqlens[-1:]
-        repeats = torch.cat((self.cu_seqlens.diff(), rest))
-        zero = self.cu_seqlens.new_zeros(1)
-        starts = torch.cat((self.cu_seqlens[:-1], zero)).repeat_interleave(repeats, output_size=self.total_tokens)
-        ends = torch.cat((self.cu_seqlens[1:], zero)).repeat_interleave(repeats, output_size=self.total_tokens)
-        return starts, ends
+        return launch_row_bounds(self.cu_seqlens, self.total_tokens)
+
+    def sequence_tiles(self, block_m: int) -> Tensor:
+        """(num_tiles, 4) int32: where tiles of ``block_m`` rows lie that hold rows of one sequence each.
+
+        For the kernels (tile_map.py says what stands there); computed on the tensor's device without waiting for it.
+        """
+        if block_m not in self._sequence_tiles:
+            self._sequence_tiles[block_m] = launch_sequence_tiles(self.cu_seqlens, self.total_tokens, block_m)
+        return self._sequence_tiles[block_m]
 
     @functools.cached_property
     def runs(self) -> list[Run]:

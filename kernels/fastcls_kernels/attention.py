@@ -1,11 +1,15 @@
 """Bidirectional attention over packed sequences: out_i = Σ_j softmax_j(q_i · k_j · scale) v_j, j in i's sequence.
 
-One program takes a tile of BLOCK_M packed tokens and one head, whatever sequences the tile holds: every row carries
-the bounds [start, end) of its own sequence and is masked to them. Short sequences share a tile, long ones span many,
-and no length ever reaches the compiler.
+One program takes a tile of BLOCK_M packed tokens and one head, by one of two schedules. *Token tiles* hold whatever
+sequences lie there: every row carries the bounds [start, end) of its own one and is masked to them, so that short
+sequences share a tile. *Sequence tiles* hold rows of one sequence, so that long ones do not read their neighbours'
+keys. In both a length is only ever read on the device: none reaches the compiler, and one CUDA graph serves every
+mixture.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +18,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from ._backend import device_guard, runs_triton
 from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
 from ._layout import PackedLayout
-from ._triton import cdiv, jit, next_power_of_2, tl
-from .tuning import arch_of, attention_tile
+from ._triton import HAS_TRITON, cdiv, jit, next_power_of_2, tl
+from .tuning import AttentionTile, arch_of, attention_tile
+
+if HAS_TRITON:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
 # Up to this many tokens a CPU is faster by plain batched products in float32 than by its fused attention, whose
@@ -24,14 +31,34 @@ SHORT = 64
 
 
 @jit()
+def _load_rows(
+    ptr, desc, offs_n, start_n, last_key, column, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows of keys or values, [BLOCK_N, BLOCK_D], zero from ``last_key`` on; but TMA brings the rows behind, too."""
+    if TMA:
+        return desc.load([start_n, column])
+    offs_d = tl.arange(0, BLOCK_D)
+    # Masked loads, not only masked scores: stale memory may hold NaN, and a weight of zero times NaN is NaN.
+    return tl.load(
+        ptr + offs_n.to(tl.int64)[:, None] * stride + offs_d[None, :],
+        mask=(offs_n < last_key)[:, None] & (offs_d < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+
+
+@jit()
 def _attend(
     q,
     k_ptr,
     v_ptr,
+    k_desc,
+    v_desc,
     row_start,
     row_end,
     first_key,
     last_key,
+    column,
     scale_log2,
     stride_kt,
     stride_vt,
@@ -39,10 +66,10 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PER_SEQUENCE: tl.constexpr,
+    TMA: tl.constexpr,
     ISOLATE: tl.constexpr,
 ):
-    offs_d = tl.arange(0, BLOCK_D)
-    in_head = offs_d < HEAD_DIM
     # [BLOCK_M, BLOCK_D]
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     # [BLOCK_M]
@@ -51,19 +78,9 @@ def _attend(
     # The rare pass must not cost the common one registers, so it is not pipelined.
     for start_n in tl.range(first_key, last_key, BLOCK_N, num_stages=1 if ISOLATE else None):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        # Masked loads, not only masked scores: stale memory may hold NaN, and a weight of zero times NaN is NaN.
-        in_span = offs_n < last_key
         # [BLOCK_N, BLOCK_D]
-        k = tl.load(
-            k_ptr + offs_n.to(tl.int64)[:, None] * stride_kt + offs_d[None, :],
-            mask=in_span[:, None] & in_head[None, :],
-            other=0.0,
-        )
-        v = tl.load(
-            v_ptr + offs_n.to(tl.int64)[:, None] * stride_vt + offs_d[None, :],
-            mask=in_span[:, None] & in_head[None, :],
-            other=0.0,
-        )
+        k = _load_rows(k_ptr, k_desc, offs_n, start_n, last_key, column, stride_kt, HEAD_DIM, BLOCK_D, TMA)
+        v = _load_rows(v_ptr, v_desc, offs_n, start_n, last_key, column, stride_vt, HEAD_DIM, BLOCK_D, TMA)
         # [BLOCK_M, BLOCK_N]
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         if ISOLATE:
@@ -71,7 +88,10 @@ def _attend(
             defect = (v - v).to(tl.float32)
             v = tl.where(defect == 0.0, v, 0.0)
             scores += tl.sum(defect, 1)[None, :]
-        own = (offs_n[None, :] >= row_start[:, None]) & (offs_n[None, :] < row_end[:, None])
+        if PER_SEQUENCE:
+            own = (offs_n < last_key)[None, :]
+        else:
+            own = (offs_n[None, :] >= row_start[:, None]) & (offs_n[None, :] < row_end[:, None])
         # new_max is at least -1e30, so a masked score weighs exp2(-inf) = 0 and never meets inf - inf.
         scores = tl.where(own, scores, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -88,9 +108,12 @@ def _attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_desc,
+    v_desc,
     out_ptr,
     row_start_ptr,
     row_end_ptr,
+    tiles_ptr,
     total_tokens,
     scale_log2,
     stride_qt,
@@ -105,20 +128,32 @@ def _attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PER_SEQUENCE: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    in_tile = offs_m < total_tokens
     in_head = offs_d < HEAD_DIM
     k_ptr += head * stride_kh
     v_ptr += head * stride_vh
+    column = tl.program_id(1) * HEAD_DIM
 
-    # A row that belongs to no sequence has start = end = 0; it must not widen the span of keys that the tile reads.
-    row_start = tl.load(row_start_ptr + offs_m, mask=in_tile, other=0)
-    row_end = tl.load(row_end_ptr + offs_m, mask=in_tile, other=0)
-    first_key = tl.min(tl.where(row_end > row_start, row_start, total_tokens))
-    last_key = tl.max(row_end)
+    if PER_SEQUENCE:
+        tiles_ptr += tl.program_id(0) * 4
+        offs_m = tl.load(tiles_ptr).to(tl.int64) + tl.arange(0, BLOCK_M)
+        in_tile = offs_m < tl.load(tiles_ptr + 1)
+        first_key = tl.load(tiles_ptr + 2)
+        last_key = tl.load(tiles_ptr + 3)
+        row_start = first_key
+        row_end = last_key
+    else:
+        offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        in_tile = offs_m < total_tokens
+        # A row that belongs to no sequence has start = end = 0; it must not widen the span of keys that the tile reads.
+        row_start = tl.load(row_start_ptr + offs_m, mask=in_tile, other=0)
+        row_end = tl.load(row_end_ptr + offs_m, mask=in_tile, other=0)
+        first_key = tl.min(tl.where(row_end > row_start, row_start, total_tokens))
+        last_key = tl.max(row_end)
 
     # [BLOCK_M, BLOCK_D]
     q = tl.load(
@@ -127,15 +162,16 @@ def _attention_kernel(
         other=0.0,
     )
     acc, row_sum = _attend(
-        q, k_ptr, v_ptr, row_start, row_end, first_key, last_key, scale_log2, stride_kt, stride_vt,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, ISOLATE=False,
+        q, k_ptr, v_ptr, k_desc, v_desc, row_start, row_end, first_key, last_key, column, scale_log2, stride_kt,
+        stride_vt, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PER_SEQUENCE, TMA, ISOLATE=False,
     )  # fmt: skip
     # A value that is not finite (a text that overflowed) spoils every row of the tile, since 0 * inf is NaN. Such
     # tiles are rare and are computed once more, so that it reaches the rows of its own sequence only.
     if tl.max(tl.max(tl.where(acc == acc, 0, 1), 1)) > 0:
         acc, row_sum = _attend(
-            q, k_ptr, v_ptr, row_start, row_end, first_key, last_key, scale_log2, stride_kt, stride_vt,
-            HEAD_DIM, BLOCK_D, BLOCK_M, 16 if BLOCK_N == 16 else BLOCK_N // 2, ISOLATE=True,
+            q, k_ptr, v_ptr, k_desc, v_desc, row_start, row_end, first_key, last_key, column, scale_log2, stride_kt,
+            stride_vt, HEAD_DIM, BLOCK_D, BLOCK_M, 16 if BLOCK_N == 16 else BLOCK_N // 2, PER_SEQUENCE, TMA=False,
+            ISOLATE=True,
         )  # fmt: skip
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
@@ -146,22 +182,80 @@ def _attention_kernel(
     )
 
 
+class _PaddedRows:
+    """Where the tokens of a padded batch lie, as `PackedLayout` says it of packed ones."""
+
+    def __init__(self, seqlens: Tensor, seqlen: int) -> None:
+        self.seqlens = seqlens
+        self.seqlen = seqlen
+        self.num_sequences = seqlens.numel()
+        self.total_tokens = self.num_sequences * seqlen
+
+    def _bounds(self, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For each block of rows, (batch, blocks), the first one and the start and end of its keys."""
+        starts = torch.arange(self.num_sequences, device=self.seqlens.device)[:, None] * self.seqlen
+        blocks = torch.arange(0, self.seqlen, block_m, device=self.seqlens.device)
+        real = blocks[None, :] < self.seqlens[:, None]
+        return starts + blocks, starts * real, (starts + self.seqlens[:, None]) * real
+
+    @property
+    def row_bounds(self) -> tuple[Tensor, Tensor]:
+        _, starts, ends = self._bounds(1)
+        return starts.flatten().int(), ends.flatten().int()
+
+    def sequence_tiles(self, block_m: int) -> Tensor:
+        first, starts, ends = self._bounds(block_m)
+        last = first[:, :1] + self.seqlen
+        return torch.stack((first, last.expand_as(first), starts, ends), -1).flatten(0, 1).int()
+
+
+def _choose_tile(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout | _PaddedRows) -> AttentionTile:
+    mean_seqlen = cdiv(layout.total_tokens, max(layout.num_sequences, 1))
+    return attention_tile(arch_of(q.device), q.dtype, q.shape[2], mean_seqlen, _fits_tma(k) and _fits_tma(v))
+
+
+def _fits_tma(tensor: Tensor) -> bool:
+    """Whether all heads are one matrix as the copy engine takes it: its tiles then never reach into another head."""
+    num_tokens, num_heads, head_dim = tensor.shape
+    return (
+        num_tokens > 0
+        and next_power_of_2(head_dim) == head_dim
+        and (num_heads == 1 or tensor.stride(1) == head_dim)
+        and tensor.stride(0) * tensor.itemsize % 16 == 0
+        and tensor.data_ptr() % 16 == 0
+    )
+
+
+def _descriptor(tensor: Tensor, block_n: int) -> Any:
+    num_tokens, num_heads, head_dim = tensor.shape
+    return TensorDescriptor(tensor, [num_tokens, num_heads * head_dim], [tensor.stride(0), 1], [block_n, head_dim])
+
+
 def _launch_attention(
-    q: Tensor, k: Tensor, v: Tensor, row_bounds: tuple[Tensor, Tensor], max_seqlen: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout | _PaddedRows, scale: float, tile: AttentionTile
 ) -> Tensor:
     total_tokens, num_heads, head_dim = q.shape
     out = q.new_empty(total_tokens, num_heads, head_dim)
     if out.numel() == 0:
         return out
-    tile = attention_tile(arch_of(q.device), q.dtype, head_dim, max_seqlen)
+    row_start = row_end = tiles = None
+    if tile.PER_SEQUENCE:
+        tiles = layout.sequence_tiles(tile.BLOCK_M)
+        num_tiles = tiles.shape[0]
+    else:
+        row_start, row_end = layout.row_bounds
+        num_tiles = cdiv(total_tokens, tile.BLOCK_M)
     with device_guard(q):
-        _attention_kernel[(cdiv(total_tokens, tile.BLOCK_M), num_heads)](
+        _attention_kernel[(num_tiles, num_heads)](
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
+            k_desc=_descriptor(k, tile.BLOCK_N) if tile.TMA else None,
+            v_desc=_descriptor(v, tile.BLOCK_N) if tile.TMA else None,
             out_ptr=out,
-            row_start_ptr=row_bounds[0],
-            row_end_ptr=row_bounds[1],
+            row_start_ptr=row_start,
+            row_end_ptr=row_end,
+            tiles_ptr=tiles,
             total_tokens=total_tokens,
             scale_log2=scale * LOG2_E,
             stride_qt=q.stride(0),
@@ -176,6 +270,8 @@ def _launch_attention(
             BLOCK_D=next_power_of_2(head_dim),
             BLOCK_M=tile.BLOCK_M,
             BLOCK_N=tile.BLOCK_N,
+            PER_SEQUENCE=tile.PER_SEQUENCE,
+            TMA=tile.TMA,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             enable_fp_fusion=True,
@@ -225,7 +321,7 @@ def attention_varlen(
             as they are.
         cu_seqlens: (num_sequences + 1,), int32: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``. Zero-length
             sequences are allowed. Rows from ``cu_seqlens[-1]`` on belong to no sequence.
-        max_seqlen: the longest sequence, in tokens, or any bound above it. Chooses the tile; it compiles nothing.
+        max_seqlen: the longest sequence, in tokens, or any bound above it. It chooses nothing and compiles nothing.
         softmax_scale: factor on the scores; ``headdim ** -0.5`` if None.
         layout: ``PackedLayout(cu_seqlens, max_seqlen, total_tokens)``, for callers that use one packing many times:
             what depends on the lengths alone is checked and computed once.
@@ -248,7 +344,7 @@ def attention_varlen(
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     if not runs_triton(q):
         return _attention_runs(q, k, v, layout, scale)
-    return _launch_attention(q, k, v, layout.row_bounds, layout.max_seqlen, scale)
+    return _launch_attention(q, k, v, layout, scale, _choose_tile(q, k, v, layout))
 
 
 def attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_scale: float | None = None) -> Tensor:
@@ -284,12 +380,11 @@ def attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_s
         queries, keys, values = (tensor.transpose(1, 2) for tensor in (q, k, v))
         attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale).transpose(1, 2)
         return attended.masked_fill(~real[:, :, None, None], 0.0).contiguous()
-    first = torch.arange(batch, device=seqlens.device)[:, None] * seqlen
-    starts = (first * real).flatten()
-    ends = ((first + seqlens[:, None]) * real).flatten()
+    rows = _PaddedRows(seqlens, seqlen)
     queries, keys, values = (tensor.flatten(0, 1) for tensor in (q, k, v))
-    out = _launch_attention(queries, keys, values, (starts.int(), ends.int()), seqlen, scale)
-    return out.unflatten(0, (batch, seqlen))
+    out = _launch_attention(queries, keys, values, rows, scale, _choose_tile(queries, keys, values, rows))
+    # A sequence's last tile holds padding, too.
+    return out.unflatten(0, (batch, seqlen)).masked_fill_(~real[:, :, None, None], 0.0)
 
 
 def _check_keys_values(q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:

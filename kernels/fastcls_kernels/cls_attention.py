@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ._backend import device_guard, multiprocessor_count, runs_triton
 from ._checks import check_head_dim, check_last_dim_contiguous, check_tensor
 from ._layout import PackedLayout
+from ._pair import as_pair, pair_dot
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .attention import LOG2_E
 from .tuning import arch_of, cls_tile
@@ -46,9 +47,7 @@ def _load_query_chunk(
         other=0.0,
     ).to(tl.float32)
     # Scaled before it is split: absorbed queries are the largest numbers of the layer, and float16 ends at 65,504.
-    query *= scale_log2
-    high = query.to(DTYPE)
-    return high, (query - high.to(tl.float32)).to(DTYPE)
+    return as_pair(query * scale_log2, DTYPE)
 
 
 @jit()
@@ -60,15 +59,6 @@ def _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, WIDTH: tl.const
         mask=in_split[:, None] & (offs_w[None, :] < WIDTH),
         other=0.0,
     )
-
-
-@jit()
-def _pair_dot(high, low, other, acc, PAIR: tl.constexpr):
-    # high + low carries the left side in twice the bits of a 16-bit dtype; a float32 left side is all in high.
-    acc = tl.dot(high, other, acc, input_precision="ieee")
-    if PAIR:
-        acc = tl.dot(low, other, acc, input_precision="ieee")
-    return acc
 
 
 @jit()
@@ -154,20 +144,20 @@ def _cls_attention_kernel(
         # [BLOCK_H, BLOCK_N]
         scores = tl.zeros([BLOCK_H, BLOCK_N], dtype=tl.float32)
         if COLUMN_GROUPS == 1:
-            scores = _pair_dot(q0, r0, tl.trans(x0), scores, PAIR)
+            scores = pair_dot(q0, r0, tl.trans(x0), scores, PAIR)
             if CHUNKS > 1:
-                scores = _pair_dot(q1, r1, tl.trans(x1), scores, PAIR)
+                scores = pair_dot(q1, r1, tl.trans(x1), scores, PAIR)
             if CHUNKS > 2:
-                scores = _pair_dot(q2, r2, tl.trans(x2), scores, PAIR)
+                scores = pair_dot(q2, r2, tl.trans(x2), scores, PAIR)
             if CHUNKS > 3:
-                scores = _pair_dot(q3, r3, tl.trans(x3), scores, PAIR)
+                scores = pair_dot(q3, r3, tl.trans(x3), scores, PAIR)
         else:
             for chunk in range((WIDTH + BLOCK_W - 1) // BLOCK_W):
                 query, rest = _load_query_chunk(
                     q_ptr, chunk, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE
                 )
                 x = _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
-                scores = _pair_dot(query, rest, tl.trans(x), scores, PAIR)
+                scores = pair_dot(query, rest, tl.trans(x), scores, PAIR)
 
         scores = tl.where(in_split[None, :], scores, -1e30)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -175,15 +165,14 @@ def _cls_attention_kernel(
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         row_max = new_max
-        high = weights.to(DTYPE)
-        low = (weights - high.to(tl.float32)).to(DTYPE)
-        acc0 = _pair_dot(high, low, x0, acc0 * rescale[:, None], PAIR)
+        high, low = as_pair(weights, DTYPE)
+        acc0 = pair_dot(high, low, x0, acc0 * rescale[:, None], PAIR)
         if CHUNKS > 1:
-            acc1 = _pair_dot(high, low, x1, acc1 * rescale[:, None], PAIR)
+            acc1 = pair_dot(high, low, x1, acc1 * rescale[:, None], PAIR)
         if CHUNKS > 2:
-            acc2 = _pair_dot(high, low, x2, acc2 * rescale[:, None], PAIR)
+            acc2 = pair_dot(high, low, x2, acc2 * rescale[:, None], PAIR)
         if CHUNKS > 3:
-            acc3 = _pair_dot(high, low, x3, acc3 * rescale[:, None], PAIR)
+            acc3 = pair_dot(high, low, x3, acc3 * rescale[:, None], PAIR)
 
     divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
     out_row = sequence * num_splits + split

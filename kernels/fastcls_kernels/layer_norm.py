@@ -2,7 +2,8 @@
 
     out = (s - mean(s)) / sqrt(var(s) + eps) * weight + norm_bias,    s = hidden_states + bias + residual,
 
-where ``bias`` is that of the product that made ``hidden_states``. One program normalises one row, in float32.
+where ``bias`` is that of the product that made ``hidden_states``. One program normalises one row, in float32. A product
+may come as float32 parts that are still to be summed, always in the same order.
 """
 
 from __future__ import annotations
@@ -33,49 +34,73 @@ def _add_layer_norm_kernel(
     x_ptr,
     bias_ptr,
     residual_ptr,
+    residual_rows_ptr,
     weight_ptr,
     norm_bias_ptr,
     out_ptr,
     eps,
     stride_xt,
+    stride_xp,
     stride_rt,
     stride_ot,
     HAS_BIAS: tl.constexpr,
+    GATHERS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     offs_w = tl.arange(0, BLOCK_W)
     in_width = offs_w < WIDTH
+    x_ptr += token * stride_xt
     # [BLOCK_W]
-    row = tl.load(x_ptr + token * stride_xt + offs_w, mask=in_width, other=0.0).to(tl.float32)
-    row += tl.load(residual_ptr + token * stride_rt + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    row = tl.load(x_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        row += tl.load(x_ptr + part * stride_xp + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    residual_row = token
+    if GATHERS:
+        residual_row = tl.load(residual_rows_ptr + token).to(tl.int64)
+    row += tl.load(residual_ptr + residual_row * stride_rt + offs_w, mask=in_width, other=0.0).to(tl.float32)
     if HAS_BIAS:
         row += tl.load(bias_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
     out = normalise_row(row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, WIDTH)
     tl.store(out_ptr + token * stride_ot + offs_w, out.to(out_ptr.dtype.element_ty), mask=in_width)
 
 
-def _launch_add_layer_norm(
-    hidden_states: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+def launch_sum_add_layer_norm(
+    parts: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    residual_rows: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
 ) -> Tensor:
-    out = hidden_states.new_empty(hidden_states.shape)
-    num_tokens, width = hidden_states.shape
+    """Layer norm of the sum of ``parts`` (num_rows, num_parts, width), ``bias`` and rows of ``residual``.
+
+    ``residual_rows`` says which, (num_rows,) int32 or int64, or all in their order.
+    """
+    num_rows, num_parts, width = parts.shape
+    out = residual.new_empty(num_rows, width)
     if out.numel() == 0:
         return out
-    with device_guard(hidden_states):
-        _add_layer_norm_kernel[(num_tokens,)](
-            x_ptr=hidden_states,
+    with device_guard(parts):
+        _add_layer_norm_kernel[(num_rows,)](
+            x_ptr=parts,
             bias_ptr=bias,
             residual_ptr=residual,
+            residual_rows_ptr=residual_rows,
             weight_ptr=weight,
             norm_bias_ptr=norm_bias,
             out_ptr=out,
             eps=eps,
-            stride_xt=hidden_states.stride(0),
+            stride_xt=parts.stride(0),
+            stride_xp=parts.stride(1),
             stride_rt=residual.stride(0),
             stride_ot=out.stride(0),
             HAS_BIAS=bias is not None,
+            GATHERS=residual_rows is not None,
+            PARTS=num_parts,
             WIDTH=width,
             BLOCK_W=next_power_of_2(width),
             num_warps=norm_warps(width),
@@ -137,6 +162,6 @@ def add_layer_norm(
     for name, tensor in (("hidden_states", hidden_states), ("residual", residual)):
         check_last_dim_contiguous(name, tensor)
     if runs_triton(hidden_states):
-        return _launch_add_layer_norm(hidden_states, bias, residual, weight, norm_bias, eps)
+        return launch_sum_add_layer_norm(hidden_states.unsqueeze(1), bias, residual, None, weight, norm_bias, eps)
     summed = hidden_states + residual
     return F.layer_norm(summed if bias is None else summed.add_(bias), (width,), weight, norm_bias, eps)

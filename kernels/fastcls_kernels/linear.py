@@ -2,10 +2,13 @@
 
 One program makes a BLOCK_M x BLOCK_N tile of the output, adds the bias and applies the exact (erf) GELU while the
 sums are still in float32 registers. Programs walk the output in groups of rows, so that those running at the same
-time share their weights in the second-level cache.
+time share their weights in the second-level cache. Whether that or a library's product is the faster one depends on the
+chip and the shape, and stands in its table (tuning.py).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +16,21 @@ from torch import Tensor
 
 from ._backend import device_guard, runs_triton
 from ._checks import check_last_dim_contiguous, check_tensor
-from ._triton import cdiv, jit, tl
-from .layer_norm import add_layer_norm, check_norm, check_vector
-from .tuning import arch_of, linear_tile
+from ._triton import HAS_TRITON, cdiv, jit, tl
+from .layer_norm import add_layer_norm, check_norm, check_vector, launch_sum_add_layer_norm
+from .split_linear import launch_split_linear
+from .tuning import GeluTile, arch_of, linear_gelu_tile, linear_norm_tile
+
+if HAS_TRITON:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @jit(do_not_specialize=["num_rows"])
 def _linear_gelu_kernel(
     x_ptr,
     weight_ptr,
+    x_desc,
+    weight_desc,
     bias_ptr,
     out_ptr,
     num_rows,
@@ -34,6 +43,7 @@ def _linear_gelu_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     program = tl.program_id(0)
     row_tiles = tl.cdiv(num_rows, BLOCK_M)
@@ -41,8 +51,10 @@ def _linear_gelu_kernel(
     group = program // (GROUP_M * column_tiles)
     group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
     in_group = program % (GROUP_M * column_tiles)
-    offs_m = (group * GROUP_M + in_group % group_rows).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (in_group // group_rows).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row = (group * GROUP_M + in_group % group_rows) * BLOCK_M
+    first_column = (in_group // group_rows) * BLOCK_N
+    offs_m = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
+    offs_n = first_column.to(tl.int64) + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     in_rows = offs_m < num_rows
     in_columns = offs_n < N
@@ -52,14 +64,19 @@ def _linear_gelu_kernel(
     # [BLOCK_M, BLOCK_N]
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
-        in_k = offs_k < K - k
-        # [BLOCK_M, BLOCK_K]
-        x = tl.load(x_ptrs, mask=in_rows[:, None] & in_k[None, :], other=0.0)
-        # [BLOCK_N, BLOCK_K]
-        weight = tl.load(weight_ptrs, mask=in_columns[:, None] & in_k[None, :], other=0.0)
+        if TMA:
+            # Zero beyond the last row and column.
+            x = x_desc.load([first_row, k])
+            weight = weight_desc.load([first_column, k])
+        else:
+            in_k = offs_k < K - k
+            # [BLOCK_M, BLOCK_K]
+            x = tl.load(x_ptrs, mask=in_rows[:, None] & in_k[None, :], other=0.0)
+            # [BLOCK_N, BLOCK_K]
+            weight = tl.load(weight_ptrs, mask=in_columns[:, None] & in_k[None, :], other=0.0)
+            x_ptrs += BLOCK_K
+            weight_ptrs += BLOCK_K
         acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        weight_ptrs += BLOCK_K
 
     acc += tl.load(bias_ptr + offs_n, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     out = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
@@ -70,17 +87,19 @@ def _linear_gelu_kernel(
     )
 
 
-def _launch_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _launch_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor, tile: GeluTile) -> Tensor:
     num_rows, in_features = hidden_states.shape
     out_features = weight.shape[0]
     out = hidden_states.new_empty(num_rows, out_features)
     if out.numel() == 0:
         return out
-    tile = linear_tile(arch_of(hidden_states.device), hidden_states.dtype, num_rows)
+    tma = tile.TMA and _fits_tma(hidden_states) and _fits_tma(weight)
     with device_guard(hidden_states):
         _linear_gelu_kernel[(cdiv(num_rows, tile.BLOCK_M) * cdiv(out_features, tile.BLOCK_N),)](
             x_ptr=hidden_states,
             weight_ptr=weight,
+            x_desc=_descriptor(hidden_states, tile.BLOCK_M, tile.BLOCK_K) if tma else None,
+            weight_desc=_descriptor(weight, tile.BLOCK_N, tile.BLOCK_K) if tma else None,
             bias_ptr=bias,
             out_ptr=out,
             num_rows=num_rows,
@@ -93,6 +112,7 @@ def _launch_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> 
             BLOCK_N=tile.BLOCK_N,
             BLOCK_K=tile.BLOCK_K,
             GROUP_M=8,
+            TMA=tma,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             enable_fp_fusion=True,
@@ -176,10 +196,20 @@ def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     _check_linear(hidden_states, weight, bias)
     if runs_triton(hidden_states):
-        return _launch_linear_gelu(hidden_states, weight, bias)
+        arch, (rows, in_features) = arch_of(hidden_states.device), hidden_states.shape
+        tile = linear_gelu_tile(arch, hidden_states.dtype, rows, in_features, weight.shape[0])
+        return _gelu_by_tile(hidden_states, weight, bias, tile)
     if uses_onednn(hidden_states) and hidden_states.shape[0] > 0 and not _has_avx2_and_mkl():
         return _onednn_linear(hidden_states, weight, bias, "gelu")
     return F.gelu(_product(hidden_states, weight, bias))
+
+
+def _gelu_by_tile(hidden_states: Tensor, weight: Tensor, bias: Tensor, tile: GeluTile) -> Tensor:
+    if tile.BY == "triton":
+        return _launch_linear_gelu(hidden_states, weight, bias, tile)
+    if tile.BY == "cublaslt":
+        return torch._addmm_activation(bias, hidden_states, weight.t(), use_gelu=True)
+    return F.gelu(F.linear(hidden_states, weight, bias))
 
 
 def linear_add_layer_norm(
@@ -207,17 +237,31 @@ def linear_add_layer_norm(
         TypeError: a dtype that does not fit.
         ValueError: a shape, stride or device that does not fit.
     """
-    if runs_triton(hidden_states):
-        return add_layer_norm(linear(hidden_states, weight), bias, residual, norm_weight, norm_bias, eps)
+    _check_linear(hidden_states, weight, bias)
     check_tensor("residual", residual, "(num_tokens, out_features)", like=hidden_states)
     if residual.shape != (hidden_states.shape[0], weight.shape[0]):
         raise ValueError(
             f"residual must have shape ({hidden_states.shape[0]}, {weight.shape[0]}), got {tuple(residual.shape)}"
         )
     check_norm(norm_weight, norm_bias, weight.shape[0], hidden_states)
+    if runs_triton(hidden_states):
+        arch, (rows, in_features) = arch_of(hidden_states.device), hidden_states.shape
+        tile = linear_norm_tile(arch, hidden_states.dtype, rows, in_features, weight.shape[0])
+        if tile.BY == "torch":
+            return add_layer_norm(F.linear(hidden_states, weight), bias, residual, norm_weight, norm_bias, eps)
+        parts = launch_split_linear(hidden_states, weight, tile)
+        return launch_sum_add_layer_norm(parts, bias, residual, None, norm_weight, norm_bias, eps)
     # Nobody else holds the product, so that the residual can be added to it in place.
     summed = linear(hidden_states, weight, bias).add_(residual)
     return F.layer_norm(summed, (weight.shape[0],), norm_weight, norm_bias, eps)
+
+
+def _fits_tma(matrix: Tensor) -> bool:
+    return matrix.stride(0) * matrix.itemsize % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def _descriptor(matrix: Tensor, block_rows: int, block_columns: int) -> Any:
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [block_rows, block_columns])
 
 
 def _check_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -53,6 +53,40 @@ def cls_attention_reference(
     return out
 
 
+def absorb_query_reference(
+    hidden_states: Tensor, rows: Tensor, query_weight: Tensor, query_bias: Tensor, key_weight: Tensor, num_heads: int
+) -> Tensor:
+    """W_kᵀ (W_q x + b_q) of each row and head. See `absorb_query`."""
+    query = F.linear(hidden_states[rows], query_weight, query_bias).unflatten(1, (num_heads, -1))
+    return (query.transpose(0, 1) @ key_weight.unflatten(0, (num_heads, -1))).transpose(0, 1)
+
+
+def cls_output_reference(
+    summed: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    hidden_states: Tensor,
+    rows: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """LayerNorm(W_o (W_v s + b_v) + b_o + residual) with heads joined after W_v. See `cls_output`."""
+    heads = value_weight.unflatten(0, (summed.shape[1], -1)).transpose(1, 2)
+    context = (summed.transpose(0, 1) @ heads).transpose(0, 1).flatten(1) + value_bias
+    attended = F.linear(context, out_weight, out_bias) + hidden_states[rows]
+    return F.layer_norm(attended, (attended.shape[1],), norm_weight, norm_bias, eps)
+
+
+def pooler_classifier_reference(
+    cls_states: Tensor, pooler_weight: Tensor, pooler_bias: Tensor, classifier_weight: Tensor, classifier_bias: Tensor
+) -> Tensor:
+    """W_c tanh(W_p x + b_p) + b_c. See `pooler_classifier`."""
+    return F.linear(torch.tanh(F.linear(cls_states, pooler_weight, pooler_bias)), classifier_weight, classifier_bias)
+
+
 def cls_attention_kv_reference(
     query: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float | None = None
 ) -> Tensor:

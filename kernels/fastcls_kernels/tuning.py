@@ -1,34 +1,40 @@
 """Tile sizes: pure functions of the chip and the problem's shape, so that nothing is tuned in a user's process.
 
-The sizes are safe defaults, not measured optima: they compile for every supported chip without register spills and
-within its shared memory, which ``tests/test_aot.py`` holds them to in the shapes of BERT-base, BERT-large and MiniLM.
+They stand in ``configs/*.json``, one file a chip, and ``default.json`` for the rest. A file holds rules for each
+operation, and the first that fits counts: a rule's numbers are upper limits on the facts of a problem (``{"rows":
+512}`` fits up to 512 rows), and where no rule of the chip's file fits, those of ``default.json`` follow.
+``benchmarks/tune.py`` measures and writes such files. What is not measured is a safe choice: ``tests/test_aot.py``
+compiles every rule of every file for its chip and holds it to the chip's memory, no spills and the matrix unit that
+was meant.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import NamedTuple
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
 from ._triton import cdiv, next_power_of_2
 
+CONFIGS = Path(__file__).parent / "configs"
+
 
 class AttentionTile(NamedTuple):
-    """One launch of attention: BLOCK_M query rows by BLOCK_N keys."""
+    """One launch of attention: BLOCK_M query rows by BLOCK_N keys.
 
+    PER_SEQUENCE: a tile holds rows of one sequence, not whatever BLOCK_M neighbours. TMA: keys and values are fetched
+    by the copy engine of sm_90 and newer.
+    """
+
+    PER_SEQUENCE: bool
+    TMA: bool
     BLOCK_M: int
     BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
-class LinearTile(NamedTuple):
-    """One launch of a product: BLOCK_M rows by BLOCK_N output features, BLOCK_K input features a step."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
     num_warps: int
     num_stages: int
 
@@ -44,6 +50,55 @@ class ClsTile(NamedTuple):
     num_stages: int
 
 
+class RowsTile(NamedTuple):
+    """One launch over the [CLS] rows alone: BLOCK_B rows, BLOCK_N output columns, BLOCK_K input columns a step."""
+
+    BLOCK_B: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+class GeluTile(NamedTuple):
+    """How `linear_gelu` is computed.
+
+    BY: "triton", one kernel in the tile that the other numbers give; "torch", the library's product and a GELU after
+    it; "cublaslt", one kernel of that library, whose GELU is the tanh form: in bfloat16 alone, where it errs less than
+    rounding once more before an exact one.
+    """
+
+    BY: Literal["triton", "torch", "cublaslt"]
+    TMA: bool = False
+    BLOCK_M: int = 0
+    BLOCK_N: int = 0
+    BLOCK_K: int = 0
+    num_warps: int = 0
+    num_stages: int = 0
+
+
+class SplitTile(NamedTuple):
+    """How the product of `linear_add_layer_norm` is computed.
+
+    BY: "torch", the library's; "triton", SPLITS partial products, which the layer norm sums.
+    """
+
+    BY: Literal["triton", "torch"]
+    SPLITS: int = 1
+    BLOCK_M: int = 0
+    BLOCK_N: int = 0
+    BLOCK_K: int = 0
+    num_warps: int = 0
+    num_stages: int = 0
+
+
+class Rule(NamedTuple):
+    """A choice, and up to where it holds."""
+
+    limits: dict[str, int]
+    tile: dict[str, Any]
+
+
 @functools.cache
 def arch_of(device: torch.device) -> str:
     """The chip's name as compilers write it: "sm_90", "gfx942"; "interpreter" for tensors that are not on a GPU."""
@@ -55,52 +110,107 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def attention_tile(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> AttentionTile:
-    """The tile of `attention_varlen`: BLOCK_M query rows, BLOCK_N keys."""
-    if dtype == torch.float32:
-        return AttentionTile(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
-    if arch.startswith("gfx"):
-        # Masks live in scalar registers there, and with more keys a step there are not enough of them.
-        if head_dim > 64:
-            return AttentionTile(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=2)
-        if max_seqlen <= 128:
-            return AttentionTile(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2)
-        return AttentionTile(BLOCK_M=128, BLOCK_N=16, num_warps=8, num_stages=2)
-    if head_dim > 64:
-        return AttentionTile(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2)
-    if max_seqlen <= 128:
-        return AttentionTile(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
-    return AttentionTile(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
+def config_file(arch: str) -> Path:
+    """The file of a chip; another AMD chip's is that of gfx942, whatever else has none takes the default alone."""
+    own = CONFIGS / f"{arch}.json"
+    if not own.is_file() and arch.startswith("gfx"):
+        own = CONFIGS / "gfx942.json"
+    return own if own.is_file() else CONFIGS / "default.json"
 
 
+@functools.cache
+def rules_of(arch: str, operation: str) -> tuple[Rule, ...]:
+    """The rules of an operation on a chip, the first that fits counts."""
+    files = dict.fromkeys((config_file(arch), CONFIGS / "default.json"))
+    found = [
+        rule for file in files for rule in json.loads(file.read_text(encoding="utf-8"))["rules"].get(operation, [])
+    ]
+    return tuple(Rule(rule.get("up_to", {}), rule["tile"]) for rule in found)
+
+
+_forced: dict[str, dict[str, Any]] = {}
+
+
+@contextlib.contextmanager
+def use_tile(operation: str, tile: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the ``with`` block ``operation`` takes this tile, whatever the table says: to measure and to test it.
+
+    It holds for the whole process, threads included.
+    """
+    _forced[operation] = dict(tile)
+    _forget_choices()
+    try:
+        yield
+    finally:
+        del _forced[operation]
+        _forget_choices()
+
+
+def _forget_choices() -> None:
+    for choice in (attention_tile, cls_tile, linear_gelu_tile, linear_norm_tile, rows_tile):
+        choice.cache_clear()
+
+
+def _first_fitting(arch: str, operation: str, facts: Mapping[str, int]) -> dict[str, Any]:
+    if operation in _forced:
+        return _forced[operation]
+    for rule in rules_of(arch, operation):
+        if all(facts[name] <= limit for name, limit in rule.limits.items()):
+            return rule.tile
+    raise LookupError(f"no rule of {operation} fits {dict(facts)} on {arch}")
+
+
+# Of many row counts, which are a caller's, not all are kept.
+_remembered = functools.lru_cache(maxsize=1024)
+
+_Tile = TypeVar("_Tile", AttentionTile, GeluTile, SplitTile, RowsTile)
+
+
+def _tile_of(kind: type[_Tile], arch: str, operation: str, dtype: torch.dtype, **facts: int) -> _Tile:
+    return kind(**_first_fitting(arch, operation, {"bits": 8 * dtype.itemsize, **facts}))
+
+
+@_remembered
+def attention_tile(arch: str, dtype: torch.dtype, head_dim: int, mean_seqlen: int, tma: bool) -> AttentionTile:
+    """The tile of `attention_varlen`.
+
+    Args:
+        arch, dtype, head_dim: the chip and the tensors.
+        mean_seqlen: packed rows a sequence, rounded up: what a graph over a shape knows of lengths.
+        tma: whether the tensors lie as the copy engine needs it.
+    """
+    tile = _tile_of(AttentionTile, arch, "attention", dtype, head_dim=head_dim, mean_seqlen=mean_seqlen)
+    return tile if tma else tile._replace(TMA=False)
+
+
+@_remembered
+def linear_gelu_tile(arch: str, dtype: torch.dtype, rows: int, in_features: int, out_features: int) -> GeluTile:
+    """How `linear_gelu` is computed for so many rows."""
+    facts = {"rows": rows, "in_features": in_features, "out_features": out_features}
+    return _tile_of(GeluTile, arch, "linear_gelu", dtype, **facts)
+
+
+@_remembered
+def linear_norm_tile(arch: str, dtype: torch.dtype, rows: int, in_features: int, out_features: int) -> SplitTile:
+    """How the product of `linear_add_layer_norm` is computed for so many rows."""
+    facts = {"rows": rows, "in_features": in_features, "out_features": out_features}
+    return _tile_of(SplitTile, arch, "linear_add_layer_norm", dtype, **facts)
+
+
+@_remembered
+def rows_tile(arch: str, operation: str, dtype: torch.dtype, rows: int) -> RowsTile:
+    """The tile of an operation over the [CLS] rows: `absorb_query`, `cls_output` or `pooler_classifier`."""
+    return _tile_of(RowsTile, arch, operation, dtype, rows=rows)
+
+
+@_remembered
 def cls_tile(arch: str, dtype: torch.dtype, width: int) -> ClsTile:
     """The tile of `cls_attention`. Up to four chunks share one program; wider inputs take several column groups."""
+    rule = dict(_first_fitting(arch, "cls_attention", {"bits": 8 * dtype.itemsize, "width": width}))
     # Chunks that divide the width waste nothing: 768 = 3 x 256, 384 = 3 x 128, 1024 = 4 x 256.
-    # Wider than what one program has registers for, chunks of 128 in several column groups do not spill.
-    one_program = 768 if arch.startswith("gfx") else 1024
-    largest = 128 if dtype == torch.float32 or width > one_program else 256
+    largest = rule.pop("MAX_BLOCK_W")
     block_w = next(
         (size for size in (256, 128, 64, 32, 16) if size <= largest and width % size == 0 and width // size <= 4),
         min(largest, next_power_of_2(cdiv(width, 4))),
     )
-    chunks = min(4, cdiv(width, block_w))
-    if arch.startswith("gfx"):
-        stages = 2 if block_w * chunks >= width else 1
-        return ClsTile(BLOCK_H=16, BLOCK_N=16, BLOCK_W=block_w, CHUNKS=chunks, num_warps=4, num_stages=stages)
-    if dtype == torch.float32:
-        return ClsTile(BLOCK_H=16, BLOCK_N=16, BLOCK_W=block_w, CHUNKS=chunks, num_warps=8, num_stages=1)
-    # Two stages of 32 tokens by 1,024 columns take 133,120 bytes of shared memory, which few chips have.
-    block_n = 32 if block_w * chunks <= 768 or arch in ("sm_80", "sm_90", "sm_100", "sm_103") else 16
-    return ClsTile(BLOCK_H=16, BLOCK_N=block_n, BLOCK_W=block_w, CHUNKS=chunks, num_warps=8, num_stages=2)
-
-
-def linear_tile(arch: str, dtype: torch.dtype, rows: int) -> LinearTile:
-    """The tile of `linear_gelu`: BLOCK_M rows, BLOCK_N output features, BLOCK_K input features a step."""
-    if dtype == torch.float32:
-        return LinearTile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
-    if arch.startswith("gfx"):
-        return LinearTile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=2)
-    if rows <= 512:
-        return LinearTile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)
-    stages = 4 if arch in ("sm_90", "sm_100") else 3
-    return LinearTile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64 if stages == 4 else 32, num_warps=8, num_stages=stages)
+    return ClsTile(BLOCK_W=block_w, CHUNKS=min(4, cdiv(width, block_w)), **rule)

@@ -1,0 +1,21 @@
+"""Products whose left side keeps more bits than a 16-bit dtype has: as two numbers, a high part and the remainder."""
+
+from __future__ import annotations
+
+from ._triton import jit, tl
+
+
+@jit()
+def as_pair(values, DTYPE: tl.constexpr):
+    """Float32 ``values`` as (high, low) in DTYPE; where DTYPE is float32, high is all of it."""
+    high = values.to(DTYPE)
+    return high, (values - high.to(tl.float32)).to(DTYPE)
+
+
+@jit()
+def pair_dot(high, low, other, acc, PAIR: tl.constexpr):
+    """``acc + (high + low) @ other`` with float32 sums; without PAIR ``high`` is all there is."""
+    acc = tl.dot(high, other, acc, input_precision="ieee")
+    if PAIR:
+        acc = tl.dot(low, other, acc, input_precision="ieee")
+    return acc

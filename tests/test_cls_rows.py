@@ -1,0 +1,158 @@
+"""What is computed of the [CLS] rows alone, and the products of few rows, against their definitions."""
+
+# Arguments come by the list, which mypy cannot count.
+# mypy: disable-error-code="arg-type,call-arg"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import assert_as_exact_as, eager_runs, random
+from torch import Tensor
+
+from fastcls_kernels import absorb_query, cls_output, pooler_classifier
+from fastcls_kernels.reference import absorb_query_reference, cls_output_reference, pooler_classifier_reference
+
+EPS = 1e-12
+# Rows, heads, head size.
+SHAPES = [
+    pytest.param(1, 3, 16, id="1x3x16"),
+    pytest.param(17, 2, 48, id="17x2x48"),
+    pytest.param(33, 5, 26, id="33x5x26"),
+    pytest.param(0, 2, 32, id="none"),
+]
+
+
+def double(argument: Any) -> Any:
+    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+
+
+def check(operation: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Any]) -> None:
+    exact = reference(*map(double, inputs))
+    eager = eager_runs(reference, *inputs)
+    actual = operation(*inputs)
+    # What comes in float32 of 16-bit inputs is held to what rounding it would leave.
+    assert_as_exact_as(actual.to(eager[0].dtype), eager, exact)
+
+
+def rows_of(num_rows: int, device: str) -> tuple[Tensor, int]:
+    """The first rows of texts of 1, 3, 5, ... tokens, and all their tokens."""
+    lengths = 2 * torch.arange(num_rows) + 1
+    return (lengths.cumsum(0) - lengths).int().to(device), int(lengths.sum())
+
+
+def projection(rows: int, columns: int, dtype: torch.dtype, device: str) -> Tensor:
+    """One of three that lie in one matrix, as a model has them."""
+    return random(3 * rows, columns, dtype=dtype, device=device, scale=columns**-0.5).chunk(3)[1]
+
+
+def query_inputs(num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> list[Any]:
+    rows, total = rows_of(num_rows, device)
+    width = num_heads * head_dim
+    hidden_states = random(total, width, dtype=dtype, device=device)
+    query_weight, key_weight = (projection(width, width, dtype, device) for _ in range(2))
+    return [hidden_states, rows, query_weight, random(width, dtype=dtype, device=device), key_weight, num_heads]
+
+
+def output_inputs(num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> list[Any]:
+    rows, total = rows_of(num_rows, device)
+    width = num_heads * head_dim
+    vectors = [random(width, dtype=dtype, device=device) for _ in range(4)]
+    value_weight, out_weight = (projection(width, width, dtype, device) for _ in range(2))
+    hidden_states = random(total, width, dtype=dtype, device=device)
+    # As the pass gives them, head by head where it likes.
+    summed = random(num_heads, num_rows, width, dtype=dtype, device=device).transpose(0, 1)
+    return [summed, value_weight, vectors[0], out_weight, vectors[1], hidden_states, rows, *vectors[2:], EPS]
+
+
+def pooler_inputs(num_rows: int, width: int, pooled: int, labels: int, dtype: torch.dtype, device: str) -> list[Any]:
+    pooler, classifier = (
+        random(rows, columns, dtype=dtype, device=device, scale=columns**-0.5)
+        for rows, columns in ((pooled, width), (labels, pooled))
+    )
+    biases = [random(size, dtype=dtype, device=device) for size in (pooled, labels)]
+    return [random(num_rows, width, dtype=dtype, device=device), pooler, biases[0], classifier, biases[1]]
+
+
+@pytest.mark.parametrize(("num_rows", "num_heads", "head_dim"), SHAPES)
+def test_absorb_query_kernel(kernels: str, num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    inputs = query_inputs(num_rows, num_heads, head_dim, dtype, kernels)
+    assert absorb_query(*inputs).dtype == torch.float32
+    check(absorb_query, absorb_query_reference, inputs)
+
+
+@pytest.mark.parametrize(("num_rows", "num_heads", "head_dim"), SHAPES)
+def test_absorb_query_torch_path(
+    torch_path: str, num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    check(absorb_query, absorb_query_reference, query_inputs(num_rows * 8, num_heads, head_dim, dtype, torch_path))
+
+
+@pytest.mark.parametrize(("num_rows", "num_heads", "head_dim"), SHAPES)
+def test_cls_output_kernel(kernels: str, num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    check(cls_output, cls_output_reference, output_inputs(num_rows, num_heads, head_dim, dtype, kernels))
+
+
+@pytest.mark.parametrize(("num_rows", "num_heads", "head_dim"), SHAPES)
+def test_cls_output_torch_path(
+    torch_path: str, num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    check(cls_output, cls_output_reference, output_inputs(num_rows * 8, num_heads, head_dim, dtype, torch_path))
+
+
+POOLERS = [(1, 48, 48, 2), (17, 64, 80, 1), (33, 40, 130, 77), (0, 32, 32, 3)]
+
+
+@pytest.mark.parametrize(("num_rows", "width", "pooled", "labels"), POOLERS)
+def test_pooler_classifier_kernel(
+    kernels: str, num_rows: int, width: int, pooled: int, labels: int, dtype: torch.dtype
+) -> None:
+    inputs = pooler_inputs(num_rows * 4, width, pooled, labels, dtype, kernels)
+    check(pooler_classifier, pooler_classifier_reference, inputs)
+
+
+@pytest.mark.parametrize(("num_rows", "width", "pooled", "labels"), POOLERS)
+def test_pooler_classifier_torch_path(
+    torch_path: str, num_rows: int, width: int, pooled: int, labels: int, dtype: torch.dtype
+) -> None:
+    inputs = pooler_inputs(num_rows * 8, width, pooled, labels, dtype, torch_path)
+    check(pooler_classifier, pooler_classifier_reference, inputs)
+
+
+def test_tanh_keeps_its_ends(kernels: str) -> None:
+    x = torch.tensor([-1e4, -20.0, -1.0, 0.0, 1.0, 20.0, 1e4], device=kernels)[:, None]
+    x = x * torch.eye(16, device=kernels)[:1]
+    one, zero = torch.eye(16, device=kernels), torch.zeros(16, device=kernels)
+    actual = pooler_classifier(x, one, zero, one, zero)
+    assert float((actual - torch.tanh(x)).abs().max()) < 1e-6
+
+
+BAD: dict[str, tuple[Callable[..., Tensor], int, Any, type[Exception], str]] = {
+    "row_past_the_end": (absorb_query, 1, torch.tensor([99]), ValueError, "rows must lie from 0 to 8, got 99 to 99"),
+    "rows_of_floats": (absorb_query, 1, torch.zeros(3), TypeError, "rows must be an int32 or int64"),
+    "heads_that_do_not_divide": (absorb_query, 5, 5, ValueError, "num_heads must divide query_weight's 48 rows, got 5"),
+    "another_key_weight": (absorb_query, 4, torch.zeros(32, 48), ValueError, "key_weight must have shape"),
+    "a_row_too_few": (cls_output, 0, torch.zeros(2, 3, 48), ValueError, r"summed must have shape \(3, nheads, 48\)"),
+    "summed_in_half": (cls_output, 0, torch.zeros(3, 3, 48).half(), TypeError, "summed must be torch.float32"),
+    "another_out_weight": (cls_output, 3, torch.zeros(48, 32), ValueError, r"out_weight must have shape \(48, 48\)"),
+    "another_bias": (cls_output, 2, torch.zeros(47), ValueError, r"value_bias must have shape \(48,\), got \(47,\)"),
+    "another_pooler": (pooler_classifier, 1, torch.zeros(9, 47), ValueError, r"pooler_weight must have shape .*48"),
+    "another_classifier": (pooler_classifier, 3, torch.zeros(2, 9), ValueError, "classifier_weight must have shape"),
+}
+
+
+@pytest.mark.parametrize(("operation", "place", "value", "error", "message"), list(BAD.values()), ids=list(BAD))
+def test_bad_input_is_named(
+    operation: Callable[..., Tensor], place: int, value: Any, error: type[Exception], message: str
+) -> None:
+    arguments = {
+        absorb_query: query_inputs(3, 3, 16, torch.float32, "cpu"),
+        cls_output: output_inputs(3, 3, 16, torch.float32, "cpu"),
+        pooler_classifier: pooler_inputs(3, 48, 48, 2, torch.float32, "cpu"),
+    }[operation]
+    arguments[place] = value
+    with pytest.raises(error, match=message):
+        operation(*arguments)
