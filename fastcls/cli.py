@@ -303,11 +303,29 @@ def _bench_command() -> ModuleType:
 
 @app.command()
 @_expected_errors
-def doctor() -> None:
+def doctor(
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Compile the GPU's kernels now, so that no first batch waits for it.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="With --warm: the checkpoint to compile for. Default: BERT-base's shapes.")
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="With --warm: float32, float16 or bfloat16. Default: the checkpoint's own, or bfloat16."),
+    ] = None,
+) -> None:
     """Report what was found (torch, triton, GPU) and which path would run, and why."""
-    from .doctor import report
+    from . import doctor
 
-    report(Console())
+    if not warm:
+        for name, given in (("--model", model), ("--device", device), ("--dtype", dtype)):
+            if given is not None:
+                raise ValueError(f"{name} is for --warm: add it, or leave {name} out")
+    doctor.report(Console())
+    if warm:
+        doctor.warm(Console(), model, device, dtype)
 
 
 def _version(show: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 
 import torch
 from rich.console import Console
@@ -38,6 +39,39 @@ def report(console: Console) -> None:
     console.print(table)
     default = "cuda" if gpus else "cpu"
     console.print(f"Without a choice of yours, fastcls runs on [bold]{default}[/].")
+
+
+def warm(console: Console, model: str | None, device: str | None, dtype: str | None) -> None:
+    """Compiles the kernels for a checkpoint, or for BERT-base, ahead of their first use.
+
+    Raises:
+        ValueError: an unknown device or dtype, or a checkpoint that does not fit.
+        OSError, TypeError: as `load_model`.
+    """
+    # Not at the top: the report must come where transformers is broken, too.
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from .loading import load_model, parse_device, parse_dtype
+    from .model import optimize
+
+    target, torch_dtype = parse_device(device), parse_dtype(dtype)
+    backend, reason = fastcls_kernels.explain_backend(target)
+    if backend != "triton":
+        console.print(f"Nothing to compile: on {target} plain PyTorch runs ({reason}).")
+        return
+    if model is None:
+        with target:
+            # A BertConfig without arguments is BERT-base.
+            made = BertForSequenceClassification(BertConfig()).eval()
+        fast = optimize(made).to(torch_dtype or torch.bfloat16)
+    else:
+        fast = optimize(load_model(model, target, torch_dtype))
+    start = time.perf_counter()
+    with console.status("compiling"):
+        fast.warm_up()
+        torch.cuda.synchronize(target)
+    seconds = time.perf_counter() - start
+    console.print(f"Compiled for {model or 'BERT-base'} in {fast.dtype} on {target} in {seconds:.1f} s.")
 
 
 def _version_of(package: str) -> str:

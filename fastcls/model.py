@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fastcls_kernels import explain_backend
+from fastcls_kernels import explain_backend, warming_shapes
 
 from .encoder import Embeddings, EncoderLayer, LastLayer, check_last_layer
 from .families import family_of
@@ -104,6 +104,10 @@ class FastClassifier(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the weights and of the computation."""
         return self.embeddings.word_table.dtype
+
+    @property
+    def _runs_triton(self) -> bool:
+        return explain_backend(self.device)[0] == "triton"
 
     @property
     def num_labels(self) -> int:
@@ -209,6 +213,22 @@ class FastClassifier(nn.Module):
                 logits = self._compute(packed.to(self.device), self.last_layer)
         return logits[: packed.num_texts]
 
+    def warm_up(self) -> None:
+        """Compiles every kernel that any batch may need, so that none waits for a compiler; on a CPU, nothing.
+
+        Compiled kernels are kept on disk by triton, for other processes too. CUDA graphs are made as batches come.
+        """
+        if not self._runs_triton:
+            return
+        with self._inference():
+            for lengths in warming_shapes(self.device, self.spec.max_positions, GPU_TOKENS_PER_PASS):
+                token_ids = [[0] * length for length in lengths]
+                for types in (None, token_ids):
+                    source = self._source_of_lists(token_ids, types)
+                    assert source is not None
+                    for packed in pack(source, GPU_TOKENS_PER_PASS, fill_rows):
+                        self._compute(packed.to(self.device), self.last_layer)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes a transformers checkpoint, which ``from_pretrained`` of the original class reads back.
 
@@ -232,12 +252,11 @@ class FastClassifier(nn.Module):
 
     def _pack(self, source: Source) -> Iterator[PackedTokens]:
         on_cpu = self.device.type == "cpu"
-        runs_triton = explain_backend(self.device)[0] == "triton"
         return pack(
             source,
             CPU_TOKENS_PER_PASS if on_cpu else GPU_TOKENS_PER_PASS,
-            self._fill_up if runs_triton else fill_rows,
-            sort=not runs_triton,
+            self._fill_up if self._runs_triton else fill_rows,
+            sort=not self._runs_triton,
             pin=self.device.type == "cuda",
         )
 
@@ -256,7 +275,7 @@ class FastClassifier(nn.Module):
             self._may_replay(packed.shape)
             and packed.inputs_embeds is None
             and packed.shape == bucket_of(*packed.shape)
-            and explain_backend(self.device)[0] == "triton"
+            and self._runs_triton
             # A replay would pass hooks by.
             and not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
             and not being_captured()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -287,6 +288,19 @@ def report(arch: str) -> dict[str, Any]:
             result = traceback.format_exc()
         cases[name] = result
     return {"cases": cases, "rules": rules}
+
+
+def run_worker(script: str, *arguments: str) -> dict[str, Any]:
+    """What a worker prints, run in a process of its own."""
+    # Without the interpreter there is a compiler; and fusion that is off by default, as it will be from triton 3.10 on,
+    # shows which launch forgot to ask for it.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_DEFAULT_FP_FUSION": "0"}
+    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+    worker = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if worker.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{worker.stderr}")
+    return dict(json.loads(worker.stdout))
 
 
 if __name__ == "__main__":

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import pkgutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aot_worker import ARCHS, launches
+from aot_worker import ARCHS, launches, run_worker
 
 import fastcls_kernels
 from fastcls_kernels import tuning
@@ -62,18 +59,6 @@ def matrix_unit(arch: str, case: str, kernel: str) -> str | None:
     return (NARROW if kernel in NARROW_KERNELS or few_rows else WIDE).get(arch, "HMMA")
 
 
-def run_worker(arch: str) -> dict[str, Any]:
-    # Without the interpreter there is a compiler; and fusion that is off by default, as it will be from triton 3.10 on,
-    # shows which launch forgot to ask for it.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_DEFAULT_FP_FUSION": "0"}
-    command = [sys.executable, str(Path(__file__).with_name("aot_worker.py")), arch]
-    worker = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if worker.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{worker.stderr}")
-    return dict(json.loads(worker.stdout))
-
-
 @pytest.fixture(scope="session")
 def reports(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[dict[str, Any]]]]:
     """What the worker of each chip that the selected tests ask about reports, two workers at a time."""
@@ -81,7 +66,7 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[dict[st
     if any("file" in item.callspec.params for item in request.session.items if hasattr(item, "callspec")):
         asked = set(ARCHS)
     with ThreadPoolExecutor(max_workers=2) as pool:
-        yield {arch: pool.submit(run_worker, arch) for arch in ARCHS if arch in asked}
+        yield {arch: pool.submit(run_worker, "aot_worker.py", arch) for arch in ARCHS if arch in asked}
 
 
 @pytest.mark.parametrize(("arch", "case"), CASES)

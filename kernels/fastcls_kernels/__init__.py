@@ -15,6 +15,7 @@ from .embedding import embedding_layer_norm
 from .layer_norm import add_layer_norm
 from .linear import linear, linear_add_layer_norm, linear_gelu, uses_onednn
 from .pooler_classifier import pooler_classifier
+from .warming import warming_shapes
 
 __all__ = [
     "HAS_TRITON",
@@ -35,4 +36,5 @@ __all__ = [
     "pooler_classifier",
     "use_backend",
     "uses_onednn",
+    "warming_shapes",
 ]

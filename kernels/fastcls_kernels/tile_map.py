@@ -71,7 +71,8 @@ def _sequence_tiles_kernel(
 
 def launch_row_bounds(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
     """For each row its sequence's start and end, two int32 tensors (total_tokens,), both 0 where there is none."""
-    start, end = cu_seqlens.new_empty(2, total_tokens).unbind(0)
+    # Not two rows of one: a kernel is compiled once more for a pointer that is less aligned than another's.
+    start, end = cu_seqlens.new_empty(total_tokens), cu_seqlens.new_empty(total_tokens)
     num_sequences = cu_seqlens.numel() - 1
     if total_tokens:
         with device_guard(cu_seqlens):

@@ -128,6 +128,13 @@ def rules_of(arch: str, operation: str) -> tuple[Rule, ...]:
     return tuple(Rule(rule.get("up_to", {}), rule["tile"]) for rule in found)
 
 
+def limits_of(arch: str, fact: str) -> list[int]:
+    """All upper limits on ``fact`` in the tables of a chip: between two of them no choice depends on it."""
+    operations = json.loads((CONFIGS / "default.json").read_text(encoding="utf-8"))["rules"]
+    rules = [rule for operation in operations for rule in rules_of(arch, operation)]
+    return sorted({rule.limits[fact] for rule in rules if fact in rule.limits})
+
+
 _forced: dict[str, dict[str, Any]] = {}
 
 
