@@ -176,8 +176,10 @@ def launches(arch: str) -> dict[str, Callable[[], None]]:
                     launch, arch, model, dtype, number
                 )
         for (operation, variant), launch in OTHERS.items():
-            if (variant == "unaligned" and dtype == torch.float32) or name == "wide_heads":
-                # The copy engine is for 16 bits alone.
+            if name == "wide_heads" and operation != "cls_attention":
+                continue
+            if variant == "unaligned" and (dtype == torch.float32 or arch not in ("sm_90", "sm_100")):
+                # It is as any other where the copy engine is not used.
                 continue
             found[f"{operation}-{name}-{arch}-{dtype_name}-{variant}"] = functools.partial(launch, arch, model, dtype)
     return found

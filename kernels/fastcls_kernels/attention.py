@@ -32,17 +32,18 @@ SHORT = 64
 
 @jit()
 def _load_rows(
-    ptr, desc, offs_n, start_n, last_key, column, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ptr, desc, start_n, last_key, column, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
     """Rows of keys or values, [BLOCK_N, BLOCK_D], zero from ``last_key`` on; but TMA brings the rows behind, too."""
     if TMA:
         return desc.load([start_n, column])
+    # Masked loads, not only masked scores: stale memory may hold NaN, and a weight of zero times NaN is NaN. Far offsets
+    # are one 64-bit number; those within the tile are the same in every step, and 32 bits hold them.
     offs_d = tl.arange(0, BLOCK_D)
-    # Masked loads, not only masked scores: stale memory may hold NaN, and a weight of zero times NaN is NaN.
     return tl.load(
-        ptr + offs_n.to(tl.int64)[:, None] * stride + offs_d[None, :],
-        mask=(offs_n < last_key)[:, None] & (offs_d < HEAD_DIM)[None, :],
+        ptr + start_n.to(tl.int64) * stride + (tl.arange(0, BLOCK_N)[:, None] * stride + offs_d[None, :]),
+        mask=(start_n + tl.arange(0, BLOCK_N) < last_key)[:, None] & (offs_d < HEAD_DIM)[None, :],
         other=0.0,
     )
 
@@ -79,8 +80,8 @@ def _attend(
     for start_n in tl.range(first_key, last_key, BLOCK_N, num_stages=1 if ISOLATE else None):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         # [BLOCK_N, BLOCK_D]
-        k = _load_rows(k_ptr, k_desc, offs_n, start_n, last_key, column, stride_kt, HEAD_DIM, BLOCK_D, TMA)
-        v = _load_rows(v_ptr, v_desc, offs_n, start_n, last_key, column, stride_vt, HEAD_DIM, BLOCK_D, TMA)
+        k = _load_rows(k_ptr, k_desc, start_n, last_key, column, stride_kt, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)
+        v = _load_rows(v_ptr, v_desc, start_n, last_key, column, stride_vt, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)
         # [BLOCK_M, BLOCK_N]
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         if ISOLATE:
