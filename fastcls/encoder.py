@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fastcls_kernels import (
+    AddNorm,
     PackedLayout,
     absorb_query,
+    add_layer_norm,
     attention_varlen,
     cls_attention,
     cls_attention_kv,
@@ -19,6 +21,7 @@ from fastcls_kernels import (
     linear,
     linear_add_layer_norm,
     linear_gelu,
+    takes_norm,
 )
 
 from .packing import PackedTokens
@@ -97,8 +100,20 @@ class EncoderLayer(nn.Module):
         """Every row: (total_tokens, hidden_size) to the same."""
         return self._after_attention(self._attend(hidden_states, layout), hidden_states)
 
-    def cls_rows(self, hidden_states: Tensor, layout: PackedLayout, last_layer: LastLayer) -> Tensor:
-        """The [CLS] row of each sequence: (total_tokens, hidden_size) to (num_sequences, hidden_size)."""
+    def before_norm(self, hidden_states: Tensor, layout: PackedLayout) -> tuple[Tensor, AddNorm]:
+        """Every row of the last product, and the layer norm that ends the layer, not taken yet."""
+        attended = self._attention_block(self._attend(hidden_states, layout), hidden_states)
+        down = linear(linear_gelu(attended, self.up_weight, self.up_bias), self.down_weight)
+        eps = self.spec.layer_norm_eps
+        return down, AddNorm(self.down_bias, attended, self.output_norm_weight, self.output_norm_bias, eps)
+
+    def cls_rows(
+        self, hidden_states: Tensor, layout: PackedLayout, last_layer: LastLayer, norm: AddNorm | None = None
+    ) -> Tensor:
+        """The [CLS] row of each sequence: (total_tokens, hidden_size) to (num_sequences, hidden_size).
+
+        ``norm`` is a layer norm that hidden_states still have before them, for the "absorbed" rung alone.
+        """
         # Selected by the kernels themselves, where they read them.
         rows = layout.cu_seqlens[:-1]
         if last_layer == "full":
@@ -106,7 +121,7 @@ class EncoderLayer(nn.Module):
         if last_layer == "selected":
             cls_states = hidden_states[rows]
             return self._after_attention(self._attend_selected(cls_states, hidden_states, layout), cls_states)
-        return self._feed_forward(self._attend_absorbed(rows, hidden_states, layout))
+        return self._feed_forward(self._attend_absorbed(rows, hidden_states, layout, norm))
 
     def _attend(self, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
         # A method of its own, so that queries, keys and values are gone before the feed-forward needs its memory.
@@ -126,22 +141,29 @@ class EncoderLayer(nn.Module):
         )
         return context.flatten(1)
 
-    def _attend_absorbed(self, rows: Tensor, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
+    def _attend_absorbed(
+        self, rows: Tensor | None, hidden_states: Tensor, layout: PackedLayout, norm: AddNorm | None
+    ) -> Tensor:
         """No keys, no values: the key projection moves into the queries, the value projection after the sum.
 
         The few rows that carry the answer are computed in at least float32, so that absorbing costs no accuracy.
         """
         query_weight, key_weight, value_weight = self.qkv_weight.chunk(3)
         query_bias, _, value_bias = self.qkv_bias.chunk(3)
-        query = absorb_query(hidden_states, rows, query_weight, query_bias, key_weight, self.spec.num_heads)
-        summed = cls_attention(query, hidden_states, layout.cu_seqlens, layout.max_seqlen, self.scale, layout=layout)
+        source = hidden_states
+        if norm is not None:
+            source, rows = add_layer_norm(hidden_states, *norm, rows=rows), None
+        query = absorb_query(source, rows, query_weight, query_bias, key_weight, self.spec.num_heads)
+        summed = cls_attention(
+            query, hidden_states, layout.cu_seqlens, layout.max_seqlen, self.scale, layout=layout, norm=norm
+        )
         return cls_output(
             summed,
             value_weight,
             value_bias,
             self.out_weight,
             self.out_bias,
-            hidden_states,
+            source,
             rows,
             self.attention_norm_weight,
             self.attention_norm_bias,
@@ -149,7 +171,10 @@ class EncoderLayer(nn.Module):
         )
 
     def _after_attention(self, context: Tensor, residual: Tensor) -> Tensor:
-        attended = linear_add_layer_norm(
+        return self._feed_forward(self._attention_block(context, residual))
+
+    def _attention_block(self, context: Tensor, residual: Tensor) -> Tensor:
+        return linear_add_layer_norm(
             context,
             self.out_weight,
             self.out_bias,
@@ -158,8 +183,6 @@ class EncoderLayer(nn.Module):
             self.attention_norm_bias,
             self.spec.layer_norm_eps,
         )
-        del context
-        return self._feed_forward(attended)
 
     def _feed_forward(self, attended: Tensor) -> Tensor:
         return linear_add_layer_norm(
@@ -171,3 +194,18 @@ class EncoderLayer(nn.Module):
             self.output_norm_bias,
             self.spec.layer_norm_eps,
         )
+
+
+def cls_states_of(
+    layers: Sequence[EncoderLayer], hidden_states: Tensor, layout: PackedLayout, last_layer: LastLayer
+) -> Tensor:
+    """All layers, the last one for [CLS] alone: (total_tokens, hidden_size) to (num_sequences, hidden_size)."""
+    *before, last = layers
+    norm = None
+    for layer in before:
+        if layer is before[-1] and last_layer == "absorbed" and takes_norm(hidden_states):
+            # Nobody but the last layer's pass over them reads these rows.
+            hidden_states, norm = layer.before_norm(hidden_states, layout)
+        else:
+            hidden_states = layer(hidden_states, layout)
+    return last.cls_rows(hidden_states, layout, last_layer, norm)

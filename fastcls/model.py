@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastcls_kernels import explain_backend, warming_shapes
 
-from .encoder import Embeddings, EncoderLayer, LastLayer, check_last_layer
+from .encoder import Embeddings, EncoderLayer, LastLayer, check_last_layer, cls_states_of
 from .families import family_of
 from .graphs import Graphs, being_captured, bucket_of, max_graph_tokens
 from .heads import ClassificationHead
@@ -283,12 +283,8 @@ class FastClassifier(nn.Module):
 
     def _compute(self, packed: PackedTokens, last_layer: LastLayer) -> Tensor:
         """Packed tokens on the model's device to logits (num_sequences, num_labels)."""
-        hidden_states = self.embeddings(packed)
-        *layers, last = self.layers
-        for layer in layers:
-            hidden_states = layer(hidden_states, packed.layout)
-        cls_states: Tensor = last.cls_rows(hidden_states, packed.layout, last_layer)  # type: ignore[operator]
-        logits: Tensor = self.head(cls_states)
+        layers = cast(Sequence[EncoderLayer], self.layers)
+        logits: Tensor = self.head(cls_states_of(layers, self.embeddings(packed), packed.layout, last_layer))
         return logits
 
     def _source_of_lists(

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcls_kernels import PackedLayout, tuning
+from fastcls_kernels import AddNorm, PackedLayout, tuning
 from fastcls_kernels.absorb_query import _launch_absorb_query
 from fastcls_kernels.attention import _choose_tile, _launch_attention
 from fastcls_kernels.cls_attention import _launch_cls_attention, _launch_cls_attention_kv
@@ -83,7 +83,16 @@ def launch_attention(_arch: str, model: Model, dtype: torch.dtype, mean_seqlen: 
 def launch_cls_attention(_arch: str, model: Model, dtype: torch.dtype, num_splits: int) -> None:
     query = tensor(SEQUENCES, model.heads, model.hidden, dtype=torch.float32)
     layout = packing(4096)
-    _launch_cls_attention(query, tensor(4096, model.hidden, dtype=dtype), layout, 0.125, num_splits)
+    _launch_cls_attention(query, tensor(4096, model.hidden, dtype=dtype), layout, 0.125, num_splits, None)
+
+
+def launch_cls_attention_with_norm(_arch: str, model: Model, dtype: torch.dtype) -> None:
+    """The tile that a table may choose where it is found to be faster; none does unmeasured."""
+    x, vector = tensor(4096, model.hidden, dtype=dtype), tensor(model.hidden, dtype=dtype)
+    query = tensor(SEQUENCES, model.heads, model.hidden, dtype=torch.float32)
+    tile = {"NORM": True, "BLOCK_H": 16, "BLOCK_N": 16, "MAX_BLOCK_W": 256, "num_warps": 8, "num_stages": 2}
+    with tuning.use_tile("cls_attention", tile):
+        _launch_cls_attention(query, x, packing(4096), 0.125, 1, AddNorm(vector, x, vector, vector, 1e-12))
 
 
 def launch_cls_attention_kv(_arch: str, model: Model, dtype: torch.dtype, num_splits: int) -> None:
@@ -153,6 +162,7 @@ OTHERS: dict[tuple[str, str], Callable[..., None]] = {
     ("attention", "unaligned"): functools.partial(launch_attention, mean_seqlen=512, aligned=False),
     ("cls_attention", "one_split"): functools.partial(launch_cls_attention, num_splits=1),
     ("cls_attention", "splits"): functools.partial(launch_cls_attention, num_splits=2),
+    ("cls_attention", "with_norm"): launch_cls_attention_with_norm,
     ("cls_attention_kv", "one_split"): functools.partial(launch_cls_attention_kv, num_splits=1),
     ("cls_attention_kv", "splits"): functools.partial(launch_cls_attention_kv, num_splits=2),
     ("embedding_layer_norm", "types"): functools.partial(launch_embedding_layer_norm, has_types=True),
@@ -180,6 +190,11 @@ def launches(arch: str) -> dict[str, Callable[[], None]]:
                 continue
             if variant == "unaligned" and (dtype == torch.float32 or arch not in ("sm_90", "sm_100")):
                 # It is as any other where the copy engine is not used.
+                continue
+            if variant == "with_norm" and (
+                dtype == torch.float32 or model.hidden > 768 or arch not in ("sm_80", "sm_90", "sm_100")
+            ):
+                # Beyond that registers or shared memory do not suffice.
                 continue
             found[f"{operation}-{name}-{arch}-{dtype_name}-{variant}"] = functools.partial(launch, arch, model, dtype)
     return found

@@ -7,9 +7,15 @@ from typing import Any
 import pytest
 import torch
 from support import assert_as_exact_as, cu_seqlens_of, eager_runs, random
+from torch import Tensor
 
-from fastcls_kernels import cls_attention, cls_attention_kv
-from fastcls_kernels.reference import cls_attention_kv_reference, cls_attention_reference
+from fastcls_kernels import AddNorm, cls_attention, cls_attention_kv, takes_norm
+from fastcls_kernels.reference import (
+    add_layer_norm_reference,
+    cls_attention_kv_reference,
+    cls_attention_reference,
+)
+from fastcls_kernels.tuning import use_tile
 
 SCALE = 0.125
 # Few float32 numbers make an RMS that varies by more than the bound's tenth; the PyTorch path can afford many.
@@ -76,6 +82,43 @@ def test_queries_may_lie_head_by_head(kernels: str, dtype: torch.dtype) -> None:
     arguments: tuple[Any, ...] = (cu_seqlens_of([10, 20], kernels), 20, SCALE)
     expected = cls_attention(query.contiguous(), hidden_states, *arguments)
     assert torch.equal(cls_attention(query, hidden_states, *arguments), expected)
+
+
+# Widths of one chunk, of three, and of three of which the last is not full.
+@pytest.mark.parametrize(("width", "num_splits"), [(32, 1), (96, 3), (130, 1)])
+def test_a_layer_norm_before_the_pass_may_run_inside(
+    kernels: str, lengths: list[int], dtype: torch.dtype, width: int, num_splits: int
+) -> None:
+    # Few numbers make an RMS that varies by more than the bound's tenth.
+    lengths = lengths * (4 if sum(lengths) < 60 else 1)
+    total = sum(lengths)
+    x, residual = (random(total, width, dtype=dtype, device=kernels) for _ in range(2))
+    bias, weight, norm_bias = (random(width, dtype=dtype, device=kernels) for _ in range(3))
+    # Features beside which all others are small, as trained encoders have them.
+    x[:, 3] += 30.0
+    norm = AddNorm(bias, residual, weight, norm_bias, 1e-12)
+    query = random(len(lengths), 3, width, dtype=torch.float32, device=kernels)
+    cu_seqlens, longest = cu_seqlens_of(lengths, kernels), max(lengths, default=0)
+
+    def usual(query: Tensor, x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, norm_bias: Tensor) -> Tensor:
+        normalised = add_layer_norm_reference(x, bias, residual, weight, norm_bias, 1e-12)
+        return cls_attention_reference(query, normalised, cu_seqlens, longest, SCALE)
+
+    inputs = (query, x, bias, residual, weight, norm_bias)
+    exact = usual(*(tensor.double() for tensor in inputs))
+    eager = eager_runs(usual, *inputs)
+    tile = {"NORM": True, "BLOCK_H": 16, "BLOCK_N": 16, "MAX_BLOCK_W": 32, "num_warps": 4, "num_stages": 1}
+    if width == 130:
+        tile["MAX_BLOCK_W"] = 64
+    with use_tile("cls_attention", tile):
+        assert takes_norm(x)
+        actual = cls_attention(query, x, cu_seqlens, longest, SCALE, norm=norm, num_splits=num_splits)
+    assert_as_exact_as(actual, eager, exact)
+    # And the same where it is taken before.
+    with use_tile("cls_attention", {**tile, "NORM": False}):
+        assert not takes_norm(x)
+        before = cls_attention(query, x, cu_seqlens, longest, SCALE, norm=norm, num_splits=num_splits)
+    assert_as_exact_as(before, eager, exact)
 
 
 @pytest.mark.gpu

@@ -9,16 +9,17 @@ from ._layout import PackedLayout
 from ._triton import HAS_TRITON
 from .absorb_query import absorb_query
 from .attention import attention_padded, attention_varlen
-from .cls_attention import cls_attention, cls_attention_kv
+from .cls_attention import cls_attention, cls_attention_kv, takes_norm
 from .cls_output import cls_output
 from .embedding import embedding_layer_norm
-from .layer_norm import add_layer_norm
+from .layer_norm import AddNorm, add_layer_norm
 from .linear import linear, linear_add_layer_norm, linear_gelu, uses_onednn
 from .pooler_classifier import pooler_classifier
 from .warming import warming_shapes
 
 __all__ = [
     "HAS_TRITON",
+    "AddNorm",
     "Backend",
     "PackedLayout",
     "absorb_query",
@@ -34,6 +35,7 @@ __all__ = [
     "linear_add_layer_norm",
     "linear_gelu",
     "pooler_classifier",
+    "takes_norm",
     "use_backend",
     "uses_onednn",
     "warming_shapes",

@@ -46,6 +46,11 @@ def check_head_dim(name: str, head_dim: int) -> None:
         raise ValueError(f"{name} must have a head size from 16 to 128, got {head_dim}")
 
 
+def num_rows_of(tokens: torch.Tensor, rows: torch.Tensor | None) -> int:
+    """How many rows of ``tokens`` are meant, all of them if None."""
+    return tokens.shape[0] if rows is None else rows.shape[0]
+
+
 def check_rows(name: str, rows: torch.Tensor, tokens: torch.Tensor) -> None:
     """Checks indices of rows of ``tokens``; their values only on the CPU, since reading them would stall a GPU."""
     if not isinstance(rows, torch.Tensor) or rows.dtype not in (torch.int32, torch.int64):

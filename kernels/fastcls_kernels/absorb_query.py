@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._backend import device_guard, runs_triton
-from ._checks import check_head_dim, check_last_dim_contiguous, check_rows, check_tensor
+from ._checks import check_head_dim, check_last_dim_contiguous, check_rows, check_tensor, num_rows_of
 from ._pair import as_pair, pair_dot
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .layer_norm import check_vector
@@ -39,6 +39,7 @@ def _absorb_query_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GATHERS: tl.constexpr,
     PAIR: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
@@ -48,7 +49,9 @@ def _absorb_query_kernel(
     in_rows = offs_b < num_rows
     in_columns = offs_n < WIDTH
     in_head = offs_d < HEAD_DIM
-    rows = tl.load(rows_ptr + offs_b, mask=in_rows, other=0).to(tl.int64)
+    rows = offs_b
+    if GATHERS:
+        rows = tl.load(rows_ptr + offs_b, mask=in_rows, other=0).to(tl.int64)
     weight_rows = head * HEAD_DIM + offs_d
 
     # [BLOCK_B, BLOCK_D]
@@ -87,14 +90,14 @@ def _absorb_query_kernel(
 
 def _launch_absorb_query(
     hidden_states: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     query_weight: Tensor,
     query_bias: Tensor,
     key_weight: Tensor,
     num_heads: int,
     tile: RowsTile,
 ) -> Tensor:
-    num_rows, width = rows.shape[0], hidden_states.shape[1]
+    num_rows, width = num_rows_of(hidden_states, rows), hidden_states.shape[1]
     head_dim = query_weight.shape[0] // num_heads
     out = hidden_states.new_empty(num_rows, num_heads, width, dtype=torch.float32)
     if out.numel() == 0:
@@ -118,6 +121,7 @@ def _launch_absorb_query(
             BLOCK_D=next_power_of_2(head_dim),
             BLOCK_N=tile.BLOCK_N,
             BLOCK_K=tile.BLOCK_K,
+            GATHERS=rows is not None,
             PAIR=hidden_states.dtype != torch.float32,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
@@ -127,13 +131,18 @@ def _launch_absorb_query(
 
 
 def absorb_query(
-    hidden_states: Tensor, rows: Tensor, query_weight: Tensor, query_bias: Tensor, key_weight: Tensor, num_heads: int
+    hidden_states: Tensor,
+    rows: Tensor | None,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    num_heads: int,
 ) -> Tensor:
     """The absorbed queries of some rows, as `cls_attention` takes them.
 
     Args:
         hidden_states: (total_tokens, width), float32, float16 or bfloat16, contiguous last dimension.
-        rows: (num_rows,), int32 or int64, contiguous: which rows; of [CLS], ``cu_seqlens[:-1]``.
+        rows: (num_rows,), int32 or int64, contiguous: which rows; of [CLS], ``cu_seqlens[:-1]``. None for all.
         query_weight, key_weight: (nheads * headdim, width), contiguous last dimension, head sizes from 16 to 128.
         query_bias: (nheads * headdim,). The keys' bias has no part in a softmax.
         num_heads: nheads.
@@ -149,7 +158,8 @@ def absorb_query(
     """
     check_tensor("hidden_states", hidden_states, "(total_tokens, width)")
     check_last_dim_contiguous("hidden_states", hidden_states)
-    check_rows("rows", rows, hidden_states)
+    if rows is not None:
+        check_rows("rows", rows, hidden_states)
     width = hidden_states.shape[1]
     for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
         check_tensor(name, weight, "(nheads * headdim, width)", like=hidden_states)
@@ -164,10 +174,12 @@ def absorb_query(
     check_head_dim("query_weight", head_dim)
     check_vector("query_bias", query_bias, query_weight.shape[0], hidden_states)
     if runs_triton(hidden_states):
-        tile = rows_tile(arch_of(hidden_states.device), "absorb_query", hidden_states.dtype, rows.shape[0])
+        num_rows = num_rows_of(hidden_states, rows)
+        tile = rows_tile(arch_of(hidden_states.device), "absorb_query", hidden_states.dtype, num_rows)
         return _launch_absorb_query(hidden_states, rows, query_weight, query_bias, key_weight, num_heads, tile)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    query = linear(hidden_states[rows].to(dtype), query_weight.to(dtype), query_bias.to(dtype))
+    x = hidden_states if rows is None else hidden_states[rows]
+    query = linear(x.to(dtype), query_weight.to(dtype), query_bias.to(dtype))
     # [nheads, num_rows, headdim] @ [nheads, headdim, width]
     absorbed = query.unflatten(1, (num_heads, head_dim)).transpose(0, 1) @ key_weight.to(dtype).unflatten(
         0, (num_heads, head_dim)

@@ -38,11 +38,11 @@ def _load_rows(
     """Rows of keys or values, [BLOCK_N, BLOCK_D], zero from ``last_key`` on; but TMA brings the rows behind, too."""
     if TMA:
         return desc.load([start_n, column])
-    # Masked loads, not only masked scores: stale memory may hold NaN, and a weight of zero times NaN is NaN. Far offsets
-    # are one 64-bit number; those within the tile are the same in every step, and 32 bits hold them.
+    # Masked loads, not only masked scores: stale memory may hold NaN, and a weight of zero times NaN is NaN. The tile's
+    # place is one 64-bit number; offsets within it are the same in every step, and 32 bits hold them.
     offs_d = tl.arange(0, BLOCK_D)
     return tl.load(
-        ptr + start_n.to(tl.int64) * stride + (tl.arange(0, BLOCK_N)[:, None] * stride + offs_d[None, :]),
+        ptr + tl.cast(start_n, tl.int64) * stride + (tl.arange(0, BLOCK_N)[:, None] * stride + offs_d[None, :]),
         mask=(start_n + tl.arange(0, BLOCK_N) < last_key)[:, None] & (offs_d < HEAD_DIM)[None, :],
         other=0.0,
     )

@@ -7,7 +7,8 @@ score_j = q̃_h · x_j, and with the value projection applied after the sum,
 
 so keys and values are never made and x is read once for all heads (the derivation is in kernels/README.md).
 A program takes one sequence (or one split of a long one), a group of BLOCK_H heads and up to four chunks of BLOCK_W
-columns; a second kernel merges the splits.
+columns; a second kernel merges the splits. The layer norm that ends the layer before may run inside, so that its result
+is never stored.
 
 `cls_attention_kv` is the same over keys and values that exist already.
 """
@@ -24,6 +25,7 @@ from ._layout import PackedLayout
 from ._pair import as_pair, pair_dot
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .attention import LOG2_E
+from .layer_norm import AddNorm, add_layer_norm, check_add_norm
 from .tuning import arch_of, cls_tile
 
 
@@ -62,6 +64,38 @@ def _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, WIDTH: tl.const
 
 
 @jit()
+def _load_summed_chunk(
+    x_ptr, residual_ptr, bias_ptr, chunk, offs_t, in_split, stride_xt, stride_rt, WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """What the layer norm is taken of, in float32, zero outside; and the sum of each row."""
+    offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
+    # [BLOCK_N, BLOCK_W]
+    summed = _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, WIDTH, BLOCK_W).to(tl.float32)
+    summed += _load_token_chunk(residual_ptr, chunk, offs_t, in_split, stride_rt, WIDTH, BLOCK_W).to(tl.float32)
+    summed += tl.load(bias_ptr + offs_w, mask=offs_w < WIDTH, other=0.0).to(tl.float32)[None, :]
+    return summed, tl.sum(summed, 1)
+
+
+@jit()
+def _centre_chunk(summed, mean, chunk, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The chunk less each row's mean; and the sum of its squares."""
+    offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
+    centred = tl.where(offs_w[None, :] < WIDTH, summed - mean[:, None], 0.0)
+    return centred, tl.sum(centred * centred, 1)
+
+
+@jit()
+def _scale_chunk(centred, norm_scale, weight_ptr, norm_bias_ptr, chunk, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The chunk of the normalised rows, in the norm's dtype; zero beyond the width, as weight and bias are there."""
+    offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
+    weight = tl.load(weight_ptr + offs_w, mask=offs_w < WIDTH, other=0.0)
+    norm_bias = tl.load(norm_bias_ptr + offs_w, mask=offs_w < WIDTH, other=0.0)
+    normalised = centred * norm_scale[:, None] * weight.to(tl.float32)[None, :] + norm_bias.to(tl.float32)[None, :]
+    return normalised.to(weight.dtype)
+
+
+@jit()
 def _store_output_chunk(out_ptr, acc, chunk, in_heads, offs_h, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
     offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
     tl.store(
@@ -78,11 +112,17 @@ def _cls_attention_kernel(
     out_ptr,
     lse_ptr,
     cu_seqlens_ptr,
+    residual_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
     num_splits,
     scale_log2,
+    eps,
     stride_qb,
     stride_qh,
     stride_xt,
+    stride_rt,
     NUM_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -91,6 +131,7 @@ def _cls_attention_kernel(
     CHUNKS: tl.constexpr,
     COLUMN_GROUPS: tl.constexpr,
     PAIR: tl.constexpr,
+    NORM: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -133,13 +174,52 @@ def _cls_attention_kernel(
         in_split = offs_t < split_end
         offs_t = offs_t.to(tl.int64)
         # [BLOCK_N, BLOCK_W] each
-        x0 = _load_token_chunk(x_ptr, chunk0, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
-        if CHUNKS > 1:
-            x1 = _load_token_chunk(x_ptr, chunk0 + 1, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
-        if CHUNKS > 2:
-            x2 = _load_token_chunk(x_ptr, chunk0 + 2, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
-        if CHUNKS > 3:
-            x3 = _load_token_chunk(x_ptr, chunk0 + 3, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
+        if NORM:
+            x0, total = _load_summed_chunk(
+                x_ptr, residual_ptr, bias_ptr, chunk0, offs_t, in_split, stride_xt, stride_rt, WIDTH, BLOCK_W
+            )
+            if CHUNKS > 1:
+                x1, t1 = _load_summed_chunk(
+                    x_ptr, residual_ptr, bias_ptr, chunk0 + 1, offs_t, in_split, stride_xt, stride_rt, WIDTH, BLOCK_W
+                )
+                total += t1
+            if CHUNKS > 2:
+                x2, t2 = _load_summed_chunk(
+                    x_ptr, residual_ptr, bias_ptr, chunk0 + 2, offs_t, in_split, stride_xt, stride_rt, WIDTH, BLOCK_W
+                )
+                total += t2
+            if CHUNKS > 3:
+                x3, t3 = _load_summed_chunk(
+                    x_ptr, residual_ptr, bias_ptr, chunk0 + 3, offs_t, in_split, stride_xt, stride_rt, WIDTH, BLOCK_W
+                )
+                total += t3
+            mean = total / WIDTH
+            x0, squares = _centre_chunk(x0, mean, chunk0, WIDTH, BLOCK_W)
+            if CHUNKS > 1:
+                x1, t1 = _centre_chunk(x1, mean, chunk0 + 1, WIDTH, BLOCK_W)
+                squares += t1
+            if CHUNKS > 2:
+                x2, t2 = _centre_chunk(x2, mean, chunk0 + 2, WIDTH, BLOCK_W)
+                squares += t2
+            if CHUNKS > 3:
+                x3, t3 = _centre_chunk(x3, mean, chunk0 + 3, WIDTH, BLOCK_W)
+                squares += t3
+            norm_scale = tl.rsqrt(squares / WIDTH + eps)
+            x0 = _scale_chunk(x0, norm_scale, norm_weight_ptr, norm_bias_ptr, chunk0, WIDTH, BLOCK_W)
+            if CHUNKS > 1:
+                x1 = _scale_chunk(x1, norm_scale, norm_weight_ptr, norm_bias_ptr, chunk0 + 1, WIDTH, BLOCK_W)
+            if CHUNKS > 2:
+                x2 = _scale_chunk(x2, norm_scale, norm_weight_ptr, norm_bias_ptr, chunk0 + 2, WIDTH, BLOCK_W)
+            if CHUNKS > 3:
+                x3 = _scale_chunk(x3, norm_scale, norm_weight_ptr, norm_bias_ptr, chunk0 + 3, WIDTH, BLOCK_W)
+        else:
+            x0 = _load_token_chunk(x_ptr, chunk0, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
+            if CHUNKS > 1:
+                x1 = _load_token_chunk(x_ptr, chunk0 + 1, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
+            if CHUNKS > 2:
+                x2 = _load_token_chunk(x_ptr, chunk0 + 2, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
+            if CHUNKS > 3:
+                x3 = _load_token_chunk(x_ptr, chunk0 + 3, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
 
         # [BLOCK_H, BLOCK_N]
         scores = tl.zeros([BLOCK_H, BLOCK_N], dtype=tl.float32)
@@ -324,7 +404,12 @@ def default_num_splits(device: torch.device, num_programs: int, max_seqlen: int)
 
 
 def _launch_cls_attention(
-    query: Tensor, hidden_states: Tensor, layout: PackedLayout, scale: float, num_splits: int | None
+    query: Tensor,
+    hidden_states: Tensor,
+    layout: PackedLayout,
+    scale: float,
+    num_splits: int | None,
+    norm: AddNorm | None,
 ) -> Tensor:
     num_sequences, num_heads, width = query.shape
     out = query.new_empty(query.shape)
@@ -343,11 +428,17 @@ def _launch_cls_attention(
             out_ptr=partials.target,
             lse_ptr=partials.lse,
             cu_seqlens_ptr=layout.cu_seqlens,
+            residual_ptr=None if norm is None else norm.residual,
+            bias_ptr=None if norm is None else norm.bias,
+            norm_weight_ptr=None if norm is None else norm.weight,
+            norm_bias_ptr=None if norm is None else norm.norm_bias,
             num_splits=num_splits,
             scale_log2=scale * LOG2_E,
+            eps=0.0 if norm is None else norm.eps,
             stride_qb=query.stride(0),
             stride_qh=query.stride(1),
             stride_xt=hidden_states.stride(0),
+            stride_rt=0 if norm is None else norm.residual.stride(0),
             NUM_HEADS=num_heads,
             WIDTH=width,
             BLOCK_H=tile.BLOCK_H,
@@ -356,6 +447,7 @@ def _launch_cls_attention(
             CHUNKS=tile.CHUNKS,
             COLUMN_GROUPS=column_groups,
             PAIR=hidden_states.dtype != torch.float32,
+            NORM=norm is not None,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             enable_fp_fusion=True,
@@ -430,6 +522,7 @@ def cls_attention(
     *,
     num_splits: int | None = None,
     layout: PackedLayout | None = None,
+    norm: AddNorm | None = None,
 ) -> Tensor:
     """Attention of one absorbed query a sequence and head over the layer's input, without keys and values.
 
@@ -443,6 +536,7 @@ def cls_attention(
         softmax_scale: factor on the scores, usually ``headdim ** -0.5``: the width does not tell the head size.
         num_splits: programs that share one sequence on a GPU; None chooses by the chip and the batch.
         layout: ``PackedLayout(cu_seqlens, max_seqlen, total_tokens)``, for callers that use one packing many times.
+        norm: a layer norm that hidden_states still have before them, taken inside; see `takes_norm`.
 
     Returns:
         (num_sequences, nheads, width) in query's dtype: the weighted sums of rows, to which the value projection is
@@ -468,9 +562,27 @@ def cls_attention(
         raise ValueError(f"query must have 1 to 64 heads, got {num_heads}")
     layout = PackedLayout.of(hidden_states, cu_seqlens, max_seqlen, layout)
     _check_query(query, layout, num_splits)
+    if norm is not None and not takes_norm(hidden_states):
+        hidden_states, norm = add_layer_norm(hidden_states, *norm), None
+    if norm is not None:
+        check_add_norm(hidden_states, *norm)
     if not runs_triton(query):
         return _cls_attention_runs(query, hidden_states, layout, softmax_scale)
-    return _launch_cls_attention(query, hidden_states, layout, softmax_scale, num_splits)
+    return _launch_cls_attention(query, hidden_states, layout, softmax_scale, num_splits, norm)
+
+
+def takes_norm(hidden_states: Tensor) -> bool:
+    """Whether `cls_attention` takes a layer norm within its own pass, without one over memory before it.
+
+    Args:
+        hidden_states: (total_tokens, width), as `cls_attention` takes them.
+    """
+    if not runs_triton(hidden_states):
+        return False
+    width = hidden_states.shape[1]
+    tile = cls_tile(arch_of(hidden_states.device), hidden_states.dtype, width)
+    # A row's mean takes all of its columns.
+    return tile.NORM and width <= tile.BLOCK_W * tile.CHUNKS
 
 
 def cls_attention_kv(

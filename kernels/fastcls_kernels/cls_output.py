@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._backend import device_guard, runs_triton
-from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_rows, check_tensor
+from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_rows, check_tensor, num_rows_of
 from ._pair import as_pair, pair_dot
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .layer_norm import check_norm, check_vector, launch_sum_add_layer_norm
@@ -135,7 +135,7 @@ def cls_output(
     out_weight: Tensor,
     out_bias: Tensor,
     hidden_states: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
     eps: float,
@@ -150,7 +150,7 @@ def cls_output(
         out_bias, norm_weight, norm_bias: (width,).
         hidden_states: (total_tokens, width), float32, float16 or bfloat16: the layer's input, of which
             rows are the residual.
-        rows: (num_rows,), int32 or int64, contiguous: which rows; of [CLS], ``cu_seqlens[:-1]``.
+        rows: (num_rows,), int32 or int64, contiguous: which rows; of [CLS], ``cu_seqlens[:-1]``. None for all.
         eps: added to the variance.
 
     Returns:
@@ -163,11 +163,13 @@ def cls_output(
     """
     check_tensor("hidden_states", hidden_states, "(total_tokens, width)")
     width = hidden_states.shape[1]
-    check_rows("rows", rows, hidden_states)
+    if rows is not None:
+        check_rows("rows", rows, hidden_states)
+    num_rows = num_rows_of(hidden_states, rows)
     if summed.dtype not in (hidden_states.dtype, torch.float32):
         raise TypeError(f"summed must be {hidden_states.dtype} like hidden_states or float32, got {summed.dtype}")
-    if summed.ndim != 3 or summed.shape[0] != rows.shape[0] or summed.shape[2] != width:
-        raise ValueError(f"summed must have shape ({rows.shape[0]}, nheads, {width}), got {tuple(summed.shape)}")
+    if summed.ndim != 3 or summed.shape[0] != num_rows or summed.shape[2] != width:
+        raise ValueError(f"summed must have shape ({num_rows}, nheads, {width}), got {tuple(summed.shape)}")
     check_device("summed", summed, hidden_states)
     num_heads = summed.shape[1]
     check_tensor("value_weight", value_weight, "(nheads * headdim, width)", like=hidden_states)
@@ -191,12 +193,12 @@ def cls_output(
     ):
         check_last_dim_contiguous(name, tensor)
     if runs_triton(hidden_states):
-        tile = rows_tile(arch_of(hidden_states.device), "cls_output", hidden_states.dtype, rows.shape[0])
+        tile = rows_tile(arch_of(hidden_states.device), "cls_output", hidden_states.dtype, num_rows)
         parts = _launch_cls_output(summed, value_weight, value_bias, out_weight, tile)
         return launch_sum_add_layer_norm(parts, out_bias, hidden_states, rows, norm_weight, norm_bias, eps)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     # [nheads, num_rows, width] @ [nheads, width, headdim]
     context = summed.to(dtype).transpose(0, 1) @ value_weight.to(dtype).unflatten(0, (num_heads, -1)).transpose(1, 2)
     context = (context.transpose(0, 1).flatten(1) + value_bias.to(dtype)).to(hidden_states.dtype)
-    attended = linear(context, out_weight, out_bias).add_(hidden_states[rows])
+    attended = linear(context, out_weight, out_bias).add_(hidden_states if rows is None else hidden_states[rows])
     return F.layer_norm(attended, (width,), norm_weight, norm_bias, eps)

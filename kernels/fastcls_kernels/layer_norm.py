@@ -8,14 +8,26 @@ may come as float32 parts that are still to be summed, always in the same order.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._backend import device_guard, runs_triton
-from ._checks import check_last_dim_contiguous, check_tensor
+from ._checks import check_last_dim_contiguous, check_rows, check_tensor
 from ._triton import jit, next_power_of_2, tl
 
 MAX_WIDTH = 16384
+
+
+class AddNorm(NamedTuple):
+    """A layer norm that is still to be taken: what `add_layer_norm` takes besides ``hidden_states``."""
+
+    bias: Tensor | None
+    residual: Tensor
+    weight: Tensor
+    norm_bias: Tensor
+    eps: float
 
 
 @jit()
@@ -34,7 +46,7 @@ def _add_layer_norm_kernel(
     x_ptr,
     bias_ptr,
     residual_ptr,
-    residual_rows_ptr,
+    rows_ptr,
     weight_ptr,
     norm_bias_ptr,
     out_ptr,
@@ -44,7 +56,8 @@ def _add_layer_norm_kernel(
     stride_rt,
     stride_ot,
     HAS_BIAS: tl.constexpr,
-    GATHERS: tl.constexpr,
+    GATHER_X: tl.constexpr,
+    GATHER_RESIDUAL: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -52,14 +65,19 @@ def _add_layer_norm_kernel(
     token = tl.program_id(0).to(tl.int64)
     offs_w = tl.arange(0, BLOCK_W)
     in_width = offs_w < WIDTH
-    x_ptr += token * stride_xt
+    x_row = token
+    residual_row = token
+    if GATHER_X or GATHER_RESIDUAL:
+        row_of_token = tl.load(rows_ptr + token).to(tl.int64)
+        if GATHER_X:
+            x_row = row_of_token
+        if GATHER_RESIDUAL:
+            residual_row = row_of_token
+    x_ptr += x_row * stride_xt
     # [BLOCK_W]
     row = tl.load(x_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
         row += tl.load(x_ptr + part * stride_xp + offs_w, mask=in_width, other=0.0).to(tl.float32)
-    residual_row = token
-    if GATHERS:
-        residual_row = tl.load(residual_rows_ptr + token).to(tl.int64)
     row += tl.load(residual_ptr + residual_row * stride_rt + offs_w, mask=in_width, other=0.0).to(tl.float32)
     if HAS_BIAS:
         row += tl.load(bias_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
@@ -71,16 +89,19 @@ def launch_sum_add_layer_norm(
     parts: Tensor,
     bias: Tensor | None,
     residual: Tensor,
-    residual_rows: Tensor | None,
+    rows: Tensor | None,
     weight: Tensor,
     norm_bias: Tensor,
     eps: float,
+    *,
+    gather_parts: bool = False,
 ) -> Tensor:
-    """Layer norm of the sum of ``parts`` (num_rows, num_parts, width), ``bias`` and rows of ``residual``.
+    """Layer norm of the sum of ``parts`` (num_tokens, num_parts, width), ``bias`` and ``residual``.
 
-    ``residual_rows`` says which, (num_rows,) int32 or int64, or all in their order.
+    ``rows``, (num_rows,) int32 or int64, says which rows of ``residual`` are meant, and with ``gather_parts`` of both.
     """
-    num_rows, num_parts, width = parts.shape
+    num_tokens, num_parts, width = parts.shape
+    num_rows = num_tokens if rows is None else rows.shape[0]
     out = residual.new_empty(num_rows, width)
     if out.numel() == 0:
         return out
@@ -89,7 +110,7 @@ def launch_sum_add_layer_norm(
             x_ptr=parts,
             bias_ptr=bias,
             residual_ptr=residual,
-            residual_rows_ptr=residual_rows,
+            rows_ptr=rows,
             weight_ptr=weight,
             norm_bias_ptr=norm_bias,
             out_ptr=out,
@@ -99,7 +120,8 @@ def launch_sum_add_layer_norm(
             stride_rt=residual.stride(0),
             stride_ot=out.stride(0),
             HAS_BIAS=bias is not None,
-            GATHERS=residual_rows is not None,
+            GATHER_X=gather_parts,
+            GATHER_RESIDUAL=rows is not None,
             PARTS=num_parts,
             WIDTH=width,
             BLOCK_W=next_power_of_2(width),
@@ -131,7 +153,14 @@ def check_vector(name: str, tensor: Tensor, width: int, like: Tensor) -> None:
 
 
 def add_layer_norm(
-    hidden_states: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+    hidden_states: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    *,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Layer norm of ``hidden_states + bias + residual``.
 
@@ -141,14 +170,32 @@ def add_layer_norm(
         residual: (num_tokens, width).
         weight, norm_bias: (width,), the layer norm's own.
         eps: added to the variance.
+        rows: (num_rows,), int32 or int64, contiguous: which rows alone are wanted, or None for all.
 
     Returns:
-        (num_tokens, width), contiguous, in hidden_states' dtype.
+        (num_tokens or num_rows, width), contiguous, in hidden_states' dtype.
 
     Raises:
         TypeError: a dtype that does not fit.
-        ValueError: a shape, stride or device that does not fit.
+        ValueError: a shape, stride or device that does not fit, or, on the CPU, a row that does not exist. On a GPU
+            rows are trusted, since checking them would stall the device.
     """
+    check_add_norm(hidden_states, bias, residual, weight, norm_bias, eps)
+    if rows is not None:
+        check_rows("rows", rows, hidden_states)
+    if runs_triton(hidden_states):
+        return launch_sum_add_layer_norm(
+            hidden_states.unsqueeze(1), bias, residual, rows, weight, norm_bias, eps, gather_parts=rows is not None
+        )
+    summed = hidden_states + residual if rows is None else hidden_states[rows] + residual[rows]
+    width = hidden_states.shape[1]
+    return F.layer_norm(summed if bias is None else summed.add_(bias), (width,), weight, norm_bias, eps)
+
+
+def check_add_norm(
+    hidden_states: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, _eps: float
+) -> None:
+    """Checks the arguments of `add_layer_norm`."""
     check_tensor("hidden_states", hidden_states, "(num_tokens, width)")
     check_tensor("residual", residual, "(num_tokens, width)", like=hidden_states)
     if residual.shape != hidden_states.shape:
@@ -161,7 +208,3 @@ def add_layer_norm(
         check_vector("bias", bias, width, hidden_states)
     for name, tensor in (("hidden_states", hidden_states), ("residual", residual)):
         check_last_dim_contiguous(name, tensor)
-    if runs_triton(hidden_states):
-        return launch_sum_add_layer_norm(hidden_states.unsqueeze(1), bias, residual, None, weight, norm_bias, eps)
-    summed = hidden_states + residual
-    return F.layer_norm(summed if bias is None else summed.add_(bias), (width,), weight, norm_bias, eps)

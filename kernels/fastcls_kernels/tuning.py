@@ -40,8 +40,12 @@ class AttentionTile(NamedTuple):
 
 
 class ClsTile(NamedTuple):
-    """One launch of the [CLS] pass: BLOCK_H heads, BLOCK_N tokens, CHUNKS column chunks of BLOCK_W each."""
+    """One launch of the [CLS] pass: BLOCK_H heads, BLOCK_N tokens, CHUNKS column chunks of BLOCK_W each.
 
+    NORM: the layer norm before it is taken inside, where all columns are in one program.
+    """
+
+    NORM: bool
     BLOCK_H: int
     BLOCK_N: int
     BLOCK_W: int
