@@ -21,6 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import fastcls
 from fastcls.encoder import LastLayer
 from fastcls_kernels import use_backend
+from fastcls_kernels.tuning import use_tile
 
 RUNGS = get_args(LastLayer)
 
@@ -81,14 +82,54 @@ def test_exact_in_float64(last_layer: LastLayer) -> None:
     assert float(difference.abs().max()) < 1e-13
 
 
-def test_whole_model_through_the_kernels(kernel_device: str) -> None:
+NORM_INSIDE = {"NORM": True, "BLOCK_H": 16, "BLOCK_N": 16, "MAX_BLOCK_W": 64, "num_warps": 4, "num_stages": 1}
+
+
+@pytest.mark.parametrize("norm_inside", [False, True], ids=["norm_before", "norm_inside"])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("last_layer", RUNGS)
+def test_whole_model_through_the_kernels(
+    kernel_device: str, last_layer: LastLayer, layers: int, norm_inside: bool
+) -> None:
     # One forward pass of every kernel together, in the interpreter or on a GPU.
-    model = tiny_bert(num_hidden_layers=2).to(kernel_device)
+    model = tiny_bert(num_hidden_layers=layers).to(kernel_device)
     inputs = {**batch(device=kernel_device), "attention_mask": torch.tensor(MASKS["holes"], device=kernel_device)}
-    fast = fastcls.optimize(model)
-    with use_backend("triton"):
+    fast = fastcls.optimize(model, last_layer=last_layer)
+    with use_backend("triton"), use_tile("cls_attention", {**NORM_INSIDE, "NORM": norm_inside}):
         actual = logits_of(fast, **inputs)
     assert float((actual - logits_of(model, **inputs)).abs().max()) <= 1e-5
+
+
+def with_outlier_features(model: Any) -> Any:
+    """Trained encoders have a few features many times as large as the rest; rounding them costs the others most."""
+    for layer in model.bert.encoder.layer:
+        norm = layer.output.LayerNorm
+        norm.weight.data[[3, 17]] *= 20
+        norm.bias.data[[3, 40]] += 25
+    return model
+
+
+@pytest.mark.parametrize("norm_inside", [False, True], ids=["norm_before", "norm_inside"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_absorbing_is_as_exact_as_transformers_with_outlier_features(
+    kernels: str, dtype: torch.dtype, norm_inside: bool
+) -> None:
+    lengths = torch.tensor([20, 3, 17, 1, 13, 20, 15, 8] * 4)
+    inputs = batch(len(lengths), 20, kernels)
+    inputs["attention_mask"] = (torch.arange(20) < lengths[:, None]).long().to(kernels)
+    rounded = with_outlier_features(tiny_bert(attn_implementation="eager", num_hidden_layers=2)).to(kernels, dtype)
+    exact = logits_of(copy.deepcopy(rounded).double(), **inputs)
+    eager = logits_of(rounded, **inputs)
+    with use_tile("cls_attention", {**NORM_INSIDE, "NORM": norm_inside}):
+        assert_as_exact_as(logits_of(fastcls.optimize(rounded), **inputs), [eager], exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_absorbing_is_as_exact_with_outlier_features_in_torch(dtype: torch.dtype) -> None:
+    inputs = batch(256, 20)
+    rounded = with_outlier_features(tiny_bert(attn_implementation="eager")).to(dtype)
+    exact = logits_of(copy.deepcopy(rounded).double(), **inputs)
+    assert_as_exact_as(logits_of(fastcls.optimize(rounded), **inputs), [logits_of(rounded, **inputs)], exact)
 
 
 @pytest.mark.parametrize("hidden_size", [96, 104, 312], ids=lambda size: f"head_{size // 4}")
