@@ -228,9 +228,14 @@ def compile_only(arch: str) -> list[Any]:
         if name.startswith("fastcls_kernels.") and hasattr(module, "arch_of"):
             vars(module)["arch_of"] = lambda _device: arch
     compiled: list[Any] = []
-    triton.JITFunction.__getitem__ = lambda kernel, grid: (
-        lambda **arguments: compiled.append(kernel.warmup(grid=grid, **arguments))
-    )
+
+    def launch(kernel: Any, grid: Any, **arguments: Any) -> None:
+        found = kernel.warmup(grid=grid, **arguments)
+        # Of the tile that products are made in.
+        found.tile_rows = next((arguments[name] for name in ("BLOCK_M", "BLOCK_B", "BLOCK_H") if name in arguments), 0)
+        compiled.append(found)
+
+    triton.JITFunction.__getitem__ = lambda kernel, grid: functools.partial(launch, kernel, grid)
     return compiled
 
 
@@ -273,6 +278,7 @@ def inspect(compiled: Any) -> dict[str, Any]:
     return {
         "kernel": metadata.name,
         "num_warps": metadata.num_warps,
+        "tile_rows": compiled.tile_rows,
         "num_stages": metadata.num_stages,
         "fp_fusion": metadata.enable_fp_fusion,
         "registers": registers,

@@ -35,28 +35,28 @@ SHARED_MEMORY = {
 # Columns of sm_100's memory beside the tensor cores.
 TENSOR_MEMORY = 512
 
-# The instruction of each chip; and that of chips whose widest one takes at least 64 rows, for products of 16.
+# The instruction of each chip for tiles of 64 rows and more, which those of sm_90 and sm_100 need, and for lower ones.
 WIDE = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 NARROW = {"gfx942": "v_mfma"}
-NARROW_KERNELS = {
+MULTIPLY = {
     "_absorb_query_kernel",
+    "_attention_kernel",
     "_cls_attention_kernel",
     "_cls_output_kernel",
+    "_linear_gelu_kernel",
     "_pooler_classifier_kernel",
     "_split_linear_kernel",
 }
-WIDE_KERNELS = {"_attention_kernel", "_linear_gelu_kernel"}
 
 CASES = [pytest.param(arch, case, id=case) for arch in ARCHS for case in launches(arch)]
 
 
-def matrix_unit(arch: str, case: str, kernel: str) -> str | None:
+def matrix_unit(arch: str, case: str, kernel: dict[str, Any]) -> str | None:
     """The instruction that a kernel's products are meant to be, or None where it has none."""
-    if kernel not in WIDE_KERNELS | NARROW_KERNELS or ("-fp32-" in case and not arch.startswith("gfx")):
+    if kernel["kernel"] not in MULTIPLY or ("-fp32-" in case and not arch.startswith("gfx")):
         # In float32 the products are IEEE's, which NVIDIA's matrix units do not compute.
         return None
-    few_rows = kernel == "_linear_gelu_kernel" and case.endswith("-16")
-    return (NARROW if kernel in NARROW_KERNELS or few_rows else WIDE).get(arch, "HMMA")
+    return (WIDE if kernel["tile_rows"] >= 64 else NARROW).get(arch, "HMMA")
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +79,7 @@ def test_launch_fits_its_chip_and_uses_the_matrix_unit_that_was_meant(
         assert kernel["spills"] == 0, kernel
         assert kernel["shared"] <= SHARED_MEMORY[arch], kernel
         assert kernel["tensor_memory"] <= TENSOR_MEMORY, kernel
-        unit = matrix_unit(arch, case, kernel["kernel"])
+        unit = matrix_unit(arch, case, kernel)
         assert (unit in kernel["matrix_units"]) if unit else not kernel["matrix_units"], (unit, kernel)
         assert kernel["fp_fusion"], kernel
 

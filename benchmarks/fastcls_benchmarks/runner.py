@@ -153,7 +153,7 @@ def _kept(case: Case, report: Report) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        case.rows.append(Row(case.baseline, "failed", detail=_reason(error)))
+        case.rows.append(Row(case.baseline, "failed", detail=reason_of(error)))
     finally:
         if case.rows:
             report.cases.append(case)
@@ -210,7 +210,7 @@ class _Session:
                     forward(batch)
             machine.wait_for(self.device)
         except Exception as error:  # a provider that breaks is a row of the table, not the end of the run
-            row.status, row.detail = "failed", _reason(error)
+            row.status, row.detail = "failed", reason_of(error)
             return False
         return True
 
@@ -237,7 +237,7 @@ class _Session:
             convert_seconds = time.perf_counter() - start
         loaded = self.loaded[provider.name]
         if isinstance(loaded, Exception):
-            return Row(provider.name, "failed", detail=_reason(loaded)), None
+            return Row(provider.name, "failed", detail=reason_of(loaded)), None
         try:
             start = time.perf_counter()
             # A copy: a graph's next replay writes over it.
@@ -248,14 +248,14 @@ class _Session:
                 provider, lambda batch: first if batch is reference.batches[0] else loaded.forward(batch)
             )
         except Exception as error:  # likewise
-            return Row(provider.name, "failed", None, _reason(error), convert_seconds), None
+            return Row(provider.name, "failed", None, reason_of(error), convert_seconds), None
         detail = loaded.detail if verdict.passed else verdict.reason
         status = "timed" if verdict.passed else "failed"
         row = Row(provider.name, status, verdict.difference, detail, convert_seconds, first_seconds)  # type: ignore[arg-type]
         return row, loaded.forward if verdict.passed else None
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The first line: a compiler's message may be pages long."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
@@ -300,11 +300,11 @@ def measure_kernel(
             functions = [each.run for each in prepared]
             if functions and repeats:
                 try:
-                    timed[provider.name] = _captured(functions, repeats)
+                    timed[provider.name] = captured(functions, repeats)
                 except RuntimeError as error:
-                    row.status, row.detail = "failed", f"cannot be captured in a CUDA graph: {_reason(error)}"
+                    row.status, row.detail = "failed", f"cannot be captured in a CUDA graph: {reason_of(error)}"
             elif functions:
-                timed[provider.name] = _in_turn(functions)
+                timed[provider.name] = in_turn(functions)
     if timed and case.baseline not in timed:
         case.baseline = next(iter(timed))
     try:
@@ -343,15 +343,15 @@ def prepare_kernel(
         result = prepared[0].result
         difference = None if result is None else check(sets[0], result(out))
     except Exception as error:  # a provider that breaks is a row of the table, not the end of the run
-        return Row(provider.name, "failed", detail=_reason(error)), []
+        return Row(provider.name, "failed", detail=reason_of(error)), []
     return Row(provider.name, "timed", difference, first_seconds=first_seconds), prepared
 
 
-def _in_turn(functions: Sequence[Callable[[], object]]) -> timing.Function:
+def in_turn(functions: Sequence[Callable[[], object]]) -> timing.Function:
     return lambda index: functions[index % len(functions)]()
 
 
-def _captured(functions: Sequence[Callable[[], object]], repeats: int) -> timing.Function:
+def captured(functions: Sequence[Callable[[], object]], repeats: int) -> timing.Function:
     """All functions, several times, as one graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,0 +1,769 @@
+"""Measures tiles on this machine's GPU and writes its chip's table, kernels/fastcls_kernels/configs/<chip>.json.
+
+python benchmarks/tune.py --dry-run
+python benchmarks/tune.py
+python benchmarks/tune.py --operation linear_gelu --seconds 120 --out sm_90.json
+
+Tiles are run through the public operations. First each is compiled and checked, many at a time, in processes of their
+own; those that are right are then timed in turn, and one takes the present choice's place only where it is faster by
+more than the noise. Of problems that the table cannot tell apart, all count together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+import fastcls_kernels as ours
+from fastcls_benchmarks import machine, provenance, runner, timing
+from fastcls_benchmarks.results import AGAIN, Case
+from fastcls_benchmarks.tables import NONE, duration, plain_table
+from fastcls_benchmarks.workloads import SEED
+from fastcls_kernels import reference, tuning
+from fastcls_kernels.tuning import Rule
+
+Tile = dict[str, Any]
+Facts = dict[str, int]
+Winner = tuple[Facts, Tile]
+Random = Callable[..., Tensor]
+Arguments = tuple[Any, ...]
+
+BITS = {"bits": 16}
+EPS = 1e-12
+ABOUT = "Measured by benchmarks/tune.py in bfloat16: what stands under measured. The rest was chosen by compiling."
+# What a plan is for where there is no GPU.
+PLANNED_ARCH = "sm_90"
+# Checking may take this share of the time, in so many processes.
+CHECKING = 0.5
+PROCESSES = max(1, min((os.cpu_count() or 1) - 1, 14))
+# All are timed in one round; so many of them, beside the present choice, in as many as there is time for.
+FINALISTS = 3
+ONE_ROUND = timing.Effort(0.0, min_rounds=1, max_rounds=1, visit_seconds=0.005, max_calls=5)
+# Large problems have few input sets, and a graph of so many turns takes longer than it costs to replay.
+MAX_TURNS = 10
+# For plans: to compile and check a tile; to capture and time it once; to time it in another round.
+CHECK_SECONDS, FIRST_SECONDS, ROUND_SECONDS = 1.5, 0.065, 0.045
+
+
+class Problem(NamedTuple):
+    """Inputs of an operation: a shape, for which kernels are compiled, and sizes that they meet at run time."""
+
+    operation: str
+    shape: tuple[int, int]
+    rows: int
+    mean_seqlen: int = 0
+
+    @property
+    def name(self) -> str:
+        texts = f", {self.mean_seqlen} a text" if self.mean_seqlen else ""
+        return f"{self.shape[0]} x {self.shape[1]}, {self.rows} rows{texts}"
+
+    def to_check(self) -> Problem:
+        """A small one of the same shape, whose sizes no tile divides."""
+        return self._replace(rows=9 * 150, mean_seqlen=150) if self.mean_seqlen else self._replace(rows=201)
+
+
+class Operation(NamedTuple):
+    """An operation of the tables.
+
+    Attributes:
+        run, definition: as users call it, and in the plainest torch.
+        make: a problem's arguments, from a source of random numbers.
+        facts: what the table is asked by, the outermost first: its limit holds for all that come after.
+        tiles: candidates; `suits` says for which problems.
+        shapes, sizes: of the problems that are measured; rows, and tokens a text where there are texts.
+    """
+
+    run: Callable[..., Tensor]
+    definition: Callable[..., Tensor]
+    make: Callable[[Random, Problem], Arguments]
+    facts: Callable[[Problem], Facts]
+    tiles: list[Tile]
+    shapes: Sequence[tuple[int, int]]
+    sizes: Sequence[tuple[int, ...]]
+
+
+# Inputs
+
+
+def _packing(problem: Problem, device: torch.device) -> ours.PackedLayout:
+    """Texts of half the mean to one and a half, evenly spread, shortest first; the mean is exact."""
+    texts, mean = problem.rows // problem.mean_seqlen, problem.mean_seqlen
+    short = [round(mean * (0.5 + (index + 0.5) / texts)) for index in range(texts // 2)]
+    lengths = [*short, *[mean] * (texts % 2), *(2 * mean - length for length in reversed(short))]
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    return ours.PackedLayout(cu_seqlens, lengths[-1], sum(lengths))
+
+
+def _projection(random: Random, out_features: int, in_features: int) -> Tensor:
+    """Scaled as trained weights are."""
+    return random(out_features, in_features) * in_features**-0.5
+
+
+def _selected(random: Random, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Hidden states, of which every second row is asked for."""
+    hidden_states = random(2 * problem.rows, problem.shape[1])
+    return hidden_states, torch.arange(0, 2 * problem.rows, 2, device=hidden_states.device, dtype=torch.int32)
+
+
+def _attention(random: Random, problem: Problem) -> Arguments:
+    q, k, v = random(problem.rows, 3, *problem.shape).unbind(1)
+    return q, k, v, _packing(problem, q.device)
+
+
+def _run_attention(q: Tensor, k: Tensor, v: Tensor, layout: ours.PackedLayout) -> Tensor:
+    return ours.attention_varlen(q, k, v, layout.cu_seqlens, layout.max_seqlen, layout=layout)
+
+
+def _define_attention(q: Tensor, k: Tensor, v: Tensor, layout: ours.PackedLayout) -> Tensor:
+    return reference.attention_varlen_reference(q, k, v, layout.cu_seqlens, layout.max_seqlen)
+
+
+def _cls_attention(random: Random, problem: Problem) -> Arguments:
+    width = problem.shape[1]
+    x, residual = (random(problem.rows, width) for _ in range(2))
+    layout = _packing(problem, x.device)
+    # In float32, as absorb_query gives it.
+    query = random(layout.num_sequences, *problem.shape).float()
+    return query, x, layout, width**-0.5, random(width), residual, random(width), random(width), EPS
+
+
+def _run_cls_attention(query: Tensor, x: Tensor, layout: ours.PackedLayout, scale: float, *norm: Any) -> Tensor:
+    """With the layer norm before it, which a tile takes inside or leaves to a pass of its own."""
+    norm = ours.AddNorm(*norm)
+    return ours.cls_attention(query, x, layout.cu_seqlens, layout.max_seqlen, scale, layout=layout, norm=norm)
+
+
+def _define_cls_attention(query: Tensor, x: Tensor, layout: ours.PackedLayout, scale: float, *norm: Any) -> Tensor:
+    hidden_states = reference.add_layer_norm_reference(x, *norm)
+    return reference.cls_attention_reference(query, hidden_states, layout.cu_seqlens, layout.max_seqlen, scale)
+
+
+def _linear(random: Random, problem: Problem) -> Arguments:
+    in_features, out_features = problem.shape
+    weight = _projection(random, out_features, in_features)
+    return random(problem.rows, in_features), weight, random(out_features)
+
+
+def _linear_norm(random: Random, problem: Problem) -> Arguments:
+    width = problem.shape[1]
+    return *_linear(random, problem), random(problem.rows, width), random(width), random(width), EPS
+
+
+def _define_linear_norm(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    return reference.add_layer_norm_reference(F.linear(x, weight), *others)
+
+
+def _absorb_query(random: Random, problem: Problem) -> Arguments:
+    heads, width = problem.shape
+    query_weight, key_weight = (_projection(random, width, width) for _ in range(2))
+    return *_selected(random, problem), query_weight, random(width), key_weight, heads
+
+
+def _cls_output(random: Random, problem: Problem) -> Arguments:
+    width = problem.shape[1]
+    value_weight, out_weight = (_projection(random, width, width) for _ in range(2))
+    value_bias, out_bias, *norm = (random(width) for _ in range(4))
+    # In float32, as cls_attention gives it.
+    summed = random(problem.rows, *problem.shape).float()
+    return summed, value_weight, value_bias, out_weight, out_bias, *_selected(random, problem), *norm, EPS
+
+
+def _pooler_classifier(random: Random, problem: Problem) -> Arguments:
+    labels, width = problem.shape
+    pooler, classifier = _projection(random, width, width), _projection(random, labels, width)
+    return random(problem.rows, width), pooler, random(width), classifier, random(labels)
+
+
+# Candidates
+
+
+def _tiles(names: str, numbers: str, **constants: Any) -> list[Tile]:
+    """A tile for each group of numbers."""
+    groups = (map(int, group.split()) for group in numbers.split(","))
+    return [{**constants, **dict(zip(names.split(), group, strict=True))} for group in groups]
+
+
+# Fewer than 64 rows would miss the widest matrix instructions.
+_ATTENTION_NAMES = "BLOCK_M BLOCK_N num_warps num_stages"
+_TOKEN_TILES = "64 32 4 3, 64 64 4 2, 64 64 4 3, 128 32 8 3, 128 64 8 2"
+_SEQUENCE_TILES = "64 64 4 2, 64 64 4 3, 64 128 4 2, 128 64 4 2, 128 64 8 2, 128 64 8 3, 128 128 8 2"
+_ATTENTION_TILES = [
+    tile
+    for per_sequence, numbers in ((False, _TOKEN_TILES), (True, _SEQUENCE_TILES))
+    for tma in (False, True)
+    for tile in _tiles(_ATTENTION_NAMES, numbers, PER_SEQUENCE=per_sequence, TMA=tma)
+]
+_CLS_NAMES = "BLOCK_H BLOCK_N MAX_BLOCK_W num_warps num_stages"
+_PASS_TILES = (
+    "16 16 128 4 2, 16 16 256 4 2, 16 16 256 8 2, 16 16 256 8 3, 16 32 128 4 2, 16 32 128 8 3, 16 32 256 8 2,"
+    "16 32 256 8 3, 16 64 128 8 2, 16 64 256 8 2"
+)
+_NORM_AND_PASS_TILES = (
+    "16 16 128 4 2, 16 16 256 4 2, 16 16 256 8 2, 16 16 256 8 3, 16 32 128 8 2, 16 32 256 8 2, 16 64 128 8 2"
+)
+_CLS_TILES = _tiles(_CLS_NAMES, _PASS_TILES, NORM=False) + _tiles(_CLS_NAMES, _NORM_AND_PASS_TILES, NORM=True)
+_PRODUCT_NAMES = "BLOCK_M BLOCK_N BLOCK_K num_warps num_stages"
+_FLAT = "16 32 128 4 4, 16 64 64 4 3, 16 64 128 4 3, 16 128 64 4 3, 32 64 64 4 3, 32 64 128 4 3"
+_HIGH = (
+    "64 64 64 4 4, 64 128 64 4 4, 64 256 64 8 3, 128 64 64 4 4, 128 128 64 8 3, 128 128 64 8 4, 128 128 128 8 2,"
+    "128 256 64 8 3"
+)
+_GELU_TILES = [
+    {"BY": "torch"},
+    {"BY": "cublaslt"},
+    *_tiles(_PRODUCT_NAMES, f"{_FLAT}, {_HIGH}", BY="triton", TMA=False),
+    *_tiles(_PRODUCT_NAMES, _HIGH, BY="triton", TMA=True),
+]
+_SPLIT_TILES = [
+    {"BY": "torch"},
+    *_tiles(
+        f"SPLITS {_PRODUCT_NAMES}",
+        "4 16 32 128 4 3, 4 16 64 64 4 3, 4 16 64 128 4 3, 8 16 32 128 4 3, 8 16 64 64 4 3, 8 16 64 128 4 3,"
+        "8 16 128 64 4 3, 16 16 64 64 4 3, 4 32 64 64 4 3, 1 64 64 64 4 3, 2 64 64 64 4 3, 2 64 128 64 4 3,"
+        "4 64 64 64 4 3, 8 64 64 64 4 3, 1 128 64 64 4 3, 1 128 128 64 8 3, 1 128 128 64 8 4, 1 128 256 64 8 3,"
+        "2 128 128 64 8 3",
+        BY="triton",
+    ),
+]
+# Of more rows there are tiles enough, and parts would be much to write and to read.
+_SPLIT_ROWS = 1024
+_ROWS_TILES = _tiles(
+    "BLOCK_B BLOCK_N BLOCK_K num_warps num_stages",
+    "16 32 64 4 3, 16 32 128 4 3, 16 64 64 2 3, 16 64 64 4 3, 16 64 128 4 3, 16 64 128 8 3, 16 128 64 4 3,"
+    "16 128 128 8 2, 32 64 64 4 3, 32 64 128 4 3, 32 128 64 4 3, 64 64 64 4 3, 64 128 64 8 3",
+)
+
+
+def suits(tile: Tile, problem: Problem, has_tma: bool) -> bool:
+    """Whether a tile is worth trying: it neither lies mostly beyond the last row nor are there needlessly many."""
+    # A norm takes all columns in one program.
+    if (tile.get("TMA") and not has_tma) or (tile.get("NORM") and problem.shape[1] > 4 * tile["MAX_BLOCK_W"]):
+        return False
+    if "PER_SEQUENCE" in tile:
+        mean = problem.mean_seqlen
+        return bool(tile["BLOCK_M"] <= 4 * mean if tile["PER_SEQUENCE"] else mean <= 256)
+    if tile.get("SPLITS", 1) > 1 and problem.rows > _SPLIT_ROWS:
+        return False
+    height = tile.get("BLOCK_M", tile.get("BLOCK_B"))
+    return height is None or min(problem.rows // 32, 128) <= height < 2 * max(problem.rows, 16)
+
+
+# What is measured: the shapes of MiniLM, BERT-base and BERT-large, and wider ones where a kernel then works otherwise,
+# because the rules of the widest hold for all that is wider still.
+
+HEADS = {384: 12, 768: 12, 1024: 16}
+# A multiple of each mean.
+TOKENS = 24_576
+MEAN_SEQLENS = (16, 32, 48, 64, 96, 128, 256, 512, 2048)
+ROWS = [(rows,) for rows in (1, 16, 64, 128, 256, 512, 1024, 4096, 16_384, 65_536)]
+CLS_ROWS = [(rows,) for rows in (1, 16, 32, 128, 1024)]
+
+
+def _product_facts(problem: Problem) -> Facts:
+    return {"out_features": problem.shape[1], "in_features": problem.shape[0], "rows": problem.rows}
+
+
+def _on_cls_rows(name: str, make: Callable[[Random, Problem], Arguments], labels: int = 0) -> Operation:
+    shapes = [(labels or heads, width) for width, heads in HEADS.items()]
+    run, definition = getattr(ours, name), getattr(reference, f"{name}_reference")
+    return Operation(run, definition, make, lambda problem: {"rows": problem.rows}, _ROWS_TILES, shapes, CLS_ROWS)
+
+
+OPERATIONS = {
+    "attention": Operation(
+        _run_attention,
+        _define_attention,
+        _attention,
+        lambda problem: {"head_dim": problem.shape[1], "mean_seqlen": problem.mean_seqlen},
+        _ATTENTION_TILES,
+        [(12, 32), (12, 64), (8, 128)],
+        [(TOKENS, mean) for mean in MEAN_SEQLENS],
+    ),
+    "cls_attention": Operation(
+        _run_cls_attention,
+        _define_cls_attention,
+        _cls_attention,
+        lambda problem: {"width": problem.shape[1]},
+        _CLS_TILES,
+        [*((heads, width) for width, heads in HEADS.items()), (16, 2048)],
+        [(128 * 512, 512), (32 * 128, 128)],
+    ),
+    "linear_gelu": Operation(
+        ours.linear_gelu,
+        reference.linear_gelu_reference,
+        _linear,
+        _product_facts,
+        _GELU_TILES,
+        [(width, 4 * width) for width in HEADS],
+        ROWS,
+    ),
+    "linear_add_layer_norm": Operation(
+        ours.linear_add_layer_norm,
+        _define_linear_norm,
+        _linear_norm,
+        _product_facts,
+        _SPLIT_TILES,
+        [(size * width, width) for width in HEADS for size in (1, 4)],
+        ROWS,
+    ),
+    "absorb_query": _on_cls_rows("absorb_query", _absorb_query),
+    "cls_output": _on_cls_rows("cls_output", _cls_output),
+    "pooler_classifier": _on_cls_rows("pooler_classifier", _pooler_classifier, labels=2),
+}
+
+
+class Point(NamedTuple):
+    """What the table tells apart, with the problems that are one to it."""
+
+    operation: str
+    facts: Facts
+    problems: list[Problem]
+
+    def candidates(self, arch: str) -> dict[str, Tile]:
+        """By their labels, the table's present choice first."""
+        present = tuning._first_fitting(arch, self.operation, {**BITS, **self.facts})
+        has_tma = arch.startswith("sm_") and int(arch[3:]) >= 90
+        tiles = (tile for tile in OPERATIONS[self.operation].tiles if suits(tile, self.problems[0], has_tma))
+        return {label(tile): tile for tile in (present, *tiles)}
+
+
+def points_of(name: str) -> list[Point]:
+    """Those of an operation, by shape and size."""
+    operation = OPERATIONS[name]
+    found: dict[tuple[int, ...], Point] = {}
+    for shape, size in itertools.product(operation.shapes, operation.sizes):
+        problem = Problem(name, shape, *size)
+        facts = operation.facts(problem)
+        found.setdefault(tuple(facts.values()), Point(name, facts, [])).problems.append(problem)
+    return list(found.values())
+
+
+_COUNTS = {"num_warps": "w", "num_stages": "s", "SPLITS": "splits"}
+
+
+def label(tile: Tile) -> str:
+    """A tile as tables show it."""
+    blocks = "x".join(str(value) for name, value in tile.items() if "BLOCK" in name)
+    counts = [f"{short}{tile[name]}" for name, short in _COUNTS.items() if name in tile]
+    flags = [name for name, value in tile.items() if value is True]
+    return " ".join(filter(None, [tile.get("BY"), blocks, *counts, *flags]))
+
+
+# Who is right
+
+
+def shortfall(found: Tensor, eager: Tensor, exact: Tensor) -> str:
+    """Why a result is not exact enough: over 1.1 times eager's error in RMS or 2 times at the worst; "" if it is."""
+    # Where eager happens to be better than its dtype can store, rounding the truth is the measure.
+    errors = [(each.double() - exact).abs() for each in (found, eager, exact.to(eager.dtype))]
+    rms, worst = zip(*((float(each.square().mean().sqrt()), float(each.max())) for each in errors), strict=True)
+    for what, (error, *bounds), factor in (("RMS", rms, 1.1), ("worst", worst, 2)):
+        if not error <= factor * max(bounds):
+            return f"{what} error {error:.1e}, more than {factor} times {max(bounds):.1e}"
+    return ""
+
+
+def _source(device: str, dtype: torch.dtype, seed: int) -> Random:
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+
+def _run(problem: Problem, tile: Tile, arguments: Arguments) -> Tensor:
+    with tuning.use_tile(problem.operation, tile):
+        return OPERATIONS[problem.operation].run(*arguments)
+
+
+def _define(problem: Problem, arguments: Arguments, dtype: torch.dtype) -> Tensor:
+    return OPERATIONS[problem.operation].definition(
+        *(each.to(dtype) if isinstance(each, Tensor) and each.is_floating_point() else each for each in arguments)
+    )
+
+
+def _spilled() -> set[str]:
+    """The kernels of this process that keep registers in memory."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("fastcls_kernels.")]
+    caches = [getattr(each, "device_caches", {}) for module in modules for each in vars(module).values()]
+    kernels = [kernel for each in caches for kernels, *_ in each.values() for kernel in kernels.values()]
+    # One that needs more memory than there is was never loaded, and so cannot tell.
+    return {kernel.hash for kernel in kernels if getattr(kernel, "n_spills", 0)}
+
+
+@torch.inference_mode()
+def verdict(problem: Problem, tile: Tile, device: str, dtype: torch.dtype) -> str:
+    """Why a tile may not be timed; "" if it may."""
+    # A rule of 16 bits is float16's, too. What is compiled errs alike in both; how a library approximates may not.
+    dtypes = (dtype,) if tile.get("BY", "triton") == "triton" else (dtype, torch.float16)
+    small, before = problem.to_check(), _spilled()
+    try:
+        for each in dict.fromkeys(dtypes):
+            # Numbers of its own: memory that a kernel fails to write may hold another tile's result.
+            random = _source(device, each, zlib.crc32(label(tile).encode()))
+            arguments = OPERATIONS[problem.operation].make(random, small)
+            found = _run(small, tile, arguments)
+            wrong = shortfall(found, _define(small, arguments, each), _define(small, arguments, torch.float64))
+            if wrong:
+                return f"{str(each).removeprefix('torch.')}: {wrong}"
+    except Exception as error:  # whatever is wrong with a tile is a line of the report, not the end of the run
+        # Raises where the GPU is lost to this process.
+        machine.wait_for(torch.device(device))
+        return runner.reason_of(error)
+    # tests/test_aot.py would not let it pass.
+    return "it spills registers" if _spilled() - before else ""
+
+
+def in_processes(judge: Callable[..., str], tasks: Iterable[tuple[Any, ...]], until: float) -> Iterator[str]:
+    """What ``judge`` says of each, several at a time; where it raises, its process is given up and no other harmed."""
+    own = threading.local()
+    # Ctrl-C is for this process to handle.
+    options = (multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with contextlib.ExitStack() as pools, ThreadPoolExecutor(PROCESSES) as threads:
+
+        def in_own_process(task: tuple[Any, ...]) -> str:
+            if time.monotonic() > until:
+                return "there was no time to check it"
+            if not hasattr(own, "pool"):
+                own.pool = pools.enter_context(ProcessPoolExecutor(1, *options))
+            try:
+                return str(own.pool.submit(judge, *task).result())
+            except Exception as error:
+                del own.pool
+                return runner.reason_of(error)
+
+        yield from threads.map(in_own_process, tasks)
+
+
+# Who is fast
+
+
+class _Timed(NamedTuple):
+    """Functions of one problem, each of so many calls."""
+
+    case: Case
+    functions: dict[str, timing.Function]
+    calls: int
+
+    def rounds(self, names: Iterable[str], effort: timing.Effort, device: torch.device) -> None:
+        self.case.seconds.clear()
+        timing.time_rounds(self.case, {name: self.functions[name] for name in names}, effort, device)
+        for name, rounds in self.case.seconds.items():
+            self.case.seconds[name] = [[seconds / self.calls for seconds in each] for each in rounds]
+
+
+def choose(cases: Sequence[Case]) -> str:
+    """The fastest over all cases of those that are faster than the baseline by more than the noise, or the baseline."""
+    best, gain = cases[0].baseline, 1.0
+    for name in cases[0].seconds.keys() - {best, best + AGAIN}:
+        intervals = [interval for case in cases if (interval := case.interval(name))]
+        faster = math.prod(each.median for each in intervals)
+        if math.prod(max(each.low, 0.0) for each in intervals) > 1 and faster > gain:
+            best, gain = name, faster
+    return best
+
+
+class Choice(NamedTuple):
+    """What was measured at a point: the labels of the former and the chosen tile, and the times."""
+
+    point: Point
+    former: str
+    chosen: str
+    tile: Tile
+    cases: list[Case]
+
+
+def _subject(problem: Problem, name: str) -> str:
+    return f"{problem.operation}, {problem.shape[0]} x {problem.shape[1]}: {name}"
+
+
+def tasks_of(points: Iterable[Point], arch: str) -> dict[str, tuple[Problem, Tile]]:
+    """What is to be compiled and checked: each tile once for each shape."""
+    return {
+        _subject(problem, name): (problem, tile)
+        for point in points
+        for name, tile in point.candidates(arch).items()
+        for problem in point.problems
+    }
+
+
+@dataclass
+class Tuner:
+    """Chooses on one device until the time is over; ``skipped`` says of tiles why they were not timed."""
+
+    arch: str
+    device: torch.device
+    until: float
+    judge: Callable[[list[tuple[Any, ...]]], Iterable[str]]
+    dtype: torch.dtype = torch.bfloat16
+    doing: Callable[[str], None] = lambda _: None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def choices(self, points: Sequence[Point]) -> Iterator[Choice]:
+        """One for each point where something is right."""
+        tasks = tasks_of(points, self.arch)
+        verdicts = self.judge([(*task, str(self.device), self.dtype) for task in tasks.values()])
+        for subject, reason in zip(tasks, verdicts, strict=True):
+            self.doing(f"checked {subject}")
+            if reason:
+                self.skipped[subject] = reason
+        left = sum(len(point.problems) for point in points)
+        for point in points:
+            now = time.monotonic()
+            if now > self.until:
+                return
+            self.doing(f"{point.operation}, {point.problems[0].name}")
+            tiles = point.candidates(self.arch)
+            wrong = {name for name in tiles for each in point.problems if _subject(each, name) in self.skipped}
+            right = {name: tile for name, tile in tiles.items() if name not in wrong}
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                cases = self.measure(point, right, now + (self.until - now) * len(point.problems) / left)
+            except Exception as error:  # as in verdict
+                self.skipped[f"{point.operation}, all of {point.facts}"] = runner.reason_of(error)
+                cases = []
+            left -= len(point.problems)
+            if cases:
+                chosen = choose(cases)
+                yield Choice(point, next(iter(tiles)), chosen, tiles[chosen], cases)
+
+    def measure(self, point: Point, tiles: Mapping[str, Tile], until: float) -> list[Case]:
+        """A case for each of a point's problems, with the same tiles in all; the first that runs is the baseline."""
+        timed = [self._prepare(problem, tiles) for problem in point.problems]
+        names = [name for name in tiles if all(name in each.functions for each in timed)]
+        if not names:
+            return []
+        for each in timed:
+            each.case.baseline = names[0]
+            each.rounds(names, ONE_ROUND, self.device)
+        ranked = sorted(names, key=lambda name: math.prod(each.case.round_seconds(name)[0] for each in timed))
+        finalists = dict.fromkeys([names[0], *ranked[:FINALISTS]])
+        for number, each in enumerate(timed):
+            seconds = max(until - time.monotonic(), 0) / (len(timed) - number)
+            each.rounds(finalists, timing.Effort(seconds, visit_seconds=0.01, max_calls=10), self.device)
+        return [each.case for each in timed]
+
+    @torch.inference_mode()
+    def _prepare(self, problem: Problem, tiles: Mapping[str, Tile]) -> _Timed:
+        """On input sets that no cache holds together; on a GPU replayed from a graph, so that launches do not count."""
+        make, random = OPERATIONS[problem.operation].make, _source(str(self.device), self.dtype, SEED)
+        sets = [make(random, problem)]
+        size = sum(each.nbytes for each in sets[0] if isinstance(each, Tensor))
+        count = min(max(math.ceil(runner.INPUT_BYTES / size), 2), runner.MAX_INPUT_SETS)
+        sets += [make(random, problem) for _ in range(count - 1)]
+        turns = min(math.ceil(runner.GRAPH_CALLS / count), MAX_TURNS)
+        on_gpu = self.device.type == "cuda"
+        functions = {}
+        for name, tile in tiles.items():
+            runs = [functools.partial(_run, problem, tile, each) for each in sets]
+            try:
+                functions[name] = runner.captured(runs, turns) if on_gpu else runner.in_turn(runs)
+            except Exception as error:  # as in verdict
+                self.skipped[f"{problem.operation}, {problem.name}: {name}"] = runner.reason_of(error)
+        dtype = str(self.dtype).removeprefix("torch.")
+        case = Case("kernel", problem.operation, problem.name, dtype, baseline="")
+        return _Timed(case, functions, turns * count if on_gpu else 1)
+
+
+# The file
+
+
+def rules_from(winners: Sequence[Winner]) -> list[Rule]:
+    """Rules that give each measured point its winner, and what lies between points the next larger one's.
+
+    Facts are taken in their order: a limit on the first holds for all rules about the others. The largest value of each
+    is no limit; neighbours that agree are one.
+    """
+    if not winners[0][0]:
+        return [Rule({}, winners[0][1])]
+    first, *others = winners[0][0]
+    sections: list[tuple[int, list[Rule]]] = []
+    for value in sorted({facts[first] for facts, _ in winners}):
+        inner = [({name: facts[name] for name in others}, tile) for facts, tile in winners if facts[first] == value]
+        rules = rules_from(inner)
+        if sections and sections[-1][1] == rules:
+            sections.pop()
+        sections.append((value, rules))
+    limits = [{first: value} for value, _ in sections[:-1]]
+    return [
+        Rule({**limit, **rule.limits}, rule.tile)
+        for limit, (_, rules) in zip([*limits, {}], sections, strict=True)
+        for rule in rules
+    ]
+
+
+def table_with(arch: str, winners: Mapping[str, Sequence[Winner]], measured: dict[str, Any]) -> dict[str, Any]:
+    """The chip's table with new rules for some operations. What it says of others, or of wider numbers, stays."""
+    file = tuning.config_file(arch)
+    own = file != tuning.CONFIGS / "default.json"
+    table = json.loads(file.read_text(encoding="utf-8")) if own else {"measured": None, "rules": {}}
+    rules = {name: table["rules"].get(name, []) for name in dict.fromkeys([*OPERATIONS, *table["rules"]])}
+    for name, each in winners.items():
+        wider = [rule for rule in rules[name] if rule.get("up_to", {}).get("bits", 32) > BITS["bits"]]
+        rules[name] = [{"up_to": BITS | limits, "tile": tile} for limits, tile in rules_from(each)] + wider
+    provenances = {**(table["measured"] or {}), **dict.fromkeys(winners, measured)}
+    return {"about": ABOUT, "measured": provenances, "rules": {name: each for name, each in rules.items() if each}}
+
+
+def written(table: dict[str, Any]) -> str:
+    """JSON, each rule and each operation's provenance in one line."""
+    provenances = (table["measured"] or {}).items()
+    measured = ",\n".join(f"    {json.dumps(name)}: {json.dumps(each)}" for name, each in provenances)
+    rules = ",\n".join(
+        f"    {json.dumps(name)}: [\n" + ",\n".join(f"      {json.dumps(rule)}" for rule in each) + "\n    ]"
+        for name, each in table["rules"].items()
+    )
+    parts = {
+        "about": json.dumps(table["about"]),
+        "measured": "{\n" + measured + "\n  }" if measured else "null",
+        "rules": "{\n" + rules + "\n  }",
+    }
+    return "{\n" + ",\n".join(f'  "{name}": {part}' for name, part in parts.items()) + "\n}\n"
+
+
+def provenance_of(device: torch.device) -> dict[str, Any]:
+    """What the figures behind a rule depend on."""
+    facts = provenance.collect(device)
+    kept = ("chip", "driver", "commit", "dirty", "source_digest", "date")
+    return {name: facts[name] for name in kept} | {name: facts["versions"][name] for name in ("torch", "triton")}
+
+
+# The report
+
+
+def plan_of(points: Sequence[Point], arch: str, seconds: float) -> Table:
+    """What would be done, and how long it takes at least."""
+    table = plain_table(f"Plan for {arch}, tiles checked in {PROCESSES} processes")
+    for heading in ("operation", "shapes", "sizes", "tiles", "timings", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("operation", "shapes", "sizes") else "right")
+    total = 0.0
+    for name, group in itertools.groupby(points, key=lambda point: point.operation):
+        own, operation = list(group), OPERATIONS[name]
+        candidates = [(problem, point.candidates(arch)) for point in own for problem in point.problems]
+        timings = sum(len(tiles) for _, tiles in candidates)
+        least = len(tasks_of(own, arch)) * CHECK_SECONDS / PROCESSES + timings * FIRST_SECONDS
+        least += len(candidates) * timing.Effort(0).min_rounds * (FINALISTS + 2) * ROUND_SECONDS
+        total += least
+        shapes = ", ".join(f"{a} x {b}" for a, b in operation.shapes)
+        sizes = ", ".join(str(size[-1]) for size in operation.sizes)
+        distinct = {tile for _, tiles in candidates for tile in tiles}
+        table.add_row(name, shapes, sizes, str(len(distinct)), str(timings), f"{least:.0f}")
+    table.caption = f"At least {total:.0f} seconds of {seconds:.0f}. What there is no time for stays as it is."
+    return table
+
+
+def result_of(choices: Sequence[Choice]) -> Table:
+    """A row for each problem."""
+    table = plain_table("Former and chosen tiles")
+    for heading in ("operation", "problem", "former", "µs", "chosen", "µs", "faster"):
+        table.add_column(heading, justify="right" if heading in ("µs", "faster") else "left")
+    for choice in choices:
+        for case in choice.cases:
+            former, chosen = (duration(case.typical_seconds(name), "µs") for name in (choice.former, choice.chosen))
+            ratio = case.times_faster(choice.chosen, choice.former)
+            faster = NONE if ratio is None or choice.chosen == choice.former else f"{ratio:.2f} x"
+            new = choice.chosen if choice.chosen != choice.former else "the same"
+            table.add_row(case.subject, case.workload, choice.former, former, new, chosen, faster)
+    return table
+
+
+def chip() -> tuple[str | None, str]:
+    """The chip that kernels run on here, or None and why there is none."""
+    if not torch.cuda.is_available():
+        return None, "there is no GPU that torch can use"
+    backend, why = ours.explain_backend("cuda")
+    return (tuning.arch_of(torch.device("cuda")) if backend == "triton" else None), why
+
+
+def main(
+    operation: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="How long it may take, compiling included.")] = 420,
+    out: Annotated[Path | None, typer.Option(help="Write here instead of into the chip's own table.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; needs no GPU.")] = False,
+) -> None:
+    """Measures tiles on this GPU and writes the rules by which its kernels choose them."""
+    began = time.monotonic()
+    console, errors = Console(), Console(stderr=True)
+    unknown = [name for name in operation or () if name not in OPERATIONS]
+    if unknown:
+        known = f"must be one of {', '.join(OPERATIONS)}; got {', '.join(unknown)}"
+        raise typer.BadParameter(known, param_hint="--operation")
+    if out is not None and not out.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="--out")
+    points = [point for name in OPERATIONS if name in (operation or OPERATIONS) for point in points_of(name)]
+    arch, why = chip()
+    if dry_run:
+        console.print(plan_of(points, arch or PLANNED_ARCH, seconds))
+        return
+    if arch is None:
+        errors.print(f"tune.py needs a GPU: {why}. With --dry-run it needs none.", soft_wrap=True)
+        raise typer.Exit(2)
+    device = torch.device("cuda")
+    measured = provenance_of(device)
+    choices: list[Choice] = []
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("", total=seconds)
+
+        def doing(what: str) -> None:
+            progress.update(task, completed=time.monotonic() - began, description=escape(what))
+
+        judge = functools.partial(in_processes, verdict, until=began + CHECKING * seconds)
+        tuner = Tuner(arch, device, began + seconds, judge, doing=doing)
+        try:
+            for choice in tuner.choices(points):
+                choices.append(choice)
+                if not errors.is_terminal:
+                    passed = time.monotonic() - began
+                    errors.print(f"{passed:4.0f} s {choice.point.operation} {choice.point.facts}: {choice.chosen}")
+        except KeyboardInterrupt:
+            errors.print("Interrupted: what was complete is kept.", style="bold red")
+    console.print(result_of(choices))
+    if tuner.skipped:
+        console.print(f"Not timed ({len(tuner.skipped)}):")
+        for subject, reason in tuner.skipped.items():
+            console.print(f"  {escape(subject)}: {escape(reason)}", highlight=False)
+    winners = complete(points, choices, console)
+    if winners:
+        out = out or tuning.CONFIGS / f"{arch}.json"
+        out.write_text(written(table_with(arch, winners, measured)), encoding="utf-8")
+        console.print(f"Written to {out}: {', '.join(winners)}.")
+
+
+def complete(points: Sequence[Point], choices: Sequence[Choice], console: Console) -> dict[str, list[Winner]]:
+    """What won, for those operations that were measured at all of their points; names the others."""
+    winners: dict[str, list[Winner]] = {}
+    for name, group in itertools.groupby(points, key=lambda point: point.operation):
+        own = [(choice.point.facts, choice.tile) for choice in choices if choice.point.operation == name]
+        wanted = len(list(group))
+        if len(own) == wanted:
+            winners[name] = own
+        else:
+            console.print(f"{name} stays as it is: measured at {len(own)} of {wanted} points.")
+    return winners
+
+
+if __name__ == "__main__":
+    typer.run(main)
