@@ -14,11 +14,14 @@ from torch import Tensor
 
 from fastcls_kernels import (
     PackedLayout,
+    absorb_query,
     add_layer_norm,
     attention_varlen,
     cls_attention,
+    cls_output,
     embedding_layer_norm,
     linear_gelu,
+    pooler_classifier,
     reference,
 )
 
@@ -247,6 +250,49 @@ def _our_cls_attention(inputs: Inputs) -> Prepared:
     return Prepared(functools.partial(cls_attention, *inputs.arguments, layout=inputs.layout))
 
 
+# The [CLS] rows before and behind that pass
+
+
+def _first_rows(random: Callable[..., Tensor], layout: PackedLayout) -> tuple[Tensor, Tensor]:
+    """Hidden states, and where each text begins."""
+    return random(layout.total_tokens, WIDTH), layout.cu_seqlens[:-1]
+
+
+def _projection(random: Callable[..., Tensor], rows: int = WIDTH) -> Tensor:
+    # Scaled as trained weights are.
+    return random(rows, WIDTH) * WIDTH**-0.5
+
+
+def _query_arguments(random: Callable[..., Tensor], layout: PackedLayout, _: list[int]) -> tuple[Any, ...]:
+    return *_first_rows(random, layout), _projection(random), random(WIDTH), _projection(random), NUM_HEADS
+
+
+def _query_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
+    texts = len(inputs.lengths)
+    return 4.0 * texts * WIDTH**2, (2.0 * WIDTH**2 + texts * WIDTH) * itemsize + 4.0 * texts * NUM_HEADS * WIDTH
+
+
+def _output_arguments(random: Callable[..., Tensor], layout: PackedLayout, lengths: list[int]) -> tuple[Any, ...]:
+    # In float32, as the pass gives it.
+    summed = random(len(lengths), NUM_HEADS, WIDTH).float()
+    value, out = _projection(random), _projection(random)
+    value_bias, out_bias, *norm = (random(WIDTH) for _ in range(4))
+    return summed, value, value_bias, out, out_bias, *_first_rows(random, layout), *norm, EPS
+
+
+def _output_definition(summed: Tensor, value_weight: Tensor, *others: Any) -> Tensor:
+    return reference.cls_output_reference(summed.to(value_weight.dtype), value_weight, *others)
+
+
+def _classifier_arguments(random: Callable[..., Tensor], _: PackedLayout, lengths: list[int]) -> tuple[Any, ...]:
+    return random(len(lengths), WIDTH), _projection(random), random(WIDTH), _projection(random, 2), random(2)
+
+
+def _classifier_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
+    texts = len(inputs.lengths)
+    return 2.0 * texts * WIDTH**2, (WIDTH**2 + texts * WIDTH) * itemsize
+
+
 # What works row by row
 
 
@@ -284,9 +330,18 @@ def _gelu_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
 
 
 def _product_rounding(inputs: Inputs) -> float:
-    """The textbook bound on the error of a product summed in float32 in any order (Higham, 3.5)."""
-    x, weight, bias = map(_double, inputs.arguments)
-    terms = (x.shape[1] + 1) * torch.finfo(torch.float32).eps / 2
+    """The textbook bound on the error of the first product, summed in float32 in any order (Higham, 3.5)."""
+    return _rounding_of(*inputs.arguments[:3])
+
+
+def _query_rounding(inputs: Inputs) -> float:
+    hidden_states, rows, query_weight, query_bias, *_ = inputs.arguments
+    return _rounding_of(hidden_states[rows], query_weight, query_bias)
+
+
+def _rounding_of(*product: Tensor) -> float:
+    x, weight, bias = map(_double, product)
+    terms = (x.shape[-1] + 1) * torch.finfo(torch.float32).eps / 2
     return float((x.abs() @ weight.abs().T + bias.abs()).max()) * terms / (1 - terms)
 
 
@@ -313,6 +368,30 @@ _ALL = (
             KernelProvider("torch padded", _padded_cls_attention),
             KernelProvider("fastcls", _our_cls_attention),
         ),
+    ),
+    Kernel(
+        "[CLS] queries",
+        _query_arguments,
+        reference.absorb_query_reference,
+        _query_least,
+        _torch_and_ours(reference.absorb_query_reference, absorb_query),
+        _query_rounding,
+    ),
+    Kernel(
+        "[CLS] output + layer norm",
+        _output_arguments,
+        _output_definition,
+        _query_least,
+        _torch_and_ours(_output_definition, cls_output),
+        _product_rounding,
+    ),
+    Kernel(
+        "pooler + classifier",
+        _classifier_arguments,
+        reference.pooler_classifier_reference,
+        _classifier_least,
+        _torch_and_ours(reference.pooler_classifier_reference, pooler_classifier),
+        _product_rounding,
     ),
     Kernel(
         "add + layer norm",
