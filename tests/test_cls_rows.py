@@ -88,7 +88,7 @@ def test_absorb_query_kernel(kernels: str, num_rows: int, num_heads: int, head_d
 def test_absorb_query_torch_path(
     torch_path: str, num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    check(absorb_query, absorb_query_reference, query_inputs(num_rows * 8, num_heads, head_dim, dtype, torch_path))
+    check(absorb_query, absorb_query_reference, query_inputs(num_rows * 16, num_heads, head_dim, dtype, torch_path))
 
 
 @pytest.mark.parametrize(("num_rows", "num_heads", "head_dim"), SHAPES)
@@ -100,7 +100,7 @@ def test_cls_output_kernel(kernels: str, num_rows: int, num_heads: int, head_dim
 def test_cls_output_torch_path(
     torch_path: str, num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    check(cls_output, cls_output_reference, output_inputs(num_rows * 8, num_heads, head_dim, dtype, torch_path))
+    check(cls_output, cls_output_reference, output_inputs(num_rows * 16, num_heads, head_dim, dtype, torch_path))
 
 
 POOLERS = [(1, 48, 48, 2), (17, 64, 80, 1), (33, 40, 130, 77), (0, 32, 32, 3)]
@@ -110,7 +110,7 @@ POOLERS = [(1, 48, 48, 2), (17, 64, 80, 1), (33, 40, 130, 77), (0, 32, 32, 3)]
 def test_pooler_classifier_kernel(
     kernels: str, num_rows: int, width: int, pooled: int, labels: int, dtype: torch.dtype
 ) -> None:
-    inputs = pooler_inputs(num_rows * 4, width, pooled, labels, dtype, kernels)
+    inputs = pooler_inputs(num_rows * 64, width, pooled, labels, dtype, kernels)
     check(pooler_classifier, pooler_classifier_reference, inputs)
 
 
@@ -118,7 +118,7 @@ def test_pooler_classifier_kernel(
 def test_pooler_classifier_torch_path(
     torch_path: str, num_rows: int, width: int, pooled: int, labels: int, dtype: torch.dtype
 ) -> None:
-    inputs = pooler_inputs(num_rows * 8, width, pooled, labels, dtype, torch_path)
+    inputs = pooler_inputs(num_rows * 64, width, pooled, labels, dtype, torch_path)
     check(pooler_classifier, pooler_classifier_reference, inputs)
 
 

@@ -236,7 +236,7 @@ def _gpu_release() -> Suite:
         + _plans("bert-large", half, 5, (SDPA, FLASH, PACKED, FASTCLS), (32, "squad"), (32, "128"))
         + _plans("minilm-l6", half, 4, (SDPA, FLASH, PACKED, FASTCLS), (32, "sst2"), (1, "sst2"))
         + _plans("distilbert", half, 4, (SDPA, FLASH, FASTCLS), (32, "sst2")),
-        _kernel_plans(half, 0.6, (32, "sst2"), (32, "128"), (128, "mixed-512")),
+        _kernel_plans(half, 0.8, (32, "128"), (128, "mixed-512")),
         tuple(
             FirstCallPlan("bert-base", workload, half, each)
             for workload in (Workload(32, "128"), Workload(128, "mixed-512"))
