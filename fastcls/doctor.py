@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastcls_kernels
+from fastcls_kernels.tuning import arch_of, explain_tiles
 
 from . import __version__
 
@@ -36,6 +37,8 @@ def report(console: Console) -> None:
         table.add_row(f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
         path = "Triton kernels" if backend == "triton" else "plain PyTorch on packed data"
         table.add_row("  path", f"{path}: {reason}")
+        if backend == "triton":
+            table.add_row("  tiles", explain_tiles(arch_of(device)))
     console.print(table)
     default = "cuda" if gpus else "cpu"
     console.print(f"Without a choice of yours, fastcls runs on [bold]{default}[/].")

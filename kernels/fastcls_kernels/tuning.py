@@ -132,6 +132,14 @@ def rules_of(arch: str, operation: str) -> tuple[Rule, ...]:
     return tuple(Rule(rule.get("up_to", {}), rule["tile"]) for rule in found)
 
 
+def explain_tiles(arch: str) -> str:
+    """Which table a chip's tiles come from, and for which operations it was measured."""
+    file = config_file(arch)
+    measured = json.loads(file.read_text(encoding="utf-8"))["measured"]
+    how = f"measured for {', '.join(measured)}" if measured else "chosen by compiling, not measured yet"
+    return f"{file.name}, {how}"
+
+
 def limits_of(arch: str, fact: str) -> list[int]:
     """All upper limits on ``fact`` in the tables of a chip: between two of them no choice depends on it."""
     operations = json.loads((CONFIGS / "default.json").read_text(encoding="utf-8"))["rules"]
