@@ -3,7 +3,7 @@
     python tests/compilation_worker.py sm_90 200
     python tests/compilation_worker.py sm_90 0 bert_base
 
-A model passes batches of all lengths, on tensors that lie in memory as a GPU's would, under a driver that only names the
+A model passes batches of all lengths, on tensors that lie in memory as on a GPU, under a driver that only names the
 chip: triton specialises and compiles every launch, and nothing is run. It is a small one, or has the widths of the one
 that is named. The seconds of warming up are the compiler's; a second run, which finds all compiled, shows what is not.
 """
