@@ -18,22 +18,12 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from tune import (
-    OPERATIONS,
-    Choice,
-    Operation,
-    Point,
-    Problem,
-    Tuner,
-    in_processes,
-    label,
-    points_of,
-    rules_from,
-    verdict,
-)
+from tune import Choice, Point, Tuner, in_processes, label, points_of, rules_from, verdict
 from typer.testing import CliRunner
 
+from fastcls_benchmarks import tile_candidates
 from fastcls_benchmarks.results import AGAIN, Case
+from fastcls_benchmarks.tile_candidates import OPERATIONS, Facts, Operation, Problem, Tile
 from fastcls_kernels import HAS_TRITON, tuning, use_backend
 from fastcls_kernels.tuning import Rule
 
@@ -64,11 +54,11 @@ def grids(draw: st.DrawFn) -> list[tune.Winner]:
     return [(dict(zip(names, values, strict=True)), draw(TILES)) for values in below(0)]
 
 
-def first_fit(rules: Iterable[Rule], facts: tune.Facts) -> tune.Tile:
+def first_fit(rules: Iterable[Rule], facts: Facts) -> Tile:
     return next(rule.tile for rule in rules if all(facts[name] <= limit for name, limit in rule.limits.items()))
 
 
-def next_larger(winners: list[tune.Winner], facts: tune.Facts) -> tune.Tile:
+def next_larger(winners: list[tune.Winner], facts: Facts) -> Tile:
     """The winner of the next larger value of each fact in turn, or of the largest."""
     for name in facts:
         values = sorted({each[name] for each, _ in winners})
@@ -125,11 +115,11 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuning._forget_choices()
 
 
-def choices_at(points: list[Point], tile: Callable[[Point], tune.Tile]) -> list[Choice]:
+def choices_at(points: list[Point], tile: Callable[[Point], Tile]) -> list[Choice]:
     return [Choice(point, "former", label(tile(point)), tile(point), []) for point in points]
 
 
-def gelu_tile(point: Point) -> tune.Tile:
+def gelu_tile(point: Point) -> Tile:
     """Another one for each width and for few rows."""
     few = point.facts["rows"] <= 64
     return tuning.GeluTile("triton", False, 16 if few else 64, 64, point.facts["in_features"], 4, 3)._asdict()
@@ -406,10 +396,10 @@ def test_operations_ask_the_table_by_the_facts_of_the_problem(name: str, monkeyp
 
 
 def test_texts_have_the_mean_that_the_table_is_asked_by() -> None:
-    for mean in tune.MEAN_SEQLENS:
-        layout = tune._packing(Problem("attention", (12, 64), tune.TOKENS, mean), CPU)
+    for mean in tile_candidates.MEAN_SEQLENS:
+        layout = tile_candidates._packing(Problem("attention", (12, 64), tile_candidates.TOKENS, mean), CPU)
         lengths = layout.cu_seqlens.diff()
-        assert int(lengths.sum()) == layout.total_tokens == tune.TOKENS == mean * layout.num_sequences
+        assert int(lengths.sum()) == layout.total_tokens == tile_candidates.TOKENS == mean * layout.num_sequences
         assert mean // 2 <= int(lengths.min()) < int(lengths.max()) <= mean * 3 // 2 + 1
 
 
