@@ -138,6 +138,8 @@ def measure(goal: Goal, model: Model, seconds: float, console: Console) -> tuple
                 failed[provider.name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
             timed[provider.name] = lambda index, forward=forward: forward(batches[index % len(batches)])  # type: ignore[misc]
+    if timed:
+        case.baseline = next(iter(timed))
     effort = timing.Effort(seconds, max_calls=100)
     timing.time_rounds(case, timed, effort, model.device)
     return case, failed
@@ -213,7 +215,11 @@ def main(
         for name in dict.fromkeys(goal.model for goal in GOALS):
             model = build_model(name, device, DTYPE)
             for goal in (each for each in GOALS if each.model == name):
-                cases[goal], failed = measure(goal, model, seconds, progress)
+                try:
+                    cases[goal], failed = measure(goal, model, seconds, progress)
+                except torch.OutOfMemoryError as error:
+                    failures[f"{name}, {goal.workload.name}"] = {"all": str(error).splitlines()[0]}
+                    continue
                 if failed:
                     failures[cases[goal].name] = failed
     except KeyboardInterrupt:

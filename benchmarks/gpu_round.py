@@ -4,7 +4,8 @@ python benchmarks/gpu_round.py --out round
 python benchmarks/gpu_round.py --out round --step tests --step floors
 
 A checkout need not be installed. Each step is a process of its own, whose output goes to a file beside its results; one
-that fails does not keep the others from running.
+that fails or takes longer than its limit does not keep the others from running. The last two steps
+measure with the table of tiles in kernels/fastcls_kernels/configs/: put the new one there, and commit it, before.
 """
 
 from __future__ import annotations
@@ -54,8 +55,12 @@ class Outcome(NamedTuple):
     log: Path
 
 
-def run(name: str, out: Path) -> Outcome:
-    """Runs one step; its output goes to ``<out>/<name>.log``."""
+# What a shell reports of a program that took too long.
+TOO_LONG = 124
+
+
+def run(name: str, out: Path, limit: float | None = None) -> Outcome:
+    """Runs one step, for at most ``limit`` seconds; its output goes to ``<out>/<name>.log``."""
     command = [sys.executable, *(part.format(out=out) for part in STEPS[name].command)]
     packages = [str(ROOT / package) for package in PACKAGES]
     path = os.pathsep.join([*packages, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -63,16 +68,20 @@ def run(name: str, out: Path) -> Outcome:
     start = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    return Outcome(done.returncode, time.monotonic() - start, log)
+        try:
+            options = {"cwd": ROOT, "env": environment, "stdout": file, "stderr": subprocess.STDOUT}
+            status = subprocess.run(command, timeout=limit, **options).returncode
+        except subprocess.TimeoutExpired:
+            status = TOO_LONG
+    return Outcome(status, time.monotonic() - start, log)
 
 
-def round_of(names: Sequence[str], out: Path, console: Console) -> dict[str, Outcome]:
+def round_of(names: Sequence[str], out: Path, limit: float | None, console: Console) -> dict[str, Outcome]:
     """Runs the steps in turn, and says of each how it ended."""
     outcomes: dict[str, Outcome] = {}
     for name in names:
         console.print(f"{name}: {STEPS[name].about} ...")
-        outcomes[name] = run(name, out)
+        outcomes[name] = run(name, out, limit)
         ended = "done" if outcomes[name].status == 0 else f"FAILED, status {outcomes[name].status}"
         console.print(f"{name}: {ended} in {outcomes[name].seconds:.0f} s", highlight=False)
     return outcomes
@@ -80,6 +89,7 @@ def round_of(names: Sequence[str], out: Path, console: Console) -> dict[str, Out
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for logs and results; made if need be.")],
+    limit: Annotated[float | None, typer.Option(min=1, help="End a step after so many seconds.")] = None,
     step: Annotated[list[str] | None, typer.Option(help=f"Only this: {', '.join(STEPS)}; may be repeated.")] = None,
 ) -> None:
     """Tests, tunes and measures on this machine's GPU; exit status 1 if a step failed."""
@@ -89,7 +99,7 @@ def main(
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    outcomes = round_of([name for name in STEPS if name in (step or STEPS)], out, console)
+    outcomes = round_of([name for name in STEPS if name in (step or STEPS)], out, limit, console)
     table = Table(box=None)
     for heading in ("step", "status", "seconds", "log"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")

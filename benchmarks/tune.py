@@ -450,6 +450,7 @@ def main(
         raise typer.Exit(2)
     device = torch.device("cuda")
     measured = provenance_of(device)
+    out = out or tuning.CONFIGS / f"{arch}.json"
     choices: list[Choice] = []
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("", total=seconds)
@@ -462,6 +463,8 @@ def main(
         try:
             for choice in tuner.choices(points):
                 choices.append(choice)
+                # At once: whatever ends the run loses no operation that is complete.
+                keep(complete(points, choices), arch, measured, out)
                 if not errors.is_terminal:
                     passed = time.monotonic() - began
                     errors.print(f"{passed:4.0f} s {choice.point.operation} {choice.point.facts}: {choice.chosen}")
@@ -472,23 +475,29 @@ def main(
         console.print(f"Not timed ({len(tuner.skipped)}):")
         for subject, reason in tuner.skipped.items():
             console.print(f"  {escape(subject)}: {escape(reason)}", highlight=False)
-    winners = complete(points, choices, console)
+    winners = complete(points, choices)
+    for name in dict.fromkeys(point.operation for point in points):
+        if name not in winners:
+            done = sum(choice.point.operation == name for choice in choices)
+            wanted = sum(point.operation == name for point in points)
+            console.print(f"{name} stays as it is: measured at {done} of {wanted} points.")
     if winners:
-        out = out or tuning.CONFIGS / f"{arch}.json"
-        out.write_text(written(table_with(arch, winners, measured)), encoding="utf-8")
         console.print(f"Written to {out}: {', '.join(winners)}.")
 
 
-def complete(points: Sequence[Point], choices: Sequence[Choice], console: Console) -> dict[str, list[Winner]]:
-    """What won, for those operations that were measured at all of their points; names the others."""
+def keep(winners: Mapping[str, Sequence[Winner]], arch: str, measured: dict[str, Any], out: Path) -> None:
+    """Writes the table, if there is anything new in it."""
+    if winners:
+        out.write_text(written(table_with(arch, winners, measured)), encoding="utf-8")
+
+
+def complete(points: Sequence[Point], choices: Sequence[Choice]) -> dict[str, list[Winner]]:
+    """What won, for those operations that were measured at all of their points."""
     winners: dict[str, list[Winner]] = {}
     for name, group in itertools.groupby(points, key=lambda point: point.operation):
         own = [(choice.point.facts, choice.tile) for choice in choices if choice.point.operation == name]
-        wanted = len(list(group))
-        if len(own) == wanted:
+        if len(own) == len(list(group)):
             winners[name] = own
-        else:
-            console.print(f"{name} stays as it is: measured at {len(own)} of {wanted} points.")
     return winners
 
 

@@ -98,7 +98,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
         """Every row: (total_tokens, hidden_size) to the same."""
-        return self._after_attention(self._attend(hidden_states, layout), hidden_states)
+        return self._feed_forward(self._attention_block(self._attend(hidden_states, layout), hidden_states))
 
     def before_norm(self, hidden_states: Tensor, layout: PackedLayout) -> tuple[Tensor, AddNorm]:
         """Every row of the last product, and the layer norm that ends the layer, not taken yet."""
@@ -120,7 +120,8 @@ class EncoderLayer(nn.Module):
             return self(hidden_states, layout)[rows]
         if last_layer == "selected":
             cls_states = hidden_states[rows]
-            return self._after_attention(self._attend_selected(cls_states, hidden_states, layout), cls_states)
+            context = self._attend_selected(cls_states, hidden_states, layout)
+            return self._feed_forward(self._attention_block(context, cls_states))
         return self._feed_forward(self._attend_absorbed(rows, hidden_states, layout, norm))
 
     def _attend(self, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
@@ -170,10 +171,8 @@ class EncoderLayer(nn.Module):
             self.spec.layer_norm_eps,
         )
 
-    def _after_attention(self, context: Tensor, residual: Tensor) -> Tensor:
-        return self._feed_forward(self._attention_block(context, residual))
-
     def _attention_block(self, context: Tensor, residual: Tensor) -> Tensor:
+        # A method of its own, so that the context is gone before the feed-forward needs its memory.
         return linear_add_layer_norm(
             context,
             self.out_weight,
@@ -203,7 +202,8 @@ def cls_states_of(
     *before, last = layers
     norm = None
     for layer in before:
-        if layer is before[-1] and last_layer == "absorbed" and takes_norm(hidden_states):
+        hooked = layer._forward_hooks or layer._forward_pre_hooks
+        if layer is before[-1] and last_layer == "absorbed" and takes_norm(hidden_states) and not hooked:
             # Nobody but the last layer's pass over them reads these rows.
             hidden_states, norm = layer.before_norm(hidden_states, layout)
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -26,6 +26,11 @@ Run = Callable[[PackedTokens, LastLayer], Tensor]
 
 # Shapes differ by at least so many tokens, and by no more than an eighth: a few percent of filling on average.
 _STEP = 64
+# At the second use: most shapes of a short run come once, and the plain pass before compiles what the graph will need.
+_USES_BEFORE_CAPTURE = 2
+# Each time that a shape's graph had to go it takes so many times as many uses to make it again, so that shapes which do
+# not fit in together do not chase one another: capturing takes longer than many plain passes.
+_MORE_USES = 4
 # Graphs kept, and the memory that their intermediate results may take; they share it, since only one replays at a time.
 MAX_GRAPHS = 64
 MAX_POOL_BYTES = 1 << 30
@@ -82,7 +87,7 @@ class GraphKey(NamedTuple):
 
 
 class Graphs:
-    """The captured passes of one model: made at the second use of a shape, kept by use, bounded in number and memory.
+    """The captured passes of one model: made where a shape comes again, kept by use, bounded in number and memory.
 
     Safe to call from several threads and streams: replays of one model take turns, since they share their memory.
 
@@ -109,7 +114,9 @@ class Graphs:
         self._max_pool_bytes = max_pool_bytes
         self._lock = threading.Lock()
         self._graphs: OrderedDict[GraphKey, Captured] = OrderedDict()
-        self._seen: set[GraphKey] = set()
+        # Since the shape's graph last went, and how often it did.
+        self._uses: Counter[GraphKey] = Counter()
+        self._times_gone: Counter[GraphKey] = Counter()
         self._too_large: set[GraphKey] = set()
         self._capture: Capture | None = None
 
@@ -120,7 +127,8 @@ class Graphs:
         """Forgets every graph: after the weights have moved, say."""
         with self._lock:
             self._forget_all()
-            self._seen.clear()
+            self._uses.clear()
+            self._times_gone.clear()
             self._too_large.clear()
 
     def __call__(self, packed: PackedTokens, last_layer: LastLayer, device: torch.device) -> Tensor:
@@ -139,9 +147,8 @@ class Graphs:
             return graph
         if key in self._too_large:
             return None
-        if key not in self._seen:
-            # Most shapes of a short run come once; and this plain pass compiles what the graph will need.
-            self._seen.add(key)
+        self._uses[key] += 1
+        if self._uses[key] < _USES_BEFORE_CAPTURE * _MORE_USES ** self._times_gone[key]:
             return None
         if self._capture is None:
             self._capture = self._new_capture()
@@ -155,15 +162,18 @@ class Graphs:
         except torch.OutOfMemoryError as error:
             self._forget_all()
             self._too_large.add(key)
-            warnings.warn(
-                f"no memory for a CUDA graph of {key.shape.tokens} tokens: they run without one ({error})",
-                RuntimeWarning,
-                stacklevel=5,
-            )
+            _warn(f"no memory for a CUDA graph of {key.shape.tokens} tokens: they run without one ({error})")
+            return None
+        except RuntimeError as error:
+            # Something else on the device got in between: another thread that waits for all of it, say.
+            self._forget_all()
+            self._forget(key)
+            _warn(f"capturing a CUDA graph of {key.shape.tokens} tokens failed: they run without one for now ({error})")
             return None
         self._graphs[key] = graph
         if len(self._graphs) > self._max_graphs:
-            self._graphs.popitem(last=False)
+            oldest, _ = self._graphs.popitem(last=False)
+            self._forget(oldest)
         if self._capture.pool_bytes > self._max_pool_bytes:
             if len(self._graphs) == 1:
                 self._too_large.add(key)
@@ -171,8 +181,19 @@ class Graphs:
         return graph
 
     def _forget_all(self) -> None:
+        for key in self._graphs:
+            self._forget(key)
         self._graphs.clear()
         self._capture = None
+
+    def _forget(self, key: GraphKey) -> None:
+        self._uses[key] = 0
+        self._times_gone[key] += 1
+
+
+def _warn(message: str) -> None:
+    # At the line that asked for logits.
+    warnings.warn(message, RuntimeWarning, stacklevel=6)
 
 
 @dataclass(frozen=True)
@@ -205,15 +226,18 @@ class CudaCapture:
 
     def __call__(self, run: Callable[[PackedTokens], Tensor], packed: PackedTokens) -> _CudaGraph:
         device = packed.integers.device
-        with _capturing, torch.cuda.device(device), _no_autograd():
+        # A capture that fails leaves its own stream the current one: here the caller's is set again.
+        callers = torch.cuda.stream(torch.cuda.current_stream(device))
+        with _capturing, torch.cuda.device(device), callers, _no_autograd():
             if self._stream is None:
                 # One for all: a pool's memory is reused within a stream only.
                 self._stream = torch.cuda.Stream()
-            # A tensor made in the caller's inference mode could not be written to outside of it.
-            integers = torch.empty_like(packed.integers).copy_(packed.integers)
             self._stream.wait_stream(torch.cuda.current_stream())
             self._stream.wait_event(self._last_use)
             with torch.cuda.stream(self._stream):
+                # Made here, so that its memory goes to nobody who does not wait for the last replay; and a tensor made
+                # in the caller's inference mode could not be written to outside of it.
+                integers = torch.empty_like(packed.integers).copy_(packed.integers)
                 # Libraries allocate and kernels are loaded at their first use, which a capture forbids.
                 run(packed.over(integers))
             torch.cuda.synchronize()

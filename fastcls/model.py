@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -66,7 +67,7 @@ class FastClassifier(nn.Module):
         self.register_state_dict_post_hook(_to_checkpoint_names)
         self.register_load_state_dict_pre_hook(_from_checkpoint_names)
         self.register_load_state_dict_post_hook(_forget_graphs)
-        self._graphs = Graphs(self._compute, spec.max_positions)
+        self._graphs = self._new_graphs()
         self.eval()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,7 +76,18 @@ class FastClassifier(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._graphs = Graphs(self._compute, self.spec.max_positions)
+        self._graphs = self._new_graphs()
+
+    def _new_graphs(self) -> Graphs:
+        # Weakly, so that a model that nobody holds gives its memory back at once.
+        compute = weakref.WeakMethod(self._compute)
+
+        def run(packed: PackedTokens, last_layer: LastLayer) -> Tensor:
+            method = compute()
+            assert method is not None
+            return method(packed, last_layer)
+
+        return Graphs(run, self.spec.max_positions)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastClassifier:
         # Every way of moving or converting the weights comes through here.
@@ -214,9 +226,10 @@ class FastClassifier(nn.Module):
         return logits[: packed.num_texts]
 
     def warm_up(self) -> None:
-        """Compiles every kernel that any batch may need, so that none waits for a compiler; on a CPU, nothing.
+        """Compiles every kernel that a batch of token ids may need, so that none waits for it; on a CPU, nothing.
 
-        Compiled kernels are kept on disk by triton, for other processes too. CUDA graphs are made as batches come.
+        It is for the present `last_layer`. Compiled kernels are kept on disk by triton, for other processes too. CUDA
+        graphs are made as batches come.
         """
         if not self._runs_triton:
             return

@@ -277,7 +277,9 @@ def _pack_part(
     embeds = None
     if source.inputs_embeds is not None:
         place = source.inputs_embeds.device
-        embeds = source.inputs_embeds[index if isinstance(index, slice) else index.to(place)]
+        if isinstance(index, Tensor) and index.device.type == "cpu" and place.type == "cuda":
+            index = index.pin_memory().to(place, non_blocking=True)
+        embeds = source.inputs_embeds[index]
         embeds = torch.cat((embeds, embeds.new_zeros(shape.tokens - tokens, embeds.shape[1])))
     return packed_over(
         integers,

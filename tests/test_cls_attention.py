@@ -9,7 +9,7 @@ import torch
 from support import assert_as_exact_as, cu_seqlens_of, eager_runs, random
 from torch import Tensor
 
-from fastcls_kernels import AddNorm, cls_attention, cls_attention_kv, takes_norm
+from fastcls_kernels import AddNorm, add_layer_norm, cls_attention, cls_attention_kv, takes_norm
 from fastcls_kernels.reference import (
     add_layer_norm_reference,
     cls_attention_kv_reference,
@@ -119,6 +119,18 @@ def test_a_layer_norm_before_the_pass_may_run_inside(
         assert not takes_norm(x)
         before = cls_attention(query, x, cu_seqlens, longest, SCALE, norm=norm, num_splits=num_splits)
     assert_as_exact_as(before, eager, exact)
+
+
+def test_a_layer_norm_without_a_bias_is_taken_before(kernels: str, dtype: torch.dtype) -> None:
+    x, residual = (random(30, 48, dtype=dtype, device=kernels) for _ in range(2))
+    weight, norm_bias = (random(48, dtype=dtype, device=kernels) for _ in range(2))
+    query = random(2, 3, 48, dtype=torch.float32, device=kernels)
+    norm = AddNorm(None, residual, weight, norm_bias, 1e-12)
+    tile = {"NORM": True, "BLOCK_H": 16, "BLOCK_N": 16, "MAX_BLOCK_W": 64, "num_warps": 4, "num_stages": 1}
+    arguments: tuple[Any, ...] = (cu_seqlens_of([10, 20], kernels), 20, SCALE)
+    with use_tile("cls_attention", tile):
+        actual = cls_attention(query, x, *arguments, norm=norm)
+        assert torch.equal(actual, cls_attention(query, add_layer_norm(x, *norm), *arguments))
 
 
 @pytest.mark.gpu

@@ -53,6 +53,14 @@ def test_steps_can_be_chosen(tmp_path: Path) -> None:
     assert "must be one of first, second, third; got fourth" in " ".join(refused.output.replace("│", " ").split())
 
 
+def test_a_step_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Step("sleeps", ("-c", "import time; time.sleep(60)"))
+    monkeypatch.setattr(gpu_round, "STEPS", {"slow": slow})
+    done = run("--out", str(tmp_path), "--limit", "1")
+    assert done.exit_code == 1
+    assert "failed (124)" in done.output
+
+
 def test_what_the_steps_run_is_there() -> None:
     scripts = [step.command[0] for step in STEPS.values() if step.command[0].endswith(".py")]
     assert scripts

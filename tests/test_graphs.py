@@ -11,6 +11,7 @@ import copy
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
@@ -154,8 +155,50 @@ def test_the_graph_least_recently_used_goes(fast: FastClassifier, capture: Stand
     assert (capture.captures, len(fast._graphs)) == (3, 2)
     fast.logits_of(one)
     assert capture.captures == 3, "the one used last but one must stay"
+    replays = capture.replays
     fast.logits_of(two)
-    assert capture.captures == 4, "the one least recently used must be gone"
+    assert capture.replays == replays, "the one least recently used must be gone"
+    for _ in range(7):
+        fast.logits_of(two)
+    assert capture.captures == 4
+
+
+def test_shapes_that_do_not_fit_in_together_do_not_chase_one_another(fast: FastClassifier, capture: StandIn) -> None:
+    fast._graphs = graphs_of(fast, capture, max_graphs=2)
+    for _ in range(40):
+        for count in (1, 2, 3):
+            fast.logits_of(texts_of(*[5] * count))
+    assert capture.captures <= 3 * 3
+
+
+def test_a_capture_that_breaks_is_said_and_tried_again_later(fast: FastClassifier) -> None:
+    class BreaksOnce(StandIn):
+        broken = False
+
+        def __call__(self, run: Any, packed: PackedTokens) -> StandInGraph:
+            if not self.broken:
+                self.broken = True
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return super().__call__(run, packed)
+
+    capture = BreaksOnce()
+    fast._graphs = graphs_of(fast, capture)
+    texts = texts_of(5, 9)
+    expected = plain(fast, texts)
+    fast.logits_of(texts)
+    with pytest.warns(RuntimeWarning, match=r"a CUDA graph of 64 tokens failed: .*not permitted"):
+        assert_close(fast.logits_of(texts), expected)
+    for _ in range(10):
+        assert_close(fast.logits_of(texts), expected)
+    assert capture.captures == 1
+
+
+def test_a_model_that_nobody_holds_is_gone_at_once() -> None:
+    fast = fastcls.optimize(tiny_bert(num_hidden_layers=2))
+    fast.logits_of(texts_of(5))
+    alive = weakref.ref(fast)
+    del fast
+    assert alive() is None
 
 
 def test_memory_is_given_back_when_graphs_take_too_much(fast: FastClassifier) -> None:
@@ -171,7 +214,8 @@ def test_memory_is_given_back_when_graphs_take_too_much(fast: FastClassifier) ->
             fast.logits_of(texts_of(*[5] * count))
     # The third took the pool to 120 bytes: it and the other two went, and the pool with them.
     assert len(fast._graphs) == 0
-    fast.logits_of(texts_of(5))
+    for _ in range(8):
+        fast.logits_of(texts_of(5))
     assert len(fast._graphs) == 1
     assert [capture.captures for capture in made] == [3, 1]
 

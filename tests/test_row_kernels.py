@@ -190,6 +190,12 @@ def test_linear_add_layer_norm_kernel(
     assert_as_exact_as(actual, eager_runs(half_layer, *inputs), exact)
 
 
+def test_a_residual_that_lies_otherwise_is_refused(kernels: str) -> None:
+    x, weight, bias, residual, *norm = half_layer_inputs(8, 64, 96, torch.float16, kernels)
+    with pytest.raises(ValueError, match="residual must be contiguous in its last dimension"):
+        linear_add_layer_norm(x, weight, bias, residual.T.contiguous().T, *norm, EPS)
+
+
 def test_linear_add_layer_norm_torch_path(torch_path: str, dtype: torch.dtype) -> None:
     inputs = half_layer_inputs(40, 16, 96, dtype, torch_path)
     before = [tensor.clone() for tensor in inputs]

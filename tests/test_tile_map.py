@@ -34,8 +34,9 @@ def check_tiles(lengths: list[int], device: str, block_m: int) -> None:
         tiles = layout.sequence_tiles(block_m).tolist()
     written = []
     for first, last, key_start, key_end in tiles:
-        for row in range(first, min(first + block_m, last)):
-            written.append((row, key_start, key_end))
+        rows = range(first, min(first + block_m, last))
+        written += [(row, key_start, key_end) for row in rows]
+        assert rows or key_start == key_end, "a tile without rows must not read keys"
     bounds = [*itertools.pairwise(layout.cu_seqlens.tolist()), (sum(lengths), layout.total_tokens)]
     own = [*bounds[:-1], (0, 0)]
     assert written == [(row, *keys) for rows, keys in zip(bounds, own, strict=True) for row in range(*rows)]

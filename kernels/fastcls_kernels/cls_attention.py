@@ -562,7 +562,7 @@ def cls_attention(
         raise ValueError(f"query must have 1 to 64 heads, got {num_heads}")
     layout = PackedLayout.of(hidden_states, cu_seqlens, max_seqlen, layout)
     _check_query(query, layout, num_splits)
-    if norm is not None and not takes_norm(hidden_states):
+    if norm is not None and (norm.bias is None or not takes_norm(hidden_states)):
         hidden_states, norm = add_layer_norm(hidden_states, *norm), None
     if norm is not None:
         check_add_norm(hidden_states, *norm)

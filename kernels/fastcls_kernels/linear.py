@@ -243,12 +243,16 @@ def linear_add_layer_norm(
         raise ValueError(
             f"residual must have shape ({hidden_states.shape[0]}, {weight.shape[0]}), got {tuple(residual.shape)}"
         )
+    check_last_dim_contiguous("residual", residual)
     check_norm(norm_weight, norm_bias, weight.shape[0], hidden_states)
     if runs_triton(hidden_states):
         arch, (rows, in_features) = arch_of(hidden_states.device), hidden_states.shape
         tile = linear_norm_tile(arch, hidden_states.dtype, rows, in_features, weight.shape[0])
         if tile.BY == "torch":
-            return add_layer_norm(F.linear(hidden_states, weight), bias, residual, norm_weight, norm_bias, eps)
+            product = F.linear(hidden_states, weight)
+            # Four times as wide as the rest behind a GELU, and nobody else's there.
+            del hidden_states
+            return add_layer_norm(product, bias, residual, norm_weight, norm_bias, eps)
         parts = launch_split_linear(hidden_states, weight, tile)
         return launch_sum_add_layer_norm(parts, bias, residual, None, norm_weight, norm_bias, eps)
     # Nobody else holds the product, so that the residual can be added to it in place.

@@ -62,11 +62,13 @@ def _sequence_tiles_kernel(
     end = tl.load(cu_seqlens_ptr + sequence + 1, mask=in_sequence, other=0)
     first_row = start + (tiles - start // BLOCK_M - sequence) * BLOCK_M
     last_row = tl.where(in_sequence, end, total_tokens)
+    # A number that no tile of the sequence needs must not read its keys.
+    has_keys = in_sequence & (first_row < last_row)
     tiles_ptr += tiles * 4
     tl.store(tiles_ptr, first_row, mask=in_tiles)
     tl.store(tiles_ptr + 1, last_row, mask=in_tiles)
-    tl.store(tiles_ptr + 2, tl.where(in_sequence, start, 0), mask=in_tiles)
-    tl.store(tiles_ptr + 3, tl.where(in_sequence, end, 0), mask=in_tiles)
+    tl.store(tiles_ptr + 2, tl.where(has_keys, start, 0), mask=in_tiles)
+    tl.store(tiles_ptr + 3, tl.where(has_keys, end, 0), mask=in_tiles)
 
 
 def launch_row_bounds(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:

@@ -156,12 +156,14 @@ def use_tile(operation: str, tile: Mapping[str, Any]) -> Iterator[None]:
 
     It holds for the whole process, threads included.
     """
+    before = dict(_forced)
     _forced[operation] = dict(tile)
     _forget_choices()
     try:
         yield
     finally:
-        del _forced[operation]
+        _forced.clear()
+        _forced.update(before)
         _forget_choices()
 
 
