@@ -66,11 +66,12 @@ def run(name: str, out: Path, limit: float | None = None) -> Outcome:
     path = os.pathsep.join([*packages, *filter(None, [os.environ.get("PYTHONPATH")])])
     log = out / f"{name}.log"
     start = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     with log.open("w", encoding="utf-8") as file:
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         try:
-            options = {"cwd": ROOT, "env": environment, "stdout": file, "stderr": subprocess.STDOUT}
-            status = subprocess.run(command, timeout=limit, **options).returncode
+            status = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit
+            ).returncode
         except subprocess.TimeoutExpired:
             status = TOO_LONG
     return Outcome(status, time.monotonic() - start, log)
