@@ -231,6 +231,8 @@ def pack(
             at once, as a view.
         pin: keep what is packed in memory that a GPU copies from while the CPU goes on.
     """
+    # One text is in order, and what reorders texts would be a good part of its time outside of the model.
+    sort = sort and source.lengths.numel() > 1
     lengths, order = source.lengths.sort(stable=True) if sort else (source.lengths, None)
     starts = source.lengths.cumsum(0) - source.lengths
     for part in _parts(lengths, max_tokens):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ._backend import device_guard, runs_triton
 from ._checks import check_last_dim_contiguous, check_tensor
 from ._triton import HAS_TRITON, cdiv, jit, tl
-from .layer_norm import add_layer_norm, check_norm, check_vector, launch_sum_add_layer_norm
+from .layer_norm import check_norm, check_vector, launch_sum_add_layer_norm
 from .split_linear import launch_split_linear
 from .tuning import GeluTile, arch_of, linear_gelu_tile, linear_norm_tile
 
@@ -249,14 +249,14 @@ def linear_add_layer_norm(
         arch, (rows, in_features) = arch_of(hidden_states.device), hidden_states.shape
         tile = linear_norm_tile(arch, hidden_states.dtype, rows, in_features, weight.shape[0])
         if tile.BY == "torch":
-            product = F.linear(hidden_states, weight)
-            # Four times as wide as the rest behind a GELU, and nobody else's there.
-            del hidden_states
-            return add_layer_norm(product, bias, residual, norm_weight, norm_bias, eps)
-        parts = launch_split_linear(hidden_states, weight, tile)
+            parts = F.linear(hidden_states, weight).unsqueeze(1)
+        else:
+            parts = launch_split_linear(hidden_states, weight, tile)
+        # Four times as wide as the rest behind a GELU, and nobody else's there.
+        del hidden_states
         return launch_sum_add_layer_norm(parts, bias, residual, None, norm_weight, norm_bias, eps)
     # Nobody else holds the product, so that the residual can be added to it in place.
-    summed = linear(hidden_states, weight, bias).add_(residual)
+    summed = _product(hidden_states, weight, bias).add_(residual)
     return F.layer_norm(summed, (weight.shape[0],), norm_weight, norm_bias, eps)
 
 
