@@ -53,12 +53,23 @@ def num_rows_of(tokens: torch.Tensor, rows: torch.Tensor | None) -> int:
 
 def check_rows(name: str, rows: torch.Tensor, tokens: torch.Tensor) -> None:
     """Checks indices of rows of ``tokens``; their values only on the CPU, since reading them would stall a GPU."""
-    if not isinstance(rows, torch.Tensor) or rows.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {getattr(rows, 'dtype', type(rows).__name__)}")
+    check_integers(name, rows)
     if rows.ndim != 1 or not rows.is_contiguous():
         raise ValueError(f"{name} must be contiguous, of shape (num_rows,), got {tuple(rows.shape)}")
     check_device(name, rows, tokens)
-    if rows.device.type == "cpu" and rows.numel():
-        low, high = (int(bound) for bound in torch.aminmax(rows))
-        if low < 0 or high >= tokens.shape[0]:
-            raise ValueError(f"{name} must lie from 0 to {tokens.shape[0] - 1}, got {low} to {high}")
+    check_range(name, rows, tokens.shape[0])
+
+
+def check_integers(name: str, tensor: torch.Tensor) -> None:
+    """Checks that ``tensor`` is one of int32 or int64."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.int32, torch.int64):
+        found = getattr(tensor, "dtype", type(tensor).__name__)
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {found}")
+
+
+def check_range(name: str, indices: torch.Tensor, size: int) -> None:
+    """Checks that all lie from 0 to below ``size``, on the CPU alone: reading them would stall a GPU."""
+    if indices.device.type == "cpu" and indices.numel():
+        low, high = (int(bound) for bound in torch.aminmax(indices))
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} must lie from 0 to {size - 1}, got {low} to {high}")

@@ -18,11 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from ._backend import device_guard, runs_triton
 from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
 from ._layout import PackedLayout
-from ._triton import HAS_TRITON, cdiv, jit, next_power_of_2, tl
+from ._tma import descriptor, is_aligned
+from ._triton import cdiv, jit, next_power_of_2, tl
 from .tuning import AttentionTile, arch_of, attention_tile
-
-if HAS_TRITON:
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
 # Up to this many tokens a CPU is faster by plain batched products in float32 than by its fused attention, whose
@@ -222,14 +220,13 @@ def _fits_tma(tensor: Tensor) -> bool:
         num_tokens > 0
         and next_power_of_2(head_dim) == head_dim
         and (num_heads == 1 or tensor.stride(1) == head_dim)
-        and tensor.stride(0) * tensor.itemsize % 16 == 0
-        and tensor.data_ptr() % 16 == 0
+        and is_aligned(tensor)
     )
 
 
 def _descriptor(tensor: Tensor, block_n: int) -> Any:
-    num_tokens, num_heads, head_dim = tensor.shape
-    return TensorDescriptor(tensor, [num_tokens, num_heads * head_dim], [tensor.stride(0), 1], [block_n, head_dim])
+    _, num_heads, head_dim = tensor.shape
+    return descriptor(tensor, num_heads * head_dim, block_n, head_dim)
 
 
 def _launch_attention(

@@ -5,12 +5,11 @@ One program gathers one token's three rows and normalises their sum in float32.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._backend import device_guard, runs_triton
-from ._checks import check_device, check_tensor
+from ._checks import check_device, check_integers, check_range, check_tensor
 from ._triton import jit, next_power_of_2, tl
 from .layer_norm import check_norm, norm_warps, normalise_row
 
@@ -149,14 +148,10 @@ def embedding_layer_norm(
 
 
 def _check_ids(name: str, ids: Tensor, token_ids: Tensor, table: Tensor) -> None:
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
+    check_integers(name, ids)
     if ids.ndim != 1 or ids.shape != token_ids.shape or not ids.is_contiguous():
         raise ValueError(
             f"{name} must be contiguous, of shape (num_tokens,), the same as token_ids, got {tuple(ids.shape)}"
         )
     check_device(name, ids, table)
-    if ids.device.type == "cpu" and ids.numel():
-        low, high = (int(bound) for bound in torch.aminmax(ids))
-        if low < 0 or high >= table.shape[0]:
-            raise ValueError(f"{name} must lie from 0 to {table.shape[0] - 1}, got {low} to {high}")
+    check_range(name, ids, table.shape[0])

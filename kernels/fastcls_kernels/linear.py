@@ -8,21 +8,17 @@ chip and the shape, and stands in its table (tuning.py).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._backend import device_guard, runs_triton
 from ._checks import check_last_dim_contiguous, check_tensor
-from ._triton import HAS_TRITON, cdiv, jit, tl
+from ._tma import descriptor, is_aligned
+from ._triton import cdiv, jit, tl
 from .layer_norm import check_norm, check_vector, launch_sum_add_layer_norm
 from .split_linear import launch_split_linear
 from .tuning import GeluTile, arch_of, linear_gelu_tile, linear_norm_tile
-
-if HAS_TRITON:
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @jit(do_not_specialize=["num_rows"])
@@ -93,13 +89,13 @@ def _launch_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor, til
     out = hidden_states.new_empty(num_rows, out_features)
     if out.numel() == 0:
         return out
-    tma = tile.TMA and _fits_tma(hidden_states) and _fits_tma(weight)
+    tma = tile.TMA and is_aligned(hidden_states) and is_aligned(weight)
     with device_guard(hidden_states):
         _linear_gelu_kernel[(cdiv(num_rows, tile.BLOCK_M) * cdiv(out_features, tile.BLOCK_N),)](
             x_ptr=hidden_states,
             weight_ptr=weight,
-            x_desc=_descriptor(hidden_states, tile.BLOCK_M, tile.BLOCK_K) if tma else None,
-            weight_desc=_descriptor(weight, tile.BLOCK_N, tile.BLOCK_K) if tma else None,
+            x_desc=descriptor(hidden_states, in_features, tile.BLOCK_M, tile.BLOCK_K) if tma else None,
+            weight_desc=descriptor(weight, in_features, tile.BLOCK_N, tile.BLOCK_K) if tma else None,
             bias_ptr=bias,
             out_ptr=out,
             num_rows=num_rows,
@@ -258,14 +254,6 @@ def linear_add_layer_norm(
     # Nobody else holds the product, so that the residual can be added to it in place.
     summed = _product(hidden_states, weight, bias).add_(residual)
     return F.layer_norm(summed, (weight.shape[0],), norm_weight, norm_bias, eps)
-
-
-def _fits_tma(matrix: Tensor) -> bool:
-    return matrix.stride(0) * matrix.itemsize % 16 == 0 and matrix.data_ptr() % 16 == 0
-
-
-def _descriptor(matrix: Tensor, block_rows: int, block_columns: int) -> Any:
-    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [block_rows, block_columns])
 
 
 def _check_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> None:
