@@ -12,7 +12,7 @@ from fastcls_benchmarks.machine import wait_for
 from fastcls_benchmarks.providers import Model, Provider
 from fastcls_benchmarks.suites import ModelPlan, suite
 from fastcls_benchmarks.verify import Reference
-from fastcls_benchmarks.workloads import build_model
+from fastcls_benchmarks.workloads import Inputs, build_model, class_of, config_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [(plan, provider) for plan in suite("quick", DEVICE).models for provider in plan.providers]
@@ -30,10 +30,10 @@ def model_of(name: str, dtype: torch.dtype) -> Model:
     ids=[f"{plan.model}, {plan.workload.name}, {provider.name}" for plan, provider in CASES],
 )
 def test_forward(plan: ModelPlan, provider: Provider, benchmark: BenchmarkFixture) -> None:
-    missing = provider.available(DEVICE, plan.dtype)
+    missing = provider.missing(class_of(plan.model), DEVICE, plan.dtype)
     if missing:
         pytest.skip(missing)
-    (batch,) = plan.workload.batches(1)
+    (batch,) = plan.workload.batches(1, Inputs.of(class_of(plan.model), config_of(plan.model)))
     model = model_of(plan.model, plan.dtype)
     forward = provider.load(model).forward
     verdict = Reference(model, [batch]).check(provider, forward)

@@ -13,13 +13,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import BertForSequenceClassification
 
 import fastcls
 from fastcls.packing import unpack_rows
@@ -29,8 +30,8 @@ from fastcls_benchmarks.providers import FASTCLS, PACKED_COMPILED, SDPA, Forward
 from fastcls_benchmarks.results import Case
 from fastcls_benchmarks.tables import duration, plain_table
 from fastcls_benchmarks.verify import Reference
-from fastcls_benchmarks.work import floor_seconds, product_shapes, useful_flops, weight_bytes
-from fastcls_benchmarks.workloads import Batch, Workload, build_model, config_of, lengths_of, real_tokens
+from fastcls_benchmarks.work import ModelShape, floor_seconds, product_shapes, useful_flops, weight_bytes
+from fastcls_benchmarks.workloads import Batch, Workload, build_model, lengths_of, real_tokens
 
 DTYPE = torch.bfloat16
 NUM_BATCHES = 3
@@ -75,10 +76,10 @@ class Floor(NamedTuple):
 
 def floor_of(goal: Goal, rates: Rates) -> Floor:
     """The useful work alone, as if computing and moving overlapped perfectly."""
-    config, batches = config_of(goal.model), goal.workload.batches(NUM_BATCHES)
-    flops = sum(useful_flops(config, batch) for batch in batches) / len(batches)
+    shape, batches = ModelShape.named(goal.model), goal.workload.batches(NUM_BATCHES)
+    flops = sum(useful_flops(shape, batch) for batch in batches) / len(batches)
     tokens = sum(map(real_tokens, batches)) / len(batches)
-    return Floor(tokens, flops, floor_seconds(flops, weight_bytes(config, DTYPE.itemsize), *rates))
+    return Floor(tokens, flops, floor_seconds(flops, weight_bytes(shape, DTYPE.itemsize), *rates))
 
 
 class Resident:
@@ -98,7 +99,7 @@ class Resident:
         return self._over(packed, lambda parts: unpack_rows([(fast.forward_packed(part), part) for part in parts]))
 
     def packed_compiled(self) -> Forward:
-        module = PackedTorchBert(own_copy(self.model))
+        module = PackedTorchBert(cast(BertForSequenceClassification, own_copy(self.model)))
         inputs = [Packed.of(batch, self.model.device, module.varlen) for batch in self.batches]
         return self._over(inputs, torch.compile(module, dynamic=True))
 
@@ -147,7 +148,7 @@ def measure(goal: Goal, model: Model, seconds: float, console: Console) -> tuple
 
 def rates_of(device: torch.device) -> Rates:
     """Measured, at square shapes and the models' own."""
-    shapes = [shape for name in ("bert-base", "bert-large") for shape in product_shapes(config_of(name))]
+    shapes = [shape for name in ("bert-base", "bert-large") for shape in product_shapes(ModelShape.named(name))]
     rates = machine.measure(device, DTYPE, shapes, seconds=2.0)
     return Rates(*(max(rate.per_second for rate in rates if rate.kind == kind) for kind in ("product", "copy")))
 

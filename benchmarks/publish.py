@@ -112,16 +112,20 @@ def _rows(report: Report) -> Iterator[str]:
     for case in _featured(report):
         peer = fastest_peer(case)
         share = report.share_of_floor(case, FASTCLS.name)
+        # Of a model that transformers does not compute with sdpa.
+        mark = "" if case.baseline == SDPA.name else f" ({case.baseline.removeprefix('transformers ')})"
         peer_cell = f"{duration(case.typical_seconds(peer))} ({peer})" if peer else NONE
         yield _line(
             [
                 case.subject,
                 case.workload,
                 case.dtype,
-                *(duration(case.typical_seconds(name)) for name in (SDPA.name, ONNXRUNTIME.name)),
+                duration(case.typical_seconds(case.baseline)) + mark,
+                duration(case.typical_seconds(ONNXRUNTIME.name)),
                 peer_cell,
                 duration(case.typical_seconds(FASTCLS.name)),
-                *(times(case, FASTCLS.name, name) if name else NONE for name in (SDPA.name, ONNXRUNTIME.name, peer)),
+                times(case, FASTCLS.name) + mark,
+                *(times(case, FASTCLS.name, name) if name else NONE for name in (ONNXRUNTIME.name, peer)),
                 NONE if share is None else f"{share:.0%}",
                 *(_peak(report, case, name) for name in (SDPA.name, FASTCLS.name)),
             ]

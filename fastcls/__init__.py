@@ -1,23 +1,42 @@
-"""BERT-style classifiers that compute only what the label needs."""
+"""BERT-style encoders that compute only what their answer needs."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .classifier import Classifier
-    from .model import FastClassifier, optimize
+    from .conversion import optimize
+    from .tasks import (
+        FastClassifier,
+        FastEncoder,
+        FastMaskedLM,
+        FastMultipleChoice,
+        FastNextSentencePredictor,
+        FastQuestionAnswerer,
+        FastTokenClassifier,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["Classifier", "FastClassifier", "optimize"]
+__all__ = [
+    "Classifier",
+    "FastClassifier",
+    "FastEncoder",
+    "FastMaskedLM",
+    "FastMultipleChoice",
+    "FastNextSentencePredictor",
+    "FastQuestionAnswerer",
+    "FastTokenClassifier",
+    "optimize",
+]
 
-_HOMES = {"Classifier": ".classifier", "FastClassifier": ".model", "optimize": ".model"}
+_HOMES = {"Classifier": ".classifier", "optimize": ".conversion"}
 
 
 def __getattr__(name: str) -> Any:
     # transformers takes seconds to import: only what is used pays for it, so that `fastcls --help` answers at once.
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name], __name__), name)
+    value = getattr(import_module(_HOMES.get(name, ".tasks"), __name__), name)
     globals()[name] = value
     return value

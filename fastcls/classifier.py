@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .conversion import optimize
 from .encoder import LastLayer
 from .loading import load_model, load_tokenizer, parse_device, parse_dtype
-from .model import FastClassifier, optimize
+from .tasks import FastClassifier
 
 Text: TypeAlias = "str | Sequence[str] | Mapping[str, str]"
 ScoreFunction = Literal["softmax", "sigmoid", "none"]

@@ -24,9 +24,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .conversion import optimize
 from .encoder import LastLayer
 from .loading import load_model, load_tokenizer, parse_device, parse_dtype
-from .model import optimize
 
 BATCH_SIZE = 32
 

@@ -54,8 +54,8 @@ def warm(console: Console, model: str | None, device: str | None, dtype: str | N
     # Not at the top: the report must come where transformers is broken, too.
     from transformers import BertConfig, BertForSequenceClassification
 
+    from .conversion import optimize
     from .loading import load_model, parse_device, parse_dtype
-    from .model import optimize
 
     target, torch_dtype = parse_device(device), parse_dtype(dtype)
     backend, reason = fastcls_kernels.explain_backend(target)

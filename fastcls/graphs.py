@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .encoder import LastLayer
-from .packing import PackedTokens, PackShape
+from .encoder import How
+from .packing import PackedTokens, PackFields, PackShape
 from .spec import EncoderSpec
 
-# The pass: packed tokens and the rung of the last layer to (num_sequences, num_labels).
-Run = Callable[[PackedTokens, LastLayer], Tensor]
+# The pass: packed tokens to the wanted rows.
+Run = Callable[[PackedTokens, How], Tensor]
 
 # Shapes differ by at least so many tokens, and by no more than an eighth: a few percent of filling on average.
 _STEP = 64
@@ -54,7 +54,7 @@ def bucket_of(tokens: int, sequences: int) -> PackShape:
 
 def max_graph_tokens(spec: EncoderSpec) -> int:
     """Up to how many tokens a pass is replayed: from there on computing takes twice as long as launching."""
-    weights = 4 * spec.hidden_size**2 + 2 * spec.hidden_size * spec.intermediate_size
+    weights = 4 * spec.hidden_size**2 + (3 if spec.gated else 2) * spec.hidden_size * spec.intermediate_size
     seconds_per_token = 2 * weights / _FLOPS_PER_SECOND
     tokens = int(2 * _LAUNCHES_PER_LAYER * _SECONDS_PER_LAUNCH / seconds_per_token)
     return max(_STEP, tokens // _STEP * _STEP)
@@ -82,8 +82,8 @@ class GraphKey(NamedTuple):
     """All that a captured pass depends on, besides the model's weights."""
 
     shape: PackShape
-    has_types: bool
-    last_layer: LastLayer
+    fields: PackFields
+    how: How
 
 
 class Graphs:
@@ -131,14 +131,14 @@ class Graphs:
             self._times_gone.clear()
             self._too_large.clear()
 
-    def __call__(self, packed: PackedTokens, last_layer: LastLayer, device: torch.device) -> Tensor:
+    def __call__(self, packed: PackedTokens, how: How, device: torch.device) -> Tensor:
         """The pass over ``packed``, which may lie in pinned memory of the CPU: replayed once its shape is known."""
-        key = GraphKey(packed.shape, packed.token_type_ids is not None, last_layer)
+        key = GraphKey(packed.shape, packed.fields, how)
         with self._lock:
             graph = self._graph(key, packed, device)
             if graph is not None:
                 return graph.replay(packed.integers)
-        return self._run(packed.to(device), last_layer)
+        return self._run(packed.to(device), how)
 
     def _graph(self, key: GraphKey, packed: PackedTokens, device: torch.device) -> Captured | None:
         graph = self._graphs.get(key)
@@ -157,7 +157,7 @@ class Graphs:
         longest = min(self._max_seqlen, packed.shape.tokens)
         try:
             graph = self._capture(
-                lambda static: self._run(static, key.last_layer), moved.over(moved.integers, max_seqlen=longest)
+                lambda static: self._run(static, key.how), moved.over(moved.integers, max_seqlen=longest)
             )
         except torch.OutOfMemoryError as error:
             self._forget_all()

@@ -1,4 +1,4 @@
-"""[CLS] rows to logits."""
+"""Hidden rows to logits."""
 
 from __future__ import annotations
 
@@ -6,24 +6,43 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fastcls_kernels import pooler_classifier
+from fastcls_kernels import layer_norm, linear, linear_activation, pooler_classifier
+
+from .spec import HeadSpec
+from .weights import Weighted
 
 
-class ClassificationHead(nn.Module):
-    """BERT's pooler (a dense layer and tanh) and the classifier on top of it."""
+class Head(Weighted):
+    """A dense layer, an activation and a layer norm, each if there is one, and a product: see `HeadSpec`."""
 
-    pooler_weight: Tensor
-    pooler_bias: Tensor
-    classifier_weight: Tensor
-    classifier_bias: Tensor
+    dense_weight: Tensor | None
+    dense_bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    out_weight: Tensor | None
+    out_bias: Tensor | None
 
-    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
-        super().__init__()
-        for name, weight in weights.items():
-            self.register_parameter(name, weight)
+    def __init__(self, spec: HeadSpec, weights: Mapping[str, nn.Parameter]) -> None:
+        names = ("dense_weight", "dense_bias", "norm_weight", "norm_bias", "out_weight", "out_bias")
+        super().__init__(weights, names)
+        self.spec = spec
 
-    def forward(self, cls_states: Tensor) -> Tensor:
-        """(num_sequences, hidden_size) to (num_sequences, num_labels)."""
-        return pooler_classifier(
-            cls_states, self.pooler_weight, self.pooler_bias, self.classifier_weight, self.classifier_bias
-        )
+    def forward(self, rows: Tensor) -> Tensor:
+        """(num_rows, hidden_size) to (num_rows, out_features)."""
+        dense_weight, dense_bias = self.dense_weight, self.dense_bias
+        out_weight, out_bias = self.out_weight, self.out_bias
+        if (
+            dense_weight is not None
+            and dense_bias is not None
+            and out_weight is not None
+            and out_bias is not None
+            and self.norm_weight is None
+        ):
+            return pooler_classifier(
+                rows, dense_weight, dense_bias, out_weight, out_bias, activation=self.spec.activation
+            )
+        if dense_weight is not None:
+            rows = linear_activation(rows, dense_weight, dense_bias, self.spec.activation)
+        if self.norm_weight is not None:
+            rows = layer_norm(rows, self.norm_weight, self.norm_bias, self.spec.eps)
+        return rows if out_weight is None else linear(rows, out_weight, out_bias)

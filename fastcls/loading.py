@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .families import family_of_config
+from .families import class_for_task
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -78,7 +78,8 @@ def load_model(
     with quiet_transformers(), _readable_errors(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, **hub_options)
     # An unsupported model is refused before its weights are fetched and read.
-    family_of_config(config).spec(config)
+    family, _ = class_for_task(config, "sequence classification")
+    family.spec(config)
     with quiet_transformers(), _readable_errors(name_or_path):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name_or_path,

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -42,6 +42,15 @@ def fill_rows(tokens: int, sequences: int) -> PackShape:
     return PackShape(tokens + (-tokens % _FILL_ROWS_TO if tokens >= _FILL_FROM_ROWS else 0), sequences)
 
 
+class PackFields(NamedTuple):
+    """Which integers a packing holds besides the lengths and the position ids."""
+
+    ids: bool
+    types: bool
+    places: bool
+    rows: int | None
+
+
 @dataclass(frozen=True)
 class PackedTokens:
     """Sequences without padding, one after the other.
@@ -49,25 +58,36 @@ class PackedTokens:
     Rows after the last token, and empty sequences after the last one, may fill a shape up; they belong to no text.
 
     Attributes:
-        integers: int32, the one piece of memory that the following four lie in.
+        integers: int32, the one piece of memory that the following, up to ``row_sequences``, lie in.
         token_ids: (total_tokens,) int32, or None where ``inputs_embeds`` stands in.
-        position_ids: (total_tokens,) int32.
+        position_ids: (total_tokens,) int32, rows of a table of positions.
         token_type_ids: (total_tokens,) int32, or None for type 0 everywhere.
-        layout: where each sequence lies; ``layout.cu_seqlens`` is (num_sequences + 1,) int32.
-        inputs_embeds: (total_tokens, hidden_size), or None.
+        layout: where each sequence lies; ``layout.cu_seqlens`` is (num_sequences + 1,) int32, ``layout.positions`` are
+            the places of tokens in their padded texts where a mask has holes.
+        rows: (num_rows,) int32, the rows that are wanted, or None.
+        row_sequences: (num_rows,) int32, the sequence of each of them, or None.
+        inputs_embeds: (total_tokens, embedding_size), or None.
         num_texts: how many sequences, the first ones, are texts.
+        num_tokens: how many rows, the first ones, are their tokens.
         order: (num_texts,) int64 on the CPU: packed sequence i is row ``order[i]`` of the batch it came from, or None
             where it is row i.
+        origins: (num_tokens,) int64, or of the wanted rows (num_rows,): where each stood in the flat batch; None where
+            nobody asked.
     """
 
     integers: Tensor
+    fields: PackFields
     token_ids: Tensor | None
     position_ids: Tensor
     token_type_ids: Tensor | None
     layout: PackedLayout
+    rows: Tensor | None
+    row_sequences: Tensor | None
     inputs_embeds: Tensor | None
     num_texts: int
+    num_tokens: int
     order: Tensor | None
+    origins: Tensor | None
 
     @property
     def shape(self) -> PackShape:
@@ -89,37 +109,44 @@ class PackedTokens:
         return packed_over(
             integers,
             self.shape,
-            has_ids=self.token_ids is not None,
-            has_types=self.token_type_ids is not None,
+            self.fields,
             max_seqlen=self.layout.max_seqlen if max_seqlen is None else max_seqlen,
             inputs_embeds=inputs_embeds,
             num_texts=self.num_texts,
+            num_tokens=self.num_tokens,
             order=self.order,
+            origins=self.origins,
         )
 
 
 def packed_over(
     integers: Tensor,
     shape: PackShape,
+    fields: PackFields,
     *,
-    has_ids: bool,
-    has_types: bool,
     max_seqlen: int,
     inputs_embeds: Tensor | None,
     num_texts: int,
+    num_tokens: int,
     order: Tensor | None,
+    origins: Tensor | None,
 ) -> PackedTokens:
-    """Packed tokens as views of ``integers``: cu_seqlens, position ids, then token ids and types if there are any."""
-    cu_seqlens, position_ids, *rest = _sections(integers, shape, has_ids + has_types)
+    """Packed tokens as views of ``integers``."""
+    parts = _sections(integers, shape, fields)
     return PackedTokens(
         integers,
-        rest.pop(0) if has_ids else None,
-        position_ids,
-        rest.pop(0) if has_types else None,
-        PackedLayout(cu_seqlens, max_seqlen, shape.tokens),
+        fields,
+        parts.get("token_ids"),
+        parts["position_ids"],
+        parts.get("token_type_ids"),
+        PackedLayout(parts["cu_seqlens"], max_seqlen, shape.tokens, parts.get("places")),
+        parts.get("rows"),
+        parts.get("row_sequences"),
         inputs_embeds,
         num_texts,
+        num_tokens,
         order,
+        origins,
     )
 
 
@@ -127,14 +154,23 @@ def _aligned(size: int) -> int:
     return size + -size % _ALIGNMENT
 
 
-def _num_integers(shape: PackShape, optional: int) -> int:
-    return _aligned(shape.sequences + 1) + (1 + optional) * _aligned(shape.tokens)
+def _sizes(shape: PackShape, fields: PackFields) -> dict[str, int]:
+    """How many integers each section holds, in their order in memory."""
+    sizes = {"cu_seqlens": shape.sequences + 1, "position_ids": shape.tokens}
+    for name, there in (("token_ids", fields.ids), ("token_type_ids", fields.types), ("places", fields.places)):
+        if there:
+            sizes[name] = shape.tokens
+    if fields.rows is not None:
+        sizes |= {"rows": fields.rows, "row_sequences": fields.rows}
+    return sizes
 
 
-def _sections(integers: Tensor, shape: PackShape, optional: int) -> list[Tensor]:
-    first = _aligned(shape.sequences + 1)
-    starts = [first + index * _aligned(shape.tokens) for index in range(1 + optional)]
-    return [integers[: shape.sequences + 1], *(integers[start : start + shape.tokens] for start in starts)]
+def _sections(integers: Tensor, shape: PackShape, fields: PackFields) -> dict[str, Tensor]:
+    parts, start = {}, 0
+    for name, size in _sizes(shape, fields).items():
+        parts[name] = integers[start : start + size]
+        start += _aligned(size)
+    return parts
 
 
 class Source(NamedTuple):
@@ -145,8 +181,12 @@ class Source(NamedTuple):
         kept: (sum of lengths,) int64, where each kept token stands in the flat arrays, text by text; None if all of
             them are kept.
         token_ids, token_type_ids: flat integers, or None.
-        position_ids: flat integers, or None for 0, 1, 2, ... along each text.
-        inputs_embeds: (flat, hidden_size), on any device, or None.
+        position_ids: flat integers, or None for first_position, first_position + 1, ... along each text.
+        inputs_embeds: (flat, embedding_size), on any device, or None.
+        first_position: the position of a text's first token.
+        places: flat integers, where in its padded text each token stands, or None where there are no holes.
+        selected: (flat,) bool, the tokens whose rows are wanted, or None.
+        keeps_origins: whether `PackedTokens.origins` are wanted.
     """
 
     lengths: Tensor
@@ -155,38 +195,20 @@ class Source(NamedTuple):
     token_type_ids: Tensor | None
     position_ids: Tensor | None
     inputs_embeds: Tensor | None
+    first_position: int = 0
+    places: Tensor | None = None
+    selected: Tensor | None = None
+    keeps_origins: bool = False
 
 
-def source_of_padded(
-    attention_mask: Tensor,
-    input_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor,
-    inputs_embeds: Tensor | None,
-    lengths: Tensor | None = None,
-) -> Source:
-    """The tokens that a mask keeps.
+def kept_tokens(mask: Tensor, lengths: Tensor) -> Tensor:
+    """Where the true elements of a mask stand in it, flat.
 
     Args:
-        attention_mask: (batch, seqlen) bool; any pattern with at least one token a row.
-        input_ids, token_type_ids: (batch, seqlen) integers on the mask's device, or None.
-        position_ids: the same.
-        inputs_embeds: (batch, seqlen, hidden_size) on any device, or None.
-        lengths: (batch,) int64 on the CPU: ``attention_mask.sum(1)``, where it was read before.
+        mask: (batch, seqlen) bool.
+        lengths: (batch,) int64 on the CPU, how many of them each row has.
     """
-
-    def flat(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.flatten(0, 1)
-
-    lengths = attention_mask.sum(1).cpu() if lengths is None else lengths
-    return Source(
-        lengths,
-        _kept(attention_mask.flatten(), int(lengths.sum())),
-        flat(input_ids),
-        flat(token_type_ids),
-        flat(position_ids),
-        flat(inputs_embeds),
-    )
+    return _kept(mask.flatten(), int(lengths.sum()))
 
 
 def _kept(mask: Tensor, count: int) -> Tensor:
@@ -259,22 +281,41 @@ def _pack_part(
     if source.kept is not None:
         index = source.kept[index if isinstance(index, slice) else index.to(device)]
 
-    optional = [flat for flat in (source.token_ids, source.token_type_ids) if flat is not None]
-    integers = torch.zeros(
-        _num_integers(shape, len(optional)), dtype=torch.int32, device=device, pin_memory=pin and device.type == "cpu"
-    )
-    cu_seqlens, positions, *rest = _sections(integers, shape, len(optional))
     ends = lengths.cumsum(0)
-    cu_seqlens[1 : num_texts + 1] = ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends
+    rows = None if source.selected is None else source.selected[index].nonzero().squeeze(1)
+    origins = None
+    if source.keeps_origins:
+        origins = torch.arange(index.start, index.stop) if isinstance(index, slice) else index
+        origins = origins if rows is None else origins[rows]
+    fields = PackFields(
+        ids=source.token_ids is not None,
+        types=source.token_type_ids is not None,
+        places=source.places is not None,
+        rows=None if rows is None else rows.numel(),
+    )
+    size = sum(_aligned(size) for size in _sizes(shape, fields).values())
+    integers = torch.zeros(size, dtype=torch.int32, device=device, pin_memory=pin and device.type == "cpu")
+    parts = _sections(integers, shape, fields)
+    cu_seqlens, positions = parts["cu_seqlens"], parts["position_ids"]
+    ends = ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends
+    cu_seqlens[1 : num_texts + 1] = ends
     cu_seqlens[num_texts + 1 :].fill_(tokens)
     if source.position_ids is not None:
         positions[:tokens] = source.position_ids[index]
     else:
         if columns is None:
             columns = torch.arange(tokens) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        positions[:tokens] = columns
-    for section, flat in zip(rest, optional, strict=True):
-        section[:tokens] = flat[index]
+        positions[:tokens] = columns + source.first_position if source.first_position else columns
+    for name, flat in (
+        ("token_ids", source.token_ids),
+        ("token_type_ids", source.token_type_ids),
+        ("places", source.places),
+    ):
+        if flat is not None:
+            parts[name][:tokens] = flat[index]
+    if rows is not None:
+        parts["rows"][:] = rows
+        parts["row_sequences"][:] = torch.searchsorted(ends, rows, right=True)
 
     embeds = None
     if source.inputs_embeds is not None:
@@ -286,12 +327,13 @@ def _pack_part(
     return packed_over(
         integers,
         shape,
-        has_ids=source.token_ids is not None,
-        has_types=source.token_type_ids is not None,
+        fields,
         max_seqlen=int(lengths.max()),
         inputs_embeds=embeds,
         num_texts=num_texts,
+        num_tokens=tokens,
         order=order,
+        origins=origins,
     )
 
 
@@ -305,6 +347,33 @@ def unpack_rows(parts: Sequence[tuple[Tensor, PackedTokens]]) -> Tensor:
     out = torch.empty_like(rows)
     out[torch.cat(orders).to(rows.device)] = rows
     return out
+
+
+def unpack_tokens(parts: Sequence[tuple[Tensor, PackedTokens]], shape: torch.Size, fill: float = 0.0) -> Tensor:
+    """Rows computed part by part, one a token or one a wanted token, at their places in a padded batch.
+
+    Args:
+        parts: (rows, width) each, and the packing that they come from, with its origins.
+        shape: (batch, seqlen).
+        fill: what stands where no row was computed.
+
+    Returns:
+        (batch, seqlen, width).
+    """
+    first = parts[0][0]
+    out = first.new_full((shape.numel(), first.shape[1]), fill)
+    for rows, packed in parts:
+        assert packed.origins is not None
+        out[packed.origins.to(out.device)] = rows
+    return out.unflatten(0, tuple(shape))
+
+
+def unpack_selected(parts: Sequence[tuple[Tensor, PackedTokens]]) -> tuple[Tensor, Tensor]:
+    """Wanted rows computed part by part, in the order in which they stand in the flat batch, and where that is."""
+    rows = torch.cat([rows for rows, _ in parts])
+    origins = torch.cat([cast(Tensor, packed.origins) for _, packed in parts])
+    origins, order = origins.sort()
+    return rows[order.to(rows.device)], origins
 
 
 def _parts(lengths: Tensor, max_tokens: int) -> Iterator[slice]:

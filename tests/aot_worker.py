@@ -20,22 +20,27 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from fastcls_kernels import AddNorm, PackedLayout, tuning
+from fastcls_kernels import AddNorm, PackedLayout, _backend, tuning
+from fastcls_kernels._activation import Activation
 from fastcls_kernels.absorb_query import _launch_absorb_query
 from fastcls_kernels.attention import _choose_tile, _launch_attention
 from fastcls_kernels.cls_attention import _launch_cls_attention, _launch_cls_attention_kv
 from fastcls_kernels.cls_output import _launch_cls_output
+from fastcls_kernels.disentangled_attention import Buckets, _launch_disentangled_attention
 from fastcls_kernels.embedding import _launch_embedding_layer_norm
+from fastcls_kernels.gated import _launch_gated_activation
 from fastcls_kernels.layer_norm import launch_sum_add_layer_norm
 from fastcls_kernels.linear import _launch_linear_gelu
+from fastcls_kernels.mean_pool import _launch_mean_pool
 from fastcls_kernels.pooler_classifier import _launch_pooler_classifier
+from fastcls_kernels.rotary import _launch_rotary
 from fastcls_kernels.split_linear import launch_split_linear
-from fastcls_kernels.tuning import linear_gelu_tile, linear_norm_tile, rows_tile, rules_of
+from fastcls_kernels.tuning import disentangled_tile, linear_gelu_tile, linear_norm_tile, rows_tile, rules_of
 
 
 class Model(NamedTuple):
@@ -80,6 +85,40 @@ def launch_attention(_arch: str, model: Model, dtype: torch.dtype, mean_seqlen: 
     _launch_attention(q, k, v, layout, 0.125, _choose_tile(q, k, v, layout))
 
 
+def launch_disentangled_attention(arch: str, model: Model, dtype: torch.dtype, terms: tuple[bool, bool]) -> None:
+    layout, tile = packing(4096), disentangled_tile(arch, dtype, model.head_dim)
+    q, k, v = tensor(4096, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)
+    table = tensor(512, model.heads, model.head_dim, dtype=dtype)
+    pos_key, pos_query = (table if term else None for term in terms)
+    buckets = Buckets(tensor(511, dtype=torch.int32), tuple(range(511)))
+    _launch_disentangled_attention(q, k, v, pos_key, pos_query, buckets, layout, 0.07, tile)
+
+
+def launch_attention_with_bias(
+    _arch: str, model: Model, dtype: torch.dtype, mean_seqlen: int, has_positions: bool
+) -> None:
+    layout = packing(SEQUENCES * mean_seqlen)
+    positions = tensor(layout.total_tokens, dtype=torch.int32) if has_positions else None
+    q, k, v = tensor(layout.total_tokens, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)
+    bias = tensor(model.heads, 257, dtype=torch.float32)
+    _launch_attention(q, k, v, layout, 0.125, _choose_tile(q, k, v, layout), bias=bias, positions=positions)
+
+
+def launch_attention_in_window(_arch: str, model: Model, dtype: torch.dtype, biased: bool) -> None:
+    layout, window = packing(SEQUENCES * 512), (64, 64)
+    q, k, v = tensor(layout.total_tokens, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)
+    bias = tensor(model.heads, 257, dtype=torch.float32) if biased else None
+    tile = _choose_tile(q, k, v, layout, window)
+    _launch_attention(q, k, v, layout, 0.125, tile, row_bounds=layout.window_bounds(*window), bias=bias)
+
+
+def launch_rotary(_arch: str, model: Model, dtype: torch.dtype) -> None:
+    """The queries and keys of a fused projection."""
+    x = tensor(4096, 3 * model.heads, model.head_dim, dtype=dtype)[:, : 2 * model.heads]
+    table = tensor(8192, model.head_dim // 2, dtype=torch.float32)
+    _launch_rotary(x, tensor(4096, dtype=torch.int32), table, table)
+
+
 def launch_cls_attention(_arch: str, model: Model, dtype: torch.dtype, num_splits: int) -> None:
     query = tensor(SEQUENCES, model.heads, model.hidden, dtype=torch.float32)
     layout = packing(4096)
@@ -99,6 +138,27 @@ def launch_cls_attention_kv(_arch: str, model: Model, dtype: torch.dtype, num_sp
     k, v = tensor(4096, 2, model.heads, model.head_dim, dtype=dtype).unbind(1)
     query = tensor(SEQUENCES, model.heads, model.head_dim, dtype=dtype)
     _launch_cls_attention_kv(query, k, v, packing(4096), 0.125, num_splits)
+
+
+def launch_cls_attention_with_keys(_arch: str, model: Model, dtype: torch.dtype, biased: bool) -> None:
+    """Keys as a view of one fused projection, and queries in more bits than they have."""
+    keys = tensor(4096, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)[1]
+    query = tensor(SEQUENCES, model.heads, model.head_dim, dtype=torch.float32)
+    bias = tensor(4096, model.heads, dtype=torch.float32) if biased else None
+    x = tensor(4096, model.hidden, dtype=dtype)
+    _launch_cls_attention(query, x, packing(4096), 0.125, 1, None, keys, bias, None)
+
+
+def launch_cls_attention_with_bias(_arch: str, model: Model, dtype: torch.dtype) -> None:
+    query = tensor(SEQUENCES, model.heads, model.hidden, dtype=torch.float32)
+    x, bias = tensor(4096, model.hidden, dtype=dtype), tensor(4096, model.heads, dtype=torch.float32)
+    _launch_cls_attention(query, x, packing(4096), 0.125, 1, None, None, bias, None)
+
+
+def launch_cls_attention_kv_with_bias(_arch: str, model: Model, dtype: torch.dtype) -> None:
+    k, v = tensor(4096, 2, model.heads, model.head_dim, dtype=dtype).unbind(1)
+    query = tensor(SEQUENCES, model.heads, model.head_dim, dtype=dtype)
+    _launch_cls_attention_kv(query, k, v, packing(4096), 0.125, 1, tensor(4096, model.heads, dtype=torch.float32), None)
 
 
 def launch_linear_gelu(arch: str, model: Model, dtype: torch.dtype, rows: int) -> None:
@@ -135,11 +195,38 @@ def launch_cls_output(arch: str, model: Model, dtype: torch.dtype, rows: int) ->
     launch_sum_add_layer_norm(parts, vector, tensor(4096, model.hidden, dtype=dtype), first, vector, vector, 1e-12)
 
 
-def launch_pooler_classifier(arch: str, model: Model, dtype: torch.dtype, rows: int) -> None:
+def launch_pooler_classifier(
+    arch: str, model: Model, dtype: torch.dtype, rows: int, activation: Activation = "tanh"
+) -> None:
     x, weight = tensor(rows, model.hidden, dtype=dtype), tensor(model.hidden, model.hidden, dtype=dtype)
     vector, labels = tensor(model.hidden, dtype=dtype), tensor(2, dtype=dtype)
     tile = rows_tile(arch, "pooler_classifier", dtype, rows)
-    _launch_pooler_classifier(x, weight, vector, tensor(2, model.hidden, dtype=dtype), labels, tile)
+    _launch_pooler_classifier(x, weight, vector, tensor(2, model.hidden, dtype=dtype), labels, activation, tile)
+
+
+def launch_norms_without_biases(arch: str, model: Model, dtype: torch.dtype) -> None:
+    """A pre-norm encoder's: the sum is kept, too, of one part and of the heads' of a [CLS] layer; and one alone."""
+    x, vector = tensor(4096, model.hidden, dtype=dtype), tensor(model.hidden, dtype=dtype)
+    launch_sum_add_layer_norm(x.unsqueeze(1), None, x, None, vector, None, 1e-5, keep_sum=True)
+    launch_sum_add_layer_norm(x.unsqueeze(1), None, None, None, vector, None, 1e-5)
+    summed, first = tensor(64, model.heads, model.hidden, dtype=torch.float32), tensor(64, dtype=torch.int32)
+    weight = tensor(model.hidden, model.hidden, dtype=dtype)
+    parts = _launch_cls_output(summed, weight, None, weight, rows_tile(arch, "cls_output", dtype, 64))
+    launch_sum_add_layer_norm(parts, None, x, first, vector, None, 1e-5, keep_sum=True)
+
+
+def launch_gated_activation(_arch: str, model: Model, dtype: torch.dtype, activation: Activation) -> None:
+    _launch_gated_activation(tensor(4096, 2 * model.ffn, dtype=dtype), activation)
+
+
+def launch_mean_pool(_arch: str, model: Model, dtype: torch.dtype) -> None:
+    _launch_mean_pool(tensor(4096, model.hidden, dtype=dtype), packing(4096))
+
+
+def launch_embedding_of_words_alone(_arch: str, model: Model, dtype: torch.dtype) -> None:
+    ids, vector = tensor(4096, dtype=torch.int32), tensor(model.hidden, dtype=dtype)
+    words = tensor(30522, model.hidden, dtype=dtype)
+    _launch_embedding_layer_norm(ids, None, None, words, None, None, vector, None, 1e-5)
 
 
 def launch_embedding_layer_norm(_arch: str, model: Model, dtype: torch.dtype, has_types: bool) -> None:
@@ -160,13 +247,49 @@ BY_NUMBER: dict[str, tuple[Callable[..., None], str]] = {
 }
 OTHERS: dict[tuple[str, str], Callable[..., None]] = {
     ("attention", "unaligned"): functools.partial(launch_attention, mean_seqlen=512, aligned=False),
+    # Of each schedule, and of each size of tiles.
+    ("attention", "bias_token_tiles"): functools.partial(
+        launch_attention_with_bias, mean_seqlen=16, has_positions=False
+    ),
+    ("attention", "bias_128"): functools.partial(launch_attention_with_bias, mean_seqlen=128, has_positions=False),
+    ("attention", "bias_512"): functools.partial(launch_attention_with_bias, mean_seqlen=512, has_positions=False),
+    ("attention", "bias_positions_token_tiles"): functools.partial(
+        launch_attention_with_bias, mean_seqlen=16, has_positions=True
+    ),
+    ("attention", "bias_positions_128"): functools.partial(
+        launch_attention_with_bias, mean_seqlen=128, has_positions=True
+    ),
+    ("attention", "bias_positions_512"): functools.partial(
+        launch_attention_with_bias, mean_seqlen=512, has_positions=True
+    ),
+    ("attention", "window"): functools.partial(launch_attention_in_window, biased=False),
+    ("attention", "window_and_bias"): functools.partial(launch_attention_in_window, biased=True),
+    ("rotary", "fused"): launch_rotary,
     ("cls_attention", "one_split"): functools.partial(launch_cls_attention, num_splits=1),
     ("cls_attention", "splits"): functools.partial(launch_cls_attention, num_splits=2),
     ("cls_attention", "with_norm"): launch_cls_attention_with_norm,
+    ("cls_attention", "keys"): functools.partial(launch_cls_attention_with_keys, biased=False),
+    ("cls_attention", "keys_and_bias"): functools.partial(launch_cls_attention_with_keys, biased=True),
+    ("cls_attention", "bias"): launch_cls_attention_with_bias,
+    ("cls_attention_kv", "bias"): launch_cls_attention_kv_with_bias,
     ("cls_attention_kv", "one_split"): functools.partial(launch_cls_attention_kv, num_splits=1),
     ("cls_attention_kv", "splits"): functools.partial(launch_cls_attention_kv, num_splits=2),
+    ("disentangled_attention", "both_terms"): functools.partial(launch_disentangled_attention, terms=(True, True)),
+    ("disentangled_attention", "key_term"): functools.partial(launch_disentangled_attention, terms=(True, False)),
+    ("disentangled_attention", "query_term"): functools.partial(launch_disentangled_attention, terms=(False, True)),
     ("embedding_layer_norm", "types"): functools.partial(launch_embedding_layer_norm, has_types=True),
     ("embedding_layer_norm", "no_types"): functools.partial(launch_embedding_layer_norm, has_types=False),
+    ("embedding_layer_norm", "words_alone"): launch_embedding_of_words_alone,
+    ("layer_norm", "no_biases"): launch_norms_without_biases,
+    ("mean_pool", "columns"): launch_mean_pool,
+    **{
+        (operation, activation): functools.partial(launch, activation=activation)
+        for operation, launch in (
+            ("gated_activation", launch_gated_activation),
+            ("pooler_classifier", functools.partial(launch_pooler_classifier, rows=64)),
+        )
+        for activation in get_args(Activation)
+    },
 }
 
 
@@ -186,7 +309,13 @@ def launches(arch: str) -> dict[str, Callable[[], None]]:
                     launch, arch, model, dtype, number
                 )
         for (operation, variant), launch in OTHERS.items():
-            if name == "wide_heads" and operation != "cls_attention":
+            if name == "wide_heads" and operation not in ("cls_attention", "disentangled_attention"):
+                continue
+            if variant in get_args(Activation) and name != "bert_base":
+                # It knows nothing of the shape.
+                continue
+            if variant in ("key_term", "query_term") and name != "bert_base":
+                # Each is part of both.
                 continue
             if variant == "unaligned" and (dtype == torch.float32 or arch not in ("sm_90", "sm_100")):
                 # It is as any other where the copy engine is not used.
@@ -227,6 +356,8 @@ def compile_only(arch: str) -> list[Any]:
     for name, module in sys.modules.items():
         if name.startswith("fastcls_kernels.") and hasattr(module, "arch_of"):
             vars(module)["arch_of"] = lambda _device: arch
+    # Tensors without memory stand for a GPU's.
+    _backend._override.set("triton")
     compiled: list[Any] = []
 
     def launch(kernel: Any, grid: Any, **arguments: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from support import PACKINGS
 from torch import Tensor
 from transformers import BertForSequenceClassification, PreTrainedTokenizerBase
 
-from fastcls_kernels import use_backend
+from fastcls_kernels import HAS_TRITON, use_backend
 
 # A busy machine is no failure.
 hypothesis.settings.register_profile("fastcls", deadline=None)
@@ -103,6 +104,24 @@ def kernels(kernel_device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     poison_new_tensors(monkeypatch)
     with use_backend("triton"):
         yield kernel_device
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Kernels that would have been launched, where tensors hold no data."""
+    if not HAS_TRITON:
+        pytest.skip("triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("a real GPU tests it")
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    launched: list[Any] = []
+    monkeypatch.setattr(
+        interpreter.InterpretedFunction,
+        "__getitem__",
+        lambda kernel, _grid: lambda **_arguments: launched.append(kernel),
+    )
+    with use_backend("triton"):
+        yield launched
 
 
 @pytest.fixture

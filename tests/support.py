@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import BertConfig, BertForSequenceClassification
 
 # Each list is one packing. Zeros are empty sequences; the odd ones straddle every tile size.
 PACKINGS = {
@@ -34,16 +34,47 @@ TINY: dict[str, Any] = {
 }
 
 
+# What a tiny config of each family has besides; each exercises what is special in it.
+_SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
+TINY_FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"type_vocab_size": 1},
+    "xlm-roberta": {"type_vocab_size": 1},
+    "camembert": {"type_vocab_size": 1},
+    "distilbert": {"dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 112},
+    "electra": {"embedding_size": 32},
+    "albert": {"embedding_size": 32, "num_hidden_groups": 2, "inner_group_num": 2, "hidden_act": "gelu_new"},
+    "mpnet": {},
+    "modernbert": {"local_attention": 8, "initializer_cutoff_factor": 3.0, **_SPECIAL_TOKENS},
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+    },
+}
+
+
 def tiny_bert(**overrides: Any) -> Any:
     """A small random classifier whose weights are large enough that its logits differ from text to text."""
+    return tiny_model("BertForSequenceClassification", "bert", **overrides)
+
+
+def tiny_model(model_class: str, family: str, **overrides: Any) -> Any:
+    """A small random model of any class, whose answers differ from text to text."""
     torch.manual_seed(0)
-    config = BertConfig(**{**TINY, "initializer_range": 0.2, **overrides})
-    model = BertForSequenceClassification(config).eval()
+    if "QuestionAnswering" in model_class:
+        overrides = {"num_labels": 2, **overrides}
+    sizes = {**TINY, "initializer_range": 0.2, **TINY_FAMILIES[family], **overrides}
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    model = getattr(transformers, model_class)(config).eval()
     # transformers starts biases at 0 and norms at 1: a lost or misplaced one would go unseen.
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_(std=0.2)
-        elif "LayerNorm.weight" in name:
+        elif "norm" in name.lower():
             parameter.data.normal_(mean=1.0, std=0.2)
     return model
 

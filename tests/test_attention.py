@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from support import assert_as_exact_as, cu_seqlens_of, eager_runs, random
+from test_tile_map import rising_positions
 from torch import Tensor
 
 from fastcls_kernels import PackedLayout, attention_padded, attention_varlen
-from fastcls_kernels.attention import _fits_tma
+from fastcls_kernels.attention import WINDOW_BLOCK, _blocks, _choose_tile, _fits_tma
 from fastcls_kernels.reference import attention_padded_reference, attention_varlen_reference
 from fastcls_kernels.tuning import AttentionTile, use_tile
 
@@ -84,6 +85,124 @@ def test_torch_path_matches_definition(
 ) -> None:
     # Few float32 numbers make an RMS that varies by more than the bound's tenth.
     check_varlen(lengths * 8, num_heads, head_dim, dtype, torch_path)
+
+
+class Relative(NamedTuple):
+    """What depends on positions: the window, and the farthest offset that a bias tells apart, None without one."""
+
+    window: tuple[int, int] = (-1, -1)
+    reach: int | None = None
+
+
+RELATIVE = [
+    pytest.param(Relative((5, 3)), id="window"),
+    pytest.param(Relative((0, 0)), id="own_row"),
+    pytest.param(Relative((-1, 0)), id="causal"),
+    pytest.param(Relative((40, -1)), id="left_limit"),
+    pytest.param(Relative((1 << 40, 1 << 40)), id="endless_window"),
+    pytest.param(Relative(reach=9), id="bias"),
+    pytest.param(Relative(reach=0), id="bias_of_one_number"),
+    pytest.param(Relative((20, 33), reach=25), id="bias_in_window"),
+]
+LEFT_OUT = pytest.mark.parametrize("left_out", [False, True], ids=["all_rows", "rows_left_out"])
+# Around the window's end, and across tiles.
+RELATIVE_LENGTHS = [4, 70, 0, 5, 33, 6, 1, 64, 7, 65]
+
+
+def check_relative(
+    lengths: list[int],
+    relative: Relative,
+    positions: Tensor | None,
+    dtype: torch.dtype,
+    device: str,
+    bias_dtype: torch.dtype = torch.float32,
+) -> None:
+    total, longest = sum(lengths) + 2, max(lengths)
+    q, k, v = fused_qkv(total, 2, 32, dtype, device)
+    cu_seqlens = cu_seqlens_of(lengths, device)
+    positions = None if positions is None else positions.to(device)
+    layout = PackedLayout(cu_seqlens, longest, total, positions)
+    bias = exact_bias = None
+    if relative.reach is not None:
+        bias = random(2, 2 * relative.reach + 1, dtype=bias_dtype, device=device)
+        exact_bias = bias.double()
+    actual = attention_varlen(q, k, v, cu_seqlens, longest, window_size=relative.window, bias=bias, layout=layout)
+    others = (cu_seqlens, longest, None, relative.window)
+    eager = eager_runs(attention_varlen_reference, q, k, v, *others, bias, positions)
+    exact = attention_varlen_reference(q.double(), k.double(), v.double(), *others, exact_bias, positions)
+    assert_as_exact_as(actual, eager, exact)
+    assert not bool(actual[-2:].any()), "rows that belong to no sequence must be zero"
+
+
+@LEFT_OUT
+@pytest.mark.parametrize("relative", RELATIVE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+def test_every_schedule_keeps_to_windows_and_adds_biases(
+    schedule: str, relative: Relative, left_out: bool, dtype: torch.dtype
+) -> None:
+    positions = rising_positions(RELATIVE_LENGTHS, 2) if left_out else None
+    check_relative(RELATIVE_LENGTHS, relative, positions, dtype, schedule)
+
+
+@pytest.mark.parametrize("relative", RELATIVE)
+def test_kernel_keeps_to_windows_and_adds_biases(kernels: str, relative: Relative, dtype: torch.dtype) -> None:
+    check_relative(RELATIVE_LENGTHS, relative, rising_positions(RELATIVE_LENGTHS, 2), dtype, kernels)
+
+
+@LEFT_OUT
+@pytest.mark.parametrize("relative", RELATIVE)
+def test_torch_path_keeps_to_windows_and_adds_biases(
+    torch_path: str, relative: Relative, left_out: bool, dtype: torch.dtype
+) -> None:
+    lengths = [*RELATIVE_LENGTHS, 70, 70, 600]
+    check_relative(lengths, relative, rising_positions(lengths, 2) if left_out else None, dtype, torch_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_torch_path_on_blocks_of_rows_that_see_none_of_their_first_keys(torch_path: str, dtype: torch.dtype) -> None:
+    # More than the library's attention takes at once.
+    positions = torch.arange(1302, dtype=torch.int32)
+    positions[640:] += 1_000_000
+    check_relative([1300], Relative((1000, 5)), positions, dtype, torch_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
+def test_kernel_takes_a_bias_in_the_dtype_of_q(kernels: str, dtype: torch.dtype) -> None:
+    check_relative(RELATIVE_LENGTHS, Relative(reach=9), None, dtype, kernels, bias_dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
+def test_torch_path_takes_a_bias_in_the_dtype_of_q(torch_path: str, dtype: torch.dtype) -> None:
+    check_relative(RELATIVE_LENGTHS, Relative(reach=9), None, dtype, torch_path, bias_dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
+def test_what_overflows_outside_of_its_window_spoils_no_row(schedule: str, dtype: torch.dtype) -> None:
+    q, k, v = fused_qkv(90, 2, 16, dtype, schedule)
+    cu_seqlens = cu_seqlens_of([80, 10], schedule)
+    clean = attention_varlen(q, k, v, cu_seqlens, 80, window_size=(3, 5))
+    v[40, 0, 3] = float("nan")
+    actual = attention_varlen(q, k, v, cu_seqlens, 80, window_size=(3, 5))
+    seen = range(40 - 5, 40 + 3 + 1)
+    others = [row for row in range(90) if row not in seen]
+    assert torch.equal(actual[others], clean[others])
+    assert bool(actual[seen, 0].isnan().any(-1).all())
+
+
+def test_the_keys_that_a_window_reads_grow_with_the_text_and_not_with_its_square() -> None:
+    blocks = list(_blocks(8192, (64, 64)))
+    assert [row for rows, _ in blocks for row in range(rows.start, rows.stop)] == list(range(8192))
+    assert max(keys.stop - keys.start for _, keys in blocks) == WINDOW_BLOCK + 128
+
+
+def test_a_window_takes_the_tile_of_the_shortest_texts() -> None:
+    # One tile for all lengths, which tiles of one text alone would not keep narrow.
+    q, k, v = fused_qkv(2000, 2, 64, torch.float16, "cpu")
+    long, short = (PackedLayout(cu_seqlens_of(lengths), 1000, 2000) for lengths in ([1000] * 2, [1] * 2000))
+    tile = _choose_tile(q, k, v, long, (64, 64))
+    assert tile == _choose_tile(q, k, v, short)
+    assert not tile.PER_SEQUENCE
+    assert _choose_tile(q, k, v, long).PER_SEQUENCE
 
 
 @pytest.mark.parametrize("head_dim", [24, 26, 32, 80, 96, 120, 128])
@@ -197,6 +316,19 @@ BAD = {
         r"cu_seqlens must rise .*got \[0, 8, 4\]",
     ),
     "short_max_seqlen": ({"max_seqlen": 7}, ValueError, "max_seqlen must be at least the longest sequence, 8, got 7"),
+    "window_of_one_side": ({"window_size": 64}, TypeError, "window_size must be a tuple of two ints, got 64"),
+    "window_of_floats": ({"window_size": (1.0, 2)}, TypeError, r"must be a tuple of two ints, got \(1.0, 2\)"),
+    "window_below_none": ({"window_size": (-2, 0)}, ValueError, r"window_size must be at least -1.*got \(-2, 0\)"),
+    "no_bias_tensor": ({"bias": [1.0]}, TypeError, "bias must be a tensor of torch.float32 or .*got list"),
+    "bias_of_float16": ({"bias": torch.zeros(2, 3).half()}, TypeError, "bias must be .*float32.*got torch.float16"),
+    "bias_of_other_heads": (
+        {"bias": torch.zeros(3, 3)},
+        ValueError,
+        r"bias must be .*\(2, an odd number\), got shape \(3, 3\)",
+    ),
+    "bias_without_a_middle": ({"bias": torch.zeros(2, 4)}, ValueError, r"an odd number\), got shape \(2, 4\)"),
+    "strided_bias": ({"bias": torch.zeros(3, 2).T}, ValueError, r"bias must be contiguous.*strides \(1, 2\)"),
+    "bias_on_another_device": ({"bias": torch.zeros(2, 3, device="meta")}, ValueError, "bias must be on cpu"),
     "no_tensor": ({"q": [1.0]}, TypeError, "q must be a torch.Tensor.*got list"),
     "head_of_12": (
         dict.fromkeys("qkv", torch.zeros(12, 2, 12)),

@@ -280,9 +280,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     ),
     "no_classifier": (drop_classifier, ValueError, "no weights for classifier.bias, classifier.weight"),
     "other_family": (
-        lambda folder: edit_config(folder, model_type="roberta"),
+        lambda folder: edit_config(folder, model_type="gpt2"),
         TypeError,
-        "BertForSequenceClassification, got RobertaForSequenceClassification",
+        "family bert, .*got a config of 'gpt2' for sequence classification",
     ),
     "decoder": (lambda folder: edit_config(folder, is_decoder=True), ValueError, "config.is_decoder must be False"),
     "relative_positions": (

@@ -13,8 +13,13 @@ import torch
 from support import assert_as_exact_as, eager_runs, random
 from torch import Tensor
 
-from fastcls_kernels import absorb_query, cls_output, pooler_classifier
-from fastcls_kernels.reference import absorb_query_reference, cls_output_reference, pooler_classifier_reference
+from fastcls_kernels import Activation, absorb_query, cls_output, pooler_classifier
+from fastcls_kernels.reference import (
+    absorb_query_reference,
+    cls_output_reference,
+    cls_output_sum_reference,
+    pooler_classifier_reference,
+)
 
 EPS = 1e-12
 # Rows, heads, head size.
@@ -91,16 +96,46 @@ def test_absorb_query_torch_path(
     check(absorb_query, absorb_query_reference, query_inputs(num_rows * 16, num_heads, head_dim, dtype, torch_path))
 
 
+# Places among cls_output's arguments: of the values, of the output projection, of the layer norm.
+BIASES = {"value_bias": 2, "out_bias": 4, "norm_bias": 8}
+ABSENT = [
+    *(pytest.param((name,), id=f"no_{name}") for name in BIASES),
+    pytest.param(tuple(BIASES), id="no_biases"),
+]
+
+
+def check_output(inputs: list[Any], absent: tuple[str, ...]) -> None:
+    # Eager sums in other orders take no None, and adding zeros errs by nothing.
+    zeros = list(inputs)
+    for name in absent:
+        inputs[BIASES[name]], zeros[BIASES[name]] = None, torch.zeros_like(inputs[BIASES[name]])
+    normed, summed = cls_output(*inputs, keep_sum=True)
+    assert torch.equal(cls_output(*inputs), normed)
+    for actual, reference, count in ((normed, cls_output_reference, 10), (summed, cls_output_sum_reference, 7)):
+        exact = reference(*map(double, inputs[:count]))
+        assert_as_exact_as(actual, eager_runs(reference, *zeros[:count]), exact)
+
+
 @pytest.mark.parametrize(("num_rows", "num_heads", "head_dim"), SHAPES)
 def test_cls_output_kernel(kernels: str, num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    check(cls_output, cls_output_reference, output_inputs(num_rows, num_heads, head_dim, dtype, kernels))
+    check_output(output_inputs(num_rows, num_heads, head_dim, dtype, kernels), ())
 
 
 @pytest.mark.parametrize(("num_rows", "num_heads", "head_dim"), SHAPES)
 def test_cls_output_torch_path(
     torch_path: str, num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    check(cls_output, cls_output_reference, output_inputs(num_rows * 16, num_heads, head_dim, dtype, torch_path))
+    check_output(output_inputs(num_rows * 16, num_heads, head_dim, dtype, torch_path), ())
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+def test_cls_output_kernel_without_biases(kernels: str, dtype: torch.dtype, absent: tuple[str, ...]) -> None:
+    check_output(output_inputs(40, 2, 24, dtype, kernels), absent)
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+def test_cls_output_torch_path_without_biases(torch_path: str, dtype: torch.dtype, absent: tuple[str, ...]) -> None:
+    check_output(output_inputs(150, 2, 24, dtype, torch_path), absent)
 
 
 POOLERS = [(1, 48, 48, 2), (17, 64, 80, 1), (33, 40, 130, 77), (0, 32, 32, 3)]
@@ -120,6 +155,35 @@ def test_pooler_classifier_torch_path(
 ) -> None:
     inputs = pooler_inputs(num_rows * 64, width, pooled, labels, dtype, torch_path)
     check(pooler_classifier, pooler_classifier_reference, inputs)
+
+
+def check_pooler(inputs: list[Any], activation: Activation) -> None:
+    def operation(*arguments: Tensor) -> Tensor:
+        return pooler_classifier(*arguments, activation=activation)
+
+    def reference(*arguments: Tensor) -> Tensor:
+        return pooler_classifier_reference(*arguments, activation)
+
+    check(operation, reference, inputs)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+def test_pooler_classifier_kernel_with_another_activation(
+    kernels: str, dtype: torch.dtype, activation: Activation
+) -> None:
+    check_pooler(pooler_inputs(500, 64, 80, 3, dtype, kernels), activation)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+def test_pooler_classifier_torch_path_with_another_activation(
+    torch_path: str, dtype: torch.dtype, activation: Activation
+) -> None:
+    check_pooler(pooler_inputs(500, 64, 80, 3, dtype, torch_path), activation)
+
+
+def test_unknown_activation_of_a_pooler_is_named() -> None:
+    with pytest.raises(ValueError, match=r"activation must be one of gelu, .*, got 'softmax'"):
+        pooler_classifier(*pooler_inputs(2, 32, 32, 2, torch.float32, "cpu"), activation="softmax")
 
 
 def test_tanh_keeps_its_ends(kernels: str) -> None:

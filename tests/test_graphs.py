@@ -13,16 +13,18 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
 from support import tiny_bert
 from torch import Tensor
+from transformers import BertConfig
 
 import fastcls
 from fastcls import FastClassifier
 from fastcls.encoder import LastLayer
+from fastcls.families import bert
 from fastcls.graphs import Graphs, bucket_of, max_graph_tokens
 from fastcls.packing import PackedTokens
 from fastcls.spec import EncoderSpec
@@ -279,7 +281,7 @@ def test_graphs_are_forgotten_when_weights_move(fast: FastClassifier, change: st
     elif change == "checkpoint":
         fast.load_state_dict(tiny_bert(num_hidden_layers=2).state_dict(), assign=True)
     else:
-        fast.clear_graphs()
+        fast.clear_caches()
     assert len(fast._graphs) == 0
 
 
@@ -312,7 +314,7 @@ def test_where_a_replay_would_not_fit_the_pass_runs_plainly(
     elif reason == "switched_off":
         fast.cuda_graphs = False
     elif reason == "hook":
-        fast.layers[0].register_forward_hook(lambda *_: seen.append(True))
+        cast(Any, fast.encoder.layers)[0].register_forward_hook(lambda *_: seen.append(True))
     elif reason == "embeddings":
         inputs = {"inputs_embeds": torch.randn(2, 9, 64)}
     else:
@@ -326,7 +328,14 @@ def test_where_a_replay_would_not_fit_the_pass_runs_plainly(
 
 
 def spec_of(hidden_size: int, num_layers: int) -> EncoderSpec:
-    return EncoderSpec(30522, 512, 2, hidden_size, num_layers, 12, 4 * hidden_size, 1e-12)
+    return bert.spec(
+        BertConfig(
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=hidden_size // 64,
+            intermediate_size=4 * hidden_size,
+        )
+    )
 
 
 def test_the_larger_the_model_the_sooner_launches_stop_mattering() -> None:

@@ -14,8 +14,13 @@ from conftest import Sentences
 from support import assert_as_exact_as, live_bytes, tiny_bert
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertForSequenceClassification, PreTrainedTokenizerBase, RobertaConfig
-from transformers import RobertaForSequenceClassification as Roberta
+from transformers import (
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastcls
@@ -484,7 +489,7 @@ def test_bad_input_is_named_before_anything_is_computed(
     inputs: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = fastcls.optimize(tiny_bert())
-    monkeypatch.setattr(fast.embeddings, "forward", lambda *_: pytest.fail("computed before it was checked"))
+    monkeypatch.setattr(fast.encoder.embeddings, "forward", lambda *_: pytest.fail("computed before it was checked"))
     with pytest.raises(error, match=message):
         fast(**inputs)
 
@@ -511,7 +516,7 @@ def test_a_model_in_training_mode_comes_out_in_eval_mode() -> None:
 def test_the_last_part_is_checked_before_the_first_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastcls.model.CPU_TOKENS_PER_PASS", 2)
     fast = fastcls.optimize(tiny_bert())
-    monkeypatch.setattr(fast.embeddings, "forward", lambda *_: pytest.fail("computed before it was checked"))
+    monkeypatch.setattr(fast.encoder.embeddings, "forward", lambda *_: pytest.fail("computed before it was checked"))
     with pytest.raises(ValueError, match="token_ids must lie from 0 to 198"):
         fast.logits_of([[1], [1, 2], [3, 4, 199]])
 
@@ -533,8 +538,8 @@ class Overridden(BertForSequenceClassification):
         return super().forward(*args, **kwargs)
 
 
-def roberta() -> Roberta:
-    return Roberta(RobertaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64))
+def gpt2() -> Any:
+    return GPT2ForSequenceClassification(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=99))
 
 
 def with_adapter() -> Any:
@@ -556,9 +561,13 @@ def in_two_dtypes() -> Any:
 
 
 BAD_MODELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "another_class": (roberta, TypeError, "transformers BertForSequenceClassification, got .*RobertaForSequence"),
-    "no_model": (lambda: torch.nn.Linear(2, 2), TypeError, "BertForSequenceClassification, got torch.nn"),
-    "base_model": (lambda: tiny_bert().bert, TypeError, "BertForSequenceClassification, got .*BertModel"),
+    "another_class": (gpt2, TypeError, "family bert, .*ForSequenceClassification.*, got .*GPT2ForSequenceClass"),
+    "no_model": (lambda: torch.nn.Linear(2, 2), TypeError, "or without a head, got torch.nn"),
+    "another_head": (
+        lambda: BertLMHeadModel(tiny_bert().config),
+        TypeError,
+        "or without a head, got .*BertLMHeadModel",
+    ),
     "overridden_forward": (lambda: Overridden(tiny_bert().config), TypeError, "got test_model.Overridden"),
     "decoder": (lambda: tiny_bert(is_decoder=True), ValueError, "config.is_decoder must be False, got True"),
     "cross_attention": (
@@ -571,7 +580,7 @@ BAD_MODELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "config.position_embedding_type must be 'absolute', got 'relative_key'",
     ),
-    "another_activation": (lambda: tiny_bert(hidden_act="relu"), ValueError, "config.hidden_act must be 'gelu'"),
+    "another_activation": (lambda: tiny_bert(hidden_act="mish"), ValueError, "config.hidden_act must be one of gelu"),
     "head_of_12": (lambda: tiny_bert(hidden_size=48), ValueError, "heads of 16 to 128, got 48 / 4"),
     "other_vocabulary": (
         with_other_words,

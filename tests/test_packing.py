@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from random import Random
+from typing import Any
 
 import torch
 from hypothesis import given
@@ -16,10 +18,12 @@ from fastcls.packing import (
     Source,
     fill_rows,
     flat_integers,
+    kept_tokens,
     pack,
-    source_of_padded,
     true_indices,
     unpack_rows,
+    unpack_selected,
+    unpack_tokens,
 )
 
 # Each text is a pattern of kept and padded columns whose first is kept.
@@ -50,10 +54,14 @@ def sequences(parts: list[PackedTokens], field: str) -> dict[int, list[int]]:
     return found
 
 
-def pack_mask(mask: Tensor, max_tokens: int, sort: bool, fill_up: FillUp = fill_rows) -> list[PackedTokens]:
-    ids = torch.arange(mask.numel()).view(mask.shape)
-    positions = torch.arange(mask.shape[1]).expand(mask.shape)
-    return list(pack(source_of_padded(mask, ids, ids % 2, positions, None), max_tokens, fill_up, sort=sort))
+def pack_mask(
+    mask: Tensor, max_tokens: int, sort: bool, fill_up: FillUp = fill_rows, **more: Any
+) -> list[PackedTokens]:
+    ids = torch.arange(mask.numel())
+    positions = torch.arange(mask.shape[1]).expand(mask.shape).flatten()
+    lengths = mask.sum(1)
+    source = Source(lengths, kept_tokens(mask, lengths), ids, ids % 2, positions, None, **more)
+    return list(pack(source, max_tokens, fill_up, sort=sort))
 
 
 def source_of(texts: list[list[int]], types: list[list[int]] | None = None) -> Source:
@@ -119,6 +127,51 @@ def test_lists_pack_like_padded_rows(texts: list[list[int]], max_tokens: int, so
     assert sequences(parts, "position_ids") == {row: list(range(len(text))) for row, text in enumerate(texts)}
 
 
+@given(patterns, limits, st.booleans(), fills)
+def test_rows_of_tokens_come_back_to_their_places(
+    pattern: list[list[bool]], max_tokens: int, sort: bool, fill_up: FillUp
+) -> None:
+    mask = torch.tensor(pattern)
+    parts = pack_mask(mask, max_tokens, sort, fill_up, keeps_origins=True)
+    assert all(part.token_ids is not None for part in parts)
+    # Each token's result is its own number in the flat batch.
+    results = [(part.token_ids[: part.num_tokens, None].double(), part) for part in parts]  # type: ignore[index]
+    expected = torch.where(mask, torch.arange(mask.numel()).view(mask.shape), -1).double()
+    assert torch.equal(unpack_tokens(results, mask.shape, fill=-1.0)[..., 0], expected)
+
+
+@given(patterns, limits, st.booleans(), fills, st.randoms(use_true_random=False))
+def test_wanted_rows_are_found_and_come_back_in_order(
+    pattern: list[list[bool]], max_tokens: int, sort: bool, fill_up: FillUp, random: Random
+) -> None:
+    mask = torch.tensor(pattern)
+    wanted = mask & torch.tensor([[random.random() < 0.4 for _ in row] for row in pattern])
+    parts = pack_mask(mask, max_tokens, sort, fill_up, keeps_origins=True, selected=wanted.flatten())
+    results = []
+    for part in parts:
+        assert part.token_ids is not None
+        assert part.rows is not None
+        assert part.row_sequences is not None
+        bounds = part.layout.cu_seqlens
+        assert bool((bounds[part.row_sequences] <= part.rows).all())
+        assert bool((part.rows < bounds[part.row_sequences + 1]).all())
+        results.append((part.token_ids[part.rows, None].double(), part))
+    rows, origins = unpack_selected(results)
+    assert origins.tolist() == wanted.flatten().nonzero().squeeze(1).tolist()
+    assert rows[:, 0].tolist() == origins.tolist()
+
+
+@given(patterns, limits, st.booleans(), fills)
+def test_places_are_kept_where_a_mask_has_holes(
+    pattern: list[list[bool]], max_tokens: int, sort: bool, fill_up: FillUp
+) -> None:
+    mask = torch.tensor(pattern)
+    columns = torch.arange(mask.shape[1]).expand(mask.shape).flatten()
+    for part in pack_mask(mask, max_tokens, sort, fill_up, places=columns):
+        assert part.layout.positions is not None
+        assert torch.equal(part.layout.positions, part.position_ids)
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), fills)
 def test_filling_belongs_to_no_text(lengths: list[int], fill_up: FillUp) -> None:
     (part,) = pack(source_of([[7] * length for length in lengths]), 10_000, fill_up)
@@ -150,9 +203,12 @@ def test_there_are_few_shapes() -> None:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.booleans())
 def test_arrays_start_where_wide_loads_may(lengths: list[int], with_types: bool) -> None:
     texts = [[7] * length for length in lengths]
-    (part,) = pack(source_of(texts, texts if with_types else None), 10_000)
+    ones = torch.ones(sum(lengths), dtype=torch.long)
+    source = source_of(texts, texts if with_types else None)._replace(selected=ones.bool(), places=ones.cumsum(0))
+    (part,) = pack(source, 10_000)
     start = part.integers.data_ptr()
-    for array in (part.layout.cu_seqlens, part.token_ids, part.position_ids, part.token_type_ids):
+    arrays = (part.layout.cu_seqlens, part.token_ids, part.position_ids, part.token_type_ids, part.layout.positions)
+    for array in (*arrays, part.rows, part.row_sequences):
         assert array is None or (array.data_ptr() - start) % 64 == 0
 
 

@@ -1,11 +1,12 @@
 """Layer norm, embedding and matrix products against their definitions."""
 
 # Arguments come by the list, which mypy cannot count.
-# mypy: disable-error-code="arg-type,call-arg"
+# mypy: disable-error-code="arg-type,call-arg,call-overload"
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,17 +14,24 @@ from support import assert_as_exact_as, eager_runs, product_bound, random
 from torch import Tensor
 
 from fastcls_kernels import (
+    Activation,
     add_layer_norm,
     embedding_layer_norm,
+    layer_norm,
     linear,
+    linear_activation,
     linear_add_layer_norm,
     linear_gelu,
     use_backend,
     uses_onednn,
 )
 from fastcls_kernels.reference import (
+    activation_reference,
     add_layer_norm_reference,
+    add_reference,
     embedding_layer_norm_reference,
+    layer_norm_reference,
+    linear_activation_reference,
     linear_gelu_reference,
 )
 from fastcls_kernels.tuning import GeluTile, SplitTile, use_tile
@@ -37,22 +45,86 @@ def norm_inputs(rows: int, width: int, dtype: torch.dtype, device: str) -> tuple
     return x, bias, residual, weight, norm_bias
 
 
-def check_norm(rows: int, width: int, dtype: torch.dtype, device: str, with_bias: bool) -> None:
+def double(argument: Any) -> Any:
+    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+
+
+def check(
+    actual: Tensor, reference: Callable[..., Tensor], arguments: Sequence[Any], biases: tuple[int, ...] = ()
+) -> None:
+    """Checks ``actual`` against the reference; ``biases`` are the places of arguments that may be None."""
+    # Eager sums in other orders take no None, and adding zeros errs by nothing.
+    zeros = actual.new_zeros(actual.shape[1])
+    given = [zeros if place in biases and argument is None else argument for place, argument in enumerate(arguments)]
+    assert_as_exact_as(actual, eager_runs(reference, *given), reference(*map(double, arguments)))
+
+
+BIASES = [
+    pytest.param((True, True), id="biases"),
+    pytest.param((False, True), id="no_bias"),
+    pytest.param((True, False), id="no_norm_bias"),
+    pytest.param((False, False), id="no_biases"),
+]
+
+
+def check_norm(rows: int, width: int, dtype: torch.dtype, device: str, biases: tuple[bool, bool]) -> None:
     x, bias, residual, weight, norm_bias = norm_inputs(rows, width, dtype, device)
-    arguments: list[Any] = [x, bias if with_bias else None, residual, weight, norm_bias]
-    exact = add_layer_norm_reference(*[a if a is None else a.double() for a in arguments], EPS)
-    assert_as_exact_as(add_layer_norm(*arguments, EPS), eager_runs(add_layer_norm_reference, *arguments, EPS), exact)
+    bias, norm_bias = (tensor if there else None for tensor, there in zip((bias, norm_bias), biases, strict=True))
+    arguments = (x, bias, residual, weight, norm_bias, EPS)
+    normed = add_layer_norm(*arguments)
+    check(normed, add_layer_norm_reference, arguments, biases=(1, 4))
+    again, summed = add_layer_norm(*arguments, keep_sum=True)
+    assert torch.equal(again, normed)
+    check(summed, add_reference, arguments[:3])
+
+
+@pytest.mark.parametrize("biases", BIASES)
+@pytest.mark.parametrize(("rows", "width"), [(37, 768), (150, 48), (1, 1), (0, 64), (24, 1500)])
+def test_norm_kernel(kernels: str, rows: int, width: int, dtype: torch.dtype, biases: tuple[bool, bool]) -> None:
+    check_norm(rows, width, dtype, kernels, biases)
+
+
+@pytest.mark.parametrize("biases", BIASES)
+@pytest.mark.parametrize(("rows", "width"), [(37, 768), (90, 16), (0, 64)])
+def test_norm_torch_path(torch_path: str, rows: int, width: int, dtype: torch.dtype, biases: tuple[bool, bool]) -> None:
+    check_norm(rows, width, dtype, torch_path, biases)
+
+
+def check_chosen_rows(dtype: torch.dtype, device: str) -> None:
+    x, bias, residual, weight, norm_bias = norm_inputs(40, 70, dtype, device)
+    rows = torch.tensor([39, 0, 7, 7, 21], dtype=torch.int32, device=device)
+    normed, summed = add_layer_norm(x, bias, residual, weight, norm_bias, EPS, rows=rows, keep_sum=True)
+    everywhere = add_layer_norm(x, bias, residual, weight, norm_bias, EPS, keep_sum=True)
+    assert torch.equal(normed, everywhere[0][rows])
+    assert torch.equal(summed, everywhere[1][rows])
+
+
+def test_norm_kernel_of_chosen_rows(kernels: str, dtype: torch.dtype) -> None:
+    check_chosen_rows(dtype, kernels)
+
+
+def test_norm_torch_path_of_chosen_rows(torch_path: str, dtype: torch.dtype) -> None:
+    check_chosen_rows(dtype, torch_path)
+
+
+def check_norm_alone(rows: int, width: int, dtype: torch.dtype, device: str, with_bias: bool) -> None:
+    # Every other row of a wider tensor.
+    x = random(2 * rows, width + 3, dtype=dtype, device=device)[::2, :width]
+    weight, norm_bias = (random(width, dtype=dtype, device=device) for _ in range(2))
+    arguments = (x, weight, norm_bias if with_bias else None, EPS)
+    check(layer_norm(*arguments), layer_norm_reference, arguments, biases=(2,))
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize(("rows", "width"), [(37, 768), (150, 48), (1, 1), (0, 64), (24, 1500)])
-def test_norm_kernel(kernels: str, rows: int, width: int, dtype: torch.dtype, with_bias: bool) -> None:
-    check_norm(rows, width, dtype, kernels, with_bias)
+@pytest.mark.parametrize(("rows", "width"), [(37, 768), (150, 48), (0, 64)])
+def test_norm_alone_kernel(kernels: str, rows: int, width: int, dtype: torch.dtype, with_bias: bool) -> None:
+    check_norm_alone(rows, width, dtype, kernels, with_bias)
 
 
-@pytest.mark.parametrize(("rows", "width"), [(37, 768), (90, 16), (0, 64)])
-def test_norm_torch_path(torch_path: str, rows: int, width: int, dtype: torch.dtype) -> None:
-    check_norm(rows, width, dtype, torch_path, True)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize(("rows", "width"), [(37, 768), (0, 64)])
+def test_norm_alone_torch_path(torch_path: str, rows: int, width: int, dtype: torch.dtype, with_bias: bool) -> None:
+    check_norm_alone(rows, width, dtype, torch_path, with_bias)
 
 
 @pytest.mark.usefixtures("torch_path")
@@ -60,6 +132,7 @@ def test_norm_leaves_its_inputs_alone() -> None:
     inputs = norm_inputs(4, 32, torch.float32, "cpu")
     before = [tensor.clone() for tensor in inputs]
     add_layer_norm(*inputs, EPS)
+    layer_norm(inputs[0], *inputs[3:], EPS)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
@@ -69,24 +142,47 @@ def embedding_inputs(tokens: int, width: int, dtype: torch.dtype, device: str) -
     return (*ids, *tables, *(random(width, dtype=dtype, device=device) for _ in range(2)))
 
 
-def check_embedding(tokens: int, width: int, dtype: torch.dtype, device: str, with_types: bool) -> None:
-    floats: list[Any]
-    ids, positions, types, *floats = embedding_inputs(tokens, width, dtype, device)
-    kinds = types if with_types else None
-    actual = embedding_layer_norm(ids, positions, kinds, *floats, EPS)
-    exact = embedding_layer_norm_reference(ids, positions, kinds, *[tensor.double() for tensor in floats], EPS)
-    assert_as_exact_as(actual, eager_runs(embedding_layer_norm_reference, ids, positions, kinds, *floats, EPS), exact)
+# Which arguments an encoder does without.
+ABSENT = [
+    pytest.param((), id="types"),
+    pytest.param(("token_type_ids",), id="no_types"),
+    pytest.param(("token_type_ids", "token_type_table"), id="no_type_table"),
+    pytest.param(("position_ids", "position_table"), id="no_position_table"),
+    pytest.param(
+        ("position_ids", "token_type_ids", "position_table", "token_type_table", "norm_bias"), id="words_alone"
+    ),
+]
+EMBEDDING = [
+    *("token_ids", "position_ids", "token_type_ids"),
+    *("word_table", "position_table", "token_type_table"),
+    *("weight", "norm_bias"),
+]
 
 
-@pytest.mark.parametrize("with_types", [True, False], ids=["types", "no_types"])
+def check_embedding(tokens: int, width: int, dtype: torch.dtype, device: str, absent: tuple[str, ...]) -> None:
+    inputs = zip(EMBEDDING, embedding_inputs(tokens, width, dtype, device), strict=True)
+    arguments = [*(None if name in absent else value for name, value in inputs), EPS]
+    check(embedding_layer_norm(*arguments), embedding_layer_norm_reference, arguments, biases=(7,))
+
+
+@pytest.mark.parametrize("absent", ABSENT)
 @pytest.mark.parametrize(("tokens", "width"), [(37, 768), (150, 48), (0, 64)])
-def test_embedding_kernel(kernels: str, tokens: int, width: int, dtype: torch.dtype, with_types: bool) -> None:
-    check_embedding(tokens, width, dtype, kernels, with_types)
+def test_embedding_kernel(kernels: str, tokens: int, width: int, dtype: torch.dtype, absent: tuple[str, ...]) -> None:
+    check_embedding(tokens, width, dtype, kernels, absent)
 
 
-@pytest.mark.parametrize("with_types", [True, False], ids=["types", "no_types"])
-def test_embedding_torch_path(torch_path: str, dtype: torch.dtype, with_types: bool) -> None:
-    check_embedding(37, 48, dtype, torch_path, with_types)
+@pytest.mark.parametrize("absent", ABSENT)
+def test_embedding_torch_path(torch_path: str, dtype: torch.dtype, absent: tuple[str, ...]) -> None:
+    check_embedding(37, 48, dtype, torch_path, absent)
+
+
+@pytest.mark.usefixtures("torch_path")
+def test_positions_are_not_looked_at_where_there_is_no_table() -> None:
+    inputs: list[Any] = [*embedding_inputs(9, 32, torch.float32, "cpu"), EPS]
+    inputs[4] = None
+    without = embedding_layer_norm(inputs[0], None, *inputs[2:])
+    inputs[1] += 10**6
+    assert torch.equal(embedding_layer_norm(*inputs), without)
 
 
 def linear_inputs(rows: int, width: int, columns: int, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
@@ -153,6 +249,70 @@ def test_linear(rows: int, width: int, columns: int, dtype: torch.dtype, with_bi
     assert bool(((actual.double() - exact).abs() <= product_bound(x, weight, bias) + rounding).all())
 
 
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+# The steepest that they get.
+SLOPES = {"gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0, "silu": 1.1, "tanh": 1.0}
+
+
+def check_linear_activation(
+    rows: int, width: int, columns: int, dtype: torch.dtype, device: str, activation: Activation, with_bias: bool
+) -> None:
+    # As in test_linear_gelu_torch_path.
+    x, weight, bias = linear_inputs(rows, width, columns, dtype, device)
+    given = bias if with_bias else None
+    actual = linear_activation(x, weight, given, activation)
+    assert actual.dtype == dtype
+    exact = linear_activation_reference(x.double(), weight.double(), double(given), activation)
+    rounding = exact.abs() * torch.finfo(dtype).eps
+    allowed = SLOPES[activation] * product_bound(x, weight, bias if with_bias else torch.zeros_like(bias)) + rounding
+    assert bool(((actual.double() - exact).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linear_activation_kernel(kernels: str, dtype: torch.dtype, activation: Activation, with_bias: bool) -> None:
+    check_linear_activation(70, 96, 130, dtype, kernels, activation, with_bias)
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [0, 300])
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_linear_activation_torch_path(
+    torch_path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: str,
+    rows: int,
+    dtype: torch.dtype,
+    activation: Activation,
+    with_bias: bool,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    check_linear_activation(rows, 48, 50, dtype, torch_path, activation, with_bias)
+
+
+@pytest.mark.usefixtures("torch_path")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_onednn", [True, False], ids=["onednn", "no_onednn"])
+def test_an_activation_is_the_one_of_its_name(
+    monkeypatch: pytest.MonkeyPatch, activation: Activation, with_onednn: bool
+) -> None:
+    if not with_onednn:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    x = torch.linspace(-6, 6, 4001)[:, None]
+    actual = linear_activation(x, torch.ones(1, 1), None, activation)
+    # The two forms of GELU are nearest to each other.
+    exact = {name: activation_reference(x.double(), name) for name in ACTIVATIONS}
+    others = min(float((exact[name] - exact[activation]).abs().max()) for name in ACTIVATIONS if name != activation)
+    assert float((actual - exact[activation]).abs().max()) < others / 100
+
+
+def test_gelu_with_a_bias_keeps_its_table(kernels: str, dtype: torch.dtype) -> None:
+    inputs = linear_inputs(40, 32, 48, dtype, kernels)
+    with use_tile("linear_gelu", GELU_TILES["pointers"]._asdict()):
+        assert torch.equal(linear_activation(*inputs, "gelu"), linear_gelu(*inputs))
+
+
 @pytest.mark.usefixtures("torch_path")
 def test_gelu_is_the_exact_one() -> None:
     x = torch.linspace(-6, 6, 4001)[:, None]
@@ -168,11 +328,26 @@ def half_layer_inputs(rows: int, width: int, columns: int, dtype: torch.dtype, d
     return [x, weight, bias, residual, *(random(columns, dtype=dtype, device=device) for _ in range(2))]
 
 
-def half_layer(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *norm: Tensor) -> Tensor:
+def half_layer_sum(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """The usual computation, one operation after the other."""
-    return add_layer_norm_reference(torch.nn.functional.linear(x, weight, bias), None, residual, *norm, EPS)
+    return add_reference(torch.nn.functional.linear(x, weight, bias), None, residual)
 
 
+def half_layer(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *norm: Tensor) -> Tensor:
+    return layer_norm_reference(half_layer_sum(x, weight, bias, residual), *norm, EPS)
+
+
+def check_half_layer(inputs: list[Any], biases: tuple[bool, bool]) -> None:
+    for place, there in zip((2, 5), biases, strict=True):
+        inputs[place] = inputs[place] if there else None
+    normed = linear_add_layer_norm(*inputs, EPS)
+    check(normed, half_layer, inputs, biases=(2, 5))
+    again, summed = linear_add_layer_norm(*inputs, EPS, keep_sum=True)
+    assert torch.equal(again, normed)
+    check(summed, half_layer_sum, inputs[:4], biases=(2,))
+
+
+@pytest.mark.parametrize("biases", BIASES)
 @pytest.mark.parametrize("tile", list(SPLIT_TILES.values()), ids=list(SPLIT_TILES))
 @pytest.mark.parametrize(("rows", "width", "columns"), [(40, 64, 96), (17, 100, 70), (0, 32, 64)])
 def test_linear_add_layer_norm_kernel(
@@ -182,12 +357,10 @@ def test_linear_add_layer_norm_kernel(
     columns: int,
     dtype: torch.dtype,
     tile: SplitTile,
+    biases: tuple[bool, bool],
 ) -> None:
-    inputs = half_layer_inputs(rows, width, columns, dtype, kernels)
-    exact = half_layer(*[tensor.double() for tensor in inputs])
     with use_tile("linear_add_layer_norm", tile._asdict()):
-        actual = linear_add_layer_norm(*inputs, EPS)
-    assert_as_exact_as(actual, eager_runs(half_layer, *inputs), exact)
+        check_half_layer(half_layer_inputs(rows, width, columns, dtype, kernels), biases)
 
 
 def test_a_residual_that_lies_otherwise_is_refused(kernels: str) -> None:
@@ -196,11 +369,11 @@ def test_a_residual_that_lies_otherwise_is_refused(kernels: str) -> None:
         linear_add_layer_norm(x, weight, bias, residual.T.contiguous().T, *norm, EPS)
 
 
-def test_linear_add_layer_norm_torch_path(torch_path: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("biases", BIASES)
+def test_linear_add_layer_norm_torch_path(torch_path: str, dtype: torch.dtype, biases: tuple[bool, bool]) -> None:
     inputs = half_layer_inputs(40, 16, 96, dtype, torch_path)
     before = [tensor.clone() for tensor in inputs]
-    exact = half_layer(*[tensor.double() for tensor in inputs])
-    assert_as_exact_as(linear_add_layer_norm(*inputs, EPS), eager_runs(half_layer, *inputs), exact)
+    check_half_layer(list(inputs), biases)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True)), "inputs must be left alone"
     with pytest.raises(ValueError, match=r"residual must have shape \(40, 96\), got \(39, 96\)"):
         linear_add_layer_norm(*inputs[:3], inputs[3][:39], *inputs[4:], EPS)
@@ -256,6 +429,9 @@ def test_bad_norm_input_is_named(change: dict[str, Any], error: type[Exception],
         pytest.param(0, torch.tensor([1.0]), TypeError, "token_ids must be an int32 or int64", id="float_id"),
         pytest.param(1, torch.tensor([1, 2]), ValueError, "the same as token_ids, got", id="shape"),
         pytest.param(4, torch.zeros(20, 31), ValueError, r"position_table must be .*\(rows, 32\)", id="table"),
+        pytest.param(1, None, ValueError, "position_ids must be given where there is a position_table", id="no_ids"),
+        pytest.param(5, None, ValueError, r"token_type_ids must be None .* got shape \(1,\)", id="no_type_table"),
+        pytest.param(7, torch.zeros(31), ValueError, r"norm_bias must have shape \(32,\)", id="norm_bias"),
     ],
 )
 def test_bad_embedding_input_is_named(place: int, value: Tensor, error: type[Exception], message: str) -> None:
@@ -273,6 +449,20 @@ def test_bad_linear_input_is_named() -> None:
         linear(x, weight, bias[:7])
     with pytest.raises(TypeError, match=r"weight must be torch.float32"):
         linear(x, weight.half(), None)
+    with pytest.raises(ValueError, match="activation must be one of gelu, gelu_tanh, relu, silu, tanh, got 'gelu_new'"):
+        linear_activation(x, weight, bias, "gelu_new")
+    with pytest.raises(ValueError, match=r"bias must have shape \(8,\), got \(7,\)"):
+        linear_activation(x, weight, bias[:7], "relu")
+
+
+def test_bad_input_of_a_norm_alone_is_named() -> None:
+    x, weight = torch.zeros(4, 32), torch.ones(32)
+    with pytest.raises(ValueError, match=r"weight must have shape \(32,\), got \(31,\)"):
+        layer_norm(x, weight[:31], None, EPS)
+    with pytest.raises(TypeError, match=r"norm_bias must be torch\.float32"):
+        layer_norm(x, weight, weight.half(), EPS)
+    with pytest.raises(ValueError, match="hidden_states must be contiguous in its last dimension"):
+        layer_norm(torch.zeros(32, 4).T, weight, None, EPS)
 
 
 def test_backend_choice_is_checked() -> None:

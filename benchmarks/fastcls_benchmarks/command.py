@@ -193,7 +193,7 @@ def show_choices(device: torch.device, console: Console) -> None:
     dtype = suites.default_dtype(device)
     for heading, rows in (
         ("--suite", [(name, _describe(suites.suite(name, device), device)) for name in SUITES]),
-        ("--model", [(name, "a BERT of this shape, random weights") for name in MODELS]),
+        ("--model", [(name, each.about) for name, each in MODELS.items()]),
         ("--lengths", [(name, f"{each.description} ({each.source})") for name, each in LENGTHS.items()]),
         ("--provider", [(name, _can(name, device, dtype)) for name in PROVIDERS]),
     ):

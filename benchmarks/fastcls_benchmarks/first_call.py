@@ -63,24 +63,26 @@ def main(work: dict[str, str | int]) -> dict[str, float | int | str | None]:
     for library in ("fastcls", "onnxruntime", "openvino"):
         if str(work["provider"]).startswith(library):
             importlib.import_module(library)
-    # What `import transformers` puts off until a model is asked for.
-    from transformers import BertForSequenceClassification  # noqa: F401
+    from .workloads import Inputs, Workload, build_model, class_of, config_of, padded_tokens
 
+    # What `import transformers` puts off until a model is asked for.
+    name = str(work["model"])
+    model_class = class_of(name)
     imported = time.perf_counter()
 
     from .machine import wait_for
     from .providers import PROVIDERS
-    from .workloads import Workload, build_model, padded_tokens
 
     torch.set_num_threads(int(work["threads"]))
     device, dtype = torch.device(str(work["device"])), getattr(torch, str(work["dtype"]))
-    batches = Workload(int(work["batch_size"]), str(work["lengths"])).batches(4)
+    inputs = Inputs.of(model_class, config_of(name))
+    batches = Workload(int(work["batch_size"]), str(work["lengths"])).batches(4, inputs)
     provider = PROVIDERS[str(work["provider"])]
-    missing = provider.available(device, dtype)
+    missing = provider.missing(model_class, device, dtype)
     if missing:
         return {"detail": missing}
     prepared = time.perf_counter()
-    model = build_model(str(work["model"]), device, dtype)
+    model = build_model(name, device, dtype)
     loaded = time.perf_counter()
     forward = provider.load(model).forward
     converted = time.perf_counter()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .providers import ABSORBED, FASTCLS, FULL, PROVIDERS, SDPA, SELECTED
+from .providers import ABSORBED, FASTCLS, FULL, PROVIDERS, SELECTED
 from .results import Case, Report
 from .tables import duration, times
 from .workloads import LENGTHS
@@ -19,8 +19,8 @@ _COLOURS = ("#999999", "#0072b2", "#56b4e9", "#009e73", "#44aa99", "#e69f00", "#
 _OURS = "#d55e00"
 _MARKERS = "os^vDPX*<>hp"
 _WIDTH = 5.6
-# On a CPU the last two are one.
-LADDER = (SDPA.name, FULL.name, SELECTED.name, ABSORBED.name, FASTCLS.name)
+# From the baseline on; on a CPU the last two are one.
+STEPS = (FULL.name, SELECTED.name, ABSORBED.name, FASTCLS.name)
 
 
 class Plot(NamedTuple):
@@ -54,7 +54,7 @@ def save(report: Report, folder: Path) -> list[Path]:
 def _colour(provider: str) -> str:
     if provider == FASTCLS.name:
         return _OURS
-    peers = [name for name in PROVIDERS if name not in LADDER or name == SDPA.name]
+    peers = [name for name in PROVIDERS if name not in STEPS]
     return _COLOURS[peers.index(provider) % len(_COLOURS)] if provider in peers else "#f0b27a"
 
 
@@ -159,12 +159,15 @@ def relative_speed(report: Report) -> Plot | None:
     cases = [case for case in _most_contested(report) if len(_timed(case)) > 2]
     groups = []
     for case in cases[:4]:
-        hidden = set(LADDER[1:-1])
+        hidden = set(STEPS[:-1])
         groups.append((case.name, [_relative(case, name) for name in _timed(case) if name not in hidden]))
     if not groups:
         return None
-    text = "Bars: how many times faster than transformers with sdpa each provider is."
-    return _bars("relative_speed", text, "Times as fast as transformers sdpa", groups)
+    # Where several baselines meet, that of each case is the bar of length 1.
+    baselines = {case.baseline for case in cases[:4]}
+    baseline = baselines.pop() if len(baselines) == 1 else "transformers"
+    text = f"Bars: how many times faster than {baseline} each provider is."
+    return _bars("relative_speed", text, f"Times as fast as {baseline}", groups)
 
 
 def _relative(case: Case, provider: str) -> tuple[str, float, str]:
@@ -175,10 +178,11 @@ def _relative(case: Case, provider: str) -> tuple[str, float, str]:
 
 def ladder(report: Report) -> Plot | None:
     """What each step of fastcls is worth."""
-    cases = [case for case in _models(report) if set(LADDER) - {ABSORBED.name} <= set(_timed(case))]
+    cases = [case for case in _models(report) if {case.baseline, *STEPS} - {ABSORBED.name} <= set(_timed(case))]
     groups = []
     for case in cases[:4]:
-        seconds = {name: case.typical_seconds(name) or 0.0 for name in LADDER if name in _timed(case)}
+        steps = [name for name in (case.baseline, *STEPS) if name in _timed(case)]
+        seconds = {name: case.typical_seconds(name) or 0.0 for name in steps}
         # Each group has a scale of its own, or a small model's bars would vanish beside a large one's.
         longest = max(seconds.values())
         bars = [(name, each / longest, f"{duration(each)} ms") for name, each in seconds.items()]
@@ -206,7 +210,7 @@ def _sweep(
     series: dict[str, list[tuple[float, float]]] = {}
     for case in cases:
         for provider in _timed(case):
-            if provider not in LADDER[1:-1]:
+            if provider not in STEPS[:-1]:
                 series.setdefault(provider, []).append((vary(case), value(case, provider)))
     # A line needs at least three points.
     return name, {provider: points for provider, points in series.items() if len(points) >= 3}
@@ -263,7 +267,7 @@ def share_of_floor(report: Report) -> Plot | None:
     groups = []
     for case in _most_contested(report)[:8]:
         bars = []
-        for provider in (SDPA.name, FASTCLS.name):
+        for provider in (case.baseline, FASTCLS.name):
             share = report.share_of_floor(case, provider)
             if share is not None:
                 bars.append((provider, share, f"{share:.0%}"))

@@ -1,5 +1,7 @@
 """Who is measured: each provider takes a transformers model and gives a function from a batch to its logits.
 
+Those are a classifier's, one row a text, or a masked language model's, one row for each [MASK].
+
 Every provider works on a copy of the model over the same weights, in eval mode and without gradients, and takes batches
 as a tokenizer leaves them: on the CPU.
 """
@@ -15,20 +17,21 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, PreTrainedModel
 
 import fastcls
 from fastcls.encoder import LastLayer
 
 from .packed_torch import Packed, PackedTorchBert
-from .workloads import Batch
+from .workloads import MASK_ID, Batch, fills_masks, masked_rows
 
 Forward = Callable[[Batch], Tensor]
-Model = BertForSequenceClassification
+Model = PreTrainedModel
+ModelClass = type[PreTrainedModel]
 
 
 class Loaded(NamedTuple):
@@ -45,6 +48,10 @@ def _always(_device: torch.device, _dtype: torch.dtype) -> str | None:
     return None
 
 
+def _any_model(_model_class: ModelClass) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Provider:
     """One way to compute a model's logits.
@@ -55,6 +62,7 @@ class Provider:
         bound: the largest difference of a logit from the float32 reference, for a float32 model.
         load: makes the function that is timed. It leaves the model that it is given as it was.
         available: the reason why it cannot run on a device in a dtype, or None.
+        takes: the reason why it cannot run models of a class, or None.
         spins: whether its threads stay busy for a while after a run.
     """
 
@@ -63,7 +71,12 @@ class Provider:
     bound: float
     load: Callable[[Model], Loaded]
     available: Available = _always
+    takes: Callable[[ModelClass], str | None] = _any_model
     spins: bool = False
+
+    def missing(self, model_class: ModelClass, device: torch.device, dtype: torch.dtype) -> str | None:
+        """The reason why it cannot run models of a class on a device in a dtype, or None."""
+        return self.available(device, dtype) or self.takes(model_class)
 
 
 def own_copy(model: Model) -> Model:
@@ -80,20 +93,20 @@ def _transformers(model: Model, attention: str) -> Model:
     return copied
 
 
-def _forward_of(model: Callable[..., Any], device: torch.device) -> Forward:
-    """For modules that want their inputs where their weights are."""
+def _forward_of(model: Callable[..., Any], device: torch.device, fills: bool) -> Forward:
+    """For modules that want their inputs where their weights are; of one that fills masks the masked tokens' logits."""
 
     @torch.inference_mode()
     def forward(batch: Batch) -> Tensor:
         logits: Tensor = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
-        return logits
+        return logits[tuple(masked_rows(batch).T)] if fills else logits
 
     return forward
 
 
 def _transformers_loader(attention: str) -> Callable[[Model], Loaded]:
     def load(model: Model) -> Loaded:
-        return Loaded(_forward_of(_transformers(model, attention), model.device))
+        return Loaded(_forward_of(_transformers(model, attention), model.device, fills_masks(type(model))))
 
     return load
 
@@ -103,15 +116,17 @@ def _compiled_loader(tuned: bool) -> Callable[[Model], Loaded]:
         mode = "max-autotune" if tuned and model.device.type == "cuda" else None
         # On a CPU tuned products need weights that are constants.
         options: dict[str, Any] | None = {"max_autotune": True, "freezing": True} if tuned and mode is None else None
-        compiled = torch.compile(_transformers(model, "sdpa"), dynamic=True, mode=mode, options=options)
-        return Loaded(_forward_of(compiled, model.device), "dynamic shapes")
+        attention = "eager" if baseline_of(type(model)) is EAGER else "sdpa"
+        compiled = torch.compile(_transformers(model, attention), dynamic=True, mode=mode, options=options)
+        detail = f"dynamic shapes, {attention} attention"
+        return Loaded(_forward_of(compiled, model.device, fills_masks(type(model))), detail)
 
     return load
 
 
 def _packed_loader(compiled: bool) -> Callable[[Model], Loaded]:
     def load(model: Model) -> Loaded:
-        packed = PackedTorchBert(own_copy(model))
+        packed = PackedTorchBert(cast(BertForSequenceClassification, own_copy(model)))
         forward_packed = torch.compile(packed, dynamic=True) if compiled else packed
 
         @torch.inference_mode()
@@ -122,6 +137,18 @@ def _packed_loader(compiled: bool) -> Callable[[Model], Loaded]:
         return Loaded(forward, "attention: torch.nn.attention.varlen" if packed.varlen else "attention: padded sdpa")
 
     return load
+
+
+def _bert_classifiers(model_class: ModelClass) -> str | None:
+    return None if issubclass(model_class, BertForSequenceClassification) else "written for BERT classifiers alone"
+
+
+def _classes_with_sdpa(model_class: ModelClass) -> str | None:
+    return None if model_class._supports_sdpa else "transformers has no sdpa for them: eager is the baseline"
+
+
+def _classes_with_flash(model_class: ModelClass) -> str | None:
+    return None if model_class._supports_flash_attn else "transformers has no flash-attention for them"
 
 
 def compiler_missing(device: torch.device, _dtype: torch.dtype) -> str | None:
@@ -265,7 +292,9 @@ def _no_graphs(device: torch.device, _dtype: torch.dtype) -> str | None:
 
 def _fastcls_loader(last_layer: LastLayer, cuda_graphs: bool = False) -> Callable[[Model], Loaded]:
     def load(model: Model) -> Loaded:
-        fast = fastcls.optimize(own_copy(model), last_layer=last_layer, cuda_graphs=cuda_graphs)
+        # Of a masked language model the rows of its masks, and not every token's.
+        options: dict[str, Any] = {"mask_token_id": MASK_ID, "dense": False} if fills_masks(type(model)) else {}
+        fast = fastcls.optimize(own_copy(model), last_layer=last_layer, cuda_graphs=cuda_graphs, **options)
 
         @torch.inference_mode()
         def forward(batch: Batch) -> Tensor:
@@ -278,27 +307,43 @@ def _fastcls_loader(last_layer: LastLayer, cuda_graphs: bool = False) -> Callabl
 
 
 EAGER = Provider("transformers eager", "attention by plain products", 1e-5, _transformers_loader("eager"))
-SDPA = Provider("transformers sdpa", "transformers as it comes: the baseline", 1e-5, _transformers_loader("sdpa"))
+SDPA = Provider(
+    "transformers sdpa",
+    "transformers as it comes: the baseline, but for models that it computes by eager alone",
+    1e-5,
+    _transformers_loader("sdpa"),
+    takes=_classes_with_sdpa,
+)
 FLASH = Provider(
     "transformers flash",
     "flash-attention 2, which leaves padding out of attention",
     1e-5,
     _transformers_loader("flash_attention_2"),
     _flash_missing,
+    _classes_with_flash,
 )
-COMPILED = Provider(
-    "torch.compile", "transformers sdpa, compiled", 1e-5, _compiled_loader(tuned=False), compiler_missing
-)
+COMPILED = Provider("torch.compile", "the baseline, compiled", 1e-5, _compiled_loader(tuned=False), compiler_missing)
 AUTOTUNED = Provider(
     "torch.compile autotune",
-    "transformers sdpa, compiled with max-autotune (CUDA graphs on a GPU, frozen weights on a CPU)",
+    "the baseline, compiled with max-autotune (CUDA graphs on a GPU, frozen weights on a CPU)",
     1e-5,
     _compiled_loader(tuned=True),
     compiler_missing,
 )
-PACKED = Provider("torch packed", "the packed model in torch alone", 1e-5, _packed_loader(compiled=False))
+PACKED = Provider(
+    "torch packed",
+    "the packed model in torch alone",
+    1e-5,
+    _packed_loader(compiled=False),
+    takes=_bert_classifiers,
+)
 PACKED_COMPILED = Provider(
-    "torch packed, compiled", "the packed model in torch alone, compiled", 1e-5, _packed_loader(True), compiler_missing
+    "torch packed, compiled",
+    "the packed model in torch alone, compiled",
+    1e-5,
+    _packed_loader(compiled=True),
+    compiler_missing,
+    _bert_classifiers,
 )
 ONNXRUNTIME = Provider(
     "onnxruntime",
@@ -306,13 +351,22 @@ ONNXRUNTIME = Provider(
     1e-4,
     load_onnxruntime,
     _onnxruntime_missing,
+    _bert_classifiers,
     spins=True,
 )
-OPENVINO = Provider("openvino", "OpenVINO, float32", 1e-4, load_openvino, _openvino_missing, spins=True)
+OPENVINO = Provider(
+    "openvino", "OpenVINO, float32", 1e-4, load_openvino, _openvino_missing, _bert_classifiers, spins=True
+)
 FULL = Provider("fastcls packed only", "fastcls without padding, nothing else", 1e-5, _fastcls_loader("full"))
-SELECTED = Provider("fastcls + selected", "and the last layer for [CLS] rows only", 1e-5, _fastcls_loader("selected"))
+SELECTED = Provider(
+    "fastcls + selected", "and the last layer for the rows that are read only", 1e-5, _fastcls_loader("selected")
+)
 ABSORBED = Provider(
-    "fastcls + absorbed", "and its keys and values not made", 1e-5, _fastcls_loader("absorbed"), _no_graphs
+    "fastcls + absorbed",
+    "and its values not made, nor its keys where no position is in them",
+    1e-5,
+    _fastcls_loader("absorbed"),
+    _no_graphs,
 )
 FASTCLS = Provider(
     "fastcls",
@@ -320,6 +374,12 @@ FASTCLS = Provider(
     1e-5,
     _fastcls_loader("absorbed", cuda_graphs=True),
 )
+
+
+def baseline_of(model_class: ModelClass) -> Provider:
+    """transformers as it comes: with sdpa, but for those models that it computes by eager alone."""
+    return SDPA if SDPA.takes(model_class) is None else EAGER
+
 
 _ALL = (
     EAGER,

@@ -12,25 +12,25 @@ from typing import Protocol
 
 import torch
 
-from . import first_call, machine, timing
-from .kernels import KERNELS, Inputs, Kernel, KernelProvider, Prepared, compiled
+from . import first_call, kernels, machine, timing
+from .kernels import KERNELS, Kernel, KernelProvider, Prepared, compiled
 from .providers import (
     AUTOTUNED,
     COMPILED,
     ONNXRUNTIME,
     OPENVINO,
     PACKED_COMPILED,
-    SDPA,
     Forward,
     Loaded,
     Model,
     Provider,
+    baseline_of,
 )
 from .results import Case, Report, Row
 from .suites import KernelPlan, ModelPlan, Suite
 from .verify import Reference
-from .work import product_shapes, useful_flops, weight_bytes
-from .workloads import Batch, build_model, config_of, padded_tokens, real_tokens
+from .work import ModelShape, product_shapes, useful_flops, weight_bytes
+from .workloads import Batch, Inputs, build_model, class_of, config_of, padded_tokens, real_tokens
 
 # Different batches that calls take in turn; of those that take long as many as are checked.
 NUM_BATCHES = 8
@@ -80,7 +80,7 @@ def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
         for provider in plan.providers:
             # Compilers make a batch of one a case of its own.
             key = (plan.model, plan.dtype, provider.name, plan.workload.batch_size == 1)
-            if key not in prepared and provider.available(device, plan.dtype) is None:
+            if key not in prepared and provider.missing(class_of(plan.model), device, plan.dtype) is None:
                 seconds += factor * _PREPARING.get(provider, 0.0) * size
             prepared.add(key)
         expected.append(seconds)
@@ -112,8 +112,8 @@ def _run(suite: Suite, report: Report, device: torch.device, listener: Listener)
         listener.doing("the machine's own rates")
         dtypes = [*(plan.dtype for plan in suite.models), *(plan.dtype for plan in suite.kernels)]
         for dtype in dict.fromkeys(dtypes):
-            configs = [config_of(plan.model) for plan in suite.models if plan.dtype == dtype]
-            shapes = [shape for config in configs for shape in product_shapes(config)]
+            models = dict.fromkeys(plan.model for plan in suite.models if plan.dtype == dtype)
+            shapes = [shape for name in models for shape in product_shapes(ModelShape.named(name))]
             report.rates += machine.measure(device, dtype, shapes, suite.machine_seconds)
         finished("the machine's own rates")
 
@@ -180,11 +180,13 @@ class _Session:
 
     def new_case(self, plan: ModelPlan) -> Case:
         dtype = str(plan.dtype).removeprefix("torch.")
-        return Case("model", plan.model, plan.workload.name, dtype, SDPA.name, plan.workload.batch_size)
+        baseline = baseline_of(type(self.model)).name
+        return Case("model", plan.model, plan.workload.name, dtype, baseline, plan.workload.batch_size)
 
     def measure(self, case: Case, plan: ModelPlan, doing: Callable[[str], None]) -> None:
         latency = plan.workload.batch_size == 1
-        batches = plan.workload.batches(NUM_LATENCY_BATCHES if latency else NUM_BATCHES)
+        inputs = Inputs.of(type(self.model), self.model.config)
+        batches = plan.workload.batches(NUM_LATENCY_BATCHES if latency else NUM_BATCHES, inputs)
         self.describe(case, batches)
         checked = batches[: NUM_CHECKED_TEXTS if latency else NUM_CHECKED]
         doing(f"{case.name}: the reference")
@@ -216,15 +218,15 @@ class _Session:
 
     def describe(self, case: Case, batches: Sequence[Batch]) -> None:
         """Fills in what the work is."""
-        config = self.model.config
+        shape = ModelShape.of(type(self.model), self.model.config)
         case.real_tokens = statistics.fmean(map(real_tokens, batches))
         case.padded_tokens = statistics.fmean(map(padded_tokens, batches))
-        case.flops = statistics.fmean(useful_flops(config, batch) for batch in batches)
-        case.num_bytes = weight_bytes(config, self.dtype.itemsize)
+        case.flops = statistics.fmean(useful_flops(shape, batch) for batch in batches)
+        case.num_bytes = weight_bytes(shape, self.dtype.itemsize)
 
     def _prepare(self, provider: Provider, reference: Reference) -> tuple[Row, Forward | None]:
         """The provider's row, and its function if it may be timed."""
-        missing = provider.available(self.device, self.dtype)
+        missing = provider.missing(type(self.model), self.device, self.dtype)
         if missing:
             return Row(provider.name, "unavailable", detail=missing), None
         convert_seconds = None
@@ -316,7 +318,7 @@ def measure_kernel(
         }
 
 
-def _input_sets(kernel: Kernel, plan: KernelPlan, device: torch.device) -> list[Inputs]:
+def _input_sets(kernel: Kernel, plan: KernelPlan, device: torch.device) -> list[kernels.Inputs]:
     (first,) = kernel.inputs(plan.workload, device, plan.dtype, 1)
     size = sum(each.nbytes for each in first.arguments if isinstance(each, torch.Tensor))
     count = min(max(math.ceil(INPUT_BYTES / size), 2), MAX_INPUT_SETS)
@@ -325,8 +327,8 @@ def _input_sets(kernel: Kernel, plan: KernelPlan, device: torch.device) -> list[
 
 def prepare_kernel(
     provider: KernelProvider,
-    check: Callable[[Inputs, torch.Tensor], float],
-    sets: Sequence[Inputs],
+    check: Callable[[kernels.Inputs, torch.Tensor], float],
+    sets: Sequence[kernels.Inputs],
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Row, list[Prepared]]:

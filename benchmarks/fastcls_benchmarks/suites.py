@@ -25,9 +25,10 @@ from .providers import (
     SDPA,
     SELECTED,
     Provider,
+    baseline_of,
 )
 from .timing import Effort
-from .workloads import Workload
+from .workloads import Workload, class_of
 
 LATENCY_CALLS = 100
 
@@ -122,8 +123,6 @@ def custom(
     """
     like = suite(name, device).models[0]
     chosen = tuple(providers) or like.providers
-    if SDPA not in chosen:
-        chosen = (SDPA, *chosen)
     grid = itertools.product(
         models or (like.model,),
         dtypes or (like.dtype,),
@@ -131,10 +130,17 @@ def custom(
         lengths or (like.workload.lengths,),
     )
     plans = tuple(
-        ModelPlan(model, Workload(batch_size, length), dtype, chosen, like.seconds)
+        ModelPlan(model, Workload(batch_size, length), dtype, _with_baseline(model, chosen), like.seconds)
         for model, dtype, batch_size, length in grid
     )
     return Suite("custom", plans)
+
+
+def _with_baseline(model: str, providers: Sequence[Provider]) -> tuple[Provider, ...]:
+    """The same and the model's baseline; sdpa gives its place to eager where transformers does not have it."""
+    baseline = baseline_of(class_of(model))
+    rest = [each for each in providers if each is not SDPA or baseline is SDPA]
+    return tuple(rest) if baseline in rest else (baseline, *rest)
 
 
 def _plans(
@@ -253,6 +259,6 @@ SUITES = tuple(_CPU)
 
 def with_providers(chosen: Suite, names: Sequence[str]) -> Suite:
     """The same models and workloads by the given providers and the baseline alone: no longer that suite."""
-    providers = tuple(PROVIDERS[name] for name in dict.fromkeys((SDPA.name, *names)))
-    models = tuple(replace(plan, providers=providers) for plan in chosen.models)
+    providers = [PROVIDERS[name] for name in dict.fromkeys(names)]
+    models = tuple(replace(plan, providers=_with_baseline(plan.model, providers)) for plan in chosen.models)
     return Suite("custom", models, machine_seconds=chosen.machine_seconds)

@@ -55,8 +55,18 @@ def facts(provenance: dict[str, Any]) -> list[str]:
 
 
 def cannot_run(report: Report) -> dict[str, str]:
-    """The providers that could not run here, with the reason."""
-    return {row.provider: row.detail for case in report.cases for row in case.rows if row.status == "unavailable"}
+    """The providers that could not run here, with the reason; beside those that could not run all models, which."""
+    missing: dict[tuple[str, str], list[str]] = {}
+    for case in report.cases:
+        for row in case.rows:
+            if row.status == "unavailable":
+                missing.setdefault((row.provider, row.detail), []).append(case.subject)
+    ran = {row.provider for case in report.cases for row in case.rows if row.status != "unavailable"}
+    found: dict[str, str] = {}
+    for (provider, why), subjects in missing.items():
+        with_what = f"{', '.join(dict.fromkeys(subjects))}: " if provider in ran else ""
+        found[provider] = "; ".join(filter(None, (found.get(provider), with_what + why)))
+    return found
 
 
 def headings(case: Case) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .providers import EAGER, SDPA, Forward, Model, Provider, own_copy
+from .providers import EAGER, Forward, Model, Provider, baseline_of, own_copy
 from .workloads import Batch
 
 
@@ -21,16 +21,17 @@ class Verdict(NamedTuple):
 
 
 class Reference:
-    """The logits of the transformers model in float32 with sdpa, and how far from them a provider may be.
+    """The logits of the transformers model in float32 by its baseline, and how far from them a provider may be.
 
-    In float32 the bound is the provider's own. In 16 bits it is twice the difference that transformers eager makes in
+    In float32 the bound is the provider's own, for logits of about 1: random weights give such, over the labels and
+    over the vocabulary. In 16 bits it is twice the difference that transformers eager makes in
     the same dtype on the same batches: nobody is asked to be more exact than the usual way, or allowed to be cruder.
     """
 
     def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
         self.batches = batches
         single = model if model.dtype == torch.float32 else own_copy(model).float()
-        exact = SDPA.load(single).forward
+        exact = baseline_of(type(single)).load(single).forward
         self.logits = [exact(batch).cpu() for batch in batches]
         self.eager_difference: float | None = None
         if model.dtype != torch.float32:

@@ -1,43 +1,140 @@
 """The least work that an answer needs, and the floor that it puts under a time.
 
-Useful are the products of real tokens with the layers' weights, attention among a text's own tokens, and in the last
-layer one pass over its input and the products of the [CLS] rows: no padding, no rows that nobody reads. Everything
-elementwise is left out, so that the floor lies below what anybody can reach.
+Useful are the products of real tokens with the layers' weights, attention among the tokens of a text that see one
+another, and in the last layer one pass over its input and the products of the rows that are read: no padding, no rows
+that nobody reads. Everything elementwise is left out, and so are a classifier's few labels: the floor lies below what
+anybody can reach.
 """
 
 from __future__ import annotations
 
-from transformers import BertConfig
+from typing import NamedTuple
 
-from .workloads import Batch, lengths_of
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from fastcls.families import FAMILIES
+from fastcls.spec import Disentangled, EncoderSpec, HeadSpec
 
-def product_shapes(config: BertConfig) -> list[tuple[int, int]]:
-    """(out_features, in_features) of one layer's four products, query, key and value being one."""
-    width, inner = config.hidden_size, config.intermediate_size
-    return [(3 * width, width), (width, width), (inner, width), (width, inner)]
-
-
-def _layer_weights(config: BertConfig) -> int:
-    return sum(out_features * in_features for out_features, in_features in product_shapes(config))
+from .workloads import Batch, class_of, config_of, lengths_of, masked_rows
 
 
-def useful_flops(config: BertConfig, batch: Batch) -> int:
+class ModelShape(NamedTuple):
+    """What work follows from: an encoder, and what stands on it."""
+
+    spec: EncoderSpec
+    head: HeadSpec
+
+    @classmethod
+    def of(cls, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> ModelShape:
+        name = model_class.__name__
+        family = next(each for each in FAMILIES if name in each.heads)
+        return cls(family.spec(config), family.head(name, config))
+
+    @classmethod
+    def named(cls, name: str) -> ModelShape:
+        """One of `MODELS`."""
+        return cls.of(class_of(name), config_of(name))
+
+    @property
+    def fills_masks(self) -> bool:
+        return self.head.task == "masked language modelling"
+
+
+# (out_features, in_features)
+Product = tuple[int, int]
+
+
+def _layer_products(spec: EncoderSpec) -> list[Product]:
+    width, inner = spec.hidden_size, spec.intermediate_size
+    return [(3 * width, width), (width, width), ((1 + spec.gated) * inner, width), (width, inner)]
+
+
+def _embedding_products(spec: EncoderSpec) -> list[Product]:
+    """The projection that widens small embeddings."""
+    return [(spec.hidden_size, spec.embedding_size)] if spec.embedding_size != spec.hidden_size else []
+
+
+def _head_products(shape: ModelShape) -> list[Product]:
+    """A masked language model's transformation and its vocabulary; a classifier's pooler."""
+    width, embedded = shape.spec.hidden_size, shape.spec.embedding_size
+    if shape.fills_masks:
+        return [(embedded, width), (shape.spec.vocab_size, embedded)]
+    return [(width, width)] if "dense" in shape.head.names else []
+
+
+def product_shapes(shape: ModelShape) -> list[Product]:
+    """(out_features, in_features) of one layer's four products, query, key and value being one; of the projection of
+    embeddings, where there is one; of a masked language model's head."""
+    head = _head_products(shape) if shape.fills_masks else []
+    return [*_layer_products(shape.spec), *_embedding_products(shape.spec), *head]
+
+
+def _size(products: list[Product]) -> int:
+    return sum(out_features * in_features for out_features, in_features in products)
+
+
+def useful_flops(shape: ModelShape, batch: Batch) -> int:
     """Floating point operations; a multiply-add is two."""
-    lengths = lengths_of(batch)
-    tokens, texts, pairs = int(lengths.sum()), len(lengths), int(lengths.square().sum())
-    width = config.hidden_size
-    layer = 2 * _layer_weights(config) * tokens + 2 * 2 * width * pairs
-    # Each head reads each token twice, for its score and for the sum. A [CLS] row passes through every weight once
-    # (its query through the key's as if it were a value), and through the pooler.
-    streaming = 2 * 2 * config.num_attention_heads * width * tokens
-    rows = 2 * (_layer_weights(config) + width**2) * texts
-    return (config.num_hidden_layers - 1) * layer + streaming + rows
+    spec = shape.spec
+    width, layer_weights = spec.hidden_size, _size(_layer_products(spec))
+    lengths, everything = lengths_of(batch), batch["attention_mask"].nonzero()
+    tokens = len(everything)
+    windows = spec.windows or (None,) * spec.num_layers
+    flops = 2 * _size(_embedding_products(spec)) * tokens
+    for window in windows[:-1]:
+        scores = _seen(everything, lengths, window) + _distances(spec, everything, lengths)
+        flops += 2 * layer_weights * tokens + 2 * width * (scores + _seen(everything, lengths, window))
+
+    rows = masked_rows(batch) if shape.fills_masks else _first_rows(lengths)
+    seen = _seen(rows, lengths, windows[-1])
+    # A row passes through every weight once, through the value's behind the sum, for which each head reads each token.
+    row_weights, summed = layer_weights, spec.num_heads * width * seen
+    if spec.rotary_bases or isinstance(spec.relative, Disentangled):
+        # Keys depend on where their tokens stand, and are made.
+        row_weights -= width**2
+        scored = width**2 * tokens + width * (seen + _distances(spec, rows, lengths))
+    else:
+        # The query goes through the key's weights as if it were a value, and each head reads each token for its score.
+        scored = spec.num_heads * width * seen
+    return flops + 2 * (scored + summed) + 2 * (row_weights + _size(_head_products(shape))) * len(rows)
 
 
-def weight_bytes(config: BertConfig, itemsize: int) -> int:
-    """Each layer's weights, which every batch must read once."""
-    return config.num_hidden_layers * _layer_weights(config) * itemsize
+def _first_rows(lengths: Tensor) -> Tensor:
+    return torch.stack([torch.arange(len(lengths)), torch.zeros_like(lengths)], 1)
+
+
+def _seen(rows: Tensor, lengths: Tensor, window: int | None) -> int:
+    """How many tokens all of ``rows`` see together.
+
+    Args:
+        rows: (num_rows, 2) text and token.
+        lengths: of the texts.
+        window: how many tokens to each side a row sees, or None for all.
+    """
+    texts, places = rows.unbind(1)
+    before, behind = places, lengths[texts] - 1 - places
+    if window is not None:
+        before, behind = before.clamp(max=window), behind.clamp(max=window)
+    return int((before + 1 + behind).sum())
+
+
+def _distances(spec: EncoderSpec, rows: Tensor, lengths: Tensor) -> int:
+    """Products of contents with positions of DeBERTa, for each of its terms.
+
+    Of the distances that share an embedding only one counts, so that far ones are left out: each near one has its own.
+    """
+    relative = spec.relative
+    if not isinstance(relative, Disentangled):
+        return 0
+    return (relative.num_terms - 1) * _seen(rows, lengths, relative.buckets // 2 or relative.span)
+
+
+def weight_bytes(shape: ModelShape, itemsize: int) -> int:
+    """What every batch must read once: all layers' weights, and the others of `product_shapes`. Shared ones count once."""
+    rest = product_shapes(shape)[len(_layer_products(shape.spec)) :]
+    return (shape.spec.num_layer_weights * _size(_layer_products(shape.spec)) + _size(rest)) * itemsize
 
 
 def floor_seconds(flops: float, num_bytes: float, flops_per_second: float, bytes_per_second: float) -> float:

@@ -9,47 +9,143 @@ from __future__ import annotations
 import math
 import statistics
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import PreTrainedConfig, PreTrainedModel
 
 Batch = dict[str, Tensor]
 
 SEED = 0
 VOCAB_SIZE = 30522  # bert-base-uncased's
 CLS_ID = 101
+MASK_ID = 103
 FIRST_WORD_ID = 1000  # below lie special tokens and single characters
 
-CONFIGS: dict[str, dict[str, Any]] = {
-    "minilm-l6": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
-    "distilbert": {"num_hidden_layers": 6},
-    "bert-base": {},
-    "bert-large": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    },
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in the shape of a well-known checkpoint.
+
+    Attributes:
+        model_class: in transformers.
+        options: of its config, where they differ from the class's own.
+    """
+
+    model_class: str = "BertForSequenceClassification"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def about(self) -> str:
+        """What it is, in a line."""
+        asked = ", one [MASK] a text" if self.model_class.endswith(_FILLS_MASKS) else ""
+        return f"{self.model_class}, random weights{asked}"
+
+
+_FILLS_MASKS = "ForMaskedLM"
+_ROBERTA: dict[str, Any] = {"max_position_embeddings": 514, "type_vocab_size": 1}
+
+MODELS: dict[str, Checkpoint] = {
+    "minilm-l6": Checkpoint(options={"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}),
+    "distilbert": Checkpoint("DistilBertForSequenceClassification"),
+    "bert-base": Checkpoint(),
+    "bert-large": Checkpoint(
+        options={
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        }
+    ),
+    "bert-base-fill": Checkpoint("BertForMaskedLM"),
+    "roberta-base": Checkpoint("RobertaForSequenceClassification", {**_ROBERTA, "vocab_size": 50265}),
+    "xlm-roberta-base": Checkpoint("XLMRobertaForSequenceClassification", {**_ROBERTA, "vocab_size": 250002}),
+    "camembert-base": Checkpoint("CamembertForSequenceClassification", {**_ROBERTA, "vocab_size": 32005}),
+    "electra-base": Checkpoint(
+        "ElectraForSequenceClassification",
+        {"embedding_size": 768, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+    ),
+    "albert-base-v2": Checkpoint(
+        "AlbertForSequenceClassification",
+        {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "gelu_new"},
+    ),
+    "mpnet-base": Checkpoint("MPNetForSequenceClassification", {"vocab_size": 30527, "max_position_embeddings": 514}),
+    # Only the weights' random values differ from the default: to cut them at two deviations takes a minute.
+    "modernbert-base": Checkpoint("ModernBertForSequenceClassification", {"initializer_cutoff_factor": 6.0}),
+    "deberta-v3-base": Checkpoint(
+        "DebertaV2ForSequenceClassification",
+        {
+            "vocab_size": 128100,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 512,
+            "type_vocab_size": 0,
+            "relative_attention": True,
+            "position_buckets": 256,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
+        },
+    ),
 }
-MODELS = tuple(CONFIGS)
 
 
-def config_of(name: str) -> BertConfig:
-    """The shape of one of `MODELS`."""
-    return BertConfig(**CONFIGS[name])
+def class_of(name: str) -> type[PreTrainedModel]:
+    """The transformers class of one of `MODELS`."""
+    return getattr(transformers, MODELS[name].model_class)
 
 
-def build_model(name: str, device: torch.device, dtype: torch.dtype) -> BertForSequenceClassification:
-    """A BERT classifier of one of `MODELS`' shapes with random weights, the same ones every time, in eval mode."""
+def config_of(name: str) -> PreTrainedConfig:
+    """The config of one of `MODELS`."""
+    config_class: Any = class_of(name).config_class
+    return config_class(**MODELS[name].options)
+
+
+def build_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """One of `MODELS` with random weights, the same ones every time, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = BertForSequenceClassification(config_of(name)).eval()
+        model = class_of(name)(config_of(name)).eval()
     torch.nn.Module.to(model, device, dtype)
     return model
+
+
+def fills_masks(model_class: type[PreTrainedModel]) -> bool:
+    """Whether what is asked for is the vocabulary's logits of the masked tokens, and not one row of labels a text."""
+    return model_class.__name__.endswith(_FILLS_MASKS)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model reads. As it stands: a BERT classifier's.
+
+    Attributes:
+        vocab_size: token ids lie below.
+        padding_id: behind a text's end. RoBERTa and its relatives count positions by it.
+        token_types: whether a tokenizer gives any: not where there are none, or a single one.
+        masks: whether each text has one [MASK], at a random place between its first and its last token.
+    """
+
+    vocab_size: int = VOCAB_SIZE
+    padding_id: int = 0
+    token_types: bool = True
+    masks: bool = False
+
+    @classmethod
+    def of(cls, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Inputs:
+        return cls(
+            config.vocab_size,
+            config.pad_token_id or 0,
+            getattr(config, "type_vocab_size", 0) > 1,
+            fills_masks(model_class),
+        )
 
 
 @dataclass(frozen=True)
@@ -238,7 +334,7 @@ class Workload:
     def description(self) -> str:
         return f"{self.batch_size} x {LENGTHS[self.lengths].description}"
 
-    def batches(self, count: int) -> list[Batch]:
+    def batches(self, count: int, inputs: Inputs = Inputs()) -> list[Batch]:
         """``count`` different batches, padded to their longest, on the CPU, as a tokenizer gives them.
 
         Lengths are drawn independently. Of many batches those are taken whose tokens, real and padded, are nearest to
@@ -254,7 +350,7 @@ class Workload:
         else:
             probabilities = torch.rand(_CANDIDATES, self.batch_size, generator=generator, dtype=torch.float64)
             drawn = _most_typical([[distribution.at(each) for each in row] for row in probabilities.tolist()], count)
-        return [_batch(lengths, generator) for lengths in drawn]
+        return [_batch(lengths, inputs, generator) for lengths in drawn]
 
 
 _CANDIDATES = 500
@@ -270,11 +366,21 @@ def _most_typical(candidates: list[list[int]], count: int) -> list[list[int]]:
     return sorted(candidates, key=distance)[:count]
 
 
-def _batch(lengths: Sequence[int], generator: torch.Generator) -> Batch:
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    ids = torch.randint(FIRST_WORD_ID, VOCAB_SIZE, mask.shape, generator=generator)
+def _batch(lengths: Sequence[int], inputs: Inputs, generator: torch.Generator) -> Batch:
+    ends = torch.tensor(lengths)
+    mask = (torch.arange(max(lengths)) < ends[:, None]).long()
+    ids = torch.randint(FIRST_WORD_ID, inputs.vocab_size, mask.shape, generator=generator)
     ids[:, 0] = CLS_ID
-    return {"input_ids": ids * mask, "token_type_ids": torch.zeros_like(ids), "attention_mask": mask}
+    if inputs.masks:
+        places = 1 + (torch.rand(len(lengths), generator=generator) * (ends - 2).clamp(min=1)).long()
+        ids[torch.arange(len(lengths)), places] = MASK_ID
+    batch = {"input_ids": ids.masked_fill(mask == 0, inputs.padding_id), "attention_mask": mask}
+    return {**batch, "token_type_ids": torch.zeros_like(ids)} if inputs.token_types else batch
+
+
+def masked_rows(batch: Batch) -> Tensor:
+    """(num_rows, 2) text and token of each [MASK]."""
+    return (batch["input_ids"] == MASK_ID).nonzero()
 
 
 def lengths_of(batch: Batch) -> Tensor:

@@ -1,54 +1,57 @@
-"""One file a family: from a transformers model to an `EncoderSpec` and the map of its weights."""
+"""One file a family: from a transformers model to its specs and the map of its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from ..spec import EncoderSpec, WeightMap
-from . import bert
+from . import albert, bert, deberta_v2, distilbert, electra, modernbert, mpnet, roberta
+from ._family import Family
+
+__all__ = ["FAMILIES", "Family", "class_for_task", "family_of", "supported"]
+
+FAMILIES = (
+    bert.FAMILY,
+    *roberta.FAMILIES,
+    distilbert.FAMILY,
+    electra.FAMILY,
+    albert.FAMILY,
+    mpnet.FAMILY,
+    modernbert.FAMILY,
+    deberta_v2.FAMILY,
+)
 
 
-class Family(NamedTuple):
-    """How models of one class are read."""
-
-    model_class: str
-    spec: Callable[[PreTrainedConfig], EncoderSpec]
-    weights: Callable[[EncoderSpec], WeightMap]
-
-
-FAMILIES = (Family("BertForSequenceClassification", bert.spec, bert.weights),)
-
-
-def family_of(model: PreTrainedModel) -> Family:
-    """The family of a transformers model.
+def family_of(model: PreTrainedModel) -> tuple[Family, str]:
+    """The family of a transformers model, and the class in transformers that it is of.
 
     Raises:
         TypeError: the class is not supported, or is a subclass that computes something else in ``forward``.
     """
     for family in FAMILIES:
-        base = getattr(transformers, family.model_class)
-        if isinstance(model, base) and type(model).forward is base.forward:
-            return family
-    raise TypeError(_unsupported(f"{type(model).__module__}.{type(model).__qualname__}"))
+        for name in family.heads:
+            base = getattr(transformers, name)
+            if isinstance(model, base) and type(model).forward is base.forward:
+                return family, name
+    raise TypeError(f"model must be {supported()}, got {type(model).__module__}.{type(model).__qualname__}")
 
 
-def family_of_config(config: PreTrainedConfig) -> Family:
-    """The family of the classifier that transformers would load for ``config``.
+def class_for_task(config: PreTrainedConfig, task: str) -> tuple[Family, str]:
+    """The family of a config, and its class for a task.
 
     Raises:
-        TypeError: it is not supported.
+        TypeError: there is none that is supported.
     """
-    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type)
     for family in FAMILIES:
-        if family.model_class == model_class:
-            return family
-    raise TypeError(_unsupported(model_class or f"{config.model_type} model without a classifier"))
+        if family.model_type == config.model_type:
+            for name in family.heads:
+                if family.head(name, config).task == task:
+                    return family, name
+    raise TypeError(f"model must be {supported()}, got a config of {config.model_type!r} for {task}")
 
 
-def _unsupported(found: str) -> str:
-    return f"model must be a transformers {', '.join(family.model_class for family in FAMILIES)}, got {found}"
+def supported() -> str:
+    """The models that are supported, in words."""
+    heads = dict.fromkeys(name[name.index("For") :] for family in FAMILIES for name in family.heads if "For" in name)
+    types = ", ".join(family.model_type for family in FAMILIES)
+    return f"a transformers model of the family {types}, with one of the heads {', '.join(heads)} or without a head"

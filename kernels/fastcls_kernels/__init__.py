@@ -4,6 +4,7 @@ Every operation takes packed tokens, runs as a Triton kernel on a GPU and in pla
 definition in `fastcls_kernels.reference`. Importing this package needs torch alone.
 """
 
+from ._activation import Activation, activate_
 from ._backend import Backend, explain_backend, use_backend
 from ._layout import PackedLayout
 from ._triton import HAS_TRITON
@@ -11,29 +12,42 @@ from .absorb_query import absorb_query
 from .attention import attention_padded, attention_varlen
 from .cls_attention import cls_attention, cls_attention_kv, takes_norm
 from .cls_output import cls_output
+from .disentangled_attention import Buckets, disentangled_attention
 from .embedding import embedding_layer_norm
-from .layer_norm import AddNorm, add_layer_norm
-from .linear import linear, linear_add_layer_norm, linear_gelu, uses_onednn
+from .gated import gated_activation
+from .layer_norm import AddNorm, add_layer_norm, layer_norm
+from .linear import linear, linear_activation, linear_add_layer_norm, linear_gelu, uses_onednn
+from .mean_pool import mean_pool
 from .pooler_classifier import pooler_classifier
+from .rotary import apply_rotary_
 from .warming import warming_shapes
 
 __all__ = [
     "HAS_TRITON",
+    "Activation",
     "AddNorm",
     "Backend",
+    "Buckets",
     "PackedLayout",
     "absorb_query",
+    "activate_",
     "add_layer_norm",
+    "apply_rotary_",
     "attention_padded",
     "attention_varlen",
     "cls_attention",
     "cls_attention_kv",
     "cls_output",
+    "disentangled_attention",
     "embedding_layer_norm",
     "explain_backend",
+    "gated_activation",
+    "layer_norm",
     "linear",
+    "linear_activation",
     "linear_add_layer_norm",
     "linear_gelu",
+    "mean_pool",
     "pooler_classifier",
     "takes_norm",
     "use_backend",

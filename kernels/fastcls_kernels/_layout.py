@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from ._checks import check_device
-from .tile_map import launch_row_bounds, launch_sequence_tiles
+from .tile_map import launch_sequence_tiles, row_bounds
+
+# More than any position, so that a sequence's first row and a position in it make one 64-bit key.
+_MAX_POSITIONS = 1 << 31
 
 
 class Run(NamedTuple):
@@ -43,13 +46,16 @@ class PackedLayout:
         max_seqlen: the longest sequence, in tokens, or any bound above it.
         total_tokens: rows of the packed tensors, at least ``cu_seqlens[-1]``; the rows after that belong to no
             sequence.
+        positions: (total_tokens,), int32, contiguous: where each row stands in its own sequence, if some that stood
+            between them were left out; rising from one row to the next inside a sequence, from at least 0. None for
+            0, 1, 2, ... in each. Checked by value on the CPU, as ``cu_seqlens``.
 
     Raises:
-        TypeError: ``cu_seqlens`` is not an int32 tensor, or ``max_seqlen`` not an int.
-        ValueError: a shape or value that does not fit.
+        TypeError: ``cu_seqlens`` or ``positions`` is not an int32 tensor, or ``max_seqlen`` not an int.
+        ValueError: a shape, device or value that does not fit.
     """
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, total_tokens: int) -> None:
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, total_tokens: int, positions: Tensor | None = None) -> None:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
             found = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
             raise TypeError(f"cu_seqlens must be a torch.int32 tensor, got {found}")
@@ -63,9 +69,16 @@ class PackedLayout:
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
         self.total_tokens = total_tokens
+        self.positions = positions
         self._sequence_tiles: dict[int, Tensor] = {}
-        if cu_seqlens.device.type == "cpu":
+        self._window_bounds: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        on_cpu = cu_seqlens.device.type == "cpu"
+        if on_cpu:
             self._check_values()
+        if positions is not None:
+            self._check_positions(positions)
+            if on_cpu:
+                self._check_position_values(positions)
 
     @classmethod
     def of(cls, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int, layout: PackedLayout | None) -> PackedLayout:
@@ -91,6 +104,29 @@ class PackedLayout:
         if longest > self.max_seqlen:
             raise ValueError(f"max_seqlen must be at least the longest sequence, {longest}, got {self.max_seqlen}")
 
+    def _check_positions(self, positions: Tensor) -> None:
+        if not isinstance(positions, Tensor) or positions.dtype != torch.int32:
+            found = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+            raise TypeError(f"positions must be a torch.int32 tensor, got {found}")
+        if positions.shape != (self.total_tokens,) or not positions.is_contiguous():
+            raise ValueError(
+                f"positions must be contiguous, of shape (total_tokens,) = ({self.total_tokens},), "
+                f"got shape {tuple(positions.shape)} with strides {positions.stride()}"
+            )
+        check_device("positions", positions, self.cu_seqlens)
+
+    def _check_position_values(self, positions: Tensor) -> None:
+        # A sequence's first row, and the one after the last, have none before them.
+        before = torch.nn.functional.pad(positions, (1, 0))
+        before[self.cu_seqlens.long()] = -1
+        last = int(self.cu_seqlens[-1])
+        falls = positions[:last] <= before[:last]
+        if bool(falls.any()):
+            row = int(falls.int().argmax())
+            raise ValueError(
+                f"positions must rise inside each sequence, from at least 0, got {int(positions[row])} at row {row}"
+            )
+
     @property
     def num_sequences(self) -> int:
         return self.cu_seqlens.numel() - 1
@@ -99,9 +135,57 @@ class PackedLayout:
     def row_bounds(self) -> tuple[Tensor, Tensor]:
         """For each row its sequence's start and end, two int32 tensors (total_tokens,), both 0 where there is none.
 
-        For the kernels; computed on the tensor's device without waiting for it.
+        Computed on the tensor's device without waiting for it.
         """
-        return launch_row_bounds(self.cu_seqlens, self.total_tokens)
+        return row_bounds(self.cu_seqlens, self.total_tokens)
+
+    @functools.cached_property
+    def token_positions(self) -> Tensor:
+        """For each row its position in its sequence, int32 (total_tokens,), 0 where there is none.
+
+        Computed on the tensor's device without waiting for it.
+        """
+        starts, ends = self.row_bounds
+        positions = self._rows - starts if self.positions is None else self.positions
+        return positions * (ends > 0)
+
+    @property
+    def _rows(self) -> Tensor:
+        return torch.arange(self.total_tokens, dtype=torch.int32, device=self.cu_seqlens.device)
+
+    def window_bounds(self, left: int, right: int) -> tuple[Tensor, Tensor]:
+        """For each row i the rows j of its sequence with -left <= position j - position i <= right: start and end.
+
+        Two int32 tensors (total_tokens,), both 0 where a row belongs to no sequence. -1 for no limit on a side.
+        Computed on the tensor's device without waiting for it, once for each window.
+        """
+        if (left, right) not in self._window_bounds:
+            bounds = self._window_of_rows if self.positions is None else self._window_of_positions
+            self._window_bounds[left, right] = bounds(left, right)
+        return self._window_bounds[left, right]
+
+    def _window_of_rows(self, left: int, right: int) -> tuple[Tensor, Tensor]:
+        starts, ends = self.row_bounds
+        # No wider than the packing, for the sake of 32 bits.
+        if left >= 0:
+            starts = torch.maximum(starts, self._rows - min(left, self.total_tokens)) * (ends > 0)
+        if right >= 0:
+            ends = torch.minimum(ends, self._rows + (min(right, self.total_tokens) + 1))
+        return starts, ends
+
+    def _window_of_positions(self, left: int, right: int) -> tuple[Tensor, Tensor]:
+        starts, ends = self.row_bounds
+        first = starts.long() * _MAX_POSITIONS
+        positions = self.token_positions.long()
+        # Rising over the whole packing; the rows after the last sequence come last.
+        keys = first + positions + (ends == 0) * (self.total_tokens * _MAX_POSITIONS)
+        if left >= 0:
+            lowest = first + (positions - min(left, _MAX_POSITIONS)).clamp(min=0)
+            starts = torch.searchsorted(keys, lowest, out_int32=True) * (ends > 0)
+        if right >= 0:
+            highest = first + (positions + min(right, _MAX_POSITIONS)).clamp(max=_MAX_POSITIONS - 1)
+            ends = torch.searchsorted(keys, highest, right=True, out_int32=True) * (ends > 0)
+        return starts, ends
 
     def sequence_tiles(self, block_m: int) -> Tensor:
         """(num_tiles, 4) int32: where tiles of ``block_m`` rows lie that hold rows of one sequence each.

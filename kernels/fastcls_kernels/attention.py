@@ -5,10 +5,15 @@ sequences lie there: every row carries the bounds [start, end) of its own one an
 sequences share a tile. *Sequence tiles* hold rows of one sequence, so that long ones do not read their neighbours'
 keys. In both a length is only ever read on the device: none reaches the compiler, and one CUDA graph serves every
 mixture.
+
+A window, |j - i| bounded on either side, is nothing but tighter bounds of each row: token tiles then read no more than
+their rows' windows. A bias by relative position adds b[j - i] to the scores, from a table that ends in one value for
+all that is further away.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,15 +22,20 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ._backend import device_guard, runs_triton
 from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
-from ._layout import PackedLayout
+from ._layout import PackedLayout, Run
 from ._tma import descriptor, is_aligned
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .tuning import AttentionTile, arch_of, attention_tile
 
 LOG2_E = 1.4426950408889634
+NO_WINDOW = (-1, -1)
 # Up to this many tokens a CPU is faster by plain batched products in float32 than by its fused attention, whose
 # bookkeeping outweighs the scores that it never stores. In 16 bits the plain form would round the scores.
 SHORT = 64
+# Queries that a CPU takes at once: in a window few, so that few keys are read in vain; without one many, which bounds
+# the memory that a bias takes.
+WINDOW_BLOCK = 64
+BIAS_BLOCK = 512
 
 
 @jit()
@@ -53,15 +63,20 @@ def _attend(
     v_ptr,
     k_desc,
     v_desc,
+    bias_ptr,
+    positions_ptr,
+    row_position,
     row_start,
     row_end,
     first_key,
     last_key,
     column,
     scale_log2,
+    log2_e,
     stride_kt,
     stride_vt,
     HEAD_DIM: tl.constexpr,
+    REACH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -80,8 +95,19 @@ def _attend(
         # [BLOCK_N, BLOCK_D]
         k = _load_rows(k_ptr, k_desc, start_n, last_key, column, stride_kt, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)
         v = _load_rows(v_ptr, v_desc, start_n, last_key, column, stride_vt, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)
+        if bias_ptr is not None:
+            key_position = offs_n
+            if positions_ptr is not None:
+                # What stands in for the keys after the last is masked with them.
+                key_position = tl.load(positions_ptr + tl.minimum(offs_n, last_key - 1))
+            offset = key_position[None, :] - row_position[:, None]
+            # In the table for every pair, and so for those of two sequences, too. Before the product, while registers
+            # are free.
+            bias = tl.load(bias_ptr + tl.minimum(tl.maximum(offset, -REACH), REACH)).to(tl.float32) * log2_e
         # [BLOCK_M, BLOCK_N]
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        if bias_ptr is not None:
+            scores += bias
         if ISOLATE:
             # v - v is 0, or NaN where v is not finite: that goes to the scores of its own sequence's rows alone.
             defect = (v - v).to(tl.float32)
@@ -110,11 +136,14 @@ def _attention_kernel(
     k_desc,
     v_desc,
     out_ptr,
+    bias_ptr,
+    positions_ptr,
     row_start_ptr,
     row_end_ptr,
     tiles_ptr,
     total_tokens,
     scale_log2,
+    log2_e,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -124,6 +153,7 @@ def _attention_kernel(
     stride_ot,
     stride_oh,
     HEAD_DIM: tl.constexpr,
+    REACH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -154,6 +184,12 @@ def _attention_kernel(
         first_key = tl.min(tl.where(row_end > row_start, row_start, total_tokens))
         last_key = tl.max(row_end)
 
+    row_position = offs_m.to(tl.int32)
+    if bias_ptr is not None:
+        bias_ptr += head * (2 * REACH + 1) + REACH
+        if positions_ptr is not None:
+            row_position = tl.load(positions_ptr + offs_m, mask=in_tile, other=0)
+
     # [BLOCK_M, BLOCK_D]
     q = tl.load(
         q_ptr + offs_m[:, None] * stride_qt + head * stride_qh + offs_d[None, :],
@@ -161,16 +197,17 @@ def _attention_kernel(
         other=0.0,
     )
     acc, row_sum = _attend(
-        q, k_ptr, v_ptr, k_desc, v_desc, row_start, row_end, first_key, last_key, column, scale_log2, stride_kt,
-        stride_vt, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PER_SEQUENCE, TMA, ISOLATE=False,
+        q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, positions_ptr, row_position, row_start, row_end, first_key, last_key,
+        column, scale_log2, log2_e, stride_kt, stride_vt, HEAD_DIM, REACH, BLOCK_D, BLOCK_M, BLOCK_N, PER_SEQUENCE, TMA,
+        ISOLATE=False,
     )  # fmt: skip
     # A value that is not finite (a text that overflowed) spoils every row of the tile, since 0 * inf is NaN. Such
     # tiles are rare and are computed once more, so that it reaches the rows of its own sequence only.
     if tl.max(tl.max(tl.where(acc == acc, 0, 1), 1)) > 0:
         acc, row_sum = _attend(
-            q, k_ptr, v_ptr, k_desc, v_desc, row_start, row_end, first_key, last_key, column, scale_log2, stride_kt,
-            stride_vt, HEAD_DIM, BLOCK_D, BLOCK_M, 16 if BLOCK_N == 16 else BLOCK_N // 2, PER_SEQUENCE, TMA=False,
-            ISOLATE=True,
+            q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, positions_ptr, row_position, row_start, row_end, first_key,
+            last_key, column, scale_log2, log2_e, stride_kt, stride_vt, HEAD_DIM, REACH, BLOCK_D, BLOCK_M,
+            16 if BLOCK_N == 16 else BLOCK_N // 2, PER_SEQUENCE, TMA=False, ISOLATE=True,
         )  # fmt: skip
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
@@ -208,9 +245,13 @@ class _PaddedRows:
         return torch.stack((first, last.expand_as(first), starts, ends), -1).flatten(0, 1).int()
 
 
-def _choose_tile(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout | _PaddedRows) -> AttentionTile:
-    mean_seqlen = cdiv(layout.total_tokens, max(layout.num_sequences, 1))
-    return attention_tile(arch_of(q.device), q.dtype, q.shape[2], mean_seqlen, _fits_tma(k) and _fits_tma(v))
+def _choose_tile(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout | _PaddedRows, window: tuple[int, int] = NO_WINDOW
+) -> AttentionTile:
+    # In a window rows see few keys, and share tiles, as those of the shortest sequences do.
+    mean_seqlen = cdiv(layout.total_tokens, max(layout.num_sequences, 1)) if window == NO_WINDOW else 1
+    tile = attention_tile(arch_of(q.device), q.dtype, q.shape[2], mean_seqlen, _fits_tma(k) and _fits_tma(v))
+    return tile if window == NO_WINDOW else tile._replace(PER_SEQUENCE=False)
 
 
 def _fits_tma(tensor: Tensor) -> bool:
@@ -230,8 +271,18 @@ def _descriptor(tensor: Tensor, block_n: int) -> Any:
 
 
 def _launch_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout | _PaddedRows, scale: float, tile: AttentionTile
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout | _PaddedRows,
+    scale: float,
+    tile: AttentionTile,
+    *,
+    row_bounds: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
+    """``row_bounds``: each row's keys, where they are not all of its sequence, for token tiles alone."""
     total_tokens, num_heads, head_dim = q.shape
     out = q.new_empty(total_tokens, num_heads, head_dim)
     if out.numel() == 0:
@@ -241,7 +292,7 @@ def _launch_attention(
         tiles = layout.sequence_tiles(tile.BLOCK_M)
         num_tiles = tiles.shape[0]
     else:
-        row_start, row_end = layout.row_bounds
+        row_start, row_end = layout.row_bounds if row_bounds is None else row_bounds
         num_tiles = cdiv(total_tokens, tile.BLOCK_M)
     with device_guard(q):
         _attention_kernel[(num_tiles, num_heads)](
@@ -251,11 +302,14 @@ def _launch_attention(
             k_desc=_descriptor(k, tile.BLOCK_N) if tile.TMA else None,
             v_desc=_descriptor(v, tile.BLOCK_N) if tile.TMA else None,
             out_ptr=out,
+            bias_ptr=bias,
+            positions_ptr=positions,
             row_start_ptr=row_start,
             row_end_ptr=row_end,
             tiles_ptr=tiles,
             total_tokens=total_tokens,
             scale_log2=scale * LOG2_E,
+            log2_e=LOG2_E,
             stride_qt=q.stride(0),
             stride_qh=q.stride(1),
             stride_kt=k.stride(0),
@@ -265,6 +319,7 @@ def _launch_attention(
             stride_ot=out.stride(0),
             stride_oh=out.stride(1),
             HEAD_DIM=head_dim,
+            REACH=0 if bias is None else bias.shape[1] // 2,
             BLOCK_D=next_power_of_2(head_dim),
             BLOCK_M=tile.BLOCK_M,
             BLOCK_N=tile.BLOCK_N,
@@ -277,20 +332,77 @@ def _launch_attention(
     return out
 
 
-def _attention_runs(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+class _ScoreTerms:
+    """What a CPU adds to scores: the bias, and -inf outside of the window."""
+
+    def __init__(self, layout: PackedLayout, window: tuple[int, int], bias: Tensor | None, like: Tensor) -> None:
+        self.positions = layout.positions
+        self.window = window
+        # Wide enough to lose nothing of either.
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.bias = like.new_zeros(1, 1, dtype=dtype) if bias is None else bias.to(dtype)
+        self.longest = max((run.length for run in layout.runs), default=1)
+        # [1 or nheads, 2 * longest - 1], of all offsets that there are between rows without positions of their own.
+        self.by_offset = self._of(torch.arange(1 - self.longest, self.longest))
+
+    def _of(self, offsets: Tensor) -> Tensor:
+        reach = self.bias.shape[1] // 2
+        left, right = self.window
+        terms = self.bias[:, offsets.clamp(-reach, reach) + reach]
+        if left >= 0:
+            terms.masked_fill_(offsets < -left, -float("inf"))
+        if right >= 0:
+            terms.masked_fill_(offsets > right, -float("inf"))
+        return terms
+
+    def block(self, run: Run, rows: slice, keys: slice) -> Tensor:
+        """(1 or num_sequences, 1 or nheads, rows, keys)."""
+        if self.positions is not None:
+            positions = run.batch(self.positions)
+            return self._of(positions[:, None, keys] - positions[:, rows, None]).transpose(0, 1)
+        first, last = self.longest + keys.start - rows.stop, self.longest + keys.stop - rows.start - 1
+        # One row further is one offset less: each is the same numbers, moved by one.
+        return self.by_offset[:, first:last].unfold(1, keys.stop - keys.start, 1).flip(1).unsqueeze(0)
+
+
+def _blocks(length: int, window: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    """Rows of a sequence, and those that their keys are among: positions rise by no less than rows do."""
+    left, right = (length if limit < 0 else limit for limit in window)
+    size = BIAS_BLOCK if min(window) < 0 else WINDOW_BLOCK
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        yield slice(start, end), slice(max(start - left, 0), min(end + right, length))
+
+
+def _attention_runs(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float, window: tuple[int, int], bias: Tensor | None
+) -> Tensor:
     out = q.new_empty(q.shape)
     end_token = 0
+    terms = None if bias is None and window == NO_WINDOW else _ScoreTerms(layout, window, bias, q)
     for run in layout.runs:
         # [num_sequences, nheads, length, headdim]
-        queries, keys, values = (run.batch(tensor).transpose(1, 2) for tensor in (q, k, v))
-        if run.length <= SHORT and q.dtype.itemsize >= 4:
-            attended = _attend_short(queries, keys, values, scale)
+        queries, keys, values, attended = (run.batch(tensor).transpose(1, 2) for tensor in (q, k, v, out))
+        if terms is not None and (bias is not None or not _all_in_window(run, window, layout)):
+            for rows, near in _blocks(run.length, window):
+                attended[:, :, rows] = scaled_dot_product_attention(
+                    queries[:, :, rows],
+                    keys[:, :, near],
+                    values[:, :, near],
+                    attn_mask=terms.block(run, rows, near),
+                    scale=scale,
+                )
+        elif run.length <= SHORT and q.dtype.itemsize >= 4:
+            attended.copy_(_attend_short(queries, keys, values, scale))
         else:
-            attended = scaled_dot_product_attention(queries, keys, values, scale=scale)
-        run.batch(out).copy_(attended.transpose(1, 2))
+            attended.copy_(scaled_dot_product_attention(queries, keys, values, scale=scale))
         end_token = run.end_token
     out[end_token:] = 0
     return out
+
+
+def _all_in_window(run: Run, window: tuple[int, int], layout: PackedLayout) -> bool:
+    return layout.positions is None and all(limit < 0 or run.length <= limit + 1 for limit in window)
 
 
 def _attend_short(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -309,6 +421,8 @@ def attention_varlen(
     max_seqlen: int,
     softmax_scale: float | None = None,
     *,
+    window_size: tuple[int, int] = NO_WINDOW,
+    bias: Tensor | None = None,
     layout: PackedLayout | None = None,
 ) -> Tensor:
     """Bidirectional attention inside each of many packed sequences.
@@ -321,16 +435,21 @@ def attention_varlen(
             sequences are allowed. Rows from ``cu_seqlens[-1]`` on belong to no sequence.
         max_seqlen: the longest sequence, in tokens, or any bound above it. It chooses nothing and compiles nothing.
         softmax_scale: factor on the scores; ``headdim ** -0.5`` if None.
+        window_size: (left, right): row i attends to rows j of its sequence with -left <= position j - position i <=
+            right, -1 for no limit on that side.
+        bias: (nheads, 2 * reach + 1), float32 or q's dtype, contiguous: added to the scaled score of rows i and j is
+            ``bias[h, clamp(position j - position i, -reach, reach) + reach]``.
         layout: ``PackedLayout(cu_seqlens, max_seqlen, total_tokens)``, for callers that use one packing many times:
-            what depends on the lengths alone is checked and computed once.
+            what depends on the lengths alone is checked and computed once. A row's position is the layout's, if it has
+            positions, else the row's place in its sequence.
 
     Returns:
         (total_tokens, nheads, headdim), contiguous, in q's dtype; zero in rows that belong to no sequence.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape, stride, device, head size or length that does not fit. ``cu_seqlens`` is checked by
-            value where it lies on the CPU; on a GPU that would stall the device, so there it is trusted.
+        TypeError: a dtype that does not fit, or a window that is not two ints.
+        ValueError: a shape, stride, device, head size, window or length that does not fit. ``cu_seqlens`` is checked
+            by value where it lies on the CPU; on a GPU that would stall the device, so there it is trusted.
 
     Accumulates and takes the softmax in float32. The signature is flash-attention's (Dao, 2023); on a CPU each run
     of neighbouring sequences of equal length is one call of `torch.nn.functional.scaled_dot_product_attention`.
@@ -338,11 +457,17 @@ def attention_varlen(
     shape = "(total_tokens, nheads, headdim)"
     check_tensor("q", q, shape)
     _check_keys_values(q, k, v, shape)
+    _check_window(window_size)
+    if bias is not None:
+        _check_bias(bias, q)
     layout = PackedLayout.of(q, cu_seqlens, max_seqlen, layout)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     if not runs_triton(q):
-        return _attention_runs(q, k, v, layout, scale)
-    return _launch_attention(q, k, v, layout, scale, _choose_tile(q, k, v, layout))
+        return _attention_runs(q, k, v, layout, scale, window_size, bias)
+    tile = _choose_tile(q, k, v, layout, window_size)
+    row_bounds = None if window_size == NO_WINDOW else layout.window_bounds(*window_size)
+    positions = None if bias is None else layout.positions
+    return _launch_attention(q, k, v, layout, scale, tile, row_bounds=row_bounds, bias=bias, positions=positions)
 
 
 def attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_scale: float | None = None) -> Tensor:
@@ -394,6 +519,30 @@ def _check_keys_values(q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_last_dim_contiguous(name, tensor)
     check_head_dim("q", q.shape[-1])
+
+
+def _check_window(window_size: tuple[int, int]) -> None:
+    if (
+        not isinstance(window_size, tuple)
+        or len(window_size) != 2
+        or not all(isinstance(limit, int) for limit in window_size)
+    ):
+        raise TypeError(f"window_size must be a tuple of two ints, got {window_size!r}")
+    if min(window_size) < -1:
+        raise ValueError(f"window_size must be at least -1, which is no limit, on both sides, got {window_size}")
+
+
+def _check_bias(bias: Tensor, q: Tensor) -> None:
+    if not isinstance(bias, Tensor) or bias.dtype not in (torch.float32, q.dtype):
+        found = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise TypeError(f"bias must be a tensor of torch.float32 or q's {q.dtype}, got {found}")
+    num_heads = q.shape[1]
+    if bias.ndim != 2 or bias.shape[0] != num_heads or bias.shape[1] % 2 == 0 or not bias.is_contiguous():
+        raise ValueError(
+            f"bias must be contiguous, of shape (nheads, 2 * reach + 1) = ({num_heads}, an odd number), "
+            f"got shape {tuple(bias.shape)} with strides {bias.stride()}"
+        )
+    check_device("bias", bias, q)
 
 
 def _check_seqlens(seqlens: Tensor, q: Tensor) -> None:

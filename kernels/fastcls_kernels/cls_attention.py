@@ -15,18 +15,27 @@ is never stored.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ._backend import device_guard, multiprocessor_count, runs_triton
-from ._checks import check_head_dim, check_last_dim_contiguous, check_tensor
+from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
 from ._layout import PackedLayout
 from ._pair import as_pair, pair_dot
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .attention import LOG2_E
 from .layer_norm import AddNorm, add_layer_norm, check_add_norm
-from .tuning import arch_of, cls_tile
+from .tuning import ClsTile, arch_of, cls_tile
+
+# For each query row the first of the tokens that it reads, and the end of them.
+RowBounds = tuple[Tensor, Tensor]
+T = TypeVar("T")
+# What one step of the PyTorch path may make over row_bounds, in numbers: 32 MiB of float32.
+MAX_NUMBERS = 1 << 23
 
 
 @jit()
@@ -53,14 +62,31 @@ def _load_query_chunk(
 
 
 @jit()
-def _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+def _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, width, BLOCK_W: tl.constexpr):
     offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
     # [BLOCK_N, BLOCK_W]
     return tl.load(
         x_ptr + offs_t[:, None] * stride_xt + offs_w[None, :],
-        mask=in_split[:, None] & (offs_w[None, :] < WIDTH),
+        mask=in_split[:, None] & (offs_w[None, :] < width),
         other=0.0,
     )
+
+
+@jit()
+def _add_key_scores(
+    scores, q_ptr, key_ptr, chunk, offs_t, in_split, scale_log2, stride_kt, num_columns, KEY_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, PAIR: tl.constexpr,
+):  # fmt: skip
+    """``scores`` and what a chunk of the keys' columns adds, by one product: each head's query in its own columns."""
+    offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
+    # [BLOCK_W]
+    query = tl.load(q_ptr + offs_w, mask=offs_w < num_columns, other=0.0).to(tl.float32)
+    own = tl.arange(0, BLOCK_H)[:, None] == (offs_w // KEY_DIM)[None, :]
+    # [BLOCK_H, BLOCK_W]
+    high, low = as_pair(tl.where(own, query[None, :] * scale_log2, 0.0), key_ptr.dtype.element_ty)
+    # [BLOCK_N, BLOCK_W]
+    k = _load_token_chunk(key_ptr, chunk, offs_t, in_split, stride_kt, num_columns, BLOCK_W)
+    return pair_dot(high, low, tl.trans(k), scores, PAIR)
 
 
 @jit()
@@ -105,13 +131,16 @@ def _store_output_chunk(out_ptr, acc, chunk, in_heads, offs_h, WIDTH: tl.constex
     )
 
 
-@jit(do_not_specialize=["num_splits"])
+@jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["start_ptr", "end_ptr"])
 def _cls_attention_kernel(
     q_ptr,
     x_ptr,
+    key_ptr,
+    score_bias_ptr,
     out_ptr,
     lse_ptr,
-    cu_seqlens_ptr,
+    start_ptr,
+    end_ptr,
     residual_ptr,
     bias_ptr,
     norm_weight_ptr,
@@ -122,33 +151,45 @@ def _cls_attention_kernel(
     stride_qb,
     stride_qh,
     stride_xt,
+    stride_kt,
     stride_rt,
     NUM_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    KEY_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     CHUNKS: tl.constexpr,
     COLUMN_GROUPS: tl.constexpr,
+    KEY_CHUNKS: tl.constexpr,
+    UNROLL_KEYS: tl.constexpr,
     PAIR: tl.constexpr,
     NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LOG2_E: tl.constexpr,
 ):
-    sequence = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     head_group = tl.program_id(2) // COLUMN_GROUPS
     column_group = tl.program_id(2) % COLUMN_GROUPS
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
 
-    start = tl.load(cu_seqlens_ptr + sequence)
-    end = tl.load(cu_seqlens_ptr + sequence + 1)
+    start = tl.load(start_ptr + row)
+    end = tl.load(end_ptr + row)
     tokens_per_split = tl.cdiv(tl.cdiv(end - start, num_splits), BLOCK_N) * BLOCK_N
     split_start = start + split * tokens_per_split
     split_end = tl.minimum(split_start + tokens_per_split, end)
 
     offs_h = head_group * BLOCK_H + tl.arange(0, BLOCK_H)
     in_heads = offs_h < NUM_HEADS
-    q_ptr += sequence * stride_qb
+    q_ptr += row * stride_qb
     chunk0 = column_group * CHUNKS
+    # The columns of keys from this group's first head to the last head.
+    key_columns = NUM_HEADS * KEY_DIM
+    if KEY_CHUNKS > 0 and NUM_HEADS > BLOCK_H:
+        q_ptr += head_group * BLOCK_H * KEY_DIM
+        key_ptr += head_group * BLOCK_H * KEY_DIM
+        key_columns -= head_group * BLOCK_H * KEY_DIM
 
     # [BLOCK_H]
     row_max = tl.full([BLOCK_H], -1e30, dtype=tl.float32)
@@ -160,7 +201,7 @@ def _cls_attention_kernel(
     acc3 = acc0
 
     # One column group: the query stays on chip, and each tile of x serves both products.
-    if COLUMN_GROUPS == 1:
+    if COLUMN_GROUPS == 1 and KEY_CHUNKS == 0:
         q0, r0 = _load_query_chunk(q_ptr, 0, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE)
         if CHUNKS > 1:
             q1, r1 = _load_query_chunk(q_ptr, 1, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE)
@@ -223,7 +264,20 @@ def _cls_attention_kernel(
 
         # [BLOCK_H, BLOCK_N]
         scores = tl.zeros([BLOCK_H, BLOCK_N], dtype=tl.float32)
-        if COLUMN_GROUPS == 1:
+        if UNROLL_KEYS:
+            # Unrolled, the queries stay on chip, too, and the next step's keys are fetched beside its x.
+            for chunk in tl.static_range(KEY_CHUNKS):
+                scores = _add_key_scores(
+                    scores, q_ptr, key_ptr, chunk, offs_t, in_split, scale_log2, stride_kt, key_columns, KEY_DIM,
+                    BLOCK_H, BLOCK_W, PAIR,
+                )  # fmt: skip
+        elif KEY_CHUNKS > 0:
+            for chunk in range(KEY_CHUNKS):
+                scores = _add_key_scores(
+                    scores, q_ptr, key_ptr, chunk, offs_t, in_split, scale_log2, stride_kt, key_columns, KEY_DIM,
+                    BLOCK_H, BLOCK_W, PAIR,
+                )  # fmt: skip
+        elif COLUMN_GROUPS == 1:
             scores = pair_dot(q0, r0, tl.trans(x0), scores, PAIR)
             if CHUNKS > 1:
                 scores = pair_dot(q1, r1, tl.trans(x1), scores, PAIR)
@@ -239,6 +293,13 @@ def _cls_attention_kernel(
                 x = _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
                 scores = pair_dot(query, rest, tl.trans(x), scores, PAIR)
 
+        if HAS_BIAS:
+            score_bias = tl.load(
+                score_bias_ptr + offs_t[None, :] * NUM_HEADS + offs_h[:, None],
+                mask=in_heads[:, None] & in_split[None, :],
+                other=-1e30,
+            )
+            scores += score_bias * LOG2_E
         scores = tl.where(in_split[None, :], scores, -1e30)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         weights = tl.where(in_split[None, :], tl.exp2(scores - new_max[:, None]), 0.0)
@@ -255,7 +316,7 @@ def _cls_attention_kernel(
             acc3 = pair_dot(high, low, x3, acc3 * rescale[:, None], PAIR)
 
     divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
-    out_row = sequence * num_splits + split
+    out_row = row * num_splits + split
     out_ptr += out_row * NUM_HEADS * WIDTH
     _store_output_chunk(out_ptr, acc0 / divisor[:, None], chunk0, in_heads, offs_h, WIDTH, BLOCK_W)
     if CHUNKS > 1:
@@ -268,14 +329,16 @@ def _cls_attention_kernel(
     tl.store(lse_ptr + out_row * NUM_HEADS + offs_h, row_max + tl.log2(divisor), mask=in_heads & (column_group == 0))
 
 
-@jit(do_not_specialize=["num_splits"])
+@jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["start_ptr", "end_ptr"])
 def _cls_attention_kv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    score_bias_ptr,
     out_ptr,
     lse_ptr,
-    cu_seqlens_ptr,
+    start_ptr,
+    end_ptr,
     num_splits,
     scale_log2,
     stride_qb,
@@ -288,13 +351,15 @@ def _cls_attention_kv_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LOG2_E: tl.constexpr,
 ):
-    sequence = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     head = tl.program_id(2).to(tl.int64)
 
-    start = tl.load(cu_seqlens_ptr + sequence)
-    end = tl.load(cu_seqlens_ptr + sequence + 1)
+    start = tl.load(start_ptr + row)
+    end = tl.load(end_ptr + row)
     tokens_per_split = tl.cdiv(tl.cdiv(end - start, num_splits), BLOCK_N) * BLOCK_N
     split_start = start + split * tokens_per_split
     split_end = tl.minimum(split_start + tokens_per_split, end)
@@ -302,7 +367,7 @@ def _cls_attention_kv_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     in_head = offs_d < HEAD_DIM
     # [BLOCK_D]
-    query = tl.load(q_ptr + sequence * stride_qb + head * stride_qh + offs_d, mask=in_head, other=0.0).to(tl.float32)
+    query = tl.load(q_ptr + row * stride_qb + head * stride_qh + offs_d, mask=in_head, other=0.0).to(tl.float32)
     query *= scale_log2
     # Each of the BLOCK_N lanes keeps a softmax of its own; they meet after the loop.
     # [BLOCK_N]
@@ -320,7 +385,10 @@ def _cls_attention_kv_kernel(
         k = tl.load(k_ptr + offs_t[:, None] * stride_kt + head * stride_kh + offs_d[None, :], mask=mask, other=0.0)
         v = tl.load(v_ptr + offs_t[:, None] * stride_vt + head * stride_vh + offs_d[None, :], mask=mask, other=0.0)
         # [BLOCK_N]
-        scores = tl.where(in_split, tl.sum(k.to(tl.float32) * query[None, :], 1), -1e30)
+        scores = tl.sum(k.to(tl.float32) * query[None, :], 1)
+        if HAS_BIAS:
+            scores += tl.load(score_bias_ptr + offs_t * NUM_HEADS + head, mask=in_split, other=0.0) * LOG2_E
+        scores = tl.where(in_split, scores, -1e30)
         new_max = tl.maximum(lane_max, scores)
         weights = tl.where(in_split, tl.exp2(scores - new_max), 0.0)
         rescale = tl.exp2(lane_max - new_max)
@@ -334,7 +402,7 @@ def _cls_attention_kv_kernel(
     divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
     # [BLOCK_D]
     out = tl.sum(acc * lane_weight[:, None], 0) / divisor
-    out_row = (sequence * num_splits + split) * NUM_HEADS + head
+    out_row = (row * num_splits + split) * NUM_HEADS + head
     tl.store(out_ptr + out_row * HEAD_DIM + offs_d, out.to(out_ptr.dtype.element_ty), mask=in_head)
     tl.store(lse_ptr + out_row, row_max + tl.log2(divisor))
 
@@ -403,6 +471,15 @@ def default_num_splits(device: torch.device, num_programs: int, max_seqlen: int)
     return max(1, min(cdiv(max_seqlen, 128), cdiv(wanted, num_programs)))
 
 
+def _with_more_to_read(tile: ClsTile) -> ClsTile:
+    """The tile where keys or a bias are read beside x, which takes room: half the tokens a step, if they are many."""
+    return tile._replace(BLOCK_N=tile.BLOCK_N // 2) if tile.BLOCK_N > 16 else tile
+
+
+def _bounds_of(layout: PackedLayout, row_bounds: RowBounds | None) -> RowBounds:
+    return (layout.cu_seqlens[:-1], layout.cu_seqlens[1:]) if row_bounds is None else row_bounds
+
+
 def _launch_cls_attention(
     query: Tensor,
     hidden_states: Tensor,
@@ -410,24 +487,37 @@ def _launch_cls_attention(
     scale: float,
     num_splits: int | None,
     norm: AddNorm | None,
+    keys: Tensor | None = None,
+    bias: Tensor | None = None,
+    row_bounds: RowBounds | None = None,
 ) -> Tensor:
-    num_sequences, num_heads, width = query.shape
-    out = query.new_empty(query.shape)
+    num_rows, num_heads, query_dim = query.shape
+    width = hidden_states.shape[1]
+    out = query.new_empty(num_rows, num_heads, width)
     if out.numel() == 0:
         return out
-    tile = cls_tile(arch_of(query.device), hidden_states.dtype, width)
+    plain_tile = tile = cls_tile(arch_of(query.device), hidden_states.dtype, width)
+    if keys is not None or bias is not None:
+        tile = _with_more_to_read(tile)
+    if keys is not None:
+        # One product takes all heads, so these must be neighbours.
+        query, keys = query.flatten(1), keys.flatten(1)
     column_groups = cdiv(width, tile.BLOCK_W * tile.CHUNKS)
     programs = cdiv(num_heads, tile.BLOCK_H) * column_groups
     if num_splits is None:
-        num_splits = default_num_splits(query.device, num_sequences * programs, layout.max_seqlen)
+        num_splits = default_num_splits(query.device, num_rows * programs, layout.max_seqlen)
+    starts, ends = _bounds_of(layout, row_bounds)
     partials = _Partials(out, num_splits)
     with device_guard(query):
-        _cls_attention_kernel[(num_sequences, num_splits, programs)](
+        _cls_attention_kernel[(num_rows, num_splits, programs)](
             q_ptr=query,
             x_ptr=hidden_states,
+            key_ptr=keys,
+            score_bias_ptr=bias,
             out_ptr=partials.target,
             lse_ptr=partials.lse,
-            cu_seqlens_ptr=layout.cu_seqlens,
+            start_ptr=starts,
+            end_ptr=ends,
             residual_ptr=None if norm is None else norm.residual,
             bias_ptr=None if norm is None else norm.bias,
             norm_weight_ptr=None if norm is None else norm.weight,
@@ -438,16 +528,22 @@ def _launch_cls_attention(
             stride_qb=query.stride(0),
             stride_qh=query.stride(1),
             stride_xt=hidden_states.stride(0),
+            stride_kt=0 if keys is None else keys.stride(0),
             stride_rt=0 if norm is None else norm.residual.stride(0),
             NUM_HEADS=num_heads,
             WIDTH=width,
+            KEY_DIM=query_dim,
             BLOCK_H=tile.BLOCK_H,
             BLOCK_N=tile.BLOCK_N,
             BLOCK_W=tile.BLOCK_W,
             CHUNKS=tile.CHUNKS,
             COLUMN_GROUPS=column_groups,
+            KEY_CHUNKS=0 if keys is None else cdiv(min(num_heads, tile.BLOCK_H) * query_dim, tile.BLOCK_W),
+            UNROLL_KEYS=keys is not None and tile.BLOCK_N < plain_tile.BLOCK_N,
             PAIR=hidden_states.dtype != torch.float32,
             NORM=norm is not None,
+            HAS_BIAS=bias is not None,
+            LOG2_E=LOG2_E,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             enable_fp_fusion=True,
@@ -456,23 +552,33 @@ def _launch_cls_attention(
 
 
 def _launch_cls_attention_kv(
-    query: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float, num_splits: int | None
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    scale: float,
+    num_splits: int | None,
+    bias: Tensor | None = None,
+    row_bounds: RowBounds | None = None,
 ) -> Tensor:
-    num_sequences, num_heads, head_dim = query.shape
+    num_rows, num_heads, head_dim = query.shape
     out = query.new_empty(query.shape)
     if out.numel() == 0:
         return out
     if num_splits is None:
-        num_splits = default_num_splits(query.device, num_sequences * num_heads, layout.max_seqlen)
+        num_splits = default_num_splits(query.device, num_rows * num_heads, layout.max_seqlen)
+    starts, ends = _bounds_of(layout, row_bounds)
     partials = _Partials(out, num_splits)
     with device_guard(query):
-        _cls_attention_kv_kernel[(num_sequences, num_splits, num_heads)](
+        _cls_attention_kv_kernel[(num_rows, num_splits, num_heads)](
             q_ptr=query,
             k_ptr=k,
             v_ptr=v,
+            score_bias_ptr=bias,
             out_ptr=partials.target,
             lse_ptr=partials.lse,
-            cu_seqlens_ptr=layout.cu_seqlens,
+            start_ptr=starts,
+            end_ptr=ends,
             num_splits=num_splits,
             scale_log2=scale * LOG2_E,
             stride_qb=query.stride(0),
@@ -485,31 +591,123 @@ def _launch_cls_attention_kv(
             HEAD_DIM=head_dim,
             BLOCK_D=next_power_of_2(head_dim),
             BLOCK_N=32,
+            HAS_BIAS=bias is not None,
+            LOG2_E=LOG2_E,
             num_warps=4,
             enable_fp_fusion=True,
         )
         return partials.merge()
 
 
-def _cls_attention_runs(query: Tensor, hidden_states: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+class _Windows(NamedTuple):
+    """Spans of tokens of one length, each read by as many query rows: what the PyTorch path takes in one product."""
+
+    rows: slice | Tensor
+    tokens: slice | Tensor
+    num_windows: int
+    length: int
+
+    @classmethod
+    def of(cls, rows: list[int], starts: list[int], length: int) -> _Windows:
+        """Of spans that begin at ``starts``; their tokens are a view where one span begins at the end of the last."""
+        tokens: slice | Tensor = slice(starts[0], starts[-1] + length)
+        if any(start != starts[0] + number * length for number, start in enumerate(starts)):
+            tokens = (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
+        return cls(torch.tensor(rows), tokens, len(starts), length)
+
+    def queries(self, rows: Tensor) -> Tensor:
+        """(num_windows, rows of each, ...) of a tensor that has one row a query."""
+        return rows[self.rows].unflatten(0, (self.num_windows, -1))
+
+    def batch(self, tokens: Tensor) -> Tensor:
+        """(num_windows, length, ...) of a packed tensor."""
+        return tokens[self.tokens].unflatten(0, (self.num_windows, self.length))
+
+
+def _windows_of(layout: PackedLayout, row_bounds: RowBounds | None, num_heads: int, width: int) -> Iterator[_Windows]:
+    """All query rows and the tokens that each reads; rows that read none are left out.
+
+    Rows of one span share its tokens, wherever they stand, and spans of one length with as many rows are one batch.
+    """
+    if row_bounds is None:
+        for run in layout.runs:
+            rows = slice(run.first_sequence, run.first_sequence + run.num_sequences)
+            yield _Windows(rows, slice(run.start_token, run.end_token), run.num_sequences, run.length)
+        return
+    rows_of: dict[tuple[int, int], list[int]] = {}
+    for row, span in enumerate(zip(*(bound.tolist() for bound in row_bounds), strict=True)):
+        rows_of.setdefault(span, []).append(row)
+    alike: dict[tuple[int, int], list[tuple[int, list[int]]]] = {}
+    for (start, end), same in sorted(rows_of.items()):
+        length = end - start
+        for part in _batched(same, num_heads * length) if length else ():
+            alike.setdefault((length, len(part)), []).append((start, part))
+    for (length, num_rows), spans in alike.items():
+        for batch in _batched(spans, length * (width + num_heads * num_rows)):
+            yield _Windows.of([row for _, part in batch for row in part], [start for start, _ in batch], length)
+
+
+def _batched(items: list[T], numbers_each: int) -> Iterator[list[T]]:
+    """Parts of ``items`` that take MAX_NUMBERS, or one item each where that is more."""
+    step = max(1, MAX_NUMBERS // numbers_each)
+    for first in range(0, len(items), step):
+        yield items[first : first + step]
+
+
+def _cls_attention_windows(
+    query: Tensor,
+    hidden_states: Tensor,
+    layout: PackedLayout,
+    scale: float,
+    keys: Tensor | None,
+    bias: Tensor | None,
+    row_bounds: RowBounds | None,
+) -> Tensor:
     # The products run in the wider of the two dtypes, as the kernel's do: the queries are the sensitive side.
     dtype = torch.promote_types(query.dtype, hidden_states.dtype)
-    out = query.new_zeros(query.shape)
-    for run in layout.runs:
-        # [num_sequences, length, width]
-        tokens = run.batch(hidden_states).to(dtype)
-        # [num_sequences, nheads, length]
-        scores = run.sequences(query).to(dtype) @ tokens.transpose(1, 2)
-        run.sequences(out).copy_(scores.mul_(scale).softmax(-1) @ tokens)
+    num_rows, num_heads, _ = query.shape
+    width = hidden_states.shape[1]
+    out = query.new_zeros(num_rows, num_heads, width)
+    for windows in _windows_of(layout, row_bounds, num_heads, width):
+        # [num_windows, length, width]
+        tokens = windows.batch(hidden_states).to(dtype)
+        # [num_windows, rows, nheads, width or key_dim]
+        queries = windows.queries(query).to(dtype)
+        # [num_windows, rows * nheads, length]
+        if keys is None:
+            scores = queries.flatten(1, 2) @ tokens.transpose(1, 2)
+        else:
+            scores = (queries.transpose(1, 2) @ windows.batch(keys).to(dtype).permute(0, 2, 3, 1)).transpose(1, 2)
+            scores = scores.flatten(1, 2)
+        scores *= scale
+        if bias is not None:
+            # [num_windows, 1, nheads, length]
+            biases = windows.batch(bias).transpose(1, 2).unsqueeze(1)
+            scores = (scores.unflatten(1, (-1, num_heads)) + biases).flatten(1, 2)
+        summed = scores.softmax(-1).to(dtype) @ tokens
+        out[windows.rows] = summed.view(-1, num_heads, width).to(out.dtype)
     return out
 
 
-def _cls_attention_kv_runs(query: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+def _cls_attention_kv_windows(
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    scale: float,
+    bias: Tensor | None,
+    row_bounds: RowBounds | None,
+) -> Tensor:
     out = query.new_zeros(query.shape)
-    for run in layout.runs:
-        keys, values = run.batch(k).transpose(1, 2), run.batch(v).transpose(1, 2)
-        attended = scaled_dot_product_attention(run.sequences(query).unsqueeze(2), keys, values, scale=scale)
-        run.sequences(out).copy_(attended.squeeze(2))
+    for windows in _windows_of(layout, row_bounds, query.shape[1], query.shape[1] * query.shape[2]):
+        # [num_windows, nheads, rows or length, headdim]
+        queries, keys, values = (
+            tensor.transpose(1, 2) for tensor in (windows.queries(query), windows.batch(k), windows.batch(v))
+        )
+        # [num_windows, nheads, 1, length]
+        mask = None if bias is None else windows.batch(bias).transpose(1, 2).unsqueeze(2)
+        attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        out[windows.rows] = attended.transpose(1, 2).flatten(0, 1)
     return out
 
 
@@ -523,12 +721,16 @@ def cls_attention(
     num_splits: int | None = None,
     layout: PackedLayout | None = None,
     norm: AddNorm | None = None,
+    keys: Tensor | None = None,
+    bias: Tensor | None = None,
+    row_bounds: RowBounds | None = None,
 ) -> Tensor:
-    """Attention of one absorbed query a sequence and head over the layer's input, without keys and values.
+    """Attention of few rows' queries over the layer's input, without values and, where they are absorbed, without keys.
 
     Args:
-        query: (num_sequences, nheads, width), 1 to 64 heads: the [CLS] queries times the key projection, in
-            hidden_states' dtype or in float32, which keeps what rounding them would lose.
+        query: (num_rows, nheads, width), 1 to 64 heads: the rows' queries times the key projection, in hidden_states'
+            dtype or in float32, which keeps what rounding them would lose. Row i is of sequence i, where row_bounds
+            do not say otherwise. With keys the queries themselves, (num_rows, nheads, key_dim).
         hidden_states: (total_tokens, width), float32, float16 or bfloat16, contiguous last dimension, a width from 16
             to 4,096 (multiples of 16 are fastest): the input of the layer.
         cu_seqlens: (num_sequences + 1,), int32: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``.
@@ -536,11 +738,19 @@ def cls_attention(
         softmax_scale: factor on the scores, usually ``headdim ** -0.5``: the width does not tell the head size.
         num_splits: programs that share one sequence on a GPU; None chooses by the chip and the batch.
         layout: ``PackedLayout(cu_seqlens, max_seqlen, total_tokens)``, for callers that use one packing many times.
-        norm: a layer norm that hidden_states still have before them, taken inside; see `takes_norm`.
+        norm: a layer norm that hidden_states still have before them, taken inside; see `takes_norm`. With keys it is
+            taken before.
+        keys: (total_tokens, nheads, key_dim) in hidden_states' dtype, for a layer whose keys depend on positions: any
+            strides with a contiguous last dimension, head sizes from 16 to 128. Copied where heads are not neighbours.
+        bias: (total_tokens, nheads), float32 (float64 beside such hidden_states), contiguous: added to the scaled
+            score of each token and head. -inf leaves a token out; of the tokens that a row reads, one must be finite.
+        row_bounds: (starts, ends), two contiguous int32 tensors (num_rows,): row i reads rows ``starts[i]:ends[i]`` of
+            hidden_states, at most max_seqlen. In any order, and they may overlap; neighbours that read the same
+            tokens find them in the cache. Checked by value on the CPU alone, as cu_seqlens are.
 
     Returns:
-        (num_sequences, nheads, width) in query's dtype: the weighted sums of rows, to which the value projection is
-        still to be applied. Zero for a zero-length sequence.
+        (num_rows, nheads, width) in query's dtype: the weighted sums of rows, to which the value projection is still
+        to be applied. Zero for a row that reads no token.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -551,24 +761,28 @@ def cls_attention(
     check_tensor("hidden_states", hidden_states, "(total_tokens, width)")
     check_last_dim_contiguous("hidden_states", hidden_states)
     wide = hidden_states if query.dtype == hidden_states.dtype else hidden_states.new_empty(0, dtype=torch.float32)
-    check_tensor("query", query, "(num_sequences, nheads, width)", like=wide)
+    check_tensor("query", query, f"(num_rows, nheads, {'width' if keys is None else 'key_dim'})", like=wide)
     check_last_dim_contiguous("query", query)
-    _num_sequences, num_heads, width = query.shape
-    if hidden_states.shape[1] != width:
-        raise ValueError(f"query must have hidden_states' width {hidden_states.shape[1]}, got {width}")
+    num_heads, width = query.shape[1], hidden_states.shape[1]
+    if keys is not None:
+        _check_keys(keys, query, hidden_states)
+    elif query.shape[2] != width:
+        raise ValueError(f"query must have hidden_states' width {width}, got {query.shape[2]}")
     if not 16 <= width <= 4096:
         raise ValueError(f"hidden_states must have a width from 16 to 4096, got {width}")
     if not 1 <= num_heads <= 64:
         raise ValueError(f"query must have 1 to 64 heads, got {num_heads}")
     layout = PackedLayout.of(hidden_states, cu_seqlens, max_seqlen, layout)
-    _check_query(query, layout, num_splits)
-    if norm is not None and (norm.bias is None or not takes_norm(hidden_states)):
+    _check_rows(query, layout, num_splits, bias, row_bounds)
+    if norm is not None and (keys is not None or norm.bias is None or not takes_norm(hidden_states)):
         hidden_states, norm = add_layer_norm(hidden_states, *norm), None
     if norm is not None:
         check_add_norm(hidden_states, *norm)
     if not runs_triton(query):
-        return _cls_attention_runs(query, hidden_states, layout, softmax_scale)
-    return _launch_cls_attention(query, hidden_states, layout, softmax_scale, num_splits, norm)
+        return _cls_attention_windows(query, hidden_states, layout, softmax_scale, keys, bias, row_bounds)
+    return _launch_cls_attention(
+        query, hidden_states, layout, softmax_scale, num_splits, norm, keys, bias, row_bounds
+    )
 
 
 def takes_norm(hidden_states: Tensor) -> bool:
@@ -595,23 +809,26 @@ def cls_attention_kv(
     *,
     num_splits: int | None = None,
     layout: PackedLayout | None = None,
+    bias: Tensor | None = None,
+    row_bounds: RowBounds | None = None,
 ) -> Tensor:
-    """Attention of one query a sequence and head over packed keys and values.
+    """Attention of few rows' queries over packed keys and values.
 
     Args:
-        query: (num_sequences, nheads, headdim), float32, float16 or bfloat16.
+        query: (num_rows, nheads, headdim), float32, float16 or bfloat16: row i is of sequence i, where row_bounds do
+            not say otherwise.
         k, v: (total_tokens, nheads, headdim) in query's dtype; any strides with a contiguous last dimension.
-        cu_seqlens, max_seqlen, num_splits, layout: as in `cls_attention`.
+        cu_seqlens, max_seqlen, num_splits, layout, bias, row_bounds: as in `cls_attention`.
         softmax_scale: factor on the scores; ``headdim ** -0.5`` if None.
 
     Returns:
-        (num_sequences, nheads, headdim) in query's dtype; zero for a zero-length sequence.
+        (num_rows, nheads, headdim) in query's dtype; zero for a row that reads no token.
 
     Raises:
         TypeError: a dtype that does not fit.
         ValueError: a shape, stride, device, head size or length that does not fit.
     """
-    check_tensor("query", query, "(num_sequences, nheads, headdim)")
+    check_tensor("query", query, "(num_rows, nheads, headdim)")
     for name, tensor in (("k", k), ("v", v)):
         check_tensor(name, tensor, "(total_tokens, nheads, headdim)", like=query)
         if tensor.shape[1:] != query.shape[1:] or tensor.shape != k.shape:
@@ -623,18 +840,69 @@ def cls_attention_kv(
         check_last_dim_contiguous(name, tensor)
     check_head_dim("query", query.shape[2])
     layout = PackedLayout.of(k, cu_seqlens, max_seqlen, layout)
-    _check_query(query, layout, num_splits)
+    _check_rows(query, layout, num_splits, bias, row_bounds)
     scale = query.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     if not runs_triton(query):
-        return _cls_attention_kv_runs(query, k, v, layout, scale)
-    return _launch_cls_attention_kv(query, k, v, layout, scale, num_splits)
+        return _cls_attention_kv_windows(query, k, v, layout, scale, bias, row_bounds)
+    return _launch_cls_attention_kv(query, k, v, layout, scale, num_splits, bias, row_bounds)
 
 
-def _check_query(query: Tensor, layout: PackedLayout, num_splits: int | None) -> None:
-    if query.shape[0] != layout.num_sequences:
+def _check_keys(keys: Tensor, query: Tensor, hidden_states: Tensor) -> None:
+    check_tensor("keys", keys, "(total_tokens, nheads, key_dim)", like=hidden_states)
+    check_last_dim_contiguous("keys", keys)
+    expected = (hidden_states.shape[0], *query.shape[1:])
+    if keys.shape != expected:
+        raise ValueError(
+            f"keys must have shape {expected}, as hidden_states' tokens and query's heads are, got {tuple(keys.shape)}"
+        )
+    check_head_dim("keys", keys.shape[2])
+
+
+def _check_rows(
+    query: Tensor, layout: PackedLayout, num_splits: int | None, bias: Tensor | None, row_bounds: RowBounds | None
+) -> None:
+    if row_bounds is not None:
+        _check_row_bounds(row_bounds, query, layout)
+    elif query.shape[0] != layout.num_sequences:
         raise ValueError(
             f"query must have one row for each of the {layout.num_sequences} sequences of cu_seqlens, "
             f"got {query.shape[0]}"
         )
+    if bias is not None:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        check_tensor("bias", bias, "(total_tokens, nheads)", like=query.new_empty(0, dtype=wide))
+        if bias.shape != (layout.total_tokens, query.shape[1]) or not bias.is_contiguous():
+            raise ValueError(
+                f"bias must be contiguous, of shape ({layout.total_tokens}, {query.shape[1]}), "
+                f"got shape {tuple(bias.shape)} with strides {bias.stride()}"
+            )
     if num_splits is not None and not 1 <= num_splits <= 65535:
         raise ValueError(f"num_splits must be from 1 to 65535 or None, got {num_splits}")
+
+
+def _check_row_bounds(row_bounds: RowBounds, query: Tensor, layout: PackedLayout) -> None:
+    if not isinstance(row_bounds, tuple) or len(row_bounds) != 2:
+        raise TypeError(f"row_bounds must be a tuple (starts, ends), got {type(row_bounds).__name__}")
+    for name, bound in zip(("starts", "ends"), row_bounds, strict=True):
+        if not isinstance(bound, Tensor) or bound.dtype != torch.int32:
+            found = getattr(bound, "dtype", type(bound).__name__)
+            raise TypeError(f"row_bounds' {name} must be a torch.int32 tensor, got {found}")
+        if bound.shape != query.shape[:1] or not bound.is_contiguous():
+            raise ValueError(
+                f"row_bounds' {name} must be contiguous, of shape (num_rows,) = ({query.shape[0]},), "
+                f"got shape {tuple(bound.shape)} with strides {bound.stride()}"
+            )
+        check_device(f"row_bounds' {name}", bound, query)
+    starts, ends = row_bounds
+    # On a GPU their values are trusted: reading them would stall it.
+    if starts.device.type != "cpu" or starts.numel() == 0:
+        return
+    shortest, longest = (int(bound) for bound in torch.aminmax(ends - starts))
+    first, last = int(starts.min()), int(ends.max())
+    if first < 0 or shortest < 0 or last > layout.total_tokens:
+        raise ValueError(
+            f"row_bounds must hold 0 <= start <= end <= total_tokens = {layout.total_tokens}, got rows from {first} "
+            f"to {last}, the shortest of {shortest}"
+        )
+    if longest > layout.max_seqlen:
+        raise ValueError(f"max_seqlen must be at least the longest of row_bounds, {longest}, got {layout.max_seqlen}")

@@ -8,6 +8,8 @@ columns of the output; what the heads contribute stays apart, in float32, until 
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +43,7 @@ def _cls_output_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    HAS_VALUE_BIAS: tl.constexpr,
     PAIR: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
@@ -72,7 +75,8 @@ def _cls_output_kernel(
         )
         high, low = as_pair(summed, DTYPE)
         context = pair_dot(high, low, tl.trans(weight), context, PAIR)
-    context += tl.load(value_bias_ptr + head_columns, mask=in_head, other=0.0).to(tl.float32)[None, :]
+    if HAS_VALUE_BIAS:
+        context += tl.load(value_bias_ptr + head_columns, mask=in_head, other=0.0).to(tl.float32)[None, :]
 
     # [BLOCK_N, BLOCK_D]
     out_weight = tl.load(
@@ -91,7 +95,7 @@ def _cls_output_kernel(
 
 
 def _launch_cls_output(
-    summed: Tensor, value_weight: Tensor, value_bias: Tensor, out_weight: Tensor, tile: RowsTile
+    summed: Tensor, value_weight: Tensor, value_bias: Tensor | None, out_weight: Tensor, tile: RowsTile
 ) -> Tensor:
     """(num_rows, nheads, out_width) float32, what each head contributes."""
     num_rows, num_heads, width = summed.shape
@@ -120,6 +124,7 @@ def _launch_cls_output(
             BLOCK_D=next_power_of_2(head_dim),
             BLOCK_N=tile.BLOCK_N,
             BLOCK_K=tile.BLOCK_K,
+            HAS_VALUE_BIAS=value_bias is not None,
             PAIR=value_weight.dtype != torch.float32,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
@@ -128,33 +133,72 @@ def _launch_cls_output(
     return parts
 
 
+@overload
 def cls_output(
     summed: Tensor,
     value_weight: Tensor,
-    value_bias: Tensor,
+    value_bias: Tensor | None,
     out_weight: Tensor,
-    out_bias: Tensor,
+    out_bias: Tensor | None,
     hidden_states: Tensor,
     rows: Tensor | None,
     norm_weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
-) -> Tensor:
+    *,
+    keep_sum: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def cls_output(
+    summed: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    hidden_states: Tensor,
+    rows: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    keep_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def cls_output(
+    summed: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    hidden_states: Tensor,
+    rows: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    keep_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Value projection, output projection, residual and layer norm behind `cls_attention`.
 
     Args:
         summed: (num_rows, nheads, width), what `cls_attention` gives, in hidden_states' dtype or float32.
         value_weight: (nheads * headdim, width), contiguous last dimension, head sizes from 16 to 128.
-        value_bias: (nheads * headdim,).
+        value_bias: (nheads * headdim,) or None.
         out_weight: (width, nheads * headdim), contiguous last dimension.
-        out_bias, norm_weight, norm_bias: (width,).
+        out_bias, norm_bias: (width,) or None.
+        norm_weight: (width,).
         hidden_states: (total_tokens, width), float32, float16 or bfloat16: the layer's input, of which
             rows are the residual.
         rows: (num_rows,), int32 or int64, contiguous: which rows; of [CLS], ``cu_seqlens[:-1]``. None for all.
         eps: added to the variance.
+        keep_sum: whether the sum before the layer norm is wanted as well, as in a pre-norm encoder.
 
     Returns:
-        (num_rows, width) in hidden_states' dtype.
+        (num_rows, width) in hidden_states' dtype; with keep_sum a pair of these, the layer norm and the sum that it was
+        taken of.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -182,8 +226,9 @@ def cls_output(
     check_tensor("out_weight", out_weight, "(width, nheads * headdim)", like=hidden_states)
     if out_weight.shape != (width, size):
         raise ValueError(f"out_weight must have shape ({width}, {size}), got {tuple(out_weight.shape)}")
-    check_vector("value_bias", value_bias, size, hidden_states)
-    check_vector("out_bias", out_bias, width, hidden_states)
+    for name, bias, length in (("value_bias", value_bias, size), ("out_bias", out_bias, width)):
+        if bias is not None:
+            check_vector(name, bias, length, hidden_states)
     check_norm(norm_weight, norm_bias, width, hidden_states)
     for name, tensor in (
         ("summed", summed),
@@ -195,10 +240,17 @@ def cls_output(
     if runs_triton(hidden_states):
         tile = rows_tile(arch_of(hidden_states.device), "cls_output", hidden_states.dtype, num_rows)
         parts = _launch_cls_output(summed, value_weight, value_bias, out_weight, tile)
-        return launch_sum_add_layer_norm(parts, out_bias, hidden_states, rows, norm_weight, norm_bias, eps)
+        normed, attended = launch_sum_add_layer_norm(
+            parts, out_bias, hidden_states, rows, norm_weight, norm_bias, eps, keep_sum=keep_sum
+        )
+        return normed if attended is None else (normed, attended)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     # [nheads, num_rows, width] @ [nheads, width, headdim]
     context = summed.to(dtype).transpose(0, 1) @ value_weight.to(dtype).unflatten(0, (num_heads, -1)).transpose(1, 2)
-    context = (context.transpose(0, 1).flatten(1) + value_bias.to(dtype)).to(hidden_states.dtype)
-    attended = linear(context, out_weight, out_bias).add_(hidden_states if rows is None else hidden_states[rows])
-    return F.layer_norm(attended, (width,), norm_weight, norm_bias, eps)
+    context = context.transpose(0, 1).flatten(1)
+    if value_bias is not None:
+        context = context + value_bias.to(dtype)
+    attended = linear(context.to(hidden_states.dtype), out_weight, out_bias)
+    attended += hidden_states if rows is None else hidden_states[rows]
+    normed = F.layer_norm(attended, (width,), norm_weight, norm_bias, eps)
+    return (normed, attended) if keep_sum else normed

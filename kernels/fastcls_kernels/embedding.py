@@ -1,6 +1,7 @@
 """The input of an encoder in one pass: out = LayerNorm(word[id] + type[type_id] + position[position_id]).
 
-One program gathers one token's three rows and normalises their sum in float32.
+One program gathers one token's three rows and normalises their sum in float32. An encoder may have no types and, where
+its attention knows of positions itself, no positions.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def _embedding_layer_norm_kernel(
     norm_bias_ptr,
     out_ptr,
     eps,
+    HAS_POSITIONS: tl.constexpr,
     HAS_TYPES: tl.constexpr,
+    HAS_TYPE_IDS: tl.constexpr,
+    HAS_NORM_BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -34,26 +38,29 @@ def _embedding_layer_norm_kernel(
     offs_w = tl.arange(0, BLOCK_W)
     in_width = offs_w < WIDTH
     token_id = tl.load(token_ids_ptr + token).to(tl.int64)
-    position_id = tl.load(position_ids_ptr + token).to(tl.int64)
+    if HAS_POSITIONS:
+        position_id = tl.load(position_ids_ptr + token).to(tl.int64)
     # [BLOCK_W]
     row = tl.load(word_ptr + token_id * WIDTH + offs_w, mask=in_width, other=0.0).to(tl.float32)
-    if HAS_TYPES:
+    if HAS_TYPE_IDS:
         token_type_ptr += tl.load(token_type_ids_ptr + token).to(tl.int64) * WIDTH
-    row += tl.load(token_type_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
-    row += tl.load(position_ptr + position_id * WIDTH + offs_w, mask=in_width, other=0.0).to(tl.float32)
-    out = normalise_row(row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, WIDTH)
+    if HAS_TYPES:
+        row += tl.load(token_type_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    if HAS_POSITIONS:
+        row += tl.load(position_ptr + position_id * WIDTH + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    out = normalise_row(row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, HAS_NORM_BIAS, WIDTH)
     tl.store(out_ptr + token * WIDTH + offs_w, out.to(out_ptr.dtype.element_ty), mask=in_width)
 
 
 def _launch_embedding_layer_norm(
     token_ids: Tensor,
-    position_ids: Tensor,
+    position_ids: Tensor | None,
     token_type_ids: Tensor | None,
     word_table: Tensor,
-    position_table: Tensor,
-    token_type_table: Tensor,
+    position_table: Tensor | None,
+    token_type_table: Tensor | None,
     weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
     num_tokens, width = token_ids.shape[0], word_table.shape[1]
@@ -72,7 +79,10 @@ def _launch_embedding_layer_norm(
             norm_bias_ptr=norm_bias,
             out_ptr=out,
             eps=eps,
-            HAS_TYPES=token_type_ids is not None,
+            HAS_POSITIONS=position_table is not None,
+            HAS_TYPES=token_type_table is not None,
+            HAS_TYPE_IDS=token_type_ids is not None,
+            HAS_NORM_BIAS=norm_bias is not None,
             WIDTH=width,
             BLOCK_W=next_power_of_2(width),
             num_warps=norm_warps(width),
@@ -83,24 +93,26 @@ def _launch_embedding_layer_norm(
 
 def embedding_layer_norm(
     token_ids: Tensor,
-    position_ids: Tensor,
+    position_ids: Tensor | None,
     token_type_ids: Tensor | None,
     word_table: Tensor,
-    position_table: Tensor,
-    token_type_table: Tensor,
+    position_table: Tensor | None,
+    token_type_table: Tensor | None,
     weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
     """Layer norm of the sum of word, token type and position embeddings.
 
     Args:
-        token_ids, position_ids: (num_tokens,), int32 or int64.
+        token_ids: (num_tokens,), int32 or int64.
+        position_ids: the same; may be None where there is no position_table, and is not looked at then.
         token_type_ids: the same, or None for type 0 everywhere.
         word_table: (vocab_size, width), float32, float16 or bfloat16, contiguous, width up to 16,384.
-        position_table: (max_positions, width), in word_table's dtype.
-        token_type_table: (type_vocab_size, width), in word_table's dtype.
-        weight, norm_bias: (width,), the layer norm's own.
+        position_table: (max_positions, width), in word_table's dtype, or None.
+        token_type_table: (type_vocab_size, width), in word_table's dtype, or None.
+        weight: (width,), the layer norm's own.
+        norm_bias: (width,), the layer norm's own, or None.
         eps: added to the variance.
 
     Returns:
@@ -108,8 +120,9 @@ def embedding_layer_norm(
 
     Raises:
         TypeError: a dtype that does not fit.
-        ValueError: a shape, stride or device that does not fit, or, on the CPU, an id outside its table. On a GPU
-            ids are trusted, since checking them would stall the device: check them before they are sent there.
+        ValueError: a shape, stride or device that does not fit, ids without a table or a table without ids, or, on the
+            CPU, an id outside its table. On a GPU ids are trusted, since checking them would stall the device: check
+            them before they are sent there.
     """
     check_tensor("word_table", word_table, "(vocab_size, width)")
     width = word_table.shape[1]
@@ -118,15 +131,17 @@ def embedding_layer_norm(
         ("position_table", position_table),
         ("token_type_table", token_type_table),
     ):
-        check_tensor(name, table, "(rows, width)", like=word_table)
-        if table.shape[1] != width or not table.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous, of shape (rows, {width}), "
-                f"got shape {tuple(table.shape)} with strides {table.stride()}"
-            )
+        if table is not None:
+            _check_table(name, table, word_table)
     _check_ids("token_ids", token_ids, token_ids, word_table)
-    _check_ids("position_ids", position_ids, token_ids, position_table)
+    if position_table is not None:
+        if position_ids is None:
+            raise ValueError("position_ids must be given where there is a position_table, got None")
+        _check_ids("position_ids", position_ids, token_ids, position_table)
     if token_type_ids is not None:
+        if token_type_table is None:
+            shape = tuple(token_type_ids.shape)
+            raise ValueError(f"token_type_ids must be None where there is no token_type_table, got shape {shape}")
         _check_ids("token_type_ids", token_type_ids, token_ids, token_type_table)
     check_norm(weight, norm_bias, width, word_table)
     if runs_triton(word_table):
@@ -142,9 +157,20 @@ def embedding_layer_norm(
             eps,
         )
     summed = F.embedding(token_ids, word_table)
-    summed += token_type_table[0] if token_type_ids is None else F.embedding(token_type_ids, token_type_table)
-    summed += F.embedding(position_ids, position_table)
+    if token_type_table is not None:
+        summed += token_type_table[0] if token_type_ids is None else F.embedding(token_type_ids, token_type_table)
+    if position_ids is not None and position_table is not None:
+        summed += F.embedding(position_ids, position_table)
     return F.layer_norm(summed, (width,), weight, norm_bias, eps)
+
+
+def _check_table(name: str, table: Tensor, word_table: Tensor) -> None:
+    check_tensor(name, table, "(rows, width)", like=word_table)
+    if table.shape[1] != word_table.shape[1] or not table.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, of shape (rows, {word_table.shape[1]}), "
+            f"got shape {tuple(table.shape)} with strides {table.stride()}"
+        )
 
 
 def _check_ids(name: str, ids: Tensor, token_ids: Tensor, table: Tensor) -> None:

@@ -3,12 +3,13 @@
     out = (s - mean(s)) / sqrt(var(s) + eps) * weight + norm_bias,    s = hidden_states + bias + residual,
 
 where ``bias`` is that of the product that made ``hidden_states``. One program normalises one row, in float32. A product
-may come as float32 parts that are still to be summed, always in the same order.
+may come as float32 parts that are still to be summed, always in the same order. A pre-norm encoder goes on with s as
+well, which is then stored beside the norm.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,14 +32,18 @@ class AddNorm(NamedTuple):
 
 
 @jit()
-def normalise_row(row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, WIDTH: tl.constexpr):
+def normalise_row(
+    row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, HAS_NORM_BIAS: tl.constexpr, WIDTH: tl.constexpr
+):
     """Layer norm of one row held in registers; shared with the embedding kernel."""
     mean = tl.sum(row, 0) / WIDTH
     centred = tl.where(in_width, row - mean, 0.0)
     variance = tl.sum(centred * centred, 0) / WIDTH
     weight = tl.load(weight_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
-    norm_bias = tl.load(norm_bias_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
-    return centred * tl.rsqrt(variance + eps) * weight + norm_bias
+    if HAS_NORM_BIAS:
+        norm_bias = tl.load(norm_bias_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
+        return centred * tl.rsqrt(variance + eps) * weight + norm_bias
+    return centred * tl.rsqrt(variance + eps) * weight
 
 
 @jit()
@@ -49,6 +54,7 @@ def _add_layer_norm_kernel(
     rows_ptr,
     weight_ptr,
     norm_bias_ptr,
+    sum_ptr,
     out_ptr,
     eps,
     stride_xt,
@@ -56,6 +62,9 @@ def _add_layer_norm_kernel(
     stride_rt,
     stride_ot,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_NORM_BIAS: tl.constexpr,
+    KEEP_SUM: tl.constexpr,
     GATHER_X: tl.constexpr,
     GATHER_RESIDUAL: tl.constexpr,
     PARTS: tl.constexpr,
@@ -78,57 +87,66 @@ def _add_layer_norm_kernel(
     row = tl.load(x_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
         row += tl.load(x_ptr + part * stride_xp + offs_w, mask=in_width, other=0.0).to(tl.float32)
-    row += tl.load(residual_ptr + residual_row * stride_rt + offs_w, mask=in_width, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        row += tl.load(residual_ptr + residual_row * stride_rt + offs_w, mask=in_width, other=0.0).to(tl.float32)
     if HAS_BIAS:
         row += tl.load(bias_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
-    out = normalise_row(row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, WIDTH)
+    if KEEP_SUM:
+        tl.store(sum_ptr + token * stride_ot + offs_w, row.to(sum_ptr.dtype.element_ty), mask=in_width)
+    out = normalise_row(row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, HAS_NORM_BIAS, WIDTH)
     tl.store(out_ptr + token * stride_ot + offs_w, out.to(out_ptr.dtype.element_ty), mask=in_width)
 
 
 def launch_sum_add_layer_norm(
     parts: Tensor,
     bias: Tensor | None,
-    residual: Tensor,
+    residual: Tensor | None,
     rows: Tensor | None,
     weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
     *,
     gather_parts: bool = False,
-) -> Tensor:
-    """Layer norm of the sum of ``parts`` (num_tokens, num_parts, width), ``bias`` and ``residual``.
+    keep_sum: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Layer norm of the sum of ``parts`` (num_tokens, num_parts, width), ``bias`` and ``residual``, in weight's dtype.
 
     ``rows``, (num_rows,) int32 or int64, says which rows of ``residual`` are meant, and with ``gather_parts`` of both.
+    The second result is the sum, None without ``keep_sum``.
     """
     num_tokens, num_parts, width = parts.shape
     num_rows = num_tokens if rows is None else rows.shape[0]
-    out = residual.new_empty(num_rows, width)
-    if out.numel() == 0:
-        return out
-    with device_guard(parts):
-        _add_layer_norm_kernel[(num_rows,)](
-            x_ptr=parts,
-            bias_ptr=bias,
-            residual_ptr=residual,
-            rows_ptr=rows,
-            weight_ptr=weight,
-            norm_bias_ptr=norm_bias,
-            out_ptr=out,
-            eps=eps,
-            stride_xt=parts.stride(0),
-            stride_xp=parts.stride(1),
-            stride_rt=residual.stride(0),
-            stride_ot=out.stride(0),
-            HAS_BIAS=bias is not None,
-            GATHER_X=gather_parts,
-            GATHER_RESIDUAL=rows is not None,
-            PARTS=num_parts,
-            WIDTH=width,
-            BLOCK_W=next_power_of_2(width),
-            num_warps=norm_warps(width),
-            enable_fp_fusion=True,
-        )
-    return out
+    out = weight.new_empty(num_rows, width)
+    summed = weight.new_empty(num_rows, width) if keep_sum else None
+    if out.numel() > 0:
+        with device_guard(parts):
+            _add_layer_norm_kernel[(num_rows,)](
+                x_ptr=parts,
+                bias_ptr=bias,
+                residual_ptr=residual,
+                rows_ptr=rows,
+                weight_ptr=weight,
+                norm_bias_ptr=norm_bias,
+                sum_ptr=summed,
+                out_ptr=out,
+                eps=eps,
+                stride_xt=parts.stride(0),
+                stride_xp=parts.stride(1),
+                stride_rt=0 if residual is None else residual.stride(0),
+                stride_ot=out.stride(0),
+                HAS_BIAS=bias is not None,
+                HAS_RESIDUAL=residual is not None,
+                HAS_NORM_BIAS=norm_bias is not None,
+                KEEP_SUM=keep_sum,
+                GATHER_X=gather_parts,
+                GATHER_RESIDUAL=rows is not None,
+                PARTS=num_parts,
+                WIDTH=width,
+                BLOCK_W=next_power_of_2(width),
+                num_warps=norm_warps(width),
+                enable_fp_fusion=True,
+            )
+    return out, summed
 
 
 def norm_warps(width: int) -> int:
@@ -136,12 +154,13 @@ def norm_warps(width: int) -> int:
     return min(16, max(1, next_power_of_2(width) // 256))
 
 
-def check_norm(weight: Tensor, norm_bias: Tensor, width: int, like: Tensor) -> None:
+def check_norm(weight: Tensor, norm_bias: Tensor | None, width: int, like: Tensor) -> None:
     """Checks a layer norm's weight and bias, which every norm kernel takes."""
     if not 1 <= width <= MAX_WIDTH:
         raise ValueError(f"the width must be from 1 to {MAX_WIDTH}, got {width}")
-    for name, tensor in (("weight", weight), ("norm_bias", norm_bias)):
-        check_vector(name, tensor, width, like)
+    check_vector("weight", weight, width, like)
+    if norm_bias is not None:
+        check_vector("norm_bias", norm_bias, width, like)
 
 
 def check_vector(name: str, tensor: Tensor, width: int, like: Tensor) -> None:
@@ -152,28 +171,85 @@ def check_vector(name: str, tensor: Tensor, width: int, like: Tensor) -> None:
     check_last_dim_contiguous(name, tensor)
 
 
+def layer_norm(hidden_states: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm of each row.
+
+    Args:
+        hidden_states: (num_tokens, width), float32, float16 or bfloat16, width up to 16,384.
+        weight: (width,).
+        norm_bias: (width,) or None.
+        eps: added to the variance.
+
+    Returns:
+        (num_tokens, width) in hidden_states' dtype.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, stride or device that does not fit.
+    """
+    check_tensor("hidden_states", hidden_states, "(num_tokens, width)")
+    width = hidden_states.shape[1]
+    check_norm(weight, norm_bias, width, hidden_states)
+    check_last_dim_contiguous("hidden_states", hidden_states)
+    if runs_triton(hidden_states):
+        return launch_sum_add_layer_norm(hidden_states.unsqueeze(1), None, None, None, weight, norm_bias, eps)[0]
+    return F.layer_norm(hidden_states, (width,), weight, norm_bias, eps)
+
+
+@overload
 def add_layer_norm(
     hidden_states: Tensor,
     bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
     *,
     rows: Tensor | None = None,
-) -> Tensor:
+    keep_sum: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def add_layer_norm(
+    hidden_states: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    rows: Tensor | None = None,
+    keep_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def add_layer_norm(
+    hidden_states: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    rows: Tensor | None = None,
+    keep_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Layer norm of ``hidden_states + bias + residual``.
 
     Args:
         hidden_states: (num_tokens, width), float32, float16 or bfloat16, width up to 16,384.
         bias: (width,), the bias of the product that made ``hidden_states``, or None.
         residual: (num_tokens, width).
-        weight, norm_bias: (width,), the layer norm's own.
+        weight: (width,), the layer norm's own.
+        norm_bias: (width,), the layer norm's own, or None.
         eps: added to the variance.
         rows: (num_rows,), int32 or int64, contiguous: which rows alone are wanted, or None for all.
+        keep_sum: whether the sum is wanted as well, as in a pre-norm encoder.
 
     Returns:
-        (num_tokens or num_rows, width), contiguous, in hidden_states' dtype.
+        (num_tokens or num_rows, width), contiguous, in hidden_states' dtype; with keep_sum a pair of these, the layer
+        norm and the sum that it was taken of.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -184,16 +260,27 @@ def add_layer_norm(
     if rows is not None:
         check_rows("rows", rows, hidden_states)
     if runs_triton(hidden_states):
-        return launch_sum_add_layer_norm(
-            hidden_states.unsqueeze(1), bias, residual, rows, weight, norm_bias, eps, gather_parts=rows is not None
+        normed, summed = launch_sum_add_layer_norm(
+            hidden_states.unsqueeze(1),
+            bias,
+            residual,
+            rows,
+            weight,
+            norm_bias,
+            eps,
+            gather_parts=rows is not None,
+            keep_sum=keep_sum,
         )
+        return normed if summed is None else (normed, summed)
     summed = hidden_states + residual if rows is None else hidden_states[rows] + residual[rows]
-    width = hidden_states.shape[1]
-    return F.layer_norm(summed if bias is None else summed.add_(bias), (width,), weight, norm_bias, eps)
+    if bias is not None:
+        summed += bias
+    normed = F.layer_norm(summed, (hidden_states.shape[1],), weight, norm_bias, eps)
+    return (normed, summed) if keep_sum else normed
 
 
 def check_add_norm(
-    hidden_states: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, _eps: float
+    hidden_states: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor | None, _eps: float
 ) -> None:
     """Checks the arguments of `add_layer_norm`."""
     check_tensor("hidden_states", hidden_states, "(num_tokens, width)")

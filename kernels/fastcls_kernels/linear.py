@@ -8,10 +8,13 @@ chip and the shape, and stands in its table (tuning.py).
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._activation import Activation, activate_, check_activation
 from ._backend import device_guard, runs_triton
 from ._checks import check_last_dim_contiguous, check_tensor
 from ._tma import descriptor, is_aligned
@@ -145,15 +148,34 @@ def uses_onednn(tensor: Tensor) -> bool:
     )
 
 
-def _onednn_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, activation, [], "none")
+# What oneDNN calls an activation, and which form of it.
+_ONEDNN_NAMES: dict[Activation | None, tuple[str, str]] = {
+    None: ("none", "none"),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", "none"),
+    "silu": ("swish", "none"),
+    "tanh": ("tanh", "none"),
+}
+
+
+def _onednn_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
+    name, form = _ONEDNN_NAMES[activation]
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, name, [], form)
     return out
 
 
 def _product(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if uses_onednn(hidden_states) and hidden_states.shape[0] > 0:
-        return _onednn_linear(hidden_states, weight, bias, "none")
+        return _onednn_linear(hidden_states, weight, bias, None)
     return F.linear(hidden_states, weight, bias)
+
+
+def _activated_product(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0 and not _has_avx2_and_mkl():
+        return _onednn_linear(hidden_states, weight, bias, activation)
+    # Nobody else holds the product.
+    return activate_(activation, _product(hidden_states, weight, bias))
 
 
 def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -195,9 +217,7 @@ def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         arch, (rows, in_features) = arch_of(hidden_states.device), hidden_states.shape
         tile = linear_gelu_tile(arch, hidden_states.dtype, rows, in_features, weight.shape[0])
         return _gelu_by_tile(hidden_states, weight, bias, tile)
-    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0 and not _has_avx2_and_mkl():
-        return _onednn_linear(hidden_states, weight, bias, "gelu")
-    return F.gelu(_product(hidden_states, weight, bias))
+    return _activated_product(hidden_states, weight, bias, "gelu")
 
 
 def _gelu_by_tile(hidden_states: Tensor, weight: Tensor, bias: Tensor, tile: GeluTile) -> Tensor:
@@ -208,26 +228,82 @@ def _gelu_by_tile(hidden_states: Tensor, weight: Tensor, bias: Tensor, tile: Gel
     return F.gelu(F.linear(hidden_states, weight, bias))
 
 
+def linear_activation(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    """``activation(hidden_states @ weight.T + bias)``.
+
+    Args:
+        hidden_states: (num_tokens, in_features), float32, float16 or bfloat16.
+        weight: (out_features, in_features), contiguous last dimension.
+        bias: (out_features,) or None.
+        activation: "gelu" (the exact, erf form), "gelu_tanh", "relu", "silu" or "tanh".
+
+    Returns:
+        (num_tokens, out_features) in hidden_states' dtype.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, stride, device or activation that does not fit.
+    """
+    check_activation(activation)
+    if activation == "gelu" and bias is not None:
+        return linear_gelu(hidden_states, weight, bias)
+    _check_linear(hidden_states, weight, bias)
+    return _activated_product(hidden_states, weight, bias, activation)
+
+
+@overload
 def linear_add_layer_norm(
     hidden_states: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     residual: Tensor,
     norm_weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
-) -> Tensor:
-    """``layer_norm(hidden_states @ weight.T + bias + residual)``: what ends each half of a post-norm layer.
+    *,
+    keep_sum: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_add_layer_norm(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    keep_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_add_layer_norm(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    keep_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``layer_norm(hidden_states @ weight.T + bias + residual)``: what ends each half of a layer.
 
     Args:
         hidden_states: (num_tokens, in_features), float32, float16 or bfloat16.
         weight: (out_features, in_features).
-        bias, norm_weight, norm_bias: (out_features,).
+        bias, norm_bias: (out_features,) or None.
         residual: (num_tokens, out_features).
+        norm_weight: (out_features,).
         eps: added to the variance.
+        keep_sum: whether the sum is wanted as well, as in a pre-norm encoder.
 
     Returns:
-        (num_tokens, out_features) in hidden_states' dtype.
+        (num_tokens, out_features) in hidden_states' dtype; with keep_sum a pair of these, the layer norm and the sum
+        that it was taken of.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -250,10 +326,14 @@ def linear_add_layer_norm(
             parts = launch_split_linear(hidden_states, weight, tile)
         # Four times as wide as the rest behind a GELU, and nobody else's there.
         del hidden_states
-        return launch_sum_add_layer_norm(parts, bias, residual, None, norm_weight, norm_bias, eps)
+        normed, summed = launch_sum_add_layer_norm(
+            parts, bias, residual, None, norm_weight, norm_bias, eps, keep_sum=keep_sum
+        )
+        return normed if summed is None else (normed, summed)
     # Nobody else holds the product, so that the residual can be added to it in place.
     summed = _product(hidden_states, weight, bias).add_(residual)
-    return F.layer_norm(summed, (weight.shape[0],), norm_weight, norm_bias, eps)
+    normed = F.layer_norm(summed, (weight.shape[0],), norm_weight, norm_bias, eps)
+    return (normed, summed) if keep_sum else normed
 
 
 def _check_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""The classifier on top of a pooler, as BERT has them: logits = W_c tanh(W_p x + b_p) + b_c.
+"""The classifier on top of a pooler, as BERT has them: logits = W_c f(W_p x + b_p) + b_c, with tanh or another f.
 
 A program makes BLOCK_N numbers of the pooled rows and multiplies them by their part of the classifier at once; a second
 kernel adds these parts up. The pooled rows are never stored.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._activation import Activation, activated, check_activation
 from ._backend import device_guard, runs_triton
 from ._checks import check_last_dim_contiguous, check_tensor
 from ._pair import as_pair, pair_dot
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .layer_norm import check_vector
-from .linear import linear
+from .linear import linear, linear_activation
 from .tuning import RowsTile, arch_of, rows_tile
 
 
@@ -36,6 +37,7 @@ def _pooler_classifier_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PAIR: tl.constexpr,
 ):
     block = tl.program_id(1).to(tl.int64)
@@ -60,9 +62,7 @@ def _pooler_classifier_kernel(
         )
         pooled = tl.dot(x, tl.trans(weight), pooled, input_precision="ieee")
     pooled += tl.load(pooler_bias_ptr + offs_n, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    # tanh by an exponential that cannot overflow.
-    decay = tl.exp(-2.0 * tl.abs(pooled))
-    pooled = tl.where(pooled < 0.0, decay - 1.0, 1.0 - decay) / (1.0 + decay)
+    pooled = activated(pooled, ACTIVATION)
 
     high, low = as_pair(pooled, classifier_weight_ptr.dtype.element_ty)
     for label in range(0, LABELS, BLOCK_L):
@@ -101,6 +101,7 @@ def _launch_pooler_classifier(
     pooler_bias: Tensor,
     classifier_weight: Tensor,
     classifier_bias: Tensor,
+    activation: Activation,
     tile: RowsTile,
 ) -> Tensor:
     num_rows, width = cls_states.shape
@@ -129,6 +130,7 @@ def _launch_pooler_classifier(
             BLOCK_N=tile.BLOCK_N,
             BLOCK_K=tile.BLOCK_K,
             BLOCK_L=block_l,
+            ACTIVATION=activation,
             PAIR=cls_states.dtype != torch.float32,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
@@ -148,9 +150,15 @@ def _launch_pooler_classifier(
 
 
 def pooler_classifier(
-    cls_states: Tensor, pooler_weight: Tensor, pooler_bias: Tensor, classifier_weight: Tensor, classifier_bias: Tensor
+    cls_states: Tensor,
+    pooler_weight: Tensor,
+    pooler_bias: Tensor,
+    classifier_weight: Tensor,
+    classifier_bias: Tensor,
+    *,
+    activation: Activation = "tanh",
 ) -> Tensor:
-    """``tanh(cls_states @ pooler_weight.T + pooler_bias) @ classifier_weight.T + classifier_bias``.
+    """``activation(cls_states @ pooler_weight.T + pooler_bias) @ classifier_weight.T + classifier_bias``.
 
     Args:
         cls_states: (num_rows, width), float32, float16 or bfloat16, contiguous last dimension.
@@ -158,13 +166,14 @@ def pooler_classifier(
         pooler_bias: (pooled_width,).
         classifier_weight: (num_labels, pooled_width), contiguous last dimension.
         classifier_bias: (num_labels,).
+        activation: "gelu" (the exact, erf form), "gelu_tanh", "relu", "silu" or "tanh".
 
     Returns:
         (num_rows, num_labels) in cls_states' dtype.
 
     Raises:
         TypeError: a dtype that does not fit.
-        ValueError: a shape, stride or device that does not fit.
+        ValueError: a shape, stride, device or activation that does not fit.
     """
     check_tensor("cls_states", cls_states, "(num_rows, width)")
     check_tensor("pooler_weight", pooler_weight, "(pooled_width, width)", like=cls_states)
@@ -179,9 +188,11 @@ def pooler_classifier(
     check_last_dim_contiguous("cls_states", cls_states)
     check_vector("pooler_bias", pooler_bias, pooler_weight.shape[0], cls_states)
     check_vector("classifier_bias", classifier_bias, classifier_weight.shape[0], cls_states)
+    check_activation(activation)
     if runs_triton(cls_states):
         tile = rows_tile(arch_of(cls_states.device), "pooler_classifier", cls_states.dtype, cls_states.shape[0])
         return _launch_pooler_classifier(
-            cls_states, pooler_weight, pooler_bias, classifier_weight, classifier_bias, tile
+            cls_states, pooler_weight, pooler_bias, classifier_weight, classifier_bias, activation, tile
         )
-    return linear(linear(cls_states, pooler_weight, pooler_bias).tanh_(), classifier_weight, classifier_bias)
+    pooled = linear_activation(cls_states, pooler_weight, pooler_bias, activation)
+    return linear(pooled, classifier_weight, classifier_bias)

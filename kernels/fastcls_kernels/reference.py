@@ -12,18 +12,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._activation import Activation
+
 
 def attention_varlen_reference(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    bias: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v inside each sequence; rows after the last sequence are zero. See `attention_varlen`."""
+    """softmax(q kᵀ · scale + bias) v over the window of each row in its sequence. See `attention_varlen`.
+
+    Rows after the last sequence are zero.
+    """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     bounds = cu_seqlens.tolist()
     for start, end in itertools.pairwise(bounds):
         queries, keys, values = (tensor[start:end].transpose(0, 1) for tensor in (q, k, v))
-        weights = torch.softmax(queries @ keys.transpose(1, 2) * scale, dim=-1)
-        out[start:end] = (weights @ values).transpose(0, 1)
+        scores = queries @ keys.transpose(1, 2) * scale
+        position = torch.arange(end - start, device=q.device) if positions is None else positions[start:end]
+        offset = position[None, :] - position[:, None]
+        if bias is not None:
+            reach = bias.shape[1] // 2
+            scores += bias[:, offset.clamp(-reach, reach) + reach]
+        left, right = window_size
+        if left >= 0:
+            scores = scores.masked_fill(offset < -left, -float("inf"))
+        if right >= 0:
+            scores = scores.masked_fill(offset > right, -float("inf"))
+        out[start:end] = (torch.softmax(scores, dim=-1) @ values).transpose(0, 1)
     return out
 
 
@@ -40,16 +63,65 @@ def attention_padded_reference(
     return out
 
 
-def cls_attention_reference(
-    query: Tensor, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+def disentangled_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    buckets: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    softmax_scale: float,
 ) -> Tensor:
-    """Σ_j softmax_j(query · x_j · scale) x_j for each sequence and head. See `cls_attention`."""
-    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    """softmax((q kᵀ + q pos_keyᵀ + k pos_queryᵀ) · scale) v inside each sequence. See `disentangled_attention`.
+
+    ``buckets`` is the table of `Buckets`; ``positions`` are every row's, (total_tokens,).
+    """
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    reach = buckets.shape[0] // 2
     bounds = cu_seqlens.tolist()
-    for sequence, (start, end) in enumerate(itertools.pairwise(bounds)):
+    for start, end in itertools.pairwise(bounds):
+        queries, keys, values = (tensor[start:end].transpose(0, 1) for tensor in (q, k, v))
+        place = positions[start:end].long()
+        # [length, length]
+        rows = buckets[(place[:, None] - place[None, :]).clamp(-reach, reach) + reach].long()
+        scores = queries @ keys.transpose(1, 2)
+        if pos_key is not None:
+            by_row = queries @ pos_key.permute(1, 2, 0)
+            scores = scores + by_row.gather(2, rows.expand_as(scores))
+        if pos_query is not None:
+            by_row = keys @ pos_query.permute(1, 2, 0)
+            scores = scores + by_row.gather(2, rows.T.expand_as(scores)).transpose(1, 2)
+        weights = torch.softmax(scores * softmax_scale, dim=-1)
+        out[start:end] = (weights @ values).transpose(0, 1)
+    return out
+
+
+def cls_attention_reference(
+    query: Tensor,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    *,
+    keys: Tensor | None = None,
+    bias: Tensor | None = None,
+    row_bounds: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Σ_j softmax_j(query · (x_j or key_j) · scale + bias_j) x_j for each row and head. See `cls_attention`."""
+    out = query.new_zeros(*query.shape[:2], hidden_states.shape[1])
+    starts, ends = (cu_seqlens[:-1], cu_seqlens[1:]) if row_bounds is None else row_bounds
+    for row, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         tokens = hidden_states[start:end].to(query.dtype)
-        weights = torch.softmax(query[sequence] @ tokens.T * softmax_scale, dim=-1)
-        out[sequence] = weights @ tokens
+        if keys is None:
+            scores = query[row] @ tokens.T * softmax_scale
+        else:
+            heads = keys[start:end].to(query.dtype).transpose(0, 1)
+            scores = (query[row, :, None] @ heads.transpose(1, 2))[:, 0] * softmax_scale
+        if bias is not None:
+            scores = scores + bias[start:end].T.to(query.dtype)
+        out[row] = torch.softmax(scores, dim=-1) @ tokens
     return out
 
 
@@ -64,69 +136,147 @@ def absorb_query_reference(
 def cls_output_reference(
     summed: Tensor,
     value_weight: Tensor,
-    value_bias: Tensor,
+    value_bias: Tensor | None,
     out_weight: Tensor,
-    out_bias: Tensor,
+    out_bias: Tensor | None,
     hidden_states: Tensor,
     rows: Tensor,
     norm_weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
     """LayerNorm(W_o (W_v s + b_v) + b_o + residual) with heads joined after W_v. See `cls_output`."""
-    heads = value_weight.unflatten(0, (summed.shape[1], -1)).transpose(1, 2)
-    context = (summed.transpose(0, 1) @ heads).transpose(0, 1).flatten(1) + value_bias
-    attended = F.linear(context, out_weight, out_bias) + hidden_states[rows]
+    attended = cls_output_sum_reference(summed, value_weight, value_bias, out_weight, out_bias, hidden_states, rows)
     return F.layer_norm(attended, (attended.shape[1],), norm_weight, norm_bias, eps)
 
 
-def pooler_classifier_reference(
-    cls_states: Tensor, pooler_weight: Tensor, pooler_bias: Tensor, classifier_weight: Tensor, classifier_bias: Tensor
+def cls_output_sum_reference(
+    summed: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    hidden_states: Tensor,
+    rows: Tensor,
 ) -> Tensor:
-    """W_c tanh(W_p x + b_p) + b_c. See `pooler_classifier`."""
-    return F.linear(torch.tanh(F.linear(cls_states, pooler_weight, pooler_bias)), classifier_weight, classifier_bias)
+    """W_o (W_v s + b_v) + b_o + residual: what `cls_output` gives besides with ``keep_sum``."""
+    heads = value_weight.unflatten(0, (summed.shape[1], -1)).transpose(1, 2)
+    context = (summed.transpose(0, 1) @ heads).transpose(0, 1).flatten(1)
+    if value_bias is not None:
+        context = context + value_bias
+    return F.linear(context, out_weight, out_bias) + hidden_states[rows]
+
+
+def pooler_classifier_reference(
+    cls_states: Tensor,
+    pooler_weight: Tensor,
+    pooler_bias: Tensor,
+    classifier_weight: Tensor,
+    classifier_bias: Tensor,
+    activation: Activation = "tanh",
+) -> Tensor:
+    """W_c f(W_p x + b_p) + b_c. See `pooler_classifier`."""
+    pooled = linear_activation_reference(cls_states, pooler_weight, pooler_bias, activation)
+    return F.linear(pooled, classifier_weight, classifier_bias)
 
 
 def cls_attention_kv_reference(
-    query: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float | None = None
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float | None = None,
+    *,
+    bias: Tensor | None = None,
+    row_bounds: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """softmax(query kᵀ · scale) v with one query row a sequence. See `cls_attention_kv`."""
+    """softmax(query kᵀ · scale + bias) v for each query row and head. See `cls_attention_kv`."""
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    bounds = cu_seqlens.tolist()
-    for sequence, (start, end) in enumerate(itertools.pairwise(bounds)):
+    starts, ends = (cu_seqlens[:-1], cu_seqlens[1:]) if row_bounds is None else row_bounds
+    for row, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         keys, values = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)
-        weights = torch.softmax(query[sequence, :, None] @ keys.transpose(1, 2) * scale, dim=-1)
-        out[sequence] = (weights @ values)[:, 0]
+        scores = query[row, :, None] @ keys.transpose(1, 2) * scale
+        if bias is not None:
+            scores = scores + bias[start:end].T[:, None].to(query.dtype)
+        out[row] = (torch.softmax(scores, dim=-1) @ values)[:, 0]
     return out
 
 
+def layer_norm_reference(hidden_states: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm(hidden_states). See `layer_norm`."""
+    return F.layer_norm(hidden_states, (weight.shape[0],), weight, norm_bias, eps)
+
+
+def add_reference(hidden_states: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """hidden_states + bias + residual: what `add_layer_norm` gives besides with ``keep_sum``."""
+    return (hidden_states if bias is None else hidden_states + bias) + residual
+
+
 def add_layer_norm_reference(
-    hidden_states: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+    hidden_states: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float
 ) -> Tensor:
     """LayerNorm(hidden_states + bias + residual). See `add_layer_norm`."""
-    summed = hidden_states if bias is None else hidden_states + bias
-    return F.layer_norm(summed + residual, (weight.shape[0],), weight, norm_bias, eps)
+    return layer_norm_reference(add_reference(hidden_states, bias, residual), weight, norm_bias, eps)
 
 
 def embedding_layer_norm_reference(
     token_ids: Tensor,
-    position_ids: Tensor,
+    position_ids: Tensor | None,
     token_type_ids: Tensor | None,
     word_table: Tensor,
-    position_table: Tensor,
-    token_type_table: Tensor,
+    position_table: Tensor | None,
+    token_type_table: Tensor | None,
     weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
     """LayerNorm(word[id] + type[type_id] + position[position_id]). See `embedding_layer_norm`."""
-    types = torch.zeros_like(token_ids) if token_type_ids is None else token_type_ids
-    summed = F.embedding(token_ids, word_table) + F.embedding(types, token_type_table)
-    summed = summed + F.embedding(position_ids, position_table)
+    summed = F.embedding(token_ids, word_table)
+    if token_type_table is not None:
+        types = torch.zeros_like(token_ids) if token_type_ids is None else token_type_ids
+        summed = summed + F.embedding(types, token_type_table)
+    if position_ids is not None and position_table is not None:
+        summed = summed + F.embedding(position_ids, position_table)
     return F.layer_norm(summed, (weight.shape[0],), weight, norm_bias, eps)
 
 
 def linear_gelu_reference(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(hidden_states weightᵀ + bias), the exact (erf) GELU. See `linear_gelu`."""
-    return F.gelu(F.linear(hidden_states, weight, bias))
+    return linear_activation_reference(hidden_states, weight, bias, "gelu")
+
+
+def linear_activation_reference(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
+) -> Tensor:
+    """activation(hidden_states weightᵀ + bias). See `linear_activation`."""
+    return activation_reference(F.linear(hidden_states, weight, bias), activation)
+
+
+def activation_reference(x: Tensor, activation: Activation) -> Tensor:
+    """The activation of that name."""
+    functions = {"gelu": F.gelu, "relu": torch.relu, "silu": F.silu, "tanh": torch.tanh}
+    return F.gelu(x, approximate="tanh") if activation == "gelu_tanh" else functions[activation](x)
+
+
+def gated_activation_reference(hidden_states: Tensor, activation: Activation = "gelu") -> Tensor:
+    """activation(first half of the columns) · second half. See `gated_activation`."""
+    x, gate = hidden_states.chunk(2, dim=1)
+    return activation_reference(x, activation) * gate
+
+
+def mean_pool_reference(hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """The mean of each sequence's rows, zero where there are none. See `mean_pool`."""
+    out = hidden_states.new_zeros(cu_seqlens.shape[0] - 1, hidden_states.shape[1])
+    for sequence, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        if end > start:
+            out[sequence] = hidden_states[start:end].mean(0)
+    return out
+
+
+def apply_rotary_reference(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(h1 cos - h2 sin, h2 cos + h1 sin) of each head's halves, not in place. See `apply_rotary_`."""
+    cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -8,9 +8,10 @@ sequence unused. The rows after the last sequence count as one more, which atten
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ._backend import device_guard
+from ._backend import device_guard, runs_triton
 from ._triton import cdiv, jit, tl
 
 BLOCK = 128
@@ -71,8 +72,7 @@ def _sequence_tiles_kernel(
     tl.store(tiles_ptr + 3, tl.where(has_keys, end, 0), mask=in_tiles)
 
 
-def launch_row_bounds(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
-    """For each row its sequence's start and end, two int32 tensors (total_tokens,), both 0 where there is none."""
+def _launch_row_bounds(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
     # Not two rows of one: a kernel is compiled once more for a pointer that is less aligned than another's.
     start, end = cu_seqlens.new_empty(total_tokens), cu_seqlens.new_empty(total_tokens)
     num_sequences = cu_seqlens.numel() - 1
@@ -89,6 +89,18 @@ def launch_row_bounds(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Te
                 num_warps=4,
                 enable_fp_fusion=True,
             )
+    return start, end
+
+
+def row_bounds(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
+    """For each row its sequence's start and end, two int32 tensors (total_tokens,), both 0 where there is none."""
+    if runs_triton(cu_seqlens):
+        return _launch_row_bounds(cu_seqlens, total_tokens)
+    rows = torch.arange(total_tokens, dtype=torch.int32, device=cu_seqlens.device)
+    # The first end above a row is its own; the rows after the last sequence count as one more, from 0 to 0.
+    sequence = torch.searchsorted(cu_seqlens[1:], rows, right=True)
+    bounds = torch.stack((cu_seqlens[:-1], cu_seqlens[1:]))
+    start, end = torch.nn.functional.pad(bounds, (0, 1))[:, sequence]
     return start, end
 
 

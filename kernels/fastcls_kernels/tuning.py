@@ -39,6 +39,15 @@ class AttentionTile(NamedTuple):
     num_stages: int
 
 
+class DisentangledTile(NamedTuple):
+    """One launch of `disentangled_attention`: BLOCK_M query rows by BLOCK_N keys."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
 class ClsTile(NamedTuple):
     """One launch of the [CLS] pass: BLOCK_H heads, BLOCK_N tokens, CHUNKS column chunks of BLOCK_W each.
 
@@ -168,7 +177,7 @@ def use_tile(operation: str, tile: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _forget_choices() -> None:
-    for choice in (attention_tile, cls_tile, linear_gelu_tile, linear_norm_tile, rows_tile):
+    for choice in (attention_tile, cls_tile, disentangled_tile, linear_gelu_tile, linear_norm_tile, rows_tile):
         choice.cache_clear()
 
 
@@ -184,7 +193,7 @@ def _first_fitting(arch: str, operation: str, facts: Mapping[str, int]) -> dict[
 # Of many row counts, which are a caller's, not all are kept.
 _remembered = functools.lru_cache(maxsize=1024)
 
-_Tile = TypeVar("_Tile", AttentionTile, GeluTile, SplitTile, RowsTile)
+_Tile = TypeVar("_Tile", AttentionTile, DisentangledTile, GeluTile, SplitTile, RowsTile)
 
 
 def _tile_of(kind: type[_Tile], arch: str, operation: str, dtype: torch.dtype, **facts: int) -> _Tile:
@@ -202,6 +211,12 @@ def attention_tile(arch: str, dtype: torch.dtype, head_dim: int, mean_seqlen: in
     """
     tile = _tile_of(AttentionTile, arch, "attention", dtype, head_dim=head_dim, mean_seqlen=mean_seqlen)
     return tile if tma else tile._replace(TMA=False)
+
+
+@_remembered
+def disentangled_tile(arch: str, dtype: torch.dtype, head_dim: int) -> DisentangledTile:
+    """The tile of `disentangled_attention`."""
+    return _tile_of(DisentangledTile, arch, "disentangled_attention", dtype, head_dim=head_dim)
 
 
 @_remembered

@@ -1,0 +1,66 @@
+"""From a transformers model to the fast one."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from .encoder import LastLayer, check_last_layer
+from .families import family_of
+from .model import FastModel
+from .tasks import TASKS, FastEncoder, FastMaskedLM
+from .weights import take_over
+
+
+def optimize(
+    model: PreTrainedModel,
+    *,
+    last_layer: LastLayer = "absorbed",
+    cuda_graphs: bool = True,
+    mask_token_id: int | None = None,
+    dense: bool = True,
+    select: Literal["all", "first"] = "all",
+) -> Any:
+    """A module with the same interface that gives the same results, faster. Inference only.
+
+    It shares the model's weights: query, key and value become one matrix, of which the model's own parameters are
+    views from then on, so that both go on working and no memory is doubled.
+
+    Args:
+        model: a transformers encoder of a supported family, with or without a head, in float32, float16 or bfloat16, on
+            one device.
+        last_layer, cuda_graphs: see `FastModel`.
+        mask_token_id, dense: of a masked language model, see `FastMaskedLM`.
+        select: of a model without a head, see `FastEncoder`.
+
+    Returns:
+        A `FastModel` for the model's task: `FastClassifier`, `FastTokenClassifier`, `FastQuestionAnswerer`,
+        `FastMaskedLM`, `FastMultipleChoice`, `FastNextSentencePredictor` or `FastEncoder`.
+
+    Raises:
+        TypeError: the model's class is not supported, or its parameters' dtype is not.
+        ValueError: its config asks for what fastcls does not compute, or its parameters are not those of its class
+            (adapters must be merged first), or lie on several devices; an option that is not the task's.
+    """
+    check_last_layer(last_layer)
+    family, model_class = family_of(model)
+    spec, head = family.spec(model.config), family.head(model_class, model.config)
+    task = TASKS[head.task]
+    if task is not FastMaskedLM and (mask_token_id is not None or not dense):
+        raise ValueError(
+            f"mask_token_id and dense must be left out for {head.task}: they are a masked language model's"
+        )
+    if task is not FastEncoder and select != "all":
+        raise ValueError(f"select must be left out for {head.task}: it is for a model without a head")
+    if select not in ("all", "first"):
+        raise ValueError(f"select must be 'all' or 'first', got {select!r}; pass a mask to forward")
+    if mask_token_id is not None and not 0 <= mask_token_id < spec.vocab_size:
+        raise ValueError(f"mask_token_id must lie from 0 to {spec.vocab_size - 1}, got {mask_token_id}")
+    weight_map, weights = take_over(model, family, spec, head)
+    fast: FastModel = task(type(model), model.config, spec, head, weight_map, weights, last_layer, cuda_graphs)
+    if isinstance(fast, FastMaskedLM):
+        fast.mask_token_id, fast.dense = mask_token_id, dense
+    if isinstance(fast, FastEncoder):
+        fast.select = select
+    return fast

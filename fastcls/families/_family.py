@@ -1,0 +1,129 @@
+"""What a family's file says, and the checks and names that families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from fastcls_kernels import Activation
+
+from ..spec import EncoderSpec, HeadSpec, WeightMap, joined
+
+# One module's name in a checkpoint, or those of several that are joined.
+Names = Mapping[str, str | tuple[str, ...]]
+
+# What stands on an encoder, where need be as a function of the model's config.
+Head = HeadSpec | Callable[[Any], HeadSpec]
+
+# Names in transformers of what the kernels compute.
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one architecture are read.
+
+    Attributes:
+        model_type: of their config.
+        prefix: what the encoder's parameters begin with in a model for a task: "bert.".
+        spec: reads a config. Raises ValueError, naming the option, where it asks for what is not computed.
+        modules: from a config to the checkpoint's names of the encoder's modules, below the prefix: ours to theirs.
+        heads: for each model class what stands on the encoder.
+    """
+
+    model_type: str
+    prefix: str
+    spec: Callable[[Any], EncoderSpec]
+    modules: Callable[[Any], Names]
+    heads: Mapping[str, Head]
+
+    def head(self, model_class: str, config: PreTrainedConfig) -> HeadSpec:
+        """What stands on the encoder in a model of a class. Raises ValueError as ``spec`` does."""
+        head = self.heads[model_class]
+        return head if isinstance(head, HeadSpec) else head(config)
+
+    def weights(self, config: PreTrainedConfig, head: HeadSpec, present: Collection[str]) -> WeightMap:
+        """The map of a model's parameters, of which ``present`` are there: biases and poolers may be left out."""
+        prefix = "" if head.task == "encoder" else self.prefix
+        sources: dict[str, tuple[str, ...]] = {}
+        for kind in ("weight", "bias"):
+            for own, parts in self.modules(config).items():
+                sources[f"encoder.{own}_{kind}"] = tuple(prefix + name for name in joined(parts, kind))
+            for own, name in head.names.items():
+                if own != "bias":
+                    sources[f"head.{own}_{kind}"] = joined(name, kind)
+        if "bias" in head.names:
+            sources["head.out_bias"] = (head.names["bias"],)
+        return WeightMap({own: names for own, names in sources.items() if all(name in present for name in names)}, {})
+
+
+def check_options(config: PreTrainedConfig, needed: Iterable[tuple[str, object]]) -> None:
+    """Raises ValueError where an option is there and is not as needed."""
+    for name, value in needed:
+        found = getattr(config, name, value)
+        if found != value:
+            raise ValueError(f"config.{name} must be {value!r}, got {found!r}: fastcls does not compute that")
+
+
+def check_encoder(config: PreTrainedConfig) -> None:
+    """Raises ValueError where a config asks for a decoder, or for other than absolute positions."""
+    check_options(config, (("is_decoder", False), ("add_cross_attention", False)))
+    # Absent from configs of transformers >= 5, which no longer has any other kind, but alive in old checkpoints.
+    if getattr(config, "position_embedding_type", None):
+        check_options(config, (("position_embedding_type", "absolute"),))
+
+
+def check_sizes(
+    config: PreTrainedConfig,
+    hidden: str = "hidden_size",
+    heads: str = "num_attention_heads",
+    layers: str = "num_hidden_layers",
+) -> None:
+    """Raises ValueError where the kernels have no tile for a size; the names are those of the config's options."""
+    hidden_size, num_heads = getattr(config, hidden), getattr(config, heads)
+    head_dim, remainder = divmod(hidden_size, num_heads)
+    if remainder or not 16 <= head_dim <= 128 or hidden_size > 4096 or num_heads > 64:
+        raise ValueError(
+            f"config.{hidden} must be at most 4096 in at most 64 heads of 16 to 128, got {hidden_size} / {num_heads}"
+        )
+    if getattr(config, layers) < 1:
+        raise ValueError(f"config.{layers} must be at least 1, got {getattr(config, layers)}")
+
+
+def activation_of(config: PreTrainedConfig, name: str) -> Activation:
+    """The activation that ``config.name`` names.
+
+    Raises:
+        ValueError: it is none that is computed.
+    """
+    found = getattr(config, name)
+    if found not in _ACTIVATIONS:
+        raise ValueError(f"config.{name} must be one of {', '.join(_ACTIVATIONS)}, got {found!r}")
+    return _ACTIVATIONS[found]
+
+
+def one_of_each(num_layers: int) -> tuple[int, ...]:
+    """Layers of which each has weights of its own."""
+    return tuple(range(num_layers))
+
+
+def layer_modules(prefixes: Iterable[str], layer: Names) -> Names:
+    """The modules of all sets of layers' weights, whose names begin with ``prefixes``."""
+    return {
+        f"layers.{index}.{own}": prefix + parts if isinstance(parts, str) else tuple(prefix + part for part in parts)
+        for index, prefix in enumerate(prefixes)
+        for own, parts in layer.items()
+    }

@@ -1,0 +1,77 @@
+"""ModernBERT (Warner et al., 2024): pre-norm layers with rotary positions, local windows and gated feed-forwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import ModernBertConfig
+
+from ..spec import EncoderSpec, HeadSpec, Pooling, Task
+from ._family import Family, Head, Names, activation_of, check_sizes, layer_modules, one_of_each
+
+# A layer here ends with the norm that begins the next one, or the last one of all.
+_LAYER: Names = {"qkv": "attn.Wqkv", "out": "attn.Wo", "attention_norm": "mlp_norm", "up": "mlp.Wi", "down": "mlp.Wo"}
+_POOLINGS: dict[str, Pooling] = {"cls": "first", "mean": "mean"}
+
+
+def _spec(config: Any) -> EncoderSpec:
+    check_sizes(config)
+    rotary = [config.rope_parameters[kind] for kind in config.layer_types]
+    kinds = sorted({each["rope_type"] for each in rotary} - {"default"})
+    if kinds:
+        raise ValueError(f"config.rope_parameters must have rope_type 'default', got {kinds[0]!r}")
+    return EncoderSpec(
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        position_rows=0,
+        token_types=0,
+        embedding_size=config.hidden_size,
+        hidden_size=config.hidden_size,
+        layers=one_of_each(config.num_hidden_layers),
+        num_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        layer_norm_eps=config.norm_eps,
+        activation=activation_of(config, "hidden_activation"),
+        windows=tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types),
+        rotary_bases=tuple(each["rope_theta"] for each in rotary),
+        pre_norm=True,
+        gated=True,
+    )
+
+
+def _modules(config: ModernBertConfig) -> Names:
+    last = config.num_hidden_layers - 1
+    norms = {f"layers.{i}.output_norm": f"layers.{i + 1}.attn_norm" for i in range(last)}
+    return {
+        "embeddings.word": "embeddings.tok_embeddings",
+        "embeddings.norm": "embeddings.norm",
+        f"layers.{last}.output_norm": "final_norm",
+        **norms,
+        **layer_modules((f"layers.{i}." for i in range(last + 1)), _LAYER),
+    }
+
+
+def _head(task: Task, out: str = "classifier") -> Head:
+    def head(config: ModernBertConfig) -> HeadSpec:
+        pooled = task in ("sequence classification", "multiple choice")
+        return HeadSpec(
+            task,
+            {"dense": "head.dense", "norm": "head.norm", "out": out},
+            pooling=_POOLINGS[config.classifier_pooling] if pooled else "first",
+            activation=activation_of(config, "classifier_activation"),
+            eps=config.norm_eps,
+        )
+
+    return head
+
+
+_HEADS: dict[str, Head] = {
+    "ModernBertForSequenceClassification": _head("sequence classification"),
+    "ModernBertForMultipleChoice": _head("multiple choice"),
+    "ModernBertForMaskedLM": _head("masked language modelling", out="decoder"),
+    "ModernBertForTokenClassification": _head("token classification"),
+    "ModernBertForQuestionAnswering": _head("question answering"),
+    "ModernBertModel": HeadSpec("encoder", {}),
+}
+
+FAMILY = Family("modernbert", "model.", _spec, _modules, _HEADS)

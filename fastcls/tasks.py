@@ -1,0 +1,516 @@
+"""What each task takes and gives: the modules that stand where transformers' models stood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.loss.loss_utils import (
+    ForMaskedLMLoss,
+    ForQuestionAnsweringLoss,
+    ForSequenceClassificationLoss,
+    ForTokenClassification,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    NextSentencePredictorOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils.generic import ModelOutput
+
+from .encoder import How
+from .inputs import Batch
+from .model import FastModel
+from .packing import unpack_rows, unpack_selected, unpack_tokens
+from .spec import Pooling, Task
+
+# What `FastEncoder` gives of its last layer: a boolean mask of tokens stands for "rows".
+Select: TypeAlias = "Literal['all', 'first'] | Tensor"
+_IGNORED = -100
+
+_Output = TypeVar("_Output", bound=ModelOutput)
+
+
+class _TaskModel(FastModel):
+    def _given(self, output: _Output, return_dict: bool | None) -> _Output | tuple[Any, ...]:
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _empty(self, *shape: int) -> Tensor:
+        return self.encoder.embeddings.word_weight.new_empty(shape)
+
+    def _out_features(self) -> int:
+        assert self.head.out_weight is not None
+        return self.head.out_weight.shape[0]
+
+    def _token_rows(self, batch: Batch, fill: float = 0.0) -> Tensor:
+        """(batch, seqlen, width), ``fill`` where the mask leaves tokens out."""
+        if not batch.shape[0]:
+            return self._empty(*batch.shape, self._out_features())
+        with self._inference():
+            parts = self._run(self._source(batch, self._every_row), self._every_row)
+            return unpack_tokens(parts, batch.shape, fill)
+
+    def _text_rows(self, batch: Batch) -> Tensor:
+        """(batch, width)."""
+        if not batch.shape[0]:
+            return self._empty(0, self._out_features())
+        with self._inference():
+            return unpack_rows(self._run(self._source(batch, self._pooled), self._pooled))
+
+
+class FastClassifier(_TaskModel):
+    """A sequence classifier: see `FastModel`."""
+
+    @property
+    def num_labels(self) -> int:
+        return self._out_features()
+
+    @property
+    def _how(self) -> How:
+        return self._pooled
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        """Classifies a padded batch, as the transformers model does.
+
+        Args:
+            input_ids: (batch, seqlen), int64 or int32.
+            attention_mask: (batch, seqlen), 1 for a token and 0 for padding, any pattern whose first column is 1;
+                None keeps every token.
+            token_type_ids: (batch, seqlen), or None for type 0. A model without types ignores them.
+            position_ids: (batch, seqlen) or (1, seqlen), or None for those that the model's own would take.
+            inputs_embeds: (batch, seqlen, embedding_size), instead of ``input_ids``.
+            labels: (batch,) or (batch, num_labels); adds the loss that the config's problem type asks for.
+            return_dict: False gives a tuple; None asks the config.
+
+        Integer inputs may lie on the CPU or on the model's device. From the CPU nothing waits for a GPU; where one of
+        them lies on the GPU, it is waited for once, to read and check them.
+
+        Returns:
+            SequenceClassifierOutput with ``logits`` (batch, num_labels), without gradient.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype, or one that this model does not take.
+            ValueError: a shape, device or value that does not fit; attentions or hidden states asked for.
+            RuntimeError: the module is in training mode.
+        """
+        batch = Batch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        texts = self._checked(batch, kwargs)[0]
+        if labels is not None and (labels.ndim == 0 or labels.shape[0] != texts):
+            raise ValueError(f"labels must have one row for each of the {texts} texts, got {tuple(labels.shape)}")
+        logits = self._text_rows(batch)
+        loss = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
+        return self._given(SequenceClassifierOutput(loss=loss, logits=logits), return_dict)
+
+    def logits_of(
+        self, token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
+        """Classifies sequences of token ids as they come from a tokenizer without padding.
+
+        Args:
+            token_ids: for each text its ids, special tokens included; at most the model's positions each.
+            token_type_ids: the same shape, or None for type 0; a model without types ignores them.
+
+        Returns:
+            (num_texts, num_labels), in the texts' order.
+
+        Raises:
+            TypeError: something that is not an integer.
+            ValueError: an empty or too long sequence, an id outside its table, or shapes that differ.
+        """
+        source = self._reader.source_of_lists(token_ids, token_type_ids)
+        if source is None:
+            return self._empty(0, self.num_labels)
+        with self._inference():
+            return unpack_rows(self._run(source, self._pooled))
+
+
+class FastNextSentencePredictor(_TaskModel):
+    """Does the second text of a pair follow the first? See `FastModel`."""
+
+    @property
+    def _how(self) -> How:
+        return self._pooled
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NextSentencePredictorOutput | tuple[Any, ...]:
+        """Scores a padded batch of pairs, as the transformers model does.
+
+        Args and errors are those of `FastClassifier.forward`; ``labels`` are (batch,), 0 where the second text follows.
+
+        Returns:
+            NextSentencePredictorOutput with ``logits`` (batch, 2), without gradient.
+        """
+        batch = Batch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        texts = self._checked(batch, kwargs)[0]
+        if labels is not None and labels.numel() != texts:
+            raise ValueError(f"labels must be one for each of the {texts} pairs, got {tuple(labels.shape)}")
+        logits = self._text_rows(batch)
+        loss = None if labels is None else F.cross_entropy(logits, labels.view(-1).to(logits.device))
+        return self._given(NextSentencePredictorOutput(loss=loss, logits=logits), return_dict)
+
+
+class FastMultipleChoice(_TaskModel):
+    """Which of several continuations fits best? See `FastModel`."""
+
+    @property
+    def _how(self) -> How:
+        return self._pooled
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MultipleChoiceModelOutput | tuple[Any, ...]:
+        """Scores a padded batch of questions with their choices, as the transformers model does.
+
+        Args and errors are those of `FastClassifier.forward`, but all inputs are (batch, num_choices, seqlen), and
+        ``labels`` are (batch,), the right choice.
+
+        Returns:
+            MultipleChoiceModelOutput with ``logits`` (batch, num_choices), without gradient.
+        """
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+        for name, tensor in zip(names, given, strict=True):
+            wanted = 4 if name == "inputs_embeds" else 3
+            if isinstance(tensor, Tensor) and tensor.ndim != wanted:
+                found = tuple(tensor.shape)
+                raise ValueError(
+                    f"{name} must have {wanted} dimensions, (batch, num_choices, seqlen, ...), got {found}"
+                )
+        # What is no tensor is refused below, by name.
+        batch = Batch(*(tensor.flatten(0, 1) if isinstance(tensor, Tensor) else tensor for tensor in given))
+        self._checked(batch, kwargs)
+        texts, choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
+        if labels is not None and labels.shape != (texts,):
+            raise ValueError(f"labels must have shape ({texts},), one a question, got {tuple(labels.shape)}")
+        logits = self._text_rows(batch).view(texts, choices)
+        loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
+        return self._given(MultipleChoiceModelOutput(loss=loss, logits=logits), return_dict)
+
+
+class FastTokenClassifier(_TaskModel):
+    """A label for each token: see `FastModel`."""
+
+    @property
+    def num_labels(self) -> int:
+        return self._out_features()
+
+    @property
+    def _how(self) -> How:
+        return self._every_row
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput | tuple[Any, ...]:
+        """Classifies the tokens of a padded batch, as the transformers model does.
+
+        Args and errors are those of `FastClassifier.forward`, but any mask with a token in each row is taken, and
+        ``labels`` are (batch, seqlen), -100 where none is wanted, as for padding.
+
+        Returns:
+            TokenClassifierOutput with ``logits`` (batch, seqlen, num_labels), without gradient; zeros for padding.
+        """
+        batch = Batch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        _check_token_labels(labels, self._checked(batch, kwargs), attention_mask)
+        logits = self._token_rows(batch)
+        loss = None if labels is None else ForTokenClassification(logits, labels, self.config)
+        return self._given(TokenClassifierOutput(loss=loss, logits=logits), return_dict)
+
+
+class FastQuestionAnswerer(_TaskModel):
+    """Where in a text the answer begins and ends: see `FastModel`."""
+
+    @property
+    def _how(self) -> How:
+        return self._every_row
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        *,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
+        """Scores each token of a padded batch as the answer's first and last, as the transformers model does.
+
+        Args and errors are those of `FastClassifier.forward`, but any mask with a token in each row is taken;
+        ``start_positions`` and ``end_positions``, (batch,) and together, add the loss. It leaves padding out, where
+        transformers' own counts what it computes there.
+
+        Returns:
+            QuestionAnsweringModelOutput with ``start_logits`` and ``end_logits`` (batch, seqlen), without gradient; the
+            lowest number there is for padding, so that no answer is found in it.
+        """
+        batch = Batch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        texts = self._checked(batch, kwargs)[0]
+        for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
+            if positions is not None and positions.numel() != texts:
+                raise ValueError(f"{name} must be one for each of the {texts} texts, got {tuple(positions.shape)}")
+        if self._out_features() != 2:
+            raise ValueError(f"config.num_labels must be 2 for question answering, got {self._out_features()}")
+        start, end = self._token_rows(batch, torch.finfo(self.dtype).min).unbind(2)
+        start, end, loss = start.contiguous(), end.contiguous(), None
+        if start_positions is not None and end_positions is not None:
+            loss = ForQuestionAnsweringLoss(
+                start, end, start_positions.to(start.device), end_positions.to(start.device)
+            )
+        return self._given(QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end), return_dict)
+
+
+@dataclass
+class FastMaskedLMOutput(MaskedLMOutput):
+    """A masked language model's output, which says what it computed.
+
+    Attributes:
+        logits: (batch, seqlen, vocab_size), zeros where nothing was predicted; or, not dense, (num_rows, vocab_size).
+        rows: (num_rows, 2) int64 on the CPU, text and token of each row that was predicted, in their order.
+    """
+
+    rows: Tensor | None = None
+
+
+class FastMaskedLM(_TaskModel):
+    """Fills masks: see `FastModel`. The last layer and the product with the vocabulary run for the masked tokens alone.
+
+    Attributes:
+        mask_token_id: the id of the token that stands for what is to be predicted, ``tokenizer.mask_token_id``. While
+            it is None every token is predicted, unless labels say which.
+        dense: whether logits come at their places in a padded batch, or one row for each predicted token.
+    """
+
+    mask_token_id: int | None = None
+    dense: bool = True
+
+    @property
+    def _how(self) -> How:
+        return self._every_row
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> FastMaskedLMOutput | tuple[Any, ...]:
+        """Predicts tokens of a padded batch: those that labels name, else those that are masked, else all.
+
+        Args and errors are those of `FastClassifier.forward`, but any mask with a token in each row is taken, and
+        ``labels`` are (batch, seqlen), -100 for tokens that are not to be predicted; they add the loss.
+
+        Returns:
+            FastMaskedLMOutput, without gradient.
+        """
+        batch = Batch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        shape = self._checked(batch, kwargs)
+        _check_token_labels(labels, shape, attention_mask)
+        if labels is not None:
+            wanted = labels != _IGNORED
+        elif self.mask_token_id is not None and input_ids is not None:
+            wanted = input_ids == self.mask_token_id
+        else:
+            wanted = torch.ones(shape, dtype=torch.bool)
+        if attention_mask is not None:
+            wanted = wanted & attention_mask.to(wanted.device).bool()
+        rows = wanted.nonzero().cpu()
+        if rows.shape[0]:
+            all_of_them = labels is None and (self.mask_token_id is None or input_ids is None)
+            how = self._every_row if all_of_them else self._selected_rows
+            with self._inference():
+                parts = self._run(self._source(batch, how, None if all_of_them else wanted), how)
+                logits = unpack_tokens(parts, shape) if self.dense else unpack_selected(parts)[0]
+        else:
+            logits = self._empty(*(shape if self.dense else (0,)), self._out_features()).zero_()
+        loss = None
+        if labels is not None:
+            found = logits[tuple(rows.T)] if self.dense else logits
+            expected = labels[tuple(rows.to(labels.device).T)]
+            loss = ForMaskedLMLoss(found, expected, found.shape[1])
+        return self._given(FastMaskedLMOutput(loss=loss, logits=logits, rows=rows), return_dict)
+
+
+class FastEncoder(_TaskModel):
+    """An encoder for heads of one's own, and for embeddings: see `FastModel`.
+
+    Attributes:
+        select: what `forward` gives of the last layer where a call does not say.
+    """
+
+    select: Literal["all", "first"] = "all"
+
+    @property
+    def _how(self) -> How:
+        return self._every_row if self.select == "all" else self._pooled
+
+    def _finish(self, states: Tensor) -> Tensor:
+        # The pooler, where there is one, takes the first row of those that are given.
+        return states
+
+    def _out_features(self) -> int:
+        return self.spec.hidden_size
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        select: Select | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """Encodes a padded batch, as the transformers model does, or of its last layer only what is wanted.
+
+        Args and errors are those of `FastClassifier.forward`, and:
+
+        Args:
+            select: "all", "first" for the first token of each text, or a boolean mask (batch, seqlen) of the tokens
+                that are wanted, where the attention mask keeps them. None takes the attribute.
+
+        Returns:
+            BaseModelOutputWithPooling, without gradient. ``last_hidden_state`` is (batch, seqlen, hidden_size), zeros
+            for padding; of first tokens (batch, 1, hidden_size); of a mask (num_tokens, hidden_size), in the order in
+            which indexing with the mask gives them. ``pooler_output`` is there where the model has a pooler and first
+            tokens were computed.
+        """
+        batch = Batch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        shape = self._checked(batch, kwargs)
+        wanted = self.select if select is None else select
+        pooled = None
+        if isinstance(wanted, Tensor):
+            states = self._selected_states(batch, wanted, attention_mask)
+        elif wanted == "first":
+            states = self._text_rows(batch)[:, None]
+        elif wanted == "all":
+            states = self._token_rows(batch)
+        else:
+            raise ValueError(f"select must be 'all', 'first' or a boolean mask {tuple(shape)}, got {wanted!r}")
+        if self.head.dense_weight is not None and not isinstance(wanted, Tensor):
+            with self._inference():
+                first = states[:, 0] if states.shape[1] else self._empty(0, self.spec.hidden_size)
+                pooled = self.head(first)
+        output = BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
+        return self._given(output, return_dict)
+
+    def embeddings_of(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        token_type_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        pooling: Pooling = "first",
+    ) -> Tensor:
+        """A vector for each of many sequences of token ids as they come from a tokenizer without padding.
+
+        Args:
+            token_ids, token_type_ids: as in `FastModel.pack`.
+            pooling: "first" for the first token's ([CLS]), "mean" for the mean over a text's tokens.
+
+        Returns:
+            (num_texts, hidden_size), in the texts' order.
+
+        Raises:
+            TypeError: something that is not an integer.
+            ValueError: another pooling, an empty or too long sequence, an id outside its table, or shapes that differ.
+        """
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
+        how = self._pooled if pooling == "first" else How(self.last_layer, "all", pools=True)
+        source = self._reader.source_of_lists(token_ids, token_type_ids)
+        if source is None:
+            return self._empty(0, self.spec.hidden_size)
+        with self._inference():
+            return unpack_rows(self._run(source, how))
+
+    def _selected_states(self, batch: Batch, wanted: Tensor, attention_mask: Tensor | None) -> Tensor:
+        shape = batch.shape
+        if wanted.dtype != torch.bool:
+            raise TypeError(f"select must be a boolean mask, got {wanted.dtype}")
+        if wanted.shape != shape:
+            raise ValueError(f"select must have the batch's shape {tuple(shape)}, got {tuple(wanted.shape)}")
+        dropped = False if attention_mask is None else (wanted.cpu() & ~attention_mask.cpu().bool()).any()
+        if dropped:
+            raise ValueError("select must be False where attention_mask is 0, got True there")
+        if not bool(wanted.any()):
+            return self._empty(0, self.spec.hidden_size)
+        with self._inference():
+            how = self._selected_rows
+            return unpack_selected(self._run(self._source(batch, how, wanted), how))[0]
+
+
+def _check_token_labels(labels: Tensor | None, shape: torch.Size, attention_mask: Tensor | None) -> None:
+    if labels is None:
+        return
+    if labels.shape != shape:
+        raise ValueError(f"labels must have the batch's shape {tuple(shape)}, got {tuple(labels.shape)}")
+    if attention_mask is not None and bool(((labels != _IGNORED).cpu() & (attention_mask.cpu() == 0)).any()):
+        raise ValueError(f"labels must be {_IGNORED} where attention_mask is 0, got others there")
+
+
+TASKS: Mapping[Task, type[FastModel]] = {
+    "sequence classification": FastClassifier,
+    "next sentence prediction": FastNextSentencePredictor,
+    "multiple choice": FastMultipleChoice,
+    "masked language modelling": FastMaskedLM,
+    "token classification": FastTokenClassifier,
+    "question answering": FastQuestionAnswerer,
+    "encoder": FastEncoder,
+}

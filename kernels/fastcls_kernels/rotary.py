@@ -1,0 +1,143 @@
+"""Rotary positions in place: each head's halves (a, b) become (a cos - b sin, b cos + a sin), angles by position.
+
+One program turns one token's heads, or a block of them, so that its row of cosines and sines is read once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._backend import device_guard, runs_triton
+from ._checks import (
+    check_device,
+    check_head_dim,
+    check_integers,
+    check_last_dim_contiguous,
+    check_range,
+    check_tensor,
+)
+from ._triton import cdiv, jit, next_power_of_2, tl
+
+MAX_BLOCK_H = 32
+
+
+@jit()
+def _rotary_kernel(
+    x_ptr,
+    positions_ptr,
+    cos_ptr,
+    sin_ptr,
+    stride_xt,
+    stride_xh,
+    NUM_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    offs_h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_d = tl.arange(0, BLOCK_D)
+    in_half = offs_d < HALF
+    in_heads = (offs_h < NUM_HEADS)[:, None] & in_half[None, :]
+    angles = tl.load(positions_ptr + token).to(tl.int64) * HALF + offs_d
+    # [BLOCK_D]
+    cos = tl.load(cos_ptr + angles, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + angles, mask=in_half, other=0.0)[None, :]
+    # [BLOCK_H, BLOCK_D]
+    first_ptr = x_ptr + token * stride_xt + offs_h[:, None] * stride_xh + offs_d[None, :]
+    second_ptr = first_ptr + HALF
+    first = tl.load(first_ptr, mask=in_heads, other=0.0).to(tl.float32)
+    second = tl.load(second_ptr, mask=in_heads, other=0.0).to(tl.float32)
+    tl.store(first_ptr, (first * cos - second * sin).to(x_ptr.dtype.element_ty), mask=in_heads)
+    tl.store(second_ptr, (second * cos + first * sin).to(x_ptr.dtype.element_ty), mask=in_heads)
+
+
+def _launch_rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
+    total_tokens, num_heads, head_dim = x.shape
+    if x.numel() == 0:
+        return
+    half = head_dim // 2
+    block_h, block_d = min(next_power_of_2(num_heads), MAX_BLOCK_H), next_power_of_2(half)
+    with device_guard(x):
+        _rotary_kernel[(total_tokens, cdiv(num_heads, block_h))](
+            x_ptr=x,
+            positions_ptr=positions,
+            cos_ptr=cos,
+            sin_ptr=sin,
+            stride_xt=x.stride(0),
+            stride_xh=x.stride(1),
+            NUM_HEADS=num_heads,
+            HALF=half,
+            BLOCK_H=block_h,
+            BLOCK_D=block_d,
+            # Eight neighbouring numbers of each half a thread.
+            num_warps=max(block_h * block_d // 256, 1),
+            enable_fp_fusion=True,
+        )
+
+
+def _rotate_halves(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
+    wide = x if x.dtype.itemsize >= 4 else x.float()
+    cos, sin = (table[positions].to(wide.dtype).unsqueeze(1) for table in (cos, sin))
+    first, second = wide.chunk(2, -1)
+    crossed = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).add_(crossed)
+    if wide is not x:
+        x.copy_(wide)
+
+
+def apply_rotary_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each head by its token's position, in place.
+
+    Args:
+        x: (total_tokens, nheads, headdim), float32, float16 or bfloat16, even head sizes from 16 to 128. Any strides
+            with a contiguous last dimension: of a fused projection the queries and keys are turned at once, as twice
+            as many heads.
+        positions: (total_tokens,), int32 or int64, contiguous.
+        cos, sin: (max_positions, headdim // 2), float32, contiguous: of each position's angles.
+
+    Returns:
+        x, whose first half h1 and second half h2 of each head became h1 cos - h2 sin and h2 cos + h1 sin (the form
+        that transformers calls ``rotate_half``). Computed in float32 and rounded once.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, stride, device or head size that does not fit, or, on the CPU, a position outside the
+            tables. On a GPU positions are trusted, since checking them would stall the device.
+    """
+    check_tensor("x", x, "(total_tokens, nheads, headdim)")
+    check_last_dim_contiguous("x", x)
+    total_tokens, _num_heads, head_dim = x.shape
+    check_head_dim("x", head_dim)
+    if head_dim % 2:
+        raise ValueError(f"x must have an even head size, got {head_dim}")
+    check_integers("positions", positions)
+    if positions.shape != (total_tokens,) or not positions.is_contiguous():
+        raise ValueError(
+            f"positions must be contiguous, of shape (total_tokens,) = ({total_tokens},), got {tuple(positions.shape)}"
+        )
+    check_device("positions", positions, x)
+    for name, table in (("cos", cos), ("sin", sin)):
+        _check_table(name, table, head_dim // 2, x)
+    if sin.shape != cos.shape:
+        raise ValueError(f"sin must have cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}")
+    check_range("positions", positions, cos.shape[0])
+    if runs_triton(x):
+        _launch_rotary(x, positions, cos, sin)
+    else:
+        _rotate_halves(x, positions, cos, sin)
+    return x
+
+
+def _check_table(name: str, table: Tensor, half: int, x: Tensor) -> None:
+    if not isinstance(table, Tensor) or table.dtype != torch.float32:
+        found = table.dtype if isinstance(table, Tensor) else type(table).__name__
+        raise TypeError(f"{name} must be a torch.float32 tensor, got {found}")
+    if table.ndim != 2 or table.shape[1] != half or not table.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, of shape (max_positions, headdim // 2) = (max_positions, {half}), "
+            f"got shape {tuple(table.shape)} with strides {table.stride()}"
+        )
+    check_device(name, table, x)

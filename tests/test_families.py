@@ -1,0 +1,441 @@
+"""Every family and every head against the transformers model that it replaces."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import transformers
+from support import TINY_FAMILIES, assert_as_exact_as, tiny_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastcls
+from fastcls.encoder import LastLayer
+from fastcls.families import FAMILIES
+from fastcls_kernels import use_backend
+
+RUNGS = get_args(LastLayer)
+CLASSES = [(name, family.model_type) for family in FAMILIES for name in family.heads]
+CLASSIFIERS = [pair for pair in CLASSES if pair[0].endswith("ForSequenceClassification")]
+FILLERS = [pair for pair in CLASSES if pair[0].endswith("ForMaskedLM")]
+every_class = pytest.mark.parametrize(("model_class", "family"), CLASSES, ids=[name for name, _ in CLASSES])
+every_classifier = pytest.mark.parametrize(
+    ("model_class", "family"), CLASSIFIERS, ids=[name for _, name in CLASSIFIERS]
+)
+every_filler = pytest.mark.parametrize(("model_class", "family"), FILLERS, ids=[name for _, name in FILLERS])
+
+LENGTH = 21
+MASKS = {
+    "right_padding": [[1] * LENGTH, [1] * 7 + [0] * 14, [1] + [0] * 20],
+    "holes": [[1, 0, 1, 1, 0, 0, 1] + [1] * 14, [1, 1] + [0] * 18 + [1], [1, 0] * 10 + [1]],
+    "all_tokens": [[1] * LENGTH] * 3,
+    "none": None,
+}
+# What transformers itself computes in float32 whatever the model is in: rotary positions, DeBERTa's scale.
+SINGLE_INSIDE = {"modernbert": 2e-5, "deberta-v2": 2e-6}
+ANSWERS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
+
+
+def in_float64(model: Any) -> Any:
+    """A copy to hold others to. ModernBERT's eager softmax is float32 inside, where float64's lowest number is -inf."""
+    exact = copy.deepcopy(model).double()
+    if exact.config.model_type == "modernbert":
+        exact.set_attn_implementation("sdpa")
+    return exact
+
+
+def batch(mask: str = "none", rows: int = 3, length: int = LENGTH, device: str = "cpu") -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    inputs = {"input_ids": torch.randint(5, 199, (rows, length), device=device)}
+    if MASKS[mask] is not None:
+        inputs["attention_mask"] = torch.tensor(MASKS[mask], device=device)
+    return inputs
+
+
+def shaped_for(model_class: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Multiple choice has a dimension more: here each text is one question with as many choices as there are rows."""
+    if "MultipleChoice" not in model_class:
+        return inputs
+    return {name: tensor[None] for name, tensor in inputs.items()}
+
+
+def answers(model: Any, inputs: dict[str, Tensor], **more: Any) -> dict[str, Tensor]:
+    """All that a model answers, of tokens only those that the mask keeps."""
+    with torch.no_grad():
+        output = model(**inputs, **more)
+    found = {}
+    for name in ANSWERS:
+        answer = getattr(output, name, None)
+        if answer is None:
+            continue
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if mask is not None and ids.ndim == 2 and answer.shape[:2] == ids.shape:
+            answer = answer[mask.bool()]
+        found[name] = answer
+    return found
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float, what: str = "") -> None:
+    assert actual.keys() == expected.keys()
+    for name, answer in expected.items():
+        assert actual[name].shape == answer.shape
+        assert bool(torch.isfinite(actual[name]).all())
+        scale = max(1.0, float(answer.abs().max()))
+        assert float((actual[name] - answer).abs().max()) <= bound * scale, f"{name} {what}"
+        assert float(answer.std()) > 0.01, "answers that do not differ would prove nothing"
+
+
+def by_rung(model: Any, inputs: dict[str, Tensor], **options: Any) -> Iterator[tuple[LastLayer, dict[str, Tensor]]]:
+    """What the fast model answers by each way of computing the last layer."""
+    fast = fastcls.optimize(model, **options)
+    for last_layer in RUNGS:
+        fast.last_layer = last_layer
+        yield last_layer, answers(fast, inputs)
+
+
+@pytest.mark.parametrize("mask", list(MASKS))
+@every_class
+def test_exact_in_float64(model_class: str, family: str, mask: str) -> None:
+    model = in_float64(tiny_model(model_class, family, attn_implementation="eager"))
+    inputs = shaped_for(model_class, batch(mask))
+    expected = answers(model, inputs)
+    for last_layer, actual in by_rung(model, inputs):
+        assert_close(actual, expected, SINGLE_INSIDE.get(family, 1e-12), last_layer)
+
+
+@every_class
+def test_answers_are_those_of_transformers(model_class: str, family: str, device: str) -> None:
+    model = tiny_model(model_class, family, attn_implementation="eager").to(device)
+    inputs = shaped_for(model_class, batch("right_padding", device=device))
+    expected = answers(model, inputs)
+    for last_layer, actual in by_rung(model, inputs):
+        assert_close(actual, expected, 1e-5, last_layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@every_class
+def test_as_exact_as_transformers_in_16_bits(model_class: str, family: str, dtype: torch.dtype, device: str) -> None:
+    lengths = torch.tensor([30, 3, 17, 1, 25, 30, 22, 8] * 12)
+    inputs = batch(rows=len(lengths), length=30, device=device)
+    inputs["attention_mask"] = (torch.arange(30) < lengths[:, None]).long().to(device)
+    inputs = shaped_for(model_class, inputs)
+    rounded = tiny_model(model_class, family, attn_implementation="eager").to(device, dtype)
+    exact = answers(in_float64(rounded), inputs)
+    eager = answers(rounded, inputs)
+    for last_layer, actual in by_rung(rounded, inputs):
+        for name, answer in actual.items():
+            assert_as_exact_as(answer, [eager[name]], exact[name], f"{name} {last_layer}")
+
+
+@pytest.mark.parametrize("mask", ["right_padding", "holes"])
+@every_classifier
+def test_whole_classifier_through_the_kernels(kernel_device: str, model_class: str, family: str, mask: str) -> None:
+    model = tiny_model(model_class, family, attn_implementation="eager").to(kernel_device)
+    inputs = batch(mask, device=kernel_device)
+    expected = answers(model, inputs)
+    with use_backend("triton"):
+        for last_layer, actual in by_rung(model, inputs):
+            assert_close(actual, expected, 1e-5, last_layer)
+
+
+@every_filler
+def test_masked_rows_through_the_kernels(kernel_device: str, model_class: str, family: str) -> None:
+    model = tiny_model(model_class, family, attn_implementation="eager").to(kernel_device)
+    inputs = batch("holes", device=kernel_device)
+    wanted = inputs["attention_mask"].bool() & (torch.arange(LENGTH, device=kernel_device) % 3 == 0)
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(wanted, 4)
+    with torch.no_grad():
+        expected = {"logits": model(**inputs).logits[wanted]}
+    with use_backend("triton"):
+        for last_layer, actual in by_rung(model, inputs, mask_token_id=4, dense=False):
+            assert_close(actual, expected, 1e-5, last_layer)
+
+
+@every_classifier
+def test_one_token_and_the_longest_text(model_class: str, family: str) -> None:
+    model = tiny_model(model_class, family, attn_implementation="eager")
+    for length in (1, fastcls.optimize(model).spec.max_positions):
+        inputs = batch(length=length)
+        expected = answers(model, inputs)
+        for last_layer, actual in by_rung(model, inputs):
+            assert_close(actual, expected, 1e-5, last_layer)
+
+
+@every_classifier
+def test_lists_of_ids_give_the_same_logits(model_class: str, family: str) -> None:
+    fast = fastcls.optimize(tiny_model(model_class, family))
+    inputs = batch("right_padding")
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    ids = [row[:length] for row, length in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
+    assert_close({"logits": fast.logits_of(ids)}, answers(fast, inputs), 1e-5)
+
+
+@every_classifier
+def test_embeddings_instead_of_ids(model_class: str, family: str) -> None:
+    model = tiny_model(model_class, family, attn_implementation="eager")
+    fast = fastcls.optimize(model)
+    mask = torch.tensor(MASKS["right_padding"])
+    embeds = torch.randn(3, LENGTH, fast.spec.embedding_size)
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeds, attention_mask=mask).logits
+        actual = fast(inputs_embeds=embeds, attention_mask=mask).logits
+    assert float((actual - expected).abs().max()) <= 1e-5
+
+
+@every_classifier
+def test_token_types_where_there_are_none_are_ignored(model_class: str, family: str) -> None:
+    # Tokenizers make them whatever the model is.
+    fast = fastcls.optimize(tiny_model(model_class, family))
+    if fast.spec.token_types:
+        pytest.skip("this family has token types")
+    inputs = batch("right_padding")
+    types = torch.ones_like(inputs["input_ids"])
+    assert torch.equal(answers(fast, {**inputs, "token_type_ids": types})["logits"], answers(fast, inputs)["logits"])
+
+
+@every_class
+def test_state_dict_has_the_checkpoints_names(model_class: str, family: str) -> None:
+    model = tiny_model(model_class, family)
+    fast = fastcls.optimize(model)
+    ours, theirs = fast.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@every_class
+def test_checkpoints_load_and_round_trip(model_class: str, family: str, tmp_path: Path) -> None:
+    model, other = tiny_model(model_class, family), tiny_model(model_class, family)
+    for parameter in other.parameters():
+        parameter.data.mul_(1.1)
+    fast = fastcls.optimize(model)
+    inputs = shaped_for(model_class, batch("right_padding"))
+    # What was made from the weights before must not outlive them.
+    answers(fast, inputs)
+    assert fast.load_state_dict(other.state_dict()).missing_keys == []
+    assert_close(answers(fast, inputs), answers(other, inputs), 1e-5)
+    fast.save_pretrained(tmp_path)
+    again = getattr(transformers, model_class).from_pretrained(tmp_path).eval()
+    assert_close(answers(again, inputs), answers(other, inputs), 1e-6)
+
+
+@every_class
+def test_weights_are_shared(model_class: str, family: str) -> None:
+    model = tiny_model(model_class, family)
+    fast = fastcls.optimize(model)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    assert {tensor.untyped_storage().data_ptr() for tensor in fast.parameters()} == storages
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("bert", {"hidden_act": "relu"}),
+        ("bert", {"hidden_act": "silu"}),
+        ("bert", {"hidden_act": "gelu_pytorch_tanh"}),
+        ("roberta", {"pad_token_id": 3}),
+        ("albert", {"num_hidden_groups": 1, "inner_group_num": 1, "hidden_act": "gelu"}),
+        ("albert", {"num_hidden_layers": 5, "num_hidden_groups": 3}),
+        ("electra", {"embedding_size": 64}),
+        ("modernbert", {"classifier_pooling": "mean"}),
+        ("modernbert", {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}),
+        ("modernbert", {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}),
+        ("modernbert", {"layer_types": ["sliding_attention"] * 3, "classifier_pooling": "mean"}),
+        ("deberta-v2", {"share_att_key": False}),
+        ("deberta-v2", {"pos_att_type": ["c2p"]}),
+        ("deberta-v2", {"pos_att_type": ["p2c"]}),
+        ("deberta-v2", {"position_buckets": -1, "norm_rel_ebd": "none"}),
+        ("deberta-v2", {"position_buckets": -1, "max_relative_positions": 7}),
+        ("deberta-v2", {"position_biased_input": True, "type_vocab_size": 2}),
+        ("deberta-v2", {"relative_attention": False, "pos_att_type": None}),
+        ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "gelu"}),
+        ("deberta-v2", {"conv_kernel_size": 5, "num_hidden_layers": 2}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mask", ["right_padding", "holes"])
+def test_options_of_a_config(family: str, overrides: dict[str, Any], mask: str) -> None:
+    (model_class,) = (name for name, of in CLASSIFIERS if of == family)
+    model = in_float64(tiny_model(model_class, family, attn_implementation="eager", **overrides))
+    inputs = batch(mask)
+    if model.config.to_dict().get("type_vocab_size", 0) == 2:
+        inputs["token_type_ids"] = inputs["input_ids"] % 2
+    expected = answers(model, inputs)
+    for last_layer, actual in by_rung(model, inputs):
+        assert_close(actual, expected, SINGLE_INSIDE.get(family, 1e-12), last_layer)
+
+
+@pytest.mark.parametrize("family", ["roberta", "mpnet"])
+def test_padding_tokens_that_are_kept_have_their_own_position(family: str) -> None:
+    # RoBERTa's positions come from ids, not from the mask: without one padding is read, at a position of its own.
+    (model_class,) = (name for name, of in CLASSIFIERS if of == family)
+    model = tiny_model(model_class, family, attn_implementation="eager")
+    fast = fastcls.optimize(model)
+    inputs = batch()
+    inputs["input_ids"][1, 4:] = fast.spec.padding_id
+    inputs["input_ids"][2, [3, 9]] = fast.spec.padding_id
+    expected = answers(model, inputs)
+    assert_close(answers(fast, inputs), expected, 1e-5)
+    assert_close({"logits": fast.logits_of(inputs["input_ids"].tolist())}, expected, 1e-5)
+
+
+def test_positions_of_ones_own_turn_rotary_embeddings() -> None:
+    model = tiny_model("ModernBertForSequenceClassification", "modernbert", attn_implementation="eager")
+    fast = fastcls.optimize(model)
+    inputs = {**batch("right_padding"), "position_ids": torch.arange(LENGTH).flip(0)[None] * 3}
+    expected = answers(model, inputs)
+    assert_close(answers(fast, inputs), expected, 1e-5)
+    plain = answers(model, batch("right_padding"))["logits"]
+    assert float((plain - expected["logits"]).abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="position_ids must lie from 0 to 95"):
+        fast(**{**inputs, "position_ids": inputs["position_ids"] * 9})
+
+
+def deberta_in_float32(**overrides: Any) -> Any:
+    return tiny_model("DebertaV2ForSequenceClassification", "deberta-v2", attn_implementation="eager", **overrides)
+
+
+@pytest.mark.parametrize("change", ["in_place", "another_tensor", "to_float64"])
+def test_what_is_made_from_weights_follows_them(change: str) -> None:
+    model = deberta_in_float32(conv_kernel_size=3)
+    fast = fastcls.optimize(model)
+    inputs = batch("right_padding")
+    before = answers(fast, inputs)["logits"]
+    if change == "to_float64":
+        model, fast = model.double(), fast.double()
+    else:
+        for name in ("encoder.rel_embeddings.weight", "encoder.LayerNorm.bias", "encoder.conv.conv.weight"):
+            weight = model.deberta.get_parameter(name)
+            ours = next(each for each in fast.parameters() if each.data_ptr() == weight.data_ptr())
+            if change == "in_place":
+                with torch.no_grad():
+                    ours.mul_(1.5)
+            else:
+                ours.data = weight.data = weight.data * 1.5
+    expected = answers(model, inputs)
+    assert_close(answers(fast, inputs), expected, 1e-5)
+    assert change == "to_float64" or float((before - expected["logits"]).abs().max()) > 1e-3
+
+
+def test_tables_are_made_once_and_keep_their_memory() -> None:
+    fast = fastcls.optimize(deberta_in_float32())
+    inputs = batch("right_padding")
+    with torch.inference_mode():
+        first = answers(fast, inputs)["logits"].clone()
+    made = [table.data_ptr() for table in fast.encoder.relative.of_layer(1)]
+    assert torch.equal(answers(fast, inputs)["logits"], first)
+    with torch.no_grad():
+        fast.encoder.relative.table_weight.mul_(2)
+    assert not torch.equal(answers(fast, inputs)["logits"], first)
+    # A CUDA graph reads them where they were.
+    assert [table.data_ptr() for table in fast.encoder.relative.of_layer(1)] == made
+
+
+class CountTokenProducts(TorchDispatchMode):
+    """Counts matrix products, by whatever operator, whose result has a row for each of ``tokens`` tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        is_product = any(name in str(func) for name in ("linear", "addmm", "aten.mm"))
+        self.count += is_product and isinstance(out, Tensor) and out.ndim == 2 and out.shape[0] == self.tokens
+        return out
+
+
+@pytest.mark.parametrize(
+    ("family", "absorbed"), [("bert", 0), ("mpnet", 0), ("modernbert", 1), ("deberta-v2", 1)], ids=str
+)
+def test_the_last_layer_makes_no_values_and_keys_only_where_they_depend_on_positions(
+    family: str, absorbed: int
+) -> None:
+    (model_class,) = (name for name, of in CLASSIFIERS if of == family)
+    fast = fastcls.optimize(tiny_model(model_class, family, num_hidden_layers=1))
+    inputs = batch()
+    answers(fast, inputs)
+    with CountTokenProducts(tokens=3 * LENGTH) as counted:
+        answers(fast, inputs)
+    assert counted.count == absorbed
+
+
+@every_classifier
+def test_the_pass_reads_no_value(model_class: str, family: str, launches: list[Any]) -> None:
+    fast = fastcls.optimize(tiny_model(model_class, family))
+    (packed,) = fast.pack([[5, 6, 7], [8] * 20, [9]])
+    fast = fast.to("meta")
+    for fast.last_layer in RUNGS:
+        with torch.no_grad():
+            fast.encoder.prepare()
+            logits = fast._compute(packed.to(torch.device("meta")), fast._how)
+        assert logits.shape == (3, 3)
+    assert len(launches) >= 3
+
+
+def deberta_v2(**overrides: Any) -> Callable[[], Any]:
+    return lambda: deberta_in_float32(**overrides)
+
+
+def modernbert(**overrides: Any) -> Callable[[], Any]:
+    return lambda: tiny_model("ModernBertForSequenceClassification", "modernbert", **overrides)
+
+
+YARN = {
+    kind: {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 48}
+    for kind in ("full_attention", "sliding_attention")
+}
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "another_activation": (
+        lambda: tiny_model("BertForMaskedLM", "bert", hidden_act="mish"),
+        ValueError,
+        "config.hidden_act must be one of gelu, .*, got 'mish'",
+    ),
+    "another_pooler": (
+        deberta_v2(pooler_hidden_act="leaky_relu"),
+        ValueError,
+        "config.pooler_hidden_act must be one of .*, got 'leaky_relu'",
+    ),
+    "another_rope": (modernbert(rope_parameters=YARN), ValueError, "rope_type 'default', got 'yarn'"),
+    "terms_without_positions": (
+        deberta_v2(relative_attention=False),
+        ValueError,
+        "config.pos_att_type must hold 'c2p' or 'p2c' just where config.relative_attention is True",
+    ),
+    "even_convolution": (deberta_v2(conv_kernel_size=4), ValueError, "config.conv_kernel_size must be odd.*got 4"),
+    "convolution_groups": (
+        deberta_v2(conv_kernel_size=3, conv_groups=2),
+        ValueError,
+        "config.conv_groups must be 1, got 2",
+    ),
+    "another_summary": (
+        lambda: tiny_model("ElectraForMultipleChoice", "electra", summary_type="mean"),
+        ValueError,
+        "config.summary_type must be 'first', got 'mean'",
+    ),
+    "other_buckets": (
+        lambda: tiny_model("MPNetForSequenceClassification", "mpnet", relative_attention_num_buckets=16),
+        ValueError,
+        "config.relative_attention_num_buckets must be 32, got 16",
+    ),
+    "heads_of_8": (
+        lambda: tiny_model("DistilBertForSequenceClassification", "distilbert", n_heads=8),
+        ValueError,
+        "config.dim must be at most 4096 in at most 64 heads of 16 to 128, got 64 / 8",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), list(REFUSED.values()), ids=list(REFUSED))
+def test_what_is_not_computed_is_refused_by_name(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fastcls.optimize(make())
+
+
+def test_every_family_has_a_tiny_config() -> None:
+    assert {family.model_type for family in FAMILIES} == TINY_FAMILIES.keys()
