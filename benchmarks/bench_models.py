@@ -12,7 +12,7 @@ from fastcls_benchmarks.machine import wait_for
 from fastcls_benchmarks.providers import Model, Provider
 from fastcls_benchmarks.suites import ModelPlan, suite
 from fastcls_benchmarks.verify import Reference
-from fastcls_benchmarks.workloads import Inputs, build_model, class_of, config_of
+from fastcls_benchmarks.workloads import ModelInputs, build_model, class_of, config_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [(plan, provider) for plan in suite("quick", DEVICE).models for provider in plan.providers]
@@ -33,7 +33,7 @@ def test_forward(plan: ModelPlan, provider: Provider, benchmark: BenchmarkFixtur
     missing = provider.missing(class_of(plan.model), DEVICE, plan.dtype)
     if missing:
         pytest.skip(missing)
-    (batch,) = plan.workload.batches(1, Inputs.of(class_of(plan.model), config_of(plan.model)))
+    (batch,) = plan.workload.batches(1, ModelInputs.of(class_of(plan.model), config_of(plan.model)))
     model = model_of(plan.model, plan.dtype)
     forward = provider.load(model).forward
     verdict = Reference(model, [batch]).check(provider, forward)

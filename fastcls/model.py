@@ -166,8 +166,15 @@ class FastModel(nn.Module):
                 for types in (None, token_ids) if self.spec.token_types else (None,):
                     source = self._reader.source_of_lists(token_ids, types)
                     assert source is not None
-                    for packed in pack(source, GPU_TOKENS_PER_PASS, fill_rows):
-                        self._compute(packed.to(self.device), self._how)
+                    self._warm(source)
+
+    def _warm(self, source: Source) -> None:
+        first = torch.zeros(int(source.lengths.sum()), dtype=torch.bool)
+        first[source.lengths.cumsum(0) - source.lengths] = True
+        for how in self._ways:
+            wanted = source._replace(selected=first if how.selection == "rows" else None)
+            for packed in pack(wanted, GPU_TOKENS_PER_PASS, fill_rows):
+                self._compute(packed.to(self.device), how)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes a transformers checkpoint, which ``from_pretrained`` of the original class reads back.
@@ -186,6 +193,11 @@ class FastModel(nn.Module):
     def _how(self) -> How:
         """What the task needs of a pass."""
         raise NotImplementedError
+
+    @property
+    def _ways(self) -> tuple[How, ...]:
+        """All that calls may ask of a pass."""
+        return (self._how,)
 
     @property
     def _pooled(self) -> How:

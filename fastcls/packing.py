@@ -364,7 +364,11 @@ def unpack_tokens(parts: Sequence[tuple[Tensor, PackedTokens]], shape: torch.Siz
     out = first.new_full((shape.numel(), first.shape[1]), fill)
     for rows, packed in parts:
         assert packed.origins is not None
-        out[packed.origins.to(out.device)] = rows
+        origins = packed.origins
+        if out.is_cuda and not origins.is_cuda:
+            # Pinned, so that nobody waits for the copy.
+            origins = origins.pin_memory().to(out.device, non_blocking=True)
+        out[origins] = rows
     return out.unflatten(0, tuple(shape))
 
 

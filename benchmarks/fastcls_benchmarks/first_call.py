@@ -63,7 +63,7 @@ def main(work: dict[str, str | int]) -> dict[str, float | int | str | None]:
     for library in ("fastcls", "onnxruntime", "openvino"):
         if str(work["provider"]).startswith(library):
             importlib.import_module(library)
-    from .workloads import Inputs, Workload, build_model, class_of, config_of, padded_tokens
+    from .workloads import ModelInputs, Workload, build_model, class_of, config_of, padded_tokens
 
     # What `import transformers` puts off until a model is asked for.
     name = str(work["model"])
@@ -75,7 +75,7 @@ def main(work: dict[str, str | int]) -> dict[str, float | int | str | None]:
 
     torch.set_num_threads(int(work["threads"]))
     device, dtype = torch.device(str(work["device"])), getattr(torch, str(work["dtype"]))
-    inputs = Inputs.of(model_class, config_of(name))
+    inputs = ModelInputs.of(model_class, config_of(name))
     batches = Workload(int(work["batch_size"]), str(work["lengths"])).batches(4, inputs)
     provider = PROVIDERS[str(work["provider"])]
     missing = provider.missing(model_class, device, dtype)

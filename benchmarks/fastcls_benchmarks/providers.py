@@ -106,7 +106,9 @@ def _forward_of(model: Callable[..., Any], device: torch.device, fills: bool) ->
 
 def _transformers_loader(attention: str) -> Callable[[Model], Loaded]:
     def load(model: Model) -> Loaded:
-        return Loaded(_forward_of(_transformers(model, attention), model.device, fills_masks(type(model))))
+        no_sdpa = attention == "eager" and baseline_of(type(model)) is EAGER
+        detail = "the baseline, because transformers has no sdpa for this model" if no_sdpa else ""
+        return Loaded(_forward_of(_transformers(model, attention), model.device, fills_masks(type(model))), detail)
 
     return load
 

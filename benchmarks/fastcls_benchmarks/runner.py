@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-from . import first_call, kernels, machine, timing
-from .kernels import KERNELS, Kernel, KernelProvider, Prepared, compiled
+from . import first_call, machine, timing
+from .kernels import KERNELS, Inputs, Kernel, KernelProvider, Prepared, compiled
 from .providers import (
     AUTOTUNED,
     COMPILED,
@@ -30,7 +30,7 @@ from .results import Case, Report, Row
 from .suites import KernelPlan, ModelPlan, Suite
 from .verify import Reference
 from .work import ModelShape, product_shapes, useful_flops, weight_bytes
-from .workloads import Batch, Inputs, build_model, class_of, config_of, padded_tokens, real_tokens
+from .workloads import Batch, ModelInputs, build_model, class_of, config_of, padded_tokens, real_tokens
 
 # Different batches that calls take in turn; of those that take long as many as are checked.
 NUM_BATCHES = 8
@@ -65,6 +65,8 @@ class Listener(Protocol):
 # a second. On a GPU, with more cores beside it, about half.
 _PREPARING = {COMPILED: 25.0, PACKED_COMPILED: 25.0, AUTOTUNED: 60.0, ONNXRUNTIME: 7.0, OPENVINO: 4.0}
 _PREPARING_KERNEL = 5.0
+# A model with random weights, for each six layers.
+_BUILDING = 1.0
 
 
 def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
@@ -74,9 +76,12 @@ def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
     machine_seconds = suite.machine_seconds * len(dtypes)
     expected = [machine_seconds]
     prepared: set[tuple[object, ...]] = set()
+    built = None
     for plan in suite.models:
         size = config_of(plan.model).num_hidden_layers / 6
         seconds = plan.seconds + 0.5 * len(plan.providers) * size
+        if built != (plan.model, plan.dtype):
+            built, seconds = (plan.model, plan.dtype), seconds + factor * _BUILDING * size
         for provider in plan.providers:
             # Compilers make a batch of one a case of its own.
             key = (plan.model, plan.dtype, provider.name, plan.workload.batch_size == 1)
@@ -185,7 +190,7 @@ class _Session:
 
     def measure(self, case: Case, plan: ModelPlan, doing: Callable[[str], None]) -> None:
         latency = plan.workload.batch_size == 1
-        inputs = Inputs.of(type(self.model), self.model.config)
+        inputs = ModelInputs.of(type(self.model), self.model.config)
         batches = plan.workload.batches(NUM_LATENCY_BATCHES if latency else NUM_BATCHES, inputs)
         self.describe(case, batches)
         checked = batches[: NUM_CHECKED_TEXTS if latency else NUM_CHECKED]
@@ -318,7 +323,7 @@ def measure_kernel(
         }
 
 
-def _input_sets(kernel: Kernel, plan: KernelPlan, device: torch.device) -> list[kernels.Inputs]:
+def _input_sets(kernel: Kernel, plan: KernelPlan, device: torch.device) -> list[Inputs]:
     (first,) = kernel.inputs(plan.workload, device, plan.dtype, 1)
     size = sum(each.nbytes for each in first.arguments if isinstance(each, torch.Tensor))
     count = min(max(math.ceil(INPUT_BYTES / size), 2), MAX_INPUT_SETS)
@@ -327,8 +332,8 @@ def _input_sets(kernel: Kernel, plan: KernelPlan, device: torch.device) -> list[
 
 def prepare_kernel(
     provider: KernelProvider,
-    check: Callable[[kernels.Inputs, torch.Tensor], float],
-    sets: Sequence[kernels.Inputs],
+    check: Callable[[Inputs, torch.Tensor], float],
+    sets: Sequence[Inputs],
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Row, list[Prepared]]:

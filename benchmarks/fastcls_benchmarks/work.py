@@ -132,7 +132,7 @@ def _distances(spec: EncoderSpec, rows: Tensor, lengths: Tensor) -> int:
 
 
 def weight_bytes(shape: ModelShape, itemsize: int) -> int:
-    """What every batch must read once: all layers' weights, and the others of `product_shapes`. Shared ones count once."""
+    """What every batch must read once: all layers' weights, shared ones once, and the others of `product_shapes`."""
     rest = product_shapes(shape)[len(_layer_products(shape.spec)) :]
     return (shape.spec.num_layer_weights * _size(_layer_products(shape.spec)) + _size(rest)) * itemsize
 

@@ -123,7 +123,7 @@ def fills_masks(model_class: type[PreTrainedModel]) -> bool:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ModelInputs:
     """What a model reads. As it stands: a BERT classifier's.
 
     Attributes:
@@ -139,7 +139,7 @@ class Inputs:
     masks: bool = False
 
     @classmethod
-    def of(cls, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Inputs:
+    def of(cls, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> ModelInputs:
         return cls(
             config.vocab_size,
             config.pad_token_id or 0,
@@ -334,7 +334,7 @@ class Workload:
     def description(self) -> str:
         return f"{self.batch_size} x {LENGTHS[self.lengths].description}"
 
-    def batches(self, count: int, inputs: Inputs = Inputs()) -> list[Batch]:
+    def batches(self, count: int, inputs: ModelInputs = ModelInputs()) -> list[Batch]:
         """``count`` different batches, padded to their longest, on the CPU, as a tokenizer gives them.
 
         Lengths are drawn independently. Of many batches those are taken whose tokens, real and padded, are nearest to
@@ -366,7 +366,7 @@ def _most_typical(candidates: list[list[int]], count: int) -> list[list[int]]:
     return sorted(candidates, key=distance)[:count]
 
 
-def _batch(lengths: Sequence[int], inputs: Inputs, generator: torch.Generator) -> Batch:
+def _batch(lengths: Sequence[int], inputs: ModelInputs, generator: torch.Generator) -> Batch:
     ends = torch.tensor(lengths)
     mask = (torch.arange(max(lengths)) < ends[:, None]).long()
     ids = torch.randint(FIRST_WORD_ID, inputs.vocab_size, mask.shape, generator=generator)

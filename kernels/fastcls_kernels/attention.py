@@ -336,7 +336,8 @@ class _ScoreTerms:
     """What a CPU adds to scores: the bias, and -inf outside of the window."""
 
     def __init__(self, layout: PackedLayout, window: tuple[int, int], bias: Tensor | None, like: Tensor) -> None:
-        self.positions = layout.positions
+        # In 64 bits, as limits of a window may be.
+        self.positions = None if layout.positions is None else layout.positions.long()
         self.window = window
         # Wide enough to lose nothing of either.
         dtype = torch.promote_types(like.dtype, torch.float32)

@@ -29,7 +29,7 @@ from ._pair import as_pair, pair_dot
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .attention import LOG2_E
 from .layer_norm import AddNorm, add_layer_norm, check_add_norm
-from .tuning import ClsTile, arch_of, cls_tile
+from .tuning import arch_of, cls_tile
 
 # For each query row the first of the tokens that it reads, and the end of them.
 RowBounds = tuple[Tensor, Tensor]
@@ -75,17 +75,17 @@ def _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, width, BLOCK_W:
 @jit()
 def _add_key_scores(
     scores, q_ptr, key_ptr, chunk, offs_t, in_split, scale_log2, stride_kt, num_columns, KEY_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, PAIR: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """``scores`` and what a chunk of the keys' columns adds, by one product: each head's query in its own columns."""
-    offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
-    # [BLOCK_W]
-    query = tl.load(q_ptr + offs_w, mask=offs_w < num_columns, other=0.0).to(tl.float32)
-    own = tl.arange(0, BLOCK_H)[:, None] == (offs_w // KEY_DIM)[None, :]
-    # [BLOCK_H, BLOCK_W]
+    offs_k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+    # [BLOCK_K]
+    query = tl.load(q_ptr + offs_k, mask=offs_k < num_columns, other=0.0).to(tl.float32)
+    own = tl.arange(0, BLOCK_H)[:, None] == (offs_k // KEY_DIM)[None, :]
+    # [BLOCK_H, BLOCK_K]
     high, low = as_pair(tl.where(own, query[None, :] * scale_log2, 0.0), key_ptr.dtype.element_ty)
-    # [BLOCK_N, BLOCK_W]
-    k = _load_token_chunk(key_ptr, chunk, offs_t, in_split, stride_kt, num_columns, BLOCK_W)
+    # [BLOCK_N, BLOCK_K]
+    k = _load_token_chunk(key_ptr, chunk, offs_t, in_split, stride_kt, num_columns, BLOCK_K)
     return pair_dot(high, low, tl.trans(k), scores, PAIR)
 
 
@@ -161,6 +161,7 @@ def _cls_attention_kernel(
     BLOCK_W: tl.constexpr,
     CHUNKS: tl.constexpr,
     COLUMN_GROUPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     KEY_CHUNKS: tl.constexpr,
     UNROLL_KEYS: tl.constexpr,
     PAIR: tl.constexpr,
@@ -214,6 +215,16 @@ def _cls_attention_kernel(
         offs_t = tile_start + tl.arange(0, BLOCK_N)
         in_split = offs_t < split_end
         offs_t = offs_t.to(tl.int64)
+        if HAS_BIAS:
+            # The tile's place is one 64-bit number; offsets within it are the same in every step. Loaded here and not
+            # where it is added, which takes more registers.
+            offs_b = tl.arange(0, BLOCK_N)[None, :] * NUM_HEADS + offs_h[:, None]
+            # [BLOCK_H, BLOCK_N]
+            score_bias = tl.load(
+                score_bias_ptr + tl.cast(tile_start, tl.int64) * NUM_HEADS + offs_b,
+                mask=in_heads[:, None] & in_split[None, :],
+                other=0.0,
+            )
         # [BLOCK_N, BLOCK_W] each
         if NORM:
             x0, total = _load_summed_chunk(
@@ -269,13 +280,13 @@ def _cls_attention_kernel(
             for chunk in tl.static_range(KEY_CHUNKS):
                 scores = _add_key_scores(
                     scores, q_ptr, key_ptr, chunk, offs_t, in_split, scale_log2, stride_kt, key_columns, KEY_DIM,
-                    BLOCK_H, BLOCK_W, PAIR,
+                    BLOCK_H, BLOCK_K, PAIR,
                 )  # fmt: skip
         elif KEY_CHUNKS > 0:
             for chunk in range(KEY_CHUNKS):
                 scores = _add_key_scores(
                     scores, q_ptr, key_ptr, chunk, offs_t, in_split, scale_log2, stride_kt, key_columns, KEY_DIM,
-                    BLOCK_H, BLOCK_W, PAIR,
+                    BLOCK_H, BLOCK_K, PAIR,
                 )  # fmt: skip
         elif COLUMN_GROUPS == 1:
             scores = pair_dot(q0, r0, tl.trans(x0), scores, PAIR)
@@ -294,11 +305,6 @@ def _cls_attention_kernel(
                 scores = pair_dot(query, rest, tl.trans(x), scores, PAIR)
 
         if HAS_BIAS:
-            score_bias = tl.load(
-                score_bias_ptr + offs_t[None, :] * NUM_HEADS + offs_h[:, None],
-                mask=in_heads[:, None] & in_split[None, :],
-                other=-1e30,
-            )
             scores += score_bias * LOG2_E
         scores = tl.where(in_split[None, :], scores, -1e30)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -471,11 +477,6 @@ def default_num_splits(device: torch.device, num_programs: int, max_seqlen: int)
     return max(1, min(cdiv(max_seqlen, 128), cdiv(wanted, num_programs)))
 
 
-def _with_more_to_read(tile: ClsTile) -> ClsTile:
-    """The tile where keys or a bias are read beside x, which takes room: half the tokens a step, if they are many."""
-    return tile._replace(BLOCK_N=tile.BLOCK_N // 2) if tile.BLOCK_N > 16 else tile
-
-
 def _bounds_of(layout: PackedLayout, row_bounds: RowBounds | None) -> RowBounds:
     return (layout.cu_seqlens[:-1], layout.cu_seqlens[1:]) if row_bounds is None else row_bounds
 
@@ -496,9 +497,12 @@ def _launch_cls_attention(
     out = query.new_empty(num_rows, num_heads, width)
     if out.numel() == 0:
         return out
-    plain_tile = tile = cls_tile(arch_of(query.device), hidden_states.dtype, width)
-    if keys is not None or bias is not None:
-        tile = _with_more_to_read(tile)
+    tile = cls_tile(arch_of(query.device), hidden_states.dtype, width)
+    # Keys and bias take room beside x: half the tokens a step, if there are many.
+    block_n = tile.BLOCK_N if keys is None and bias is None else max(16, tile.BLOCK_N // 2)
+    # Where there are few already, there is no room to fetch all of the next step's keys ahead either.
+    unroll_keys = keys is not None and block_n < tile.BLOCK_N
+    block_k = tile.BLOCK_W if unroll_keys else max(16, tile.BLOCK_W // 2)
     if keys is not None:
         # One product takes all heads, so these must be neighbours.
         query, keys = query.flatten(1), keys.flatten(1)
@@ -534,12 +538,13 @@ def _launch_cls_attention(
             WIDTH=width,
             KEY_DIM=query_dim,
             BLOCK_H=tile.BLOCK_H,
-            BLOCK_N=tile.BLOCK_N,
+            BLOCK_N=block_n,
             BLOCK_W=tile.BLOCK_W,
             CHUNKS=tile.CHUNKS,
             COLUMN_GROUPS=column_groups,
-            KEY_CHUNKS=0 if keys is None else cdiv(min(num_heads, tile.BLOCK_H) * query_dim, tile.BLOCK_W),
-            UNROLL_KEYS=keys is not None and tile.BLOCK_N < plain_tile.BLOCK_N,
+            BLOCK_K=block_k,
+            KEY_CHUNKS=0 if keys is None else cdiv(min(num_heads, tile.BLOCK_H) * query_dim, block_k),
+            UNROLL_KEYS=unroll_keys,
             PAIR=hidden_states.dtype != torch.float32,
             NORM=norm is not None,
             HAS_BIAS=bias is not None,
@@ -780,9 +785,7 @@ def cls_attention(
         check_add_norm(hidden_states, *norm)
     if not runs_triton(query):
         return _cls_attention_windows(query, hidden_states, layout, softmax_scale, keys, bias, row_bounds)
-    return _launch_cls_attention(
-        query, hidden_states, layout, softmax_scale, num_splits, norm, keys, bias, row_bounds
-    )
+    return _launch_cls_attention(query, hidden_states, layout, softmax_scale, num_splits, norm, keys, bias, row_bounds)
 
 
 def takes_norm(hidden_states: Tensor) -> bool:

@@ -36,7 +36,7 @@ def attention_varlen_reference(
     for start, end in itertools.pairwise(bounds):
         queries, keys, values = (tensor[start:end].transpose(0, 1) for tensor in (q, k, v))
         scores = queries @ keys.transpose(1, 2) * scale
-        position = torch.arange(end - start, device=q.device) if positions is None else positions[start:end]
+        position = torch.arange(end - start, device=q.device) if positions is None else positions[start:end].long()
         offset = position[None, :] - position[:, None]
         if bias is not None:
             reach = bias.shape[1] // 2
