@@ -65,7 +65,10 @@ class Classifier:
     def __init__(
         self, model: FastClassifier | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, truncation: bool = False
     ) -> None:
-        self.model = model if isinstance(model, FastClassifier) else optimize(model)
+        self.model: FastClassifier = optimize(model) if isinstance(model, PreTrainedModel) else model
+        if not isinstance(self.model, FastClassifier):
+            found = type(model).__name__
+            raise TypeError(f"model must be a sequence classifier of transformers' or a FastClassifier, got {found}")
         self.tokenizer = tokenizer
         self.truncation = truncation
 

@@ -263,7 +263,7 @@ class EncoderLayer(Weighted):
 
         The few rows that carry the answer are computed in at least float32, so that absorbing costs no accuracy.
         """
-        layout, size = run.layout, self.spec.hidden_size
+        layout = run.layout
         query_weight, key_weight, value_weight = self.qkv_weight.chunk(3)
         query_bias, key_bias, value_bias = (None,) * 3 if self.qkv_bias is None else self.qkv_bias.chunk(3)
         source, residual = states.normed, states.residual
@@ -279,8 +279,8 @@ class EncoderLayer(Weighted):
             if norm is not None:
                 residual = normed = add_layer_norm(source, *norm, rows=rows)
                 rows = None
-            if query_bias is None:
-                query_bias = source.new_zeros(size)
+            # Encoders without biases have rotary positions.
+            assert query_bias is not None
             query = absorb_query(normed, rows, query_weight, query_bias, key_weight, self.spec.num_heads)
         summed = cls_attention(
             *(query, source, layout.cu_seqlens, layout.max_seqlen, attention.scale),

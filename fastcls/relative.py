@@ -75,16 +75,21 @@ class DisentangledTables(Weighted):
         self._layers = tuple(layers)
         self._made: list[PositionTables] = []
         self._made_of: tuple[object, ...] = ()
+        self._buckets: Buckets | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_made": [], "_made_of": ()}
+        return {**self.__dict__, "_made": [], "_made_of": (), "_buckets": None}
 
     @property
     def buckets(self) -> Buckets:
-        return Buckets(self.rows, self._rows)
+        """The row of the table for each distance, where the tables are."""
+        assert self._buckets is not None
+        return self._buckets
 
     def refresh(self) -> None:
         """Makes the tables anew where weights have changed since; in the same memory, which graphs may read."""
+        if self._buckets is None or self._buckets.table.device != self.rows.device:
+            self._buckets = Buckets(self.rows, self._rows)
         made_of = tuple(weight_version(weight) for weight in self._sources())
         if made_of == self._made_of:
             return
@@ -104,7 +109,7 @@ class DisentangledTables(Weighted):
 
     def clear(self) -> None:
         """Forgets the tables."""
-        self._made, self._made_of = [], ()
+        self._made, self._made_of, self._buckets = [], (), None
 
     def of_layer(self, layer: int) -> PositionTables:
         """The tables of a set of layer weights."""
@@ -161,8 +166,8 @@ class DisentangledTables(Weighted):
             rows = pos_key[buckets.of(-torch.arange(farthest + 1, device=keys.device))]
             # [num_sequences, num_heads, positions]
             scores = (query.to(dtype).transpose(0, 1) @ rows.to(dtype).permute(1, 2, 0)).transpose(0, 1)
-            starts = layout.cu_seqlens[1:]
-            sequences = torch.searchsorted(starts, torch.arange(keys.shape[0], device=keys.device), right=True)
+            rows_of_tokens = torch.arange(keys.shape[0], dtype=torch.int32, device=keys.device)
+            sequences = torch.searchsorted(layout.cu_seqlens[1:], rows_of_tokens, right=True)
             bias += scores[sequences.clamp(max=query.shape[0] - 1), :, positions.clamp(max=farthest).long()]
         if pos_query is not None:
             bias += (keys * pos_query[buckets.of(-positions)]).sum(2, dtype=dtype)

@@ -43,6 +43,7 @@ MULTIPLY = {
     "_attention_kernel",
     "_cls_attention_kernel",
     "_cls_output_kernel",
+    "_disentangled_attention_kernel",
     "_linear_gelu_kernel",
     "_pooler_classifier_kernel",
     "_split_linear_kernel",

@@ -15,7 +15,7 @@ from test_tile_map import rising_positions
 from torch import Tensor
 
 from fastcls_kernels import PackedLayout, attention_padded, attention_varlen
-from fastcls_kernels.attention import WINDOW_BLOCK, _blocks, _choose_tile, _fits_tma
+from fastcls_kernels.attention import BIAS_BLOCK, WINDOW_BLOCK, _blocks, _choose_tile, _fits_tma
 from fastcls_kernels.reference import attention_padded_reference, attention_varlen_reference
 from fastcls_kernels.tuning import AttentionTile, use_tile
 
@@ -94,13 +94,14 @@ class Relative(NamedTuple):
     reach: int | None = None
 
 
+RELATIVE_BIAS = Relative(reach=9)
 RELATIVE = [
     pytest.param(Relative((5, 3)), id="window"),
     pytest.param(Relative((0, 0)), id="own_row"),
     pytest.param(Relative((-1, 0)), id="causal"),
     pytest.param(Relative((40, -1)), id="left_limit"),
     pytest.param(Relative((1 << 40, 1 << 40)), id="endless_window"),
-    pytest.param(Relative(reach=9), id="bias"),
+    pytest.param(RELATIVE_BIAS, id="bias"),
     pytest.param(Relative(reach=0), id="bias_of_one_number"),
     pytest.param(Relative((20, 33), reach=25), id="bias_in_window"),
 ]
@@ -154,11 +155,18 @@ def test_kernel_keeps_to_windows_and_adds_biases(kernels: str, relative: Relativ
 def test_torch_path_keeps_to_windows_and_adds_biases(
     torch_path: str, relative: Relative, left_out: bool, dtype: torch.dtype
 ) -> None:
-    lengths = [*RELATIVE_LENGTHS, 70, 70, 600]
+    lengths = [*RELATIVE_LENGTHS, 70, 70, 2 * WINDOW_BLOCK + 1]
     check_relative(lengths, relative, rising_positions(lengths, 2) if left_out else None, dtype, torch_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@LEFT_OUT
+@pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
+def test_torch_path_on_a_bias_that_is_made_block_by_block(torch_path: str, left_out: bool, dtype: torch.dtype) -> None:
+    lengths = [BIAS_BLOCK + 90, 3]
+    check_relative(lengths, RELATIVE_BIAS, rising_positions(lengths, 2) if left_out else None, dtype, torch_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
 def test_torch_path_on_blocks_of_rows_that_see_none_of_their_first_keys(torch_path: str, dtype: torch.dtype) -> None:
     # More than the library's attention takes at once.
     positions = torch.arange(1302, dtype=torch.int32)
@@ -168,25 +176,26 @@ def test_torch_path_on_blocks_of_rows_that_see_none_of_their_first_keys(torch_pa
 
 @pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
 def test_kernel_takes_a_bias_in_the_dtype_of_q(kernels: str, dtype: torch.dtype) -> None:
-    check_relative(RELATIVE_LENGTHS, Relative(reach=9), None, dtype, kernels, bias_dtype=dtype)
+    check_relative(RELATIVE_LENGTHS, RELATIVE_BIAS, None, dtype, kernels, bias_dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
 def test_torch_path_takes_a_bias_in_the_dtype_of_q(torch_path: str, dtype: torch.dtype) -> None:
-    check_relative(RELATIVE_LENGTHS, Relative(reach=9), None, dtype, torch_path, bias_dtype=dtype)
+    check_relative(RELATIVE_LENGTHS, RELATIVE_BIAS, None, dtype, torch_path, bias_dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
 def test_what_overflows_outside_of_its_window_spoils_no_row(schedule: str, dtype: torch.dtype) -> None:
     q, k, v = fused_qkv(90, 2, 16, dtype, schedule)
-    cu_seqlens = cu_seqlens_of([80, 10], schedule)
-    clean = attention_varlen(q, k, v, cu_seqlens, 80, window_size=(3, 5))
+    cu_seqlens, others = cu_seqlens_of([80, 10], schedule), (80, None, (3, 5))
+    eager = attention_varlen_reference(q, k, v, cu_seqlens, *others)
+    exact = attention_varlen_reference(q.double(), k.double(), v.double(), cu_seqlens, *others)
     v[40, 0, 3] = float("nan")
     actual = attention_varlen(q, k, v, cu_seqlens, 80, window_size=(3, 5))
-    seen = range(40 - 5, 40 + 3 + 1)
-    others = [row for row in range(90) if row not in seen]
-    assert torch.equal(actual[others], clean[others])
-    assert bool(actual[seen, 0].isnan().any(-1).all())
+    seeing = torch.zeros(90, dtype=torch.bool, device=schedule)
+    seeing[40 - 5 : 40 + 3 + 1] = True
+    assert_as_exact_as(actual[~seeing], [eager[~seeing]], exact[~seeing])
+    assert bool(actual[seeing, 0].isnan().any(-1).all())
 
 
 def test_the_keys_that_a_window_reads_grow_with_the_text_and_not_with_its_square() -> None:

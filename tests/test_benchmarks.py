@@ -203,7 +203,7 @@ def test_real_shapes_tell_a_wrong_mask(name: str) -> None:
     if name in ("bert-large", "xlm-roberta-base", "camembert-base"):
         pytest.skip("as deep as two of BERT-base, or RoBERTa with other words: more than some machines that test hold")
     model = build_model(name, CPU, torch.float32)
-    batches = Workload(4, "sst2").batches(1, ModelInputs.of(type(model), model.config))
+    batches = Workload(2, "sst2").batches(1, ModelInputs.of(type(model), model.config))
     reference = Reference(model, batches)
     wrong = reference.check(baseline_of(type(model)), ignore_mask(model).forward)
     in_half = Reference(own_copy(model).bfloat16(), batches)
@@ -803,7 +803,7 @@ def test_what_breaks_a_case_is_shown_and_the_rest_is_measured(
         def breaking(batch: Batch) -> Tensor:
             nonlocal calls
             calls += 1
-            if calls > 4:
+            if calls > 2:
                 raise RuntimeError("out of something")
             return forward(batch)
 

@@ -154,7 +154,12 @@ def test_tables_of_other_chips_are_begun_and_added_to(configs: Path) -> None:
     assert begun["rules"] == {"cls_attention": [{"up_to": {"bits": 16}, "tile": tile}]}
     # But those of AMD chips do not follow; and a rule for float32 stays.
     added = tune.table_with("gfx950", winners, {"chip": "first"})
-    assert added["rules"].keys() == {"attention", "cls_attention", "linear_gelu"}
+    assert added["rules"].keys() == {
+        "attention",
+        "cls_attention",
+        "disentangled_attention",
+        "linear_gelu",
+    }
     assert [rule.get("up_to", {}) for rule in added["rules"]["cls_attention"]] == [{"bits": 16}, {}]
     (configs / "sm_89.json").write_text(tune.written(begun), encoding="utf-8")
     again = tune.table_with("sm_89", {"absorb_query": [({"rows": 1}, {"BLOCK_B": 16})]}, {"chip": "second"})

@@ -1,20 +1,24 @@
-"""One query a sequence: the attention of a last layer of which only the [CLS] row is read.
+"""Few query rows over many tokens: the attention of a last layer of which only some rows, such as [CLS], are read.
 
 `cls_attention` is the streaming pass over the layer's *input*. With the key projection absorbed into the query,
 score_j = q̃_h · x_j, and with the value projection applied after the sum,
 
-    out_h = Σ_j softmax_j(q̃_h · x_j · scale) x_j,
+    out_h = Σ_j softmax_j(q̃_h · x_j · scale + bias_jh) x_j,
 
-so keys and values are never made and x is read once for all heads (the derivation is in kernels/README.md).
-A program takes one sequence (or one split of a long one), a group of BLOCK_H heads and up to four chunks of BLOCK_W
-columns; a second kernel merges the splits. The layer norm that ends the layer before may run inside, so that its result
-is never stored.
+so keys and values are never made and x is read once for all heads (the derivation is in kernels/README.md). Where keys
+depend on positions they cannot be absorbed: then they are made and read beside x, score_j = q_h · k_jh, and values are
+still not. All heads' scores are one product with the queries as a block-diagonal matrix.
+
+A program takes one query row (or one split of a long one's tokens), a group of BLOCK_H heads and up to four chunks of
+BLOCK_W columns; a second kernel merges the splits. The layer norm that ends the layer before may run inside, so that
+its result is never stored. A row's tokens are those of its sequence, or any span: one kernel takes both.
 
 `cls_attention_kv` is the same over keys and values that exist already.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
@@ -418,7 +422,7 @@ def _merge_splits_kernel(
     partial_ptr, lse_ptr, out_ptr, num_splits, NUM_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
-    sequence = row // NUM_HEADS
+    query_row = row // NUM_HEADS
     head = row % NUM_HEADS
     offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     in_width = offs_w < WIDTH
@@ -427,7 +431,7 @@ def _merge_splits_kernel(
     total = 0.0
     largest = -1e30
     for split in range(num_splits):
-        partial_row = (sequence * num_splits + split) * NUM_HEADS + head
+        partial_row = (query_row * num_splits + split) * NUM_HEADS + head
         lse = tl.load(lse_ptr + partial_row)
         new_largest = tl.maximum(largest, lse)
         rescale = tl.exp2(largest - new_largest)
@@ -443,19 +447,19 @@ class _Partials:
     """Where a pass writes: the output itself with one split, else float32 partial results and their log-sums."""
 
     def __init__(self, out: Tensor, num_splits: int) -> None:
-        num_sequences, num_heads, width = out.shape
+        num_rows, num_heads, width = out.shape
         self.out = out
         self.num_splits = num_splits
-        self.lse = out.new_empty(num_sequences, num_splits, num_heads, dtype=torch.float32)
+        self.lse = out.new_empty(num_rows, num_splits, num_heads, dtype=torch.float32)
         self.target = (
-            out if num_splits == 1 else out.new_empty(num_sequences, num_splits, num_heads, width, dtype=torch.float32)
+            out if num_splits == 1 else out.new_empty(num_rows, num_splits, num_heads, width, dtype=torch.float32)
         )
 
     def merge(self) -> Tensor:
         if self.num_splits > 1:
-            num_sequences, num_heads, width = self.out.shape
+            num_rows, num_heads, width = self.out.shape
             block_w = min(1024, next_power_of_2(width))
-            _merge_splits_kernel[(num_sequences * num_heads, cdiv(width, block_w))](
+            _merge_splits_kernel[(num_rows * num_heads, cdiv(width, block_w))](
                 partial_ptr=self.target,
                 lse_ptr=self.lse,
                 out_ptr=self.out,
@@ -605,51 +609,52 @@ def _launch_cls_attention_kv(
 
 
 class _Windows(NamedTuple):
-    """Spans of tokens of one length, each read by as many query rows: what the PyTorch path takes in one product."""
+    """Neighbouring spans of tokens of one length, with as many query rows each: one product on the PyTorch path."""
 
     rows: slice | Tensor
-    tokens: slice | Tensor
     num_windows: int
+    start_token: int
     length: int
-
-    @classmethod
-    def of(cls, rows: list[int], starts: list[int], length: int) -> _Windows:
-        """Of spans that begin at ``starts``; their tokens are a view where one span begins at the end of the last."""
-        tokens: slice | Tensor = slice(starts[0], starts[-1] + length)
-        if any(start != starts[0] + number * length for number, start in enumerate(starts)):
-            tokens = (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
-        return cls(torch.tensor(rows), tokens, len(starts), length)
 
     def queries(self, rows: Tensor) -> Tensor:
         """(num_windows, rows of each, ...) of a tensor that has one row a query."""
         return rows[self.rows].unflatten(0, (self.num_windows, -1))
 
     def batch(self, tokens: Tensor) -> Tensor:
-        """(num_windows, length, ...) of a packed tensor."""
-        return tokens[self.tokens].unflatten(0, (self.num_windows, self.length))
+        """(num_windows, length, ...) of a packed tensor, a view."""
+        end_token = self.start_token + self.num_windows * self.length
+        return tokens[self.start_token : end_token].unflatten(0, (self.num_windows, self.length))
 
 
 def _windows_of(layout: PackedLayout, row_bounds: RowBounds | None, num_heads: int, width: int) -> Iterator[_Windows]:
-    """All query rows and the tokens that each reads; rows that read none are left out.
-
-    Rows of one span share its tokens, wherever they stand, and spans of one length with as many rows are one batch.
-    """
+    """All query rows and the tokens that each reads, but for rows that read none."""
     if row_bounds is None:
         for run in layout.runs:
             rows = slice(run.first_sequence, run.first_sequence + run.num_sequences)
-            yield _Windows(rows, slice(run.start_token, run.end_token), run.num_sequences, run.length)
+            yield _Windows(rows, run.num_sequences, run.start_token, run.length)
         return
+    # Rows of one span share its tokens, wherever they stand.
     rows_of: dict[tuple[int, int], list[int]] = {}
     for row, span in enumerate(zip(*(bound.tolist() for bound in row_bounds), strict=True)):
         rows_of.setdefault(span, []).append(row)
-    alike: dict[tuple[int, int], list[tuple[int, list[int]]]] = {}
-    for (start, end), same in sorted(rows_of.items()):
-        length = end - start
-        for part in _batched(same, num_heads * length) if length else ():
-            alike.setdefault((length, len(part)), []).append((start, part))
-    for (length, num_rows), spans in alike.items():
-        for batch in _batched(spans, length * (width + num_heads * num_rows)):
-            yield _Windows.of([row for _, part in batch for row in part], [start for start, _ in batch], length)
+    parts = [
+        (start, end - start, part)
+        for (start, end), same in sorted(rows_of.items())
+        if start < end
+        for part in _batched(same, num_heads * (end - start))
+    ]
+
+    def place(numbered: tuple[int, tuple[int, int, list[int]]]) -> tuple[int, int, int]:
+        number, (start, length, part) = numbered
+        # The same for spans of which each begins where the last one ends.
+        return length, len(part), start - number * length
+
+    for (length, num_rows, _), alike in itertools.groupby(enumerate(parts), place):
+        for batch in _batched([span for _, span in alike], length * (width + num_heads * num_rows)):
+            indices = [row for _, _, part in batch for row in part]
+            neighbours = slice(indices[0], indices[0] + len(indices))
+            in_order = indices == list(range(neighbours.start, neighbours.stop))
+            yield _Windows(neighbours if in_order else torch.tensor(indices), len(batch), batch[0][0], length)
 
 
 def _batched(items: list[T], numbers_each: int) -> Iterator[list[T]]:
@@ -678,12 +683,14 @@ def _cls_attention_windows(
         tokens = windows.batch(hidden_states).to(dtype)
         # [num_windows, rows, nheads, width or key_dim]
         queries = windows.queries(query).to(dtype)
-        # [num_windows, rows * nheads, length]
         if keys is None:
             scores = queries.flatten(1, 2) @ tokens.transpose(1, 2)
         else:
-            scores = (queries.transpose(1, 2) @ windows.batch(keys).to(dtype).permute(0, 2, 3, 1)).transpose(1, 2)
+            # One window at a time: a product batched over windows and heads would copy the keys first.
+            pairs = zip(queries, windows.batch(keys).to(dtype), strict=True)
+            scores = torch.stack([q.transpose(0, 1) @ k.permute(1, 2, 0) for q, k in pairs]).transpose(1, 2)
             scores = scores.flatten(1, 2)
+        # [num_windows, rows * nheads, length]
         scores *= scale
         if bias is not None:
             # [num_windows, 1, nheads, length]

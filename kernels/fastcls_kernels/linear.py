@@ -1,4 +1,5 @@
-"""Matrix products: gelu(x weightᵀ + bias) in one kernel, and the plain product that cuBLAS or oneDNN does best.
+"""Matrix products: gelu(x weightᵀ + bias) in one kernel, and what cuBLAS or oneDNN does best: the plain product, and
+any activation after it.
 
 One program makes a BLOCK_M x BLOCK_N tile of the output, adds the bias and applies the exact (erf) GELU while the
 sums are still in float32 registers. Programs walk the output in groups of rows, so that those running at the same
