@@ -101,8 +101,8 @@ def test_a_tokenizer_without_types_means_type_0(tokenizer: PreTrainedTokenizerBa
 
 @pytest.mark.parametrize("make", [lambda: tiny_bert().bert, lambda: fastcls.optimize(tiny_bert().bert)])
 def test_a_model_that_does_not_classify_is_refused(make: Callable[[], Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(TypeError, match="model must be a sequence classifier.*, got (BertModel|FastEncoder)"):
-        Classifier(make(), tokenizer)
+    with pytest.raises(TypeError, match=r"model must be a sequence classifier.*, got (BertModel|FastEncoder)"):
+        fastcls.Classifier(make(), tokenizer)
 
 
 def test_the_fast_model_works_in_the_pipeline(tokenizer: PreTrainedTokenizerBase) -> None:
