@@ -101,14 +101,15 @@ def launch_attention_with_bias(
     positions = tensor(layout.total_tokens, dtype=torch.int32) if has_positions else None
     q, k, v = tensor(layout.total_tokens, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)
     bias = tensor(model.heads, 257, dtype=torch.float32)
-    _launch_attention(q, k, v, layout, 0.125, _choose_tile(q, k, v, layout), bias=bias, positions=positions)
+    tile = _choose_tile(q, k, v, layout, biased=True)
+    _launch_attention(q, k, v, layout, 0.125, tile, bias=bias, positions=positions)
 
 
 def launch_attention_in_window(_arch: str, model: Model, dtype: torch.dtype, biased: bool) -> None:
     layout, window = packing(SEQUENCES * 512), (64, 64)
     q, k, v = tensor(layout.total_tokens, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)
     bias = tensor(model.heads, 257, dtype=torch.float32) if biased else None
-    tile = _choose_tile(q, k, v, layout, window)
+    tile = _choose_tile(q, k, v, layout, window, biased)
     _launch_attention(q, k, v, layout, 0.125, tile, row_bounds=layout.window_bounds(*window), bias=bias)
 
 

@@ -116,7 +116,7 @@ def _seen(rows: Tensor, lengths: Tensor, window: int | None) -> int:
     texts, places = rows.unbind(1)
     before, behind = places, lengths[texts] - 1 - places
     if window is not None:
-        pass
+        before, behind = before.clamp(max=window), behind.clamp(max=window)
     return int((before + 1 + behind).sum())
 
 

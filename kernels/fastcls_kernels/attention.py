@@ -246,11 +246,19 @@ class _PaddedRows:
 
 
 def _choose_tile(
-    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout | _PaddedRows, window: tuple[int, int] = NO_WINDOW
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout | _PaddedRows,
+    window: tuple[int, int] = NO_WINDOW,
+    biased: bool = False,
 ) -> AttentionTile:
     # In a window rows see few keys, and share tiles, as those of the shortest sequences do.
     mean_seqlen = cdiv(layout.total_tokens, max(layout.num_sequences, 1)) if window == NO_WINDOW else 1
     tile = attention_tile(arch_of(q.device), q.dtype, q.shape[2], mean_seqlen, _fits_tma(k) and _fits_tma(v))
+    if biased and not tile.TMA:
+        # Gathering the bias takes registers that keys on their way to shared memory take, too.
+        tile = tile._replace(BLOCK_N=max(tile.BLOCK_N // 2, 16))
     return tile if window == NO_WINDOW else tile._replace(PER_SEQUENCE=False)
 
 
@@ -465,7 +473,7 @@ def attention_varlen(
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     if not runs_triton(q):
         return _attention_runs(q, k, v, layout, scale, window_size, bias)
-    tile = _choose_tile(q, k, v, layout, window_size)
+    tile = _choose_tile(q, k, v, layout, window_size, biased=bias is not None)
     row_bounds = None if window_size == NO_WINDOW else layout.window_bounds(*window_size)
     positions = None if bias is None else layout.positions
     return _launch_attention(q, k, v, layout, scale, tile, row_bounds=row_bounds, bias=bias, positions=positions)
