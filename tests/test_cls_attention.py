@@ -292,6 +292,19 @@ def test_kernel_takes_extras_on_long_sequences(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
+def test_queries_in_float32_keep_their_bits_beside_keys(kernels: str, dtype: torch.dtype) -> None:
+    hidden_states = random(60, 48, dtype=dtype, device=kernels)
+    keys = random(60, 12, 64, dtype=dtype, device=kernels)
+    # Scores in the tens, where the bits that a 16-bit query lacks change the weights.
+    query = random(2, 12, 64, dtype=torch.float32, device=kernels, scale=16.0)
+    arguments: tuple[Any, ...] = (cu_seqlens_of([20, 40], kernels), 40, SCALE)
+    exact = cls_attention_reference(query.double(), hidden_states.double(), *arguments, keys=keys)
+    actual = cls_attention(query, hidden_states, *arguments, keys=keys)
+    # Nothing is lost but by the rounding of the result.
+    assert_as_exact_as(actual, [exact.to(dtype).float()], exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
 def test_keys_may_lie_head_by_head(kernels: str, dtype: torch.dtype) -> None:
     hidden_states = random(30, 48, dtype=dtype, device=kernels)
     query = random(3, 2, 16, dtype=torch.float32, device=kernels).transpose(0, 1)

@@ -95,19 +95,16 @@ def _attend(
         # [BLOCK_N, BLOCK_D]
         k = _load_rows(k_ptr, k_desc, start_n, last_key, column, stride_kt, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)
         v = _load_rows(v_ptr, v_desc, start_n, last_key, column, stride_vt, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)
+        # [BLOCK_M, BLOCK_N]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         if bias_ptr is not None:
             key_position = offs_n
             if positions_ptr is not None:
                 # What stands in for the keys after the last is masked with them.
                 key_position = tl.load(positions_ptr + tl.minimum(offs_n, last_key - 1))
             offset = key_position[None, :] - row_position[:, None]
-            # In the table for every pair, and so for those of two sequences, too. Before the product, while registers
-            # are free.
-            bias = tl.load(bias_ptr + tl.minimum(tl.maximum(offset, -REACH), REACH)).to(tl.float32) * log2_e
-        # [BLOCK_M, BLOCK_N]
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        if bias_ptr is not None:
-            scores += bias
+            # In the table for every pair, and so for those of two sequences, too.
+            scores += tl.load(bias_ptr + tl.minimum(tl.maximum(offset, -REACH), REACH)).to(tl.float32) * log2_e
         if ISOLATE:
             # v - v is 0, or NaN where v is not finite: that goes to the scores of its own sequence's rows alone.
             defect = (v - v).to(tl.float32)
