@@ -161,6 +161,7 @@ class FastModel(nn.Module):
         if not self._runs_triton:
             return
         with self._inference():
+            self.encoder.prepare()
             for lengths in warming_shapes(self.device, self.spec.max_positions, GPU_TOKENS_PER_PASS):
                 token_ids = [[0] * length for length in lengths]
                 for types in (None, token_ids) if self.spec.token_types else (None,):
@@ -225,7 +226,6 @@ class FastModel(nn.Module):
     def _inference(self) -> Iterator[None]:
         """No gradients, and the model's own dtype: autocast would change it between one operation and the next."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            self.encoder.prepare()
             yield
 
     def _checked(self, batch: Batch, extras: Mapping[str, Any]) -> torch.Size:
@@ -272,6 +272,7 @@ class FastModel(nn.Module):
 
     def _run_packed(self, packed: PackedTokens, how: How) -> Tensor:
         with self._inference():
+            self.encoder.prepare()
             if self._replays(packed):
                 rows = self._graphs(packed, how, self.device)
             else:

@@ -66,6 +66,16 @@ class _TaskModel(FastModel):
         with self._inference():
             return unpack_rows(self._run(self._source(batch, self._pooled), self._pooled))
 
+    def _list_rows(
+        self, token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None, how: How
+    ) -> Tensor:
+        """(num_texts, width), in the texts' order."""
+        source = self._reader.source_of_lists(token_ids, token_type_ids)
+        if source is None:
+            return self._empty(0, self._out_features())
+        with self._inference():
+            return unpack_rows(self._run(source, how))
+
 
 class FastClassifier(_TaskModel):
     """A sequence classifier: see `FastModel`."""
@@ -137,11 +147,7 @@ class FastClassifier(_TaskModel):
             TypeError: something that is not an integer.
             ValueError: an empty or too long sequence, an id outside its table, or shapes that differ.
         """
-        source = self._reader.source_of_lists(token_ids, token_type_ids)
-        if source is None:
-            return self._empty(0, self.num_labels)
-        with self._inference():
-            return unpack_rows(self._run(source, self._pooled))
+        return self._list_rows(token_ids, token_type_ids, self._pooled)
 
 
 class FastNextSentencePredictor(_TaskModel):
@@ -485,12 +491,7 @@ class FastEncoder(_TaskModel):
         """
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
-        how = self._pooled if pooling == "first" else self._averaged
-        source = self._reader.source_of_lists(token_ids, token_type_ids)
-        if source is None:
-            return self._empty(0, self.spec.hidden_size)
-        with self._inference():
-            return unpack_rows(self._run(source, how))
+        return self._list_rows(token_ids, token_type_ids, self._pooled if pooling == "first" else self._averaged)
 
     def _selected_states(self, batch: Batch, wanted: Tensor, attention_mask: Tensor | None) -> Tensor:
         shape = batch.shape

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Each list is one packing. Zeros are empty sequences; the odd ones straddle every tile size.
 PACKINGS = {
@@ -179,3 +180,18 @@ def product_bound(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     unit = torch.finfo(x.dtype).eps / 2
     magnitude = x.double().abs() @ weight.double().abs().T + bias.double().abs()
     return magnitude * (terms * unit / (1 - terms * unit))
+
+
+class CountTokenProducts(TorchDispatchMode):
+    """Counts matrix products, by whatever operator, whose result has a row for each of ``tokens`` tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        is_product = any(name in str(func) for name in ("linear", "mm"))
+        self.count += is_product and isinstance(out, Tensor) and out.ndim == 2 and out.shape[0] == self.tokens
+        return out

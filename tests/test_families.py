@@ -10,9 +10,8 @@ from typing import Any, get_args
 import pytest
 import torch
 import transformers
-from support import TINY_FAMILIES, assert_as_exact_as, tiny_model
+from support import TINY_FAMILIES, CountTokenProducts, assert_as_exact_as, tiny_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcls
 from fastcls.encoder import LastLayer
@@ -352,21 +351,6 @@ def test_tables_are_made_once_and_keep_their_memory() -> None:
     assert not torch.equal(answers(fast, inputs)["logits"], first)
     # A CUDA graph reads them where they were.
     assert [table.data_ptr() for table in fast.encoder.relative.of_layer(1)] == made
-
-
-class CountTokenProducts(TorchDispatchMode):
-    """Counts matrix products, by whatever operator, whose result has a row for each of ``tokens`` tokens."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        is_product = any(name in str(func) for name in ("linear", "addmm", "aten.mm"))
-        self.count += is_product and isinstance(out, Tensor) and out.ndim == 2 and out.shape[0] == self.tokens
-        return out
 
 
 @pytest.mark.parametrize(

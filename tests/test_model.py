@@ -11,9 +11,8 @@ from typing import Any, get_args
 import pytest
 import torch
 from conftest import Sentences
-from support import assert_as_exact_as, live_bytes, tiny_bert
+from support import CountTokenProducts, assert_as_exact_as, live_bytes, tiny_bert
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertForSequenceClassification,
     BertLMHeadModel,
@@ -362,21 +361,6 @@ def test_rungs_can_be_changed() -> None:
     with pytest.raises(ValueError, match="last_layer must be one of full, selected, absorbed, got 'half'"):
         fast.last_layer = "half"
     assert fast.last_layer == "full"
-
-
-class CountTokenProducts(TorchDispatchMode):
-    """Counts matrix products, by whatever operator, whose result has a row for each of ``tokens`` tokens."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        is_product = any(name in str(func) for name in ("linear", "mm"))
-        self.count += is_product and isinstance(out, Tensor) and out.ndim == 2 and out.shape[0] == self.tokens
-        return out
 
 
 @pytest.mark.parametrize(("last_layer", "products"), [("full", 4), ("selected", 1), ("absorbed", 0)])

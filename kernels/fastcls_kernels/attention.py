@@ -462,7 +462,7 @@ def attention_varlen(
     """
     shape = "(total_tokens, nheads, headdim)"
     check_tensor("q", q, shape)
-    _check_keys_values(q, k, v, shape)
+    check_keys_values(q, k, v, shape)
     _check_window(window_size)
     if bias is not None:
         _check_bias(bias, q)
@@ -493,7 +493,7 @@ def attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_s
     """
     shape = "(batch, seqlen, nheads, headdim)"
     check_tensor("q", q, shape)
-    _check_keys_values(q, k, v, shape)
+    check_keys_values(q, k, v, shape)
     batch, seqlen, _num_heads, head_dim = q.shape
     _check_seqlens(seqlens, q)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
@@ -516,7 +516,8 @@ def attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_s
     return out.unflatten(0, (batch, seqlen)).masked_fill_(~real[:, :, None, None], 0.0)
 
 
-def _check_keys_values(q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:
+def check_keys_values(q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:
+    """Checks keys and values against checked queries of ``shape``; shared with `disentangled_attention`."""
     check_tensor("k", k, shape, like=q)
     check_tensor("v", v, shape, like=q)
     for name, tensor in (("k", k), ("v", v)):

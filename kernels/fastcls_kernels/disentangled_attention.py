@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from ._backend import device_guard, runs_triton
-from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
+from ._checks import check_device, check_last_dim_contiguous, check_tensor
 from ._layout import PackedLayout, Run
 from ._triton import cdiv, jit, next_power_of_2, tl
-from .attention import LOG2_E
+from .attention import LOG2_E, check_keys_values
 from .tuning import DisentangledTile, arch_of, disentangled_tile
 
 # Numbers in a product with positions that a CPU's caches hold from one step to the next.
@@ -444,25 +444,15 @@ def disentangled_attention(
     Accumulates and takes the softmax in float32. Source: He et al., "DeBERTa: Decoding-enhanced BERT with Disentangled
     Attention" (2021), and the log buckets of its second version.
     """
-    _check_tokens(q, k, v)
+    shape = "(total_tokens, nheads, headdim)"
+    check_tensor("q", q, shape)
+    check_keys_values(q, k, v, shape)
     _check_positions(q, pos_key, pos_query, buckets)
     layout = PackedLayout.of(q, cu_seqlens, max_seqlen, layout)
     if not runs_triton(q):
         return _attention_runs(q, k, v, pos_key, pos_query, buckets, layout, softmax_scale)
     tile = _choose_tile(q)
     return _launch_disentangled_attention(q, k, v, pos_key, pos_query, buckets, layout, softmax_scale, tile)
-
-
-def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
-    shape = "(total_tokens, nheads, headdim)"
-    check_tensor("q", q, shape)
-    for name, tensor in (("k", k), ("v", v)):
-        check_tensor(name, tensor, shape, like=q)
-        if tensor.shape != q.shape:
-            raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(tensor.shape)}")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_last_dim_contiguous(name, tensor)
-    check_head_dim("q", q.shape[2])
 
 
 def _check_positions(q: Tensor, pos_key: Tensor | None, pos_query: Tensor | None, buckets: Buckets) -> None:
