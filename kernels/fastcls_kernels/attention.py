@@ -39,7 +39,7 @@ BIAS_BLOCK = 512
 
 
 @jit()
-def _load_rows(
+def load_rows(
     ptr, desc, start_n, last_key, column, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
@@ -93,8 +93,8 @@ def _attend(
     for start_n in tl.range(first_key, last_key, BLOCK_N, num_stages=1 if ISOLATE else None):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         # [BLOCK_N, BLOCK_D]
-        k = _load_rows(k_ptr, k_desc, start_n, last_key, column, stride_kt, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)
-        v = _load_rows(v_ptr, v_desc, start_n, last_key, column, stride_vt, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)
+        k = load_rows(k_ptr, k_desc, start_n, last_key, column, stride_kt, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)
+        v = load_rows(v_ptr, v_desc, start_n, last_key, column, stride_vt, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)
         # [BLOCK_M, BLOCK_N]
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         if bias_ptr is not None:

@@ -29,7 +29,7 @@ from ._backend import device_guard, runs_triton
 from ._checks import check_device, check_last_dim_contiguous, check_tensor
 from ._layout import PackedLayout, Run
 from ._triton import cdiv, jit, next_power_of_2, tl
-from .attention import LOG2_E, check_keys_values
+from .attention import LOG2_E, check_keys_values, load_rows
 from .tuning import DisentangledTile, arch_of, disentangled_tile
 
 # Numbers in a product with positions that a CPU's caches hold from one step to the next.
@@ -85,18 +85,6 @@ class Buckets:
 
 
 @jit()
-def _load_rows(ptr, start_n, last_key, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows of keys or values, [BLOCK_N, BLOCK_D], zero from ``last_key`` on."""
-    # Masked loads, not only masked scores: stale memory may hold NaN, and a weight of zero times NaN is NaN.
-    offs_d = tl.arange(0, BLOCK_D)
-    return tl.load(
-        ptr + tl.cast(start_n, tl.int64) * stride + (tl.arange(0, BLOCK_N)[:, None] * stride + offs_d[None, :]),
-        mask=(start_n + tl.arange(0, BLOCK_N) < last_key)[:, None] & (offs_d < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-
-
-@jit()
 def _attend_tile(
     q,
     k_ptr,
@@ -130,8 +118,8 @@ def _attend_tile(
     for start_n in tl.range(first_key, last_key, BLOCK_N, num_stages=1 if ISOLATE else None):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         # [BLOCK_N, BLOCK_D]
-        k = _load_rows(k_ptr, start_n, last_key, stride_kt, HEAD_DIM, BLOCK_D, BLOCK_N)
-        v = _load_rows(v_ptr, start_n, last_key, stride_vt, HEAD_DIM, BLOCK_D, BLOCK_N)
+        k = load_rows(k_ptr, None, start_n, last_key, 0, stride_kt, HEAD_DIM, BLOCK_D, BLOCK_N, TMA=False)
+        v = load_rows(v_ptr, None, start_n, last_key, 0, stride_vt, HEAD_DIM, BLOCK_D, BLOCK_N, TMA=False)
         # [BLOCK_N]
         key_row = tl.minimum(tl.arange(0, BLOCK_N), last_key - 1 - start_n)
         key_position = tl.load(positions_ptr + start_n + key_row)
