@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fastcls_kernels import PackedLayout, activate_, add_layer_norm, linear
+from fastcls_kernels import PackedLayout, add_layer_norm, linear_activation
 
 from .spec import EncoderSpec
 from .weights import Weighted, weight_version
@@ -55,7 +55,7 @@ class EmbeddingConvolution(Weighted):
         assert self._matrix is not None
         half = self.spec.kernel_size // 2
         taps = [neighbours(embedded, layout, offset) for offset in range(-half, half + 1)]
-        convolved = activate_(self.spec.activation, linear(torch.cat(taps, 1), self._matrix, self.kernel_bias))
+        convolved = linear_activation(torch.cat(taps, 1), self._matrix, self.kernel_bias, self.spec.activation)
         return add_layer_norm(convolved, None, hidden_states, self.norm_weight, self.norm_bias, self.eps)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fastcls_kernels import explain_backend, mean_pool, warming_shapes
+from fastcls_kernels import batch_invariant, explain_backend, is_batch_invariant, mean_pool, warming_shapes
 
 from .encoder import Encoder, How, LastLayer, check_last_layer
 from .graphs import Graphs, being_captured, bucket_of, max_graph_tokens
@@ -43,7 +43,12 @@ class FastModel(nn.Module):
         cuda_graphs: whether small passes are replayed as CUDA graphs, on a GPU with the Triton kernels. A graph is made
             at the second use of a shape and reads the weights where they were then: whoever puts others in their place
             by hand (``parameter.data = ...``) calls `clear_caches`. May be set at any time.
+        batch_invariant: whether a text's answer is the same bit for bit whatever batch it comes in, on one machine with
+            one number of threads: see `fastcls_kernels.batch_invariant`. It costs speed. May be set at any time.
     """
+
+    # transformers' Trainer asks: losses are means over a batch's labels, by whatever number it would have them divided.
+    accepts_loss_kwargs = False
 
     def __init__(
         self,
@@ -55,6 +60,7 @@ class FastModel(nn.Module):
         weights: Mapping[str, nn.Parameter],
         last_layer: LastLayer = "absorbed",
         cuda_graphs: bool = True,
+        batch_invariant: bool = False,
     ) -> None:
         super().__init__()
         self.model_class = model_class
@@ -69,6 +75,7 @@ class FastModel(nn.Module):
         self.register_load_state_dict_pre_hook(_from_checkpoint_names)
         self.register_load_state_dict_post_hook(_forget_caches)
         self._graphs = self._new_graphs()
+        self.batch_invariant = batch_invariant
         self.eval()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,6 +102,22 @@ class FastModel(nn.Module):
         self.clear_caches()
         return super()._apply(fn, recurse)
 
+    def requires_grad_(self, requires_grad: bool = True) -> FastModel:
+        """Gradients are not computed, and so may not be asked for.
+
+        Raises:
+            RuntimeError: ``requires_grad`` is True.
+        """
+        if requires_grad:
+            raise RuntimeError("fastcls computes no gradients: train the transformers model, and optimize it again")
+        return super().requires_grad_(requires_grad)
+
+    def _replicate_for_data_parallel(self) -> FastModel:
+        raise RuntimeError(
+            "nn.DataParallel must be left out: it copies the model to every GPU at each call. "
+            "Give each GPU a process, or a copy.deepcopy(fast).to(device), of its own"
+        )
+
     def clear_caches(self) -> None:
         """Forgets the CUDA graphs and whatever else was made from the weights, and their memory."""
         self._graphs.clear()
@@ -110,6 +133,16 @@ class FastModel(nn.Module):
         self._last_layer = last_layer
 
     @property
+    def batch_invariant(self) -> bool:
+        return self._batch_invariant
+
+    @batch_invariant.setter
+    def batch_invariant(self, batch_invariant: bool) -> None:
+        # What was made from the weights, and graphs, were made the other way.
+        self.clear_caches()
+        self._batch_invariant = batch_invariant
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.encoder.embeddings.word_weight.device
@@ -122,6 +155,16 @@ class FastModel(nn.Module):
     def can_generate(self) -> bool:
         """False; transformers' pipelines ask."""
         return False
+
+    @property
+    def base_model_prefix(self) -> str:
+        """The encoder's name in the transformers model; its pipelines ask, for what they say."""
+        return self.model_class.base_model_prefix
+
+    @property
+    def input_modalities(self) -> Any:
+        """What the transformers model takes; its pipelines ask, for what they say."""
+        return self.model_class.input_modalities
 
     def pack(
         self, token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None
@@ -225,7 +268,8 @@ class FastModel(nn.Module):
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
         """No gradients, and the model's own dtype: autocast would change it between one operation and the next."""
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        invariant = self.batch_invariant or is_batch_invariant()
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), batch_invariant(invariant):
             yield
 
     def _checked(self, batch: Batch, extras: Mapping[str, Any]) -> torch.Size:
@@ -237,6 +281,11 @@ class FastModel(nn.Module):
         """
         if self.training:
             raise RuntimeError("fastcls runs inference only: call .eval() first, or train the transformers model")
+        if batch.inputs_embeds is not None and batch.inputs_embeds.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "inputs_embeds must not require gradients, which fastcls does not compute: detach them, "
+                "call this inside torch.no_grad(), or use the transformers model"
+            )
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(self.config, name, False) if extras.get(name) is None else extras[name]:
                 raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastcls_kernels import Buckets, PackedLayout, layer_norm, linear
+from fastcls_kernels import Buckets, PackedLayout, is_batch_invariant, layer_norm, linear, linear_per_head
 
 from .spec import BucketBias, Disentangled, EncoderSpec
 from .weights import Weighted, weight_version
@@ -162,10 +162,12 @@ class DisentangledTables(Weighted):
         bias = keys.new_zeros(keys.shape[:2], dtype=dtype)
         if pos_key is not None:
             # A text's first token stands at 0, so that distances to it fall from there.
-            farthest = buckets.reach if layout.positions is not None else min(layout.max_seqlen, buckets.reach)
+            farthest = buckets.reach
+            if layout.positions is None and not is_batch_invariant():
+                farthest = min(layout.max_seqlen, farthest)
             rows = pos_key[buckets.of(-torch.arange(farthest + 1, device=keys.device))]
             # [num_sequences, num_heads, positions]
-            scores = (query.to(dtype).transpose(0, 1) @ rows.to(dtype).permute(1, 2, 0)).transpose(0, 1)
+            scores = linear_per_head(query.to(dtype), rows.to(dtype).permute(1, 2, 0))
             rows_of_tokens = torch.arange(keys.shape[0], dtype=torch.int32, device=keys.device)
             sequences = torch.searchsorted(layout.cu_seqlens[1:], rows_of_tokens, right=True)
             bias += scores[sequences.clamp(max=query.shape[0] - 1), :, positions.clamp(max=farthest).long()]

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fastcls_kernels import AddNorm, PackedLayout, _backend, tuning
+from fastcls_kernels import AddNorm, PackedLayout, _backend, batch_invariant, tuning
 from fastcls_kernels._activation import Activation
 from fastcls_kernels.absorb_query import _launch_absorb_query
 from fastcls_kernels.attention import _choose_tile, _launch_attention
@@ -35,12 +35,19 @@ from fastcls_kernels.disentangled_attention import Buckets, _launch_disentangled
 from fastcls_kernels.embedding import _launch_embedding_layer_norm
 from fastcls_kernels.gated import _launch_gated_activation
 from fastcls_kernels.layer_norm import launch_sum_add_layer_norm
-from fastcls_kernels.linear import _launch_linear_gelu
+from fastcls_kernels.linear import _launch_linear
 from fastcls_kernels.mean_pool import _launch_mean_pool
 from fastcls_kernels.pooler_classifier import _launch_pooler_classifier
 from fastcls_kernels.rotary import _launch_rotary
 from fastcls_kernels.split_linear import launch_split_linear
-from fastcls_kernels.tuning import disentangled_tile, linear_gelu_tile, linear_norm_tile, rows_tile, rules_of
+from fastcls_kernels.tuning import (
+    disentangled_tile,
+    invariant_linear_tile,
+    linear_gelu_tile,
+    linear_norm_tile,
+    rows_tile,
+    rules_of,
+)
 
 
 class Model(NamedTuple):
@@ -166,7 +173,17 @@ def launch_linear_gelu(arch: str, model: Model, dtype: torch.dtype, rows: int) -
     tile = linear_gelu_tile(arch, dtype, rows, model.hidden, model.ffn)
     if tile.BY == "triton":
         weight, bias = tensor(model.ffn, model.hidden, dtype=dtype), tensor(model.ffn, dtype=dtype)
-        _launch_linear_gelu(tensor(rows, model.hidden, dtype=dtype), weight, bias, tile)
+        _launch_linear(tensor(rows, model.hidden, dtype=dtype), weight, bias, "gelu", tile)
+
+
+def launch_invariant_linear(arch: str, model: Model, dtype: torch.dtype) -> None:
+    """Every product of a layer: with a bias or without, and an activation or none."""
+    tile = invariant_linear_tile(arch, dtype)
+    up, down = (tensor(*shape, dtype=dtype) for shape in ((model.ffn, model.hidden), (model.hidden, model.ffn)))
+    rows = tensor(4096, model.hidden, dtype=dtype)
+    for activation in (None, "gelu"):
+        _launch_linear(rows, up, tensor(model.ffn, dtype=dtype), activation, tile)
+    _launch_linear(tensor(4096, model.ffn, dtype=dtype), down, None, None, tile)
 
 
 def launch_linear_add_layer_norm(arch: str, model: Model, dtype: torch.dtype, rows: int) -> None:
@@ -237,6 +254,12 @@ def launch_embedding_layer_norm(_arch: str, model: Model, dtype: torch.dtype, ha
     _launch_embedding_layer_norm(ids, ids, type_ids, words, positions, types, vector, vector, 1e-12)
 
 
+def invariant(launch: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    """A launch as `batch_invariant` makes it."""
+    with batch_invariant():
+        launch(*arguments, **options)
+
+
 # Operations whose tile depends on a number, its name in the rules.
 BY_NUMBER: dict[str, tuple[Callable[..., None], str]] = {
     "attention": (launch_attention, "mean_seqlen"),
@@ -265,6 +288,12 @@ OTHERS: dict[tuple[str, str], Callable[..., None]] = {
     ),
     ("attention", "window"): functools.partial(launch_attention_in_window, biased=False),
     ("attention", "window_and_bias"): functools.partial(launch_attention_in_window, biased=True),
+    ("attention", "invariant_window"): functools.partial(invariant, launch_attention_in_window, biased=False),
+    ("attention", "invariant_window_and_bias"): functools.partial(invariant, launch_attention_in_window, biased=True),
+    ("disentangled_attention", "invariant"): functools.partial(
+        invariant, launch_disentangled_attention, terms=(True, True)
+    ),
+    ("invariant_linear", "products"): functools.partial(invariant, launch_invariant_linear),
     ("rotary", "fused"): launch_rotary,
     ("cls_attention", "one_split"): functools.partial(launch_cls_attention, num_splits=1),
     ("cls_attention", "splits"): functools.partial(launch_cls_attention, num_splits=2),

@@ -44,7 +44,7 @@ MULTIPLY = {
     "_cls_attention_kernel",
     "_cls_output_kernel",
     "_disentangled_attention_kernel",
-    "_linear_gelu_kernel",
+    "_linear_kernel",
     "_pooler_classifier_kernel",
     "_split_linear_kernel",
 }

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from conftest import Sentences
-from support import CountTokenProducts, assert_as_exact_as, live_bytes, tiny_bert
+from support import CountTokenProducts, assert_as_exact_as, live_bytes, tiny_bert, tiny_model
 from torch import Tensor
 from transformers import (
     BertForSequenceClassification,
@@ -489,6 +491,60 @@ def test_training_mode_is_refused() -> None:
     fast = fastcls.optimize(tiny_bert())
     with pytest.raises(RuntimeError, match=r"inference only: call .eval\(\)"):
         fast.train()(**batch())
+
+
+def test_gradients_are_refused() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    with pytest.raises(RuntimeError, match="fastcls computes no gradients"):
+        fast.requires_grad_()
+    assert not any(parameter.requires_grad for parameter in fast.requires_grad_(False).parameters())
+    embedded = torch.randn(2, 5, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="inputs_embeds must not require gradients"):
+        fast(inputs_embeds=embedded)
+    with torch.no_grad():
+        assert not fast(inputs_embeds=embedded).logits.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        fast(**batch()).logits.sum().backward()
+
+
+def test_data_parallel_is_refused() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    with pytest.raises(RuntimeError, match=r"nn.DataParallel must be left out.*a process"):
+        # What nn.DataParallel calls where there are several GPUs.
+        fast._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])
+def test_inference_mode_and_outside_of_it(family: str, device: str) -> None:
+    name = {"bert": "Bert", "deberta-v2": "DebertaV2", "modernbert": "ModernBert"}[family]
+    fast = fastcls.optimize(tiny_model(f"{name}ForSequenceClassification", family).to(device))
+    with torch.inference_mode():
+        inside = fast(**batch(device=device)).logits
+    # What was kept inside serves outside, and changes with the weights.
+    assert torch.equal(fast(**batch(device=device)).logits, inside)
+    fast.load_state_dict({name: 1.1 * value for name, value in fast.state_dict().items()})
+    with torch.inference_mode():
+        changed = fast(**batch(device=device)).logits
+    assert not torch.equal(changed, inside)
+    assert torch.equal(fast(**batch(device=device)).logits, changed)
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2"])
+def test_threads_share_a_model(family: str, device: str) -> None:
+    name = "BertForSequenceClassification" if family == "bert" else "DebertaV2ForSequenceClassification"
+    fast = fastcls.optimize(tiny_model(name, family).to(device))
+    batches = [{"input_ids": torch.randint(5, 199, (3, length), device=device)} for length in range(3, 11)]
+    expected = [logits_of(copy.deepcopy(fast), **inputs) for inputs in batches]
+    start = threading.Barrier(len(batches))
+
+    def classify(inputs: dict[str, Tensor]) -> list[Tensor]:
+        # The first pass makes what all threads share.
+        start.wait()
+        return [fast(**inputs).logits for _ in range(3)]
+
+    with ThreadPoolExecutor(len(batches)) as pool:
+        for found, logits in zip(pool.map(classify, batches), expected, strict=True):
+            assert all(torch.equal(each, logits) for each in found)
 
 
 def test_a_model_in_training_mode_comes_out_in_eval_mode() -> None:

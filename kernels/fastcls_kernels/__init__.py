@@ -4,8 +4,10 @@ Every operation takes packed tokens, runs as a Triton kernel on a GPU and in pla
 definition in `fastcls_kernels.reference`. Importing this package needs torch alone.
 """
 
-from ._activation import Activation, activate_
+from . import operators
+from ._activation import Activation
 from ._backend import Backend, explain_backend, use_backend
+from ._invariance import batch_invariant, is_batch_invariant
 from ._layout import PackedLayout
 from ._triton import HAS_TRITON
 from .absorb_query import absorb_query
@@ -16,7 +18,7 @@ from .disentangled_attention import Buckets, disentangled_attention
 from .embedding import embedding_layer_norm
 from .gated import gated_activation
 from .layer_norm import AddNorm, add_layer_norm, layer_norm
-from .linear import linear, linear_activation, linear_add_layer_norm, linear_gelu, uses_onednn
+from .linear import linear, linear_activation, linear_add_layer_norm, linear_gelu, linear_per_head, uses_onednn
 from .mean_pool import mean_pool
 from .pooler_classifier import pooler_classifier
 from .rotary import apply_rotary_
@@ -30,11 +32,11 @@ __all__ = [
     "Buckets",
     "PackedLayout",
     "absorb_query",
-    "activate_",
     "add_layer_norm",
     "apply_rotary_",
     "attention_padded",
     "attention_varlen",
+    "batch_invariant",
     "cls_attention",
     "cls_attention_kv",
     "cls_output",
@@ -42,12 +44,15 @@ __all__ = [
     "embedding_layer_norm",
     "explain_backend",
     "gated_activation",
+    "is_batch_invariant",
     "layer_norm",
     "linear",
     "linear_activation",
     "linear_add_layer_norm",
     "linear_gelu",
+    "linear_per_head",
     "mean_pool",
+    "operators",
     "pooler_classifier",
     "takes_norm",
     "use_backend",

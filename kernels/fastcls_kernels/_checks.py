@@ -11,12 +11,18 @@ def check_tensor(name: str, tensor: torch.Tensor, shape: str, like: torch.Tensor
     """Checks dimensions (``shape`` is a text such as "(total_tokens, nheads, headdim)"), dtype and device.
 
     Without ``like`` the dtype must be one that the kernels compute in; with it, dtype and device must be its own.
+    There are no gradients, so none may be asked for.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(tensor).__name__}")
     ndim = shape.count(",") + (0 if shape.endswith(",)") else 1)
     if tensor.ndim != ndim:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} must not require gradients, which fastcls_kernels does not compute: detach it, "
+            "or call this inside torch.no_grad() or torch.inference_mode()"
+        )
     if like is None:
         # float64 exists to prove exactness on the PyTorch path; no GPU kernel computes in it.
         allowed = FLOAT_DTYPES if tensor.is_cuda else (*FLOAT_DTYPES, torch.float64)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._checks import check_device
+from ._invariance import is_batch_invariant
 from .tile_map import launch_sequence_tiles, row_bounds
 
 # More than any position, so that a sequence's first row and a position in it make one 64-bit key.
@@ -196,17 +198,29 @@ class PackedLayout:
             self._sequence_tiles[block_m] = launch_sequence_tiles(self.cu_seqlens, self.total_tokens, block_m)
         return self._sequence_tiles[block_m]
 
-    @functools.cached_property
+    @property
     def runs(self) -> list[Run]:
         """Runs of neighbouring sequences of one length; zero-length sequences belong to none.
 
-        How the PyTorch paths batch sequences without padding or copies: sorting by length makes the fewest runs.
+        How the PyTorch paths batch sequences without padding or copies: sorting by length makes the fewest runs. With
+        `batch_invariant` each sequence is a run of its own, so that every product with it has its own shape.
         Waits for the device where ``cu_seqlens`` is on one.
         """
+        return self._single_runs if is_batch_invariant() else self._shared_runs
+
+    @functools.cached_property
+    def _shared_runs(self) -> list[Run]:
+        lengths = itertools.groupby(self.cu_seqlens.diff().tolist())
+        return self._runs_of((length, sum(1 for _ in group)) for length, group in lengths)
+
+    @functools.cached_property
+    def _single_runs(self) -> list[Run]:
+        return self._runs_of((length, 1) for length in self.cu_seqlens.diff().tolist())
+
+    def _runs_of(self, lengths: Iterable[tuple[int, int]]) -> list[Run]:
         runs = []
         sequence = token = 0
-        for length, group in itertools.groupby(self.cu_seqlens.diff().tolist()):
-            count = sum(1 for _ in group)
+        for length, count in lengths:
             if length:
                 runs.append(Run(sequence, count, token, length))
             sequence += count

@@ -14,9 +14,10 @@ from torch import Tensor
 from ._backend import device_guard, runs_triton
 from ._checks import check_head_dim, check_last_dim_contiguous, check_rows, check_tensor, num_rows_of
 from ._pair import as_pair, pair_dot
+from ._tracing import traceable
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .layer_norm import check_vector
-from .linear import linear
+from .linear import linear, linear_per_head
 from .tuning import RowsTile, arch_of, rows_tile
 
 
@@ -130,6 +131,7 @@ def _launch_absorb_query(
     return out
 
 
+@traceable
 def absorb_query(
     hidden_states: Tensor,
     rows: Tensor | None,
@@ -180,8 +182,5 @@ def absorb_query(
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     x = hidden_states if rows is None else hidden_states[rows]
     query = linear(x.to(dtype), query_weight.to(dtype), query_bias.to(dtype))
-    # [nheads, num_rows, headdim] @ [nheads, headdim, width]
-    absorbed = query.unflatten(1, (num_heads, head_dim)).transpose(0, 1) @ key_weight.to(dtype).unflatten(
-        0, (num_heads, head_dim)
-    )
-    return absorbed.transpose(0, 1)
+    heads = (num_heads, head_dim)
+    return linear_per_head(query.unflatten(1, heads), key_weight.to(dtype).unflatten(0, heads))

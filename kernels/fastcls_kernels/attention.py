@@ -22,8 +22,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ._backend import device_guard, runs_triton
 from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
+from ._invariance import is_batch_invariant
 from ._layout import PackedLayout, Run
 from ._tma import descriptor, is_aligned
+from ._tracing import traceable
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .tuning import AttentionTile, arch_of, attention_tile
 
@@ -80,7 +82,7 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PER_SEQUENCE: tl.constexpr,
+    WHOLE_SEQUENCE: tl.constexpr,
     TMA: tl.constexpr,
     ISOLATE: tl.constexpr,
 ):
@@ -110,7 +112,7 @@ def _attend(
             defect = (v - v).to(tl.float32)
             v = tl.where(defect == 0.0, v, 0.0)
             scores += tl.sum(defect, 1)[None, :]
-        if PER_SEQUENCE:
+        if WHOLE_SEQUENCE:
             own = (offs_n < last_key)[None, :]
         else:
             own = (offs_n[None, :] >= row_start[:, None]) & (offs_n[None, :] < row_end[:, None])
@@ -155,6 +157,7 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PER_SEQUENCE: tl.constexpr,
+    WHOLE_SEQUENCE: tl.constexpr,
     TMA: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
@@ -175,6 +178,7 @@ def _attention_kernel(
     else:
         offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_tile = offs_m < total_tokens
+    if not WHOLE_SEQUENCE:
         # A row that belongs to no sequence has start = end = 0; it must not widen the span of keys that the tile reads.
         row_start = tl.load(row_start_ptr + offs_m, mask=in_tile, other=0)
         row_end = tl.load(row_end_ptr + offs_m, mask=in_tile, other=0)
@@ -195,8 +199,8 @@ def _attention_kernel(
     )
     acc, row_sum = _attend(
         q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, positions_ptr, row_position, row_start, row_end, first_key, last_key,
-        column, scale_log2, log2_e, stride_kt, stride_vt, HEAD_DIM, REACH, BLOCK_D, BLOCK_M, BLOCK_N, PER_SEQUENCE, TMA,
-        ISOLATE=False,
+        column, scale_log2, log2_e, stride_kt, stride_vt, HEAD_DIM, REACH, BLOCK_D, BLOCK_M, BLOCK_N, WHOLE_SEQUENCE,
+        TMA, ISOLATE=False,
     )  # fmt: skip
     # A value that is not finite (a text that overflowed) spoils every row of the tile, since 0 * inf is NaN. Such
     # tiles are rare and are computed once more, so that it reaches the rows of its own sequence only.
@@ -204,7 +208,7 @@ def _attention_kernel(
         acc, row_sum = _attend(
             q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, positions_ptr, row_position, row_start, row_end, first_key,
             last_key, column, scale_log2, log2_e, stride_kt, stride_vt, HEAD_DIM, REACH, BLOCK_D, BLOCK_M,
-            16 if BLOCK_N == 16 else BLOCK_N // 2, PER_SEQUENCE, TMA=False, ISOLATE=True,
+            16 if BLOCK_N == 16 else BLOCK_N // 2, WHOLE_SEQUENCE, TMA=False, ISOLATE=True,
         )  # fmt: skip
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
@@ -256,7 +260,8 @@ def _choose_tile(
     if biased and not tile.TMA:
         # Gathering the bias takes registers that keys on their way to shared memory take, too.
         tile = tile._replace(BLOCK_N=max(tile.BLOCK_N // 2, 16))
-    return tile if window == NO_WINDOW else tile._replace(PER_SEQUENCE=False)
+    shares = window != NO_WINDOW and not is_batch_invariant()
+    return tile._replace(PER_SEQUENCE=False) if shares else tile
 
 
 def _fits_tma(tensor: Tensor) -> bool:
@@ -287,18 +292,15 @@ def _launch_attention(
     bias: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """``row_bounds``: each row's keys, where they are not all of its sequence, for token tiles alone."""
+    """``row_bounds``: each row's keys, where they are not all of its sequence."""
     total_tokens, num_heads, head_dim = q.shape
     out = q.new_empty(total_tokens, num_heads, head_dim)
     if out.numel() == 0:
         return out
-    row_start = row_end = tiles = None
-    if tile.PER_SEQUENCE:
-        tiles = layout.sequence_tiles(tile.BLOCK_M)
-        num_tiles = tiles.shape[0]
-    else:
-        row_start, row_end = layout.row_bounds if row_bounds is None else row_bounds
-        num_tiles = cdiv(total_tokens, tile.BLOCK_M)
+    tiles = layout.sequence_tiles(tile.BLOCK_M) if tile.PER_SEQUENCE else None
+    num_tiles = cdiv(total_tokens, tile.BLOCK_M) if tiles is None else tiles.shape[0]
+    whole_sequence = tile.PER_SEQUENCE and row_bounds is None
+    row_start, row_end = (None, None) if whole_sequence else row_bounds or layout.row_bounds
     with device_guard(q):
         _attention_kernel[(num_tiles, num_heads)](
             q_ptr=q,
@@ -329,6 +331,7 @@ def _launch_attention(
             BLOCK_M=tile.BLOCK_M,
             BLOCK_N=tile.BLOCK_N,
             PER_SEQUENCE=tile.PER_SEQUENCE,
+            WHOLE_SEQUENCE=whole_sequence,
             TMA=tile.TMA,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
@@ -419,6 +422,7 @@ def _attend_short(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -
     return torch.bmm(scores.softmax(-1), values).view(shape)
 
 
+@traceable
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -476,6 +480,7 @@ def attention_varlen(
     return _launch_attention(q, k, v, layout, scale, tile, row_bounds=row_bounds, bias=bias, positions=positions)
 
 
+@traceable
 def attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_scale: float | None = None) -> Tensor:
     """Bidirectional attention over a padded batch whose real tokens come first in each row.
 
@@ -501,6 +506,8 @@ def attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_s
     seqlens = seqlens.clamp(0, seqlen)
     positions = torch.arange(seqlen, device=seqlens.device)
     real = positions[None, :] < seqlens[:, None]
+    if not runs_triton(q) and is_batch_invariant():
+        return _attention_rows(q, k, v, seqlens, scale)
     if not runs_triton(q):
         # A row of nothing but padding would be a softmax over nothing: it attends everywhere, and is zeroed below.
         mask = (real | (seqlens[:, None] == 0))[:, None, None, :]
@@ -514,6 +521,15 @@ def attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_s
     out = _launch_attention(queries, keys, values, rows, scale, _choose_tile(queries, keys, values, rows))
     # A sequence's last tile holds padding, too.
     return out.unflatten(0, (batch, seqlen)).masked_fill_(~real[:, :, None, None], 0.0)
+
+
+def _attention_rows(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, scale: float) -> Tensor:
+    out = q.new_zeros(q.shape)
+    for row, length in enumerate(seqlens.tolist()):
+        if length:
+            queries, keys, values = (tensor[row, None, :length].transpose(1, 2) for tensor in (q, k, v))
+            out[row, :length] = scaled_dot_product_attention(queries, keys, values, scale=scale)[0].transpose(0, 1)
+    return out
 
 
 def check_keys_values(q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:

@@ -28,8 +28,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ._backend import device_guard, multiprocessor_count, runs_triton
 from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
+from ._invariance import is_batch_invariant
 from ._layout import PackedLayout
 from ._pair import as_pair, pair_dot
+from ._tracing import traceable
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .attention import LOG2_E
 from .layer_norm import AddNorm, add_layer_norm, check_add_norm
@@ -475,6 +477,8 @@ class _Partials:
 
 def default_num_splits(device: torch.device, num_programs: int, max_seqlen: int) -> int:
     """Splits a sequence so that ``num_programs`` (without splits) fill the chip twice, at least 128 tokens each."""
+    if is_batch_invariant():
+        return 1
     wanted = 2 * multiprocessor_count(device)
     if num_programs >= wanted:
         return 1
@@ -650,16 +654,18 @@ def _windows_of(layout: PackedLayout, row_bounds: RowBounds | None, num_heads: i
         return length, len(part), start - number * length
 
     for (length, num_rows, _), alike in itertools.groupby(enumerate(parts), place):
-        for batch in _batched([span for _, span in alike], length * (width + num_heads * num_rows)):
+        spans = [span for _, span in alike]
+        together = 1 if is_batch_invariant() else len(spans)
+        for batch in _batched(spans, length * (width + num_heads * num_rows), together):
             indices = [row for _, _, part in batch for row in part]
             neighbours = slice(indices[0], indices[0] + len(indices))
             in_order = indices == list(range(neighbours.start, neighbours.stop))
             yield _Windows(neighbours if in_order else torch.tensor(indices), len(batch), batch[0][0], length)
 
 
-def _batched(items: list[T], numbers_each: int) -> Iterator[list[T]]:
-    """Parts of ``items`` that take MAX_NUMBERS, or one item each where that is more."""
-    step = max(1, MAX_NUMBERS // numbers_each)
+def _batched(items: list[T], numbers_each: int, at_most: int | None = None) -> Iterator[list[T]]:
+    """Parts of ``items`` that take MAX_NUMBERS, or one item each where that is more, and ``at_most`` so many."""
+    step = min(max(1, MAX_NUMBERS // numbers_each), at_most or len(items))
     for first in range(0, len(items), step):
         yield items[first : first + step]
 
@@ -723,6 +729,7 @@ def _cls_attention_kv_windows(
     return out
 
 
+@traceable
 def cls_attention(
     query: Tensor,
     hidden_states: Tensor,
@@ -809,6 +816,7 @@ def takes_norm(hidden_states: Tensor) -> bool:
     return tile.NORM and width <= tile.BLOCK_W * tile.CHUNKS
 
 
+@traceable
 def cls_attention_kv(
     query: Tensor,
     k: Tensor,

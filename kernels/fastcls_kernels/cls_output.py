@@ -17,9 +17,10 @@ from torch import Tensor
 from ._backend import device_guard, runs_triton
 from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_rows, check_tensor, num_rows_of
 from ._pair import as_pair, pair_dot
+from ._tracing import traceable
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .layer_norm import check_norm, check_vector, launch_sum_add_layer_norm
-from .linear import linear
+from .linear import linear, linear_per_head
 from .tuning import RowsTile, arch_of, rows_tile
 
 
@@ -167,6 +168,7 @@ def cls_output(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@traceable
 def cls_output(
     summed: Tensor,
     value_weight: Tensor,
@@ -245,9 +247,8 @@ def cls_output(
         )
         return normed if attended is None else (normed, attended)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    # [nheads, num_rows, width] @ [nheads, width, headdim]
-    context = summed.to(dtype).transpose(0, 1) @ value_weight.to(dtype).unflatten(0, (num_heads, -1)).transpose(1, 2)
-    context = context.transpose(0, 1).flatten(1)
+    per_head = value_weight.to(dtype).unflatten(0, (num_heads, -1)).transpose(1, 2)
+    context = linear_per_head(summed.to(dtype), per_head).flatten(1)
     if value_bias is not None:
         context = context + value_bias.to(dtype)
     attended = linear(context.to(hidden_states.dtype), out_weight, out_bias)

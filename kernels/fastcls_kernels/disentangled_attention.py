@@ -27,9 +27,12 @@ from torch import Tensor
 
 from ._backend import device_guard, runs_triton
 from ._checks import check_device, check_last_dim_contiguous, check_tensor
+from ._invariance import is_batch_invariant
 from ._layout import PackedLayout, Run
+from ._tracing import traceable
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .attention import LOG2_E, check_keys_values, load_rows
+from .linear import linear_per_head
 from .tuning import DisentangledTile, arch_of, disentangled_tile
 
 # Numbers in a product with positions that a CPU's caches hold from one step to the next.
@@ -164,6 +167,7 @@ def _disentangled_attention_kernel(
     out_ptr,
     row_start_ptr,
     row_end_ptr,
+    tiles_ptr,
     total_tokens,
     num_columns,
     reach,
@@ -182,14 +186,20 @@ def _disentangled_attention_kernel(
     BLOCK_N: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if tiles_ptr is not None:
+        tiles_ptr += tl.program_id(0) * 4
+        first_row = tl.load(tiles_ptr).to(tl.int64)
+        last_row = tl.load(tiles_ptr + 1)
+    else:
+        first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+        last_row = total_tokens
+    offs_m = first_row + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    in_tile = offs_m < total_tokens
+    in_tile = offs_m < last_row
     in_head = offs_d < HEAD_DIM
     k_ptr += head * stride_kh
     v_ptr += head * stride_vh
     # The products are (nheads, total_tokens, num_columns); column ``reach`` is distance 0.
-    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     if of_query_ptr is not None:
         of_query_ptr += (head * total_tokens + first_row) * num_columns + reach
     if of_key_ptr is not None:
@@ -256,8 +266,11 @@ def _launch_disentangled_attention(
     num_columns = cdiv(2 * reach + 1, 16) * 16
     rows = buckets.first(num_columns, reach)
     row_start, row_end = layout.row_bounds
+    # Where a sequence begins in a tile that it shares is where its sums begin.
+    tiles = layout.sequence_tiles(tile.BLOCK_M) if is_batch_invariant() else None
+    num_tiles = cdiv(total_tokens, tile.BLOCK_M) if tiles is None else tiles.shape[0]
     with device_guard(q):
-        _disentangled_attention_kernel[(cdiv(total_tokens, tile.BLOCK_M), num_heads)](
+        _disentangled_attention_kernel[(num_tiles, num_heads)](
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
@@ -267,6 +280,7 @@ def _launch_disentangled_attention(
             out_ptr=out,
             row_start_ptr=row_start,
             row_end_ptr=row_end,
+            tiles_ptr=tiles,
             total_tokens=total_tokens,
             num_columns=num_columns,
             reach=reach,
@@ -291,8 +305,8 @@ def _launch_disentangled_attention(
 
 
 def _products(tokens: Tensor, table: Tensor, rows: Tensor) -> Tensor:
-    """(nheads, total_tokens, num_columns): every token with rows of a table, one a distance."""
-    return torch.bmm(tokens.transpose(0, 1), table.index_select(0, rows).permute(1, 2, 0))
+    """(nheads, total_tokens, num_columns), contiguous: every token with rows of a table, one a distance."""
+    return linear_per_head(tokens, table.index_select(0, rows).permute(1, 2, 0)).transpose(0, 1).contiguous()
 
 
 def _attention_runs(
@@ -330,6 +344,9 @@ def _attention_runs(
             by_key, by_query = (
                 None if table is None else table[heads, :, columns] for table in (key_table, query_table)
             )
+            if is_batch_invariant():
+                # How far apart its rows lie is the longest sequence's matter.
+                by_key, by_query = (None if table is None else table.contiguous() for table in (by_key, by_query))
             places = None
             if positions is not None:
                 place = run.batch(positions)[sequences]
@@ -392,6 +409,7 @@ def _of_pairs(product: Tensor, places: Tensor | None) -> Tensor:
     return product.as_strided((*batch, length, length), (*strides, columns - 1, 1), length - 1)
 
 
+@traceable
 def disentangled_attention(
     q: Tensor,
     k: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._backend import device_guard, runs_triton
 from ._checks import check_device, check_integers, check_range, check_tensor
+from ._tracing import traceable
 from ._triton import jit, next_power_of_2, tl
 from .layer_norm import check_norm, norm_warps, normalise_row
 
@@ -91,6 +92,7 @@ def _launch_embedding_layer_norm(
     return out
 
 
+@traceable
 def embedding_layer_norm(
     token_ids: Tensor,
     position_ids: Tensor | None,

@@ -11,6 +11,8 @@ from torch import Tensor
 from ._activation import Activation, activate_, activated, check_activation
 from ._backend import device_guard, runs_triton
 from ._checks import check_last_dim_contiguous, check_tensor
+from ._invariance import in_blocks, is_batch_invariant
+from ._tracing import traceable
 from ._triton import cdiv, jit, tl
 
 # Eight numbers a thread, and widths of models are multiples of 128.
@@ -61,6 +63,7 @@ def _launch_gated_activation(hidden_states: Tensor, activation: Activation) -> T
     return out
 
 
+@traceable
 def gated_activation(hidden_states: Tensor, activation: Activation = "gelu") -> Tensor:
     """``activation(first half of the columns) * second half``, computed in float32.
 
@@ -82,6 +85,12 @@ def gated_activation(hidden_states: Tensor, activation: Activation = "gelu") -> 
     check_activation(activation)
     if runs_triton(hidden_states):
         return _launch_gated_activation(hidden_states, activation)
+    if is_batch_invariant():
+        return in_blocks(lambda rows: _gate(rows, activation), hidden_states, "gated activation", activation)
+    return _gate(hidden_states, activation)
+
+
+def _gate(hidden_states: Tensor, activation: Activation) -> Tensor:
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     x, gate = hidden_states.chunk(2, dim=1)
     return activate_(activation, x.to(dtype, copy=True)).mul_(gate).to(hidden_states.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._backend import device_guard, runs_triton
 from ._checks import check_last_dim_contiguous, check_rows, check_tensor
+from ._tracing import traceable
 from ._triton import jit, next_power_of_2, tl
 
 MAX_WIDTH = 16384
@@ -171,6 +172,7 @@ def check_vector(name: str, tensor: Tensor, width: int, like: Tensor) -> None:
     check_last_dim_contiguous(name, tensor)
 
 
+@traceable
 def layer_norm(hidden_states: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm of each row.
 
@@ -224,6 +226,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@traceable
 def add_layer_norm(
     hidden_states: Tensor,
     bias: Tensor | None,

@@ -1,10 +1,11 @@
-"""Matrix products: gelu(x weightᵀ + bias) in one kernel, and what cuBLAS or oneDNN does best: the plain product, and
-any activation after it.
+"""Matrix products: f(x weightᵀ + bias) in one kernel, and what cuBLAS or oneDNN does best: the plain product, and
+activations after it.
 
-One program makes a BLOCK_M x BLOCK_N tile of the output, adds the bias and applies the exact (erf) GELU while the
-sums are still in float32 registers. Programs walk the output in groups of rows, so that those running at the same
-time share their weights in the second-level cache. Whether that or a library's product is the faster one depends on the
-chip and the shape, and stands in its table (tuning.py).
+One program makes a BLOCK_M x BLOCK_N tile of the output, adds the bias and applies the activation while the sums are
+still in float32 registers. Programs walk the output in groups of rows, so that those running at the same time share
+their weights in the second-level cache. Whether that or a library's product is the faster one depends on the chip and
+the shape, and stands in its table (tuning.py), measured with a GELU behind it. With `batch_invariant` the kernel makes
+every product, in one tile.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._activation import Activation, activate_, check_activation
+from ._activation import Activation, activate_, activated, check_activation
 from ._backend import device_guard, runs_triton
 from ._checks import check_last_dim_contiguous, check_tensor
+from ._invariance import in_blocks, is_batch_invariant
 from ._tma import descriptor, is_aligned
+from ._tracing import traceable
 from ._triton import cdiv, jit, tl
 from .layer_norm import check_norm, check_vector, launch_sum_add_layer_norm
 from .split_linear import launch_split_linear
-from .tuning import GeluTile, arch_of, linear_gelu_tile, linear_norm_tile
+from .tuning import GeluTile, arch_of, invariant_linear_tile, linear_gelu_tile, linear_norm_tile
 
 
 @jit(do_not_specialize=["num_rows"])
-def _linear_gelu_kernel(
+def _linear_kernel(
     x_ptr,
     weight_ptr,
     x_desc,
@@ -43,6 +46,7 @@ def _linear_gelu_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TMA: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -78,16 +82,20 @@ def _linear_gelu_kernel(
             weight_ptrs += BLOCK_K
         acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
 
-    acc += tl.load(bias_ptr + offs_n, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    out = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION is not None:
+        acc = activated(acc, ACTIVATION)
     tl.store(
         out_ptr + offs_m[:, None] * stride_om + offs_n[None, :],
-        out.to(out_ptr.dtype.element_ty),
+        acc.to(out_ptr.dtype.element_ty),
         mask=in_rows[:, None] & in_columns[None, :],
     )
 
 
-def _launch_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor, tile: GeluTile) -> Tensor:
+def _launch_linear(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None, tile: GeluTile
+) -> Tensor:
     num_rows, in_features = hidden_states.shape
     out_features = weight.shape[0]
     out = hidden_states.new_empty(num_rows, out_features)
@@ -95,7 +103,7 @@ def _launch_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor, til
         return out
     tma = tile.TMA and is_aligned(hidden_states) and is_aligned(weight)
     with device_guard(hidden_states):
-        _linear_gelu_kernel[(cdiv(num_rows, tile.BLOCK_M) * cdiv(out_features, tile.BLOCK_N),)](
+        _linear_kernel[(cdiv(num_rows, tile.BLOCK_M) * cdiv(out_features, tile.BLOCK_N),)](
             x_ptr=hidden_states,
             weight_ptr=weight,
             x_desc=descriptor(hidden_states, in_features, tile.BLOCK_M, tile.BLOCK_K) if tma else None,
@@ -112,6 +120,7 @@ def _launch_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor, til
             BLOCK_N=tile.BLOCK_N,
             BLOCK_K=tile.BLOCK_K,
             GROUP_M=8,
+            ACTIVATION=activation,
             TMA=tma,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
@@ -166,19 +175,36 @@ def _onednn_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, a
     return out
 
 
-def _product(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None = None
+) -> Tensor:
+    """The product, and the activation after it."""
+    if not is_batch_invariant():
+        return _library_product(hidden_states, weight, bias, activation)
+    if runs_triton(hidden_states):
+        tile = invariant_linear_tile(arch_of(hidden_states.device), hidden_states.dtype)
+        return _launch_linear(hidden_states, weight, bias, activation, tile)
+    return in_blocks(
+        lambda rows: _library_product(rows, weight, bias, activation),
+        hidden_states,
+        *("product", tuple(weight.shape), bias is not None, activation),
+    )
+
+
+def _library_product(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None
+) -> Tensor:
     if uses_onednn(hidden_states) and hidden_states.shape[0] > 0:
-        return _onednn_linear(hidden_states, weight, bias, None)
-    return F.linear(hidden_states, weight, bias)
-
-
-def _activated_product(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0 and not _has_avx2_and_mkl():
-        return _onednn_linear(hidden_states, weight, bias, activation)
+        if activation is None or not _has_avx2_and_mkl():
+            return _onednn_linear(hidden_states, weight, bias, activation)
+        product = _onednn_linear(hidden_states, weight, bias, None)
+    else:
+        product = F.linear(hidden_states, weight, bias)
     # Nobody else holds the product.
-    return activate_(activation, _product(hidden_states, weight, bias))
+    return product if activation is None else activate_(activation, product)
 
 
+@traceable
 def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``hidden_states @ weight.T + bias`` by the fastest library at hand: cuBLAS on a GPU, oneDNN or MKL on a CPU.
 
@@ -198,6 +224,7 @@ def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return _product(hidden_states, weight, bias)
 
 
+@traceable
 def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``gelu(hidden_states @ weight.T + bias)`` with the exact (erf) GELU.
 
@@ -214,21 +241,22 @@ def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: a shape, stride or device that does not fit.
     """
     _check_linear(hidden_states, weight, bias)
-    if runs_triton(hidden_states):
+    if runs_triton(hidden_states) and not is_batch_invariant():
         arch, (rows, in_features) = arch_of(hidden_states.device), hidden_states.shape
         tile = linear_gelu_tile(arch, hidden_states.dtype, rows, in_features, weight.shape[0])
         return _gelu_by_tile(hidden_states, weight, bias, tile)
-    return _activated_product(hidden_states, weight, bias, "gelu")
+    return _product(hidden_states, weight, bias, "gelu")
 
 
 def _gelu_by_tile(hidden_states: Tensor, weight: Tensor, bias: Tensor, tile: GeluTile) -> Tensor:
     if tile.BY == "triton":
-        return _launch_linear_gelu(hidden_states, weight, bias, tile)
+        return _launch_linear(hidden_states, weight, bias, "gelu", tile)
     if tile.BY == "cublaslt":
         return torch._addmm_activation(bias, hidden_states, weight.t(), use_gelu=True)
     return F.gelu(F.linear(hidden_states, weight, bias))
 
 
+@traceable
 def linear_activation(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     """``activation(hidden_states @ weight.T + bias)``.
 
@@ -249,7 +277,38 @@ def linear_activation(hidden_states: Tensor, weight: Tensor, bias: Tensor | None
     if activation == "gelu" and bias is not None:
         return linear_gelu(hidden_states, weight, bias)
     _check_linear(hidden_states, weight, bias)
-    return _activated_product(hidden_states, weight, bias, activation)
+    return _product(hidden_states, weight, bias, activation)
+
+
+@traceable
+def linear_per_head(rows: Tensor, weight: Tensor) -> Tensor:
+    """The product of each head's part of a row with the head's own matrix.
+
+    Args:
+        rows: (num_rows, nheads, in_features).
+        weight: (nheads, in_features, out_features), in rows' dtype.
+
+    Returns:
+        (num_rows, nheads, out_features).
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape or device that does not fit.
+    """
+    check_tensor("rows", rows, "(num_rows, nheads, in_features)")
+    check_tensor("weight", weight, "(nheads, in_features, out_features)", like=rows)
+    if weight.shape[:2] != rows.shape[1:]:
+        raise ValueError(f"weight must have shape {(*rows.shape[1:], 'out_features')}, got {tuple(weight.shape)}")
+    if not is_batch_invariant():
+        return torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1)
+    if runs_triton(rows):
+        heads = zip(rows.unbind(1), weight.transpose(1, 2).contiguous(), strict=True)
+        return torch.stack([_product(head, matrix, None) for head, matrix in heads], 1)
+    return in_blocks(
+        lambda block: torch.bmm(block.transpose(0, 1), weight).transpose(0, 1),
+        rows,
+        *("product per head", tuple(weight.shape), weight.stride()),
+    )
 
 
 @overload
@@ -280,6 +339,7 @@ def linear_add_layer_norm(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@traceable
 def linear_add_layer_norm(
     hidden_states: Tensor,
     weight: Tensor,
@@ -321,8 +381,8 @@ def linear_add_layer_norm(
     if runs_triton(hidden_states):
         arch, (rows, in_features) = arch_of(hidden_states.device), hidden_states.shape
         tile = linear_norm_tile(arch, hidden_states.dtype, rows, in_features, weight.shape[0])
-        if tile.BY == "torch":
-            parts = F.linear(hidden_states, weight).unsqueeze(1)
+        if tile.BY == "torch" or is_batch_invariant():
+            parts = _product(hidden_states, weight, None).unsqueeze(1)
         else:
             parts = launch_split_linear(hidden_states, weight, tile)
         # Four times as wide as the rest behind a GELU, and nobody else's there.

@@ -11,6 +11,7 @@ from torch import Tensor
 from ._backend import device_guard, runs_triton
 from ._checks import check_last_dim_contiguous, check_tensor
 from ._layout import PackedLayout
+from ._tracing import traceable
 from ._triton import cdiv, jit, tl
 
 BLOCK_T = 32
@@ -69,6 +70,7 @@ def _mean_pool_runs(hidden_states: Tensor, layout: PackedLayout) -> Tensor:
     return out
 
 
+@traceable
 def mean_pool(
     hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, layout: PackedLayout | None = None
 ) -> Tensor:

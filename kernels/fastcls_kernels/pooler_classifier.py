@@ -13,6 +13,7 @@ from ._activation import Activation, activated, check_activation
 from ._backend import device_guard, runs_triton
 from ._checks import check_last_dim_contiguous, check_tensor
 from ._pair import as_pair, pair_dot
+from ._tracing import traceable
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .layer_norm import check_vector
 from .linear import linear, linear_activation
@@ -149,6 +150,7 @@ def _launch_pooler_classifier(
     return out
 
 
+@traceable
 def pooler_classifier(
     cls_states: Tensor,
     pooler_weight: Tensor,

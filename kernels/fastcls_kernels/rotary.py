@@ -17,6 +17,7 @@ from ._checks import (
     check_range,
     check_tensor,
 )
+from ._tracing import traceable
 from ._triton import cdiv, jit, next_power_of_2, tl
 
 MAX_BLOCK_H = 32
@@ -82,12 +83,14 @@ def _rotate_halves(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> No
     cos, sin = (table[positions].to(wide.dtype).unsqueeze(1) for table in (cos, sin))
     first, second = wide.chunk(2, -1)
     crossed = first * sin
-    first.mul_(cos).addcmul_(second, sin, value=-1)
+    # Not addcmul_, whose vectors and remainders a compiler may round differently.
+    first.mul_(cos).sub_(second * sin)
     second.mul_(cos).add_(crossed)
     if wide is not x:
         x.copy_(wide)
 
 
+@traceable
 def apply_rotary_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each head by its token's position, in place.
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
+from ._invariance import ANY_ROWS, ANY_SEQLEN, is_batch_invariant
 from ._triton import cdiv, next_power_of_2
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -177,7 +178,10 @@ def use_tile(operation: str, tile: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _forget_choices() -> None:
-    for choice in (attention_tile, cls_tile, disentangled_tile, linear_gelu_tile, linear_norm_tile, rows_tile):
+    for choice in (
+        *(_attention_tile, cls_tile, _disentangled_tile, invariant_linear_tile),
+        *(linear_gelu_tile, linear_norm_tile, _rows_tile),
+    ):
         choice.cache_clear()
 
 
@@ -200,22 +204,36 @@ def _tile_of(kind: type[_Tile], arch: str, operation: str, dtype: torch.dtype, *
     return kind(**_first_fitting(arch, operation, {"bits": 8 * dtype.itemsize, **facts}))
 
 
-@_remembered
 def attention_tile(arch: str, dtype: torch.dtype, head_dim: int, mean_seqlen: int, tma: bool) -> AttentionTile:
-    """The tile of `attention_varlen`.
+    """The tile of `attention_varlen`; with `batch_invariant` the same for every ``mean_seqlen``, and per sequence.
 
     Args:
         arch, dtype, head_dim: the chip and the tensors.
         mean_seqlen: packed rows a sequence, rounded up: what a graph over a shape knows of lengths.
         tma: whether the tensors lie as the copy engine needs it.
     """
+    if is_batch_invariant():
+        return _attention_tile(arch, dtype, head_dim, ANY_SEQLEN, tma)._replace(PER_SEQUENCE=True)
+    return _attention_tile(arch, dtype, head_dim, mean_seqlen, tma)
+
+
+@_remembered
+def _attention_tile(arch: str, dtype: torch.dtype, head_dim: int, mean_seqlen: int, tma: bool) -> AttentionTile:
     tile = _tile_of(AttentionTile, arch, "attention", dtype, head_dim=head_dim, mean_seqlen=mean_seqlen)
     return tile if tma else tile._replace(TMA=False)
 
 
-@_remembered
 def disentangled_tile(arch: str, dtype: torch.dtype, head_dim: int) -> DisentangledTile:
     """The tile of `disentangled_attention`."""
+    tile = _disentangled_tile(arch, dtype, head_dim)
+    if is_batch_invariant() and dtype == torch.float32:
+        # Where a tile begins is read then, and takes registers that an sm_100 does not have left.
+        return tile._replace(BLOCK_N=max(16, tile.BLOCK_N // 2))
+    return tile
+
+
+@_remembered
+def _disentangled_tile(arch: str, dtype: torch.dtype, head_dim: int) -> DisentangledTile:
     return _tile_of(DisentangledTile, arch, "disentangled_attention", dtype, head_dim=head_dim)
 
 
@@ -236,8 +254,21 @@ def linear_norm_tile(arch: str, dtype: torch.dtype, rows: int, in_features: int,
 
 
 @_remembered
+def invariant_linear_tile(arch: str, dtype: torch.dtype) -> GeluTile:
+    """The tile of every product with `batch_invariant`."""
+    return _tile_of(GeluTile, arch, "invariant_linear", dtype)
+
+
 def rows_tile(arch: str, operation: str, dtype: torch.dtype, rows: int) -> RowsTile:
-    """The tile of an operation over the [CLS] rows: `absorb_query`, `cls_output` or `pooler_classifier`."""
+    """The tile of an operation over the [CLS] rows: `absorb_query`, `cls_output` or `pooler_classifier`.
+
+    With `batch_invariant` it is the same for every number of ``rows``.
+    """
+    return _rows_tile(arch, operation, dtype, ANY_ROWS if is_batch_invariant() else rows)
+
+
+@_remembered
+def _rows_tile(arch: str, operation: str, dtype: torch.dtype, rows: int) -> RowsTile:
     return _tile_of(RowsTile, arch, operation, dtype, rows=rows)
 
 

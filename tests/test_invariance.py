@@ -1,0 +1,181 @@
+"""Batch invariance: a text's answer, bit for bit, whatever batch it comes in."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import pytest
+import torch
+from support import tiny_bert, tiny_model
+from test_families import ANSWERS, CLASSIFIERS, every_class, every_classifier
+from torch import Tensor
+
+import fastcls
+from fastcls.encoder import LastLayer
+from fastcls_kernels import _invariance, attention_padded, batch_invariant, linear, use_backend
+from fastcls_kernels._invariance import in_blocks
+
+LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 40, 47, 64, 65, 80, 94, 5, 9, 12, 21, 26)
+# Each kind of encoder, through kernels of its own.
+KINDS = ("bert", "mpnet", "modernbert", "deberta-v2")
+
+
+def texts_of(lengths: Sequence[int], device: str = "cpu") -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(5, 199, (length,), generator=generator).to(device) for length in lengths]
+
+
+def batch_of(texts: Sequence[Tensor], padding: int = 0) -> dict[str, Tensor]:
+    length = max(map(len, texts)) + padding
+    ids, mask = (torch.zeros(len(texts), length, dtype=torch.long, device=texts[0].device) for _ in range(2))
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = text
+        mask[row, : len(text)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def answers_of(model: Any, texts: Sequence[Tensor], padding: int = 0) -> list[list[Tensor]]:
+    """All that a model answers to each text, of its tokens alone."""
+    inputs = batch_of(texts, padding)
+    shape = inputs["input_ids"].shape
+    if "MultipleChoice" in model.model_class.__name__:
+        # One choice a question: with more of them one answer would be of several texts.
+        inputs = {name: tensor[:, None] for name, tensor in inputs.items()}
+    with torch.no_grad():
+        output = model(**inputs)
+    found = [answer for name in ANSWERS if (answer := getattr(output, name, None)) is not None]
+    of_tokens = [answer.shape[:2] == shape and answer.ndim > 1 and shape[1] > 1 for answer in found]
+    return [
+        [answer[row, : len(text)] if tokens else answer[row] for answer, tokens in zip(found, of_tokens, strict=True)]
+        for row, text in enumerate(texts)
+    ]
+
+
+def assert_same_bits(found: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]], what: str) -> None:
+    for text, (answers, alone) in enumerate(zip(found, expected, strict=True)):
+        for answer, same in zip(answers, alone, strict=True):
+            assert torch.equal(answer.flatten(), same.flatten()), f"text {text} of {what}"
+
+
+def check_random_batches(model: Any, texts: Sequence[Tensor], batches: int, largest: int) -> None:
+    alone = [answers_of(model, [text])[0] for text in texts]
+    choose = random.Random(0)
+    for number in range(batches):
+        chosen = choose.choices(range(len(texts)), k=choose.randint(1, largest))
+        found = answers_of(model, [texts[index] for index in chosen], padding=choose.choice((0, 1, 7)))
+        assert_same_bits(found, [alone[index] for index in chosen], f"batch {number}: {chosen}")
+
+
+@every_class
+def test_bits_of_every_head(model_class: str, family: str, device: str) -> None:
+    model = fastcls.optimize(tiny_model(model_class, family).to(device), batch_invariant=True)
+    # Two labels a token would look like two tokens of a text.
+    check_random_batches(model, [text for text in texts_of(LENGTHS, device) if len(text) != 3], 6, 24)
+
+
+@pytest.mark.parametrize("last_layer", get_args(LastLayer))
+@every_classifier
+def test_bits_of_every_rung(model_class: str, family: str, last_layer: LastLayer, device: str) -> None:
+    model = fastcls.optimize(
+        tiny_model(model_class, family).to(device), last_layer=last_layer, batch_invariant=True, cuda_graphs=False
+    )
+    check_random_batches(model, texts_of(LENGTHS, device), 3, 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@every_classifier
+def test_bits_in_16_bits(model_class: str, family: str, dtype: torch.dtype, device: str) -> None:
+    model = fastcls.optimize(tiny_model(model_class, family).to(device, dtype), batch_invariant=True)
+    check_random_batches(model, texts_of(LENGTHS, device), 3, 20)
+
+
+def test_bits_over_a_thousand_batches(device: str) -> None:
+    model = fastcls.optimize(tiny_bert().to(device), batch_invariant=True)
+    check_random_batches(model, texts_of(range(1, 97), device), 1000, 24)
+
+
+def test_bits_of_real_weights(minilm_sst2: Any, minilm_tokenizer: Any, sst2: Callable[[str], Any]) -> None:
+    texts = [torch.tensor(ids) for ids in minilm_tokenizer(sst2("dev").texts[:100])["input_ids"]]
+    check_random_batches(fastcls.optimize(copy.deepcopy(minilm_sst2), batch_invariant=True), texts, 20, 40)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_through_the_kernels(kind: str, kernel_device: str) -> None:
+    name = {family: name for name, family in CLASSIFIERS}[kind]
+    model = fastcls.optimize(tiny_model(name, kind).to(kernel_device), batch_invariant=True)
+    with use_backend("triton"):
+        # Sequences that share tiles, and begin at odd places in them.
+        check_random_batches(model, texts_of((5, 17, 33, 40), kernel_device), 2, 5)
+
+
+@every_classifier
+def test_answers_are_the_same_up_to_rounding(model_class: str, family: str) -> None:
+    model = fastcls.optimize(tiny_model(model_class, family))
+    texts = texts_of(LENGTHS)
+    usual = torch.cat([answer[0][None] for answer in answers_of(model, texts)])
+    model.batch_invariant = True
+    invariant = torch.cat([answer[0][None] for answer in answers_of(model, texts)])
+    assert float((usual - invariant).abs().max()) <= 1e-5 * max(1.0, float(usual.abs().max()))
+
+
+def test_masked_tokens_alone() -> None:
+    model = fastcls.optimize(tiny_model("BertForMaskedLM", "bert"), mask_token_id=4, batch_invariant=True)
+    texts = texts_of((5, 9, 21))
+    for text in texts:
+        text[2:4] = 4
+    check_random_batches(model, texts, 10, 6)
+
+
+def test_padded_attention() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 40, 4, 16)
+    with batch_invariant():
+        both = attention_padded(q, k, v, torch.tensor([7, 40]))
+        alone = attention_padded(q[:1, :9], k[:1, :9], v[:1, :9], torch.tensor([7]))
+    assert torch.equal(both[0, :7], alone[0, :7])
+    torch.testing.assert_close(both, attention_padded(q, k, v, torch.tensor([7, 40])))
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 33, 63, 64, 65, 300, 0])
+def test_blocks_hold_every_row_once(rows: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 32), torch.randn(24, 32)
+    with batch_invariant():
+        found = linear(x, weight)
+    torch.testing.assert_close(found, linear(x, weight))
+
+
+def test_a_library_that_is_not_invariant_is_refused() -> None:
+    def by_place(rows: Tensor) -> Tensor:
+        return rows + torch.arange(rows.shape[0])[:, None]
+
+    with pytest.raises(RuntimeError, match=r"batch_invariant must be left off on this CPU .* \('by place',\)"):
+        in_blocks(by_place, torch.zeros(3, 4), "by place")
+
+
+def test_sizes_that_differ_are_not_mixed() -> None:
+    sizes = set()
+
+    def by_size(rows: Tensor) -> Tensor:
+        sizes.add(rows.shape[0])
+        return rows + rows.shape[0]
+
+    found = in_blocks(by_size, torch.zeros(300, 2), "by size")
+    assert bool((found == _invariance._BLOCKS[0]).all())
+    assert sizes == set(_invariance._BLOCKS)
+
+
+def test_other_devices_are_refused() -> None:
+    with batch_invariant(), use_backend("torch"), pytest.raises(RuntimeError, match="must be left off on meta"):
+        linear(torch.empty(3, 4, device="meta"), torch.empty(2, 4, device="meta"))
+
+
+def test_it_ends_with_its_block() -> None:
+    with batch_invariant():
+        assert _invariance.is_batch_invariant()
+        with batch_invariant(enabled=False):
+            assert not _invariance.is_batch_invariant()
+    assert not _invariance.is_batch_invariant()
