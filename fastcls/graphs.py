@@ -259,5 +259,5 @@ def _no_autograd() -> Iterator[None]:
 
 
 def being_captured() -> bool:
-    """Whether the caller captures a graph of its own, or compiles: ours would not fit in."""
-    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+    """Whether the caller captures a graph of its own: ours would not fit in."""
+    return torch.cuda.is_current_stream_capturing()

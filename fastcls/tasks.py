@@ -26,11 +26,13 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import ModelOutput
 
+from . import traced
 from .encoder import How
 from .inputs import Batch
 from .model import FastModel
 from .packing import unpack_rows, unpack_selected, unpack_tokens
 from .spec import Pooling, Task
+from .traced import Rows
 
 # What `FastEncoder` gives of its last layer: a boolean mask of tokens stands for "rows".
 Select: TypeAlias = "Literal['all', 'first'] | Tensor"
@@ -39,7 +41,18 @@ _IGNORED = -100
 _Output = TypeVar("_Output", bound=ModelOutput)
 
 
-class _TaskModel(FastModel):
+class TaskModel(FastModel):
+    """What the models of all tasks share: rows of their heads, and outputs of transformers' kind."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.description = traced.describe(self)
+
+    @property
+    def options(self) -> traced.Options:
+        """What may be set at any time."""
+        return traced.Options(self.last_layer, self.cuda_graphs, self.batch_invariant)
+
     def _given(self, output: _Output, return_dict: bool | None) -> _Output | tuple[Any, ...]:
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -51,8 +64,37 @@ class _TaskModel(FastModel):
         assert self.head.out_weight is not None
         return self.head.out_weight.shape[0]
 
+    def rows_of(self, batch: Batch, rows: Rows, fill: float, selected: Tensor | None) -> Tensor:
+        """What `traced.forward` gives, whose arguments these are, of a batch that nobody has checked yet."""
+        self._checked(batch, {})
+        if rows == "texts":
+            return self._text_rows(batch)
+        return self._token_rows(batch, fill) if selected is None else self._wanted_rows(batch, selected)
+
+    def pooled(self, states: Tensor) -> Tensor:
+        """The head over (num_texts, hidden_size), of an encoder its pooler."""
+        if torch.compiler.is_compiling():
+            return traced.pool(self, states)
+        with self._inference():
+            rows: Tensor = self.head(states)
+            return rows
+
+    def _wanted_rows(self, batch: Batch, wanted: Tensor) -> Tensor:
+        """(batch, seqlen, width), zeros but for ``wanted`` tokens, of those that the mask keeps."""
+        if torch.compiler.is_compiling():
+            return traced.forward(self, batch, "tokens", selected=wanted)
+        if batch.attention_mask is not None:
+            wanted = wanted & batch.attention_mask.to(wanted.device).bool()
+        if not bool(wanted.any()):
+            return self._empty(*batch.shape, self._out_features()).zero_()
+        with self._inference():
+            how = self._selected_rows
+            return unpack_tokens(self._run(self._source(batch, how, wanted), how), batch.shape)
+
     def _token_rows(self, batch: Batch, fill: float = 0.0) -> Tensor:
         """(batch, seqlen, width), ``fill`` where the mask leaves tokens out."""
+        if torch.compiler.is_compiling():
+            return traced.forward(self, batch, "tokens", fill)
         if not batch.shape[0]:
             return self._empty(*batch.shape, self._out_features())
         with self._inference():
@@ -61,6 +103,8 @@ class _TaskModel(FastModel):
 
     def _text_rows(self, batch: Batch) -> Tensor:
         """(batch, width)."""
+        if torch.compiler.is_compiling():
+            return traced.forward(self, batch, "texts")
         if not batch.shape[0]:
             return self._empty(0, self._out_features())
         with self._inference():
@@ -77,7 +121,7 @@ class _TaskModel(FastModel):
             return unpack_rows(self._run(source, how))
 
 
-class FastClassifier(_TaskModel):
+class FastClassifier(TaskModel):
     """A sequence classifier: see `FastModel`."""
 
     @property
@@ -150,7 +194,7 @@ class FastClassifier(_TaskModel):
         return self._list_rows(token_ids, token_type_ids, self._pooled)
 
 
-class FastNextSentencePredictor(_TaskModel):
+class FastNextSentencePredictor(TaskModel):
     """Does the second text of a pair follow the first? See `FastModel`."""
 
     @property
@@ -185,7 +229,7 @@ class FastNextSentencePredictor(_TaskModel):
         return self._given(NextSentencePredictorOutput(loss=loss, logits=logits), return_dict)
 
 
-class FastMultipleChoice(_TaskModel):
+class FastMultipleChoice(TaskModel):
     """Which of several continuations fits best? See `FastModel`."""
 
     @property
@@ -232,7 +276,7 @@ class FastMultipleChoice(_TaskModel):
         return self._given(MultipleChoiceModelOutput(loss=loss, logits=logits), return_dict)
 
 
-class FastTokenClassifier(_TaskModel):
+class FastTokenClassifier(TaskModel):
     """A label for each token: see `FastModel`."""
 
     @property
@@ -270,7 +314,7 @@ class FastTokenClassifier(_TaskModel):
         return self._given(TokenClassifierOutput(loss=loss, logits=logits), return_dict)
 
 
-class FastQuestionAnswerer(_TaskModel):
+class FastQuestionAnswerer(TaskModel):
     """Where in a text the answer begins and ends: see `FastModel`."""
 
     @property
@@ -322,13 +366,14 @@ class FastMaskedLMOutput(MaskedLMOutput):
 
     Attributes:
         logits: (batch, seqlen, vocab_size), zeros where nothing was predicted; or, not dense, (num_rows, vocab_size).
-        rows: (num_rows, 2) int64 on the CPU, text and token of each row that was predicted, in their order.
+        rows: (num_rows, 2) int64 on the CPU, text and token of each row that was predicted, in their order; None from a
+            graph, compiled or exported.
     """
 
     rows: Tensor | None = None
 
 
-class FastMaskedLM(_TaskModel):
+class FastMaskedLM(TaskModel):
     """Fills masks: see `FastModel`. The last layer and the product with the vocabulary run for the masked tokens alone.
 
     Attributes:
@@ -371,17 +416,20 @@ class FastMaskedLM(_TaskModel):
         batch = Batch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         shape = self._checked(batch, kwargs)
         _check_token_labels(labels, shape, attention_mask)
+        wanted: Tensor | None = None
         if labels is not None:
             wanted = labels != _IGNORED
         elif self.mask_token_id is not None and input_ids is not None:
             wanted = input_ids == self.mask_token_id
-        else:
+        if torch.compiler.is_compiling():
+            return self._given(self._traced(batch, wanted, labels), return_dict)
+        all_of_them = wanted is None
+        if wanted is None:
             wanted = torch.ones(shape, dtype=torch.bool)
         if attention_mask is not None:
             wanted = wanted & attention_mask.to(wanted.device).bool()
         rows = wanted.nonzero().cpu()
         if rows.shape[0]:
-            all_of_them = labels is None and (self.mask_token_id is None or input_ids is None)
             how = self._every_row if all_of_them else self._selected_rows
             with self._inference():
                 parts = self._run(self._source(batch, how, None if all_of_them else wanted), how)
@@ -395,8 +443,18 @@ class FastMaskedLM(_TaskModel):
             loss = ForMaskedLMLoss(found, expected, found.shape[1])
         return self._given(FastMaskedLMOutput(loss=loss, logits=logits, rows=rows), return_dict)
 
+    def _traced(self, batch: Batch, wanted: Tensor | None, labels: Tensor | None) -> FastMaskedLMOutput:
+        if not self.dense:
+            raise RuntimeError(
+                "dense must be True in a graph, which does not know how many tokens are masked: set it, or call the "
+                "model outside of what is compiled or exported"
+            )
+        logits = self._token_rows(batch) if wanted is None else self._wanted_rows(batch, wanted)
+        loss = None if labels is None else ForMaskedLMLoss(logits, labels, self._out_features())
+        return FastMaskedLMOutput(loss=loss, logits=logits)
 
-class FastEncoder(_TaskModel):
+
+class FastEncoder(TaskModel):
     """An encoder for heads of one's own, and for embeddings: see `FastModel`.
 
     Attributes:
@@ -463,9 +521,7 @@ class FastEncoder(_TaskModel):
         else:
             raise ValueError(f"select must be 'all', 'first' or a boolean mask {tuple(shape)}, got {wanted!r}")
         if self.head.dense_weight is not None and not isinstance(wanted, Tensor):
-            with self._inference():
-                first = states[:, 0] if states.shape[1] else self._empty(0, self.spec.hidden_size)
-                pooled = self.head(first)
+            pooled = self.pooled(states[:, 0] if states.shape[1] else self._empty(0, self.spec.hidden_size))
         output = BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
         return self._given(output, return_dict)
 
@@ -495,6 +551,11 @@ class FastEncoder(_TaskModel):
 
     def _selected_states(self, batch: Batch, wanted: Tensor, attention_mask: Tensor | None) -> Tensor:
         shape = batch.shape
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "select must be 'all' or 'first' in a graph, which does not know how many tokens a mask keeps: "
+                "call the model outside of what is compiled or exported"
+            )
         if wanted.dtype != torch.bool:
             raise TypeError(f"select must be a boolean mask, got {wanted.dtype}")
         if wanted.shape != shape:
@@ -514,11 +575,14 @@ def _check_token_labels(labels: Tensor | None, shape: torch.Size, attention_mask
         return
     if labels.shape != shape:
         raise ValueError(f"labels must have the batch's shape {tuple(shape)}, got {tuple(labels.shape)}")
+    if torch.compiler.is_compiling():
+        # A graph cannot stop at values.
+        return
     if attention_mask is not None and bool(((labels != _IGNORED).cpu() & (attention_mask.cpu() == 0)).any()):
         raise ValueError(f"labels must be {_IGNORED} where attention_mask is 0, got others there")
 
 
-TASKS: Mapping[Task, type[FastModel]] = {
+TASKS: Mapping[Task, type[TaskModel]] = {
     "sequence classification": FastClassifier,
     "next sentence prediction": FastNextSentencePredictor,
     "multiple choice": FastMultipleChoice,

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import albert, bert, deberta_v2, distilbert, electra, modernbert, mpnet, roberta
 from ._family import Family
 
-__all__ = ["FAMILIES", "Family", "class_for_task", "family_of", "supported"]
+__all__ = ["FAMILIES", "Family", "class_for_task", "family_of", "family_of_class", "supported"]
 
 FAMILIES = (
     bert.FAMILY,
@@ -28,12 +28,17 @@ def family_of(model: PreTrainedModel) -> tuple[Family, str]:
     Raises:
         TypeError: the class is not supported, or is a subclass that computes something else in ``forward``.
     """
+    return family_of_class(type(model))
+
+
+def family_of_class(model_class: type[PreTrainedModel]) -> tuple[Family, str]:
+    """`family_of` the models of a class."""
     for family in FAMILIES:
         for name in family.heads:
             base = getattr(transformers, name)
-            if isinstance(model, base) and type(model).forward is base.forward:
+            if issubclass(model_class, base) and model_class.forward is base.forward:
                 return family, name
-    raise TypeError(f"model must be {supported()}, got {type(model).__module__}.{type(model).__qualname__}")
+    raise TypeError(f"model must be {supported()}, got {model_class.__module__}.{model_class.__qualname__}")
 
 
 def class_for_task(config: PreTrainedConfig, task: str) -> tuple[Family, str]:

@@ -1,0 +1,197 @@
+"""A fast model in a graph that ``torch.compile`` or ``torch.export`` traces: one operator, over the model's weights.
+
+How many tokens a batch has is known once its values are read, and from that follows how they are packed, in how many
+passes, and whether a pass is replayed. A graph that held all this would pad again, or be compiled again for each batch.
+So the whole pass from padded ids to the head's numbers is one node, ``torch.ops.fastcls.forward``, whose result has the
+batch's shape. It takes the weights as a list of tensors and the rest of the model as text: an exported program holds
+all that it needs, and runs wherever ``import fastcls.traced`` has made the operator known.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .encoder import LastLayer
+from .families import family_of_class
+from .inputs import Batch
+from .spec import WeightMap
+
+if TYPE_CHECKING:
+    from .tasks import TaskModel
+
+# One row of numbers a text, or one a token.
+Rows = Literal["texts", "tokens"]
+
+
+def describe(model: TaskModel) -> str:
+    """All of a model but its weights, as the operator takes it."""
+    _, model_class = family_of_class(model.model_class)
+    names = [name for name, _ in model.named_parameters()]
+    return json.dumps({"class": model_class, "config": model.config.to_dict(), "weights": names}, default=str)
+
+
+class Options(NamedTuple):
+    """What may be set on a model at any time.
+
+    Attributes:
+        last_layer, cuda_graphs, batch_invariant: those of the model.
+    """
+
+    last_layer: LastLayer
+    cuda_graphs: bool
+    batch_invariant: bool
+
+
+def forward(model: TaskModel, batch: Batch, rows: Rows, fill: float = 0.0, selected: Tensor | None = None) -> Tensor:
+    """What the head makes of a padded batch, as a node of the graph that is being traced.
+
+    Args:
+        model: the model, whose weights become the graph's.
+        batch: its inputs.
+        rows: of what there is one row.
+        fill: what stands in the rows that the mask leaves out.
+        selected: (batch, seqlen) boolean, the tokens whose rows alone are wanted; zeros stand in the others.
+
+    Returns:
+        (batch, width) of texts, else (batch, seqlen, width).
+    """
+    weights = [weight for _, weight in model.named_parameters()]
+    return _forward(weights, model.description, *model.options, rows, fill, selected, *batch)
+
+
+@torch.library.custom_op("fastcls::forward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _forward(
+    weights: Sequence[Tensor],
+    model: str,
+    last_layer: str,
+    cuda_graphs: bool,
+    batch_invariant: bool,
+    rows: str,
+    fill: float,
+    selected: Tensor | None,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> Tensor:
+    fast = _model_over(weights, model, Options(cast(LastLayer, last_layer), cuda_graphs, batch_invariant))
+    batch = Batch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+    return fast.rows_of(batch, cast(Rows, rows), fill, selected)
+
+
+@_forward.register_fake
+def _(
+    weights: Sequence[Tensor],
+    model: str,
+    _last_layer: str,
+    _cuda_graphs: bool,
+    _batch_invariant: bool,
+    rows: str,
+    _fill: float,
+    _selected: Tensor | None,
+    input_ids: Tensor | None,
+    _attention_mask: Tensor | None,
+    _token_type_ids: Tensor | None,
+    _position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> Tensor:
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    assert given is not None
+    description = _parse(model)
+    shape = given.shape[:1] if rows == "texts" else given.shape[:2]
+    return weights[0].new_empty(*shape, description.width(weights))
+
+
+def pool(model: TaskModel, states: Tensor) -> Tensor:
+    """What an encoder's pooler makes of (num_texts, hidden_size), in their shape, as a node of the graph."""
+    weights = [weight for _, weight in model.named_parameters()]
+    return _pool(weights, model.description, *model.options, states)
+
+
+@torch.library.custom_op("fastcls::pool", mutates_args=())
+def _pool(
+    weights: Sequence[Tensor],
+    model: str,
+    last_layer: str,
+    cuda_graphs: bool,
+    batch_invariant: bool,
+    states: Tensor,
+) -> Tensor:
+    options = Options(cast(LastLayer, last_layer), cuda_graphs, batch_invariant)
+    return _model_over(weights, model, options).pooled(states)
+
+
+@_pool.register_fake
+def _(
+    _weights: Sequence[Tensor],
+    _model: str,
+    _last_layer: str,
+    _cuda_graphs: bool,
+    _batch_invariant: bool,
+    states: Tensor,
+) -> Tensor:
+    return states.new_empty(states.shape)
+
+
+class _Description(NamedTuple):
+    model_class: type[transformers.PreTrainedModel]
+    config: transformers.PreTrainedConfig
+    names: tuple[str, ...]
+
+    def width(self, weights: Sequence[Tensor]) -> Any:
+        """Numbers in a row that the model gives."""
+        if "head.out_weight" in self.names:
+            return weights[self.names.index("head.out_weight")].shape[0]
+        family, _ = family_of_class(self.model_class)
+        return family.spec(self.config).hidden_size
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(model: str) -> _Description:
+    described = json.loads(model)
+    config = transformers.AutoConfig.for_model(**described["config"])
+    return _Description(getattr(transformers, described["class"]), config, tuple(described["weights"]))
+
+
+class _Built(NamedTuple):
+    key: tuple[object, ...]
+    model: TaskModel
+
+
+# By their first weight, so that a model is gone with its weights.
+_built: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_building = threading.Lock()
+
+
+def _model_over(weights: Sequence[Tensor], model: str, options: Options) -> TaskModel:
+    """A fast model over these weights, made at the first call with them."""
+    from .tasks import TASKS
+
+    key = (model, options, *((weight.data_ptr(), weight.dtype, weight.device) for weight in weights))
+    with _building:
+        built = cast("_Built | None", _built.get(weights[0]))
+        if built is None or built.key != key:
+            described = _parse(model)
+            family, name = family_of_class(described.model_class)
+            spec, head = family.spec(described.config), family.head(name, described.config)
+            parameters = {
+                # Over the same memory, and with the same count of changes.
+                name: nn.Parameter(weight.detach(), requires_grad=False)
+                for name, weight in zip(described.names, weights, strict=True)
+            }
+            fast = TASKS[head.task](
+                *(described.model_class, described.config, spec, head, WeightMap({}, {}), parameters), *options
+            )
+            built = _Built(key, fast)
+            _built[weights[0]] = built
+    return built.model

@@ -1,0 +1,236 @@
+"""The kernels as operators of torch.library: what they say of themselves, and graphs that they stand in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from support import cu_seqlens_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastcls_kernels
+from fastcls_kernels import (
+    AddNorm,
+    Buckets,
+    PackedLayout,
+    absorb_query,
+    add_layer_norm,
+    apply_rotary_,
+    attention_padded,
+    attention_varlen,
+    cls_attention,
+    cls_attention_kv,
+    cls_output,
+    disentangled_attention,
+    embedding_layer_norm,
+    gated_activation,
+    layer_norm,
+    linear,
+    linear_activation,
+    linear_add_layer_norm,
+    linear_gelu,
+    linear_per_head,
+    mean_pool,
+    pooler_classifier,
+)
+from fastcls_kernels._tracing import TRACED
+
+HEADS, HEAD_DIM, SIZE = 2, 16, 32
+LENGTHS = (5, 1, 9)
+
+
+class Inputs:
+    """What the operations take, for texts of some lengths."""
+
+    def __init__(self, lengths: tuple[int, ...], device: str = "cpu") -> None:
+        torch.manual_seed(0)
+        self.device = device
+        self.lengths = lengths
+        self.tokens = sum(lengths)
+        self.cu_seqlens = cu_seqlens_of(lengths, device)
+        self.first = self.cu_seqlens[:-1]
+        self.packing = (self.cu_seqlens, max(lengths))
+        self.rows = self.random(self.tokens, SIZE)
+        self.heads = (self.tokens, HEADS, HEAD_DIM)
+        self.square = self.random(SIZE, SIZE)
+        self.vector = self.random(SIZE)
+        self.positions = torch.cat([torch.arange(length, dtype=torch.int32) * 2 for length in lengths]).to(device)
+        self.layout = PackedLayout(*self.packing, self.tokens, self.positions)
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device)
+
+    def ids(self, size: int) -> Tensor:
+        return torch.randint(0, size, (self.tokens,), device=self.device)
+
+    @property
+    def buckets(self) -> Buckets:
+        return Buckets(torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32, device=self.device), (0, 1, 2, 3, 4))
+
+
+# By operator: the operation as its users call it, in all its forms.
+Cases = Mapping[str, Callable[[Inputs], tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]]
+CASES: Cases = {
+    "absorb_query": lambda i: (absorb_query, (i.rows, i.first, i.square, i.vector, i.square, HEADS), {}),
+    "absorb_query-all": lambda i: (absorb_query, (i.rows, None, i.square, i.vector, i.square, HEADS), {}),
+    "add_layer_norm": lambda i: (add_layer_norm, (i.rows, None, i.rows, i.vector, None, 1e-5), {"rows": i.first}),
+    "add_layer_norm-sum": lambda i: (
+        add_layer_norm,
+        (i.rows, i.vector, i.rows, i.vector, i.vector, 1e-5),
+        {"keep_sum": True},
+    ),
+    "apply_rotary_": lambda i: (
+        apply_rotary_,
+        (i.random(*i.heads), i.positions, i.random(40, HEAD_DIM // 2), i.random(40, HEAD_DIM // 2)),
+        {},
+    ),
+    "attention_padded": lambda i: (
+        attention_padded,
+        (*i.random(3, 2, 7, HEADS, HEAD_DIM), torch.tensor([7, 3], device=i.device)),
+        {},
+    ),
+    "attention_varlen": lambda i: (attention_varlen, (*i.random(3, *i.heads), *i.packing), {}),
+    "attention_varlen-window": lambda i: (
+        attention_varlen,
+        (*i.random(3, *i.heads), *i.packing, 0.3),
+        {"window_size": (2, 1), "bias": i.random(HEADS, 5), "layout": i.layout},
+    ),
+    "cls_attention": lambda i: (
+        cls_attention,
+        (i.random(len(i.lengths), HEADS, SIZE), i.rows, *i.packing, 0.3),
+        {"norm": AddNorm(i.vector, i.rows, i.vector, i.vector, 1e-5)},
+    ),
+    "cls_attention-rows": lambda i: (
+        cls_attention,
+        (i.random(2, HEADS, HEAD_DIM), i.rows, *i.packing, 0.3),
+        {
+            "keys": i.random(*i.heads),
+            "bias": i.random(i.tokens, HEADS),
+            "row_bounds": (i.cu_seqlens[[0, 0]], i.cu_seqlens[[1, 1]]),
+            "num_splits": 1,
+            "layout": i.layout,
+        },
+    ),
+    "cls_attention_kv": lambda i: (
+        cls_attention_kv,
+        (i.random(len(i.lengths), HEADS, HEAD_DIM), *i.random(2, *i.heads), *i.packing),
+        {"bias": i.random(i.tokens, HEADS)},
+    ),
+    "cls_output": lambda i: (
+        cls_output,
+        (
+            *(i.random(len(i.lengths), HEADS, SIZE), i.square, i.vector, i.square, None, i.rows, i.first),
+            *(i.vector, i.vector, 1e-5),
+        ),
+        {},
+    ),
+    "cls_output-sum": lambda i: (
+        cls_output,
+        (
+            *(i.random(len(i.lengths), HEADS, SIZE), i.square, None, i.square, i.vector, i.rows[: len(i.lengths)]),
+            *(None, i.vector, None, 1e-5),
+        ),
+        {"keep_sum": True},
+    ),
+    "disentangled_attention": lambda i: (
+        disentangled_attention,
+        (*i.random(3, *i.heads), *i.random(2, 5, HEADS, HEAD_DIM), i.buckets, *i.packing, 0.3),
+        {"layout": i.layout},
+    ),
+    "embedding_layer_norm": lambda i: (
+        embedding_layer_norm,
+        (
+            *(i.ids(50), i.ids(9), i.ids(2), i.random(50, SIZE), i.random(9, SIZE), i.random(2, SIZE)),
+            *(i.vector, i.vector, 1e-5),
+        ),
+        {},
+    ),
+    "gated_activation": lambda i: (gated_activation, (i.rows, "silu"), {}),
+    "layer_norm": lambda i: (layer_norm, (i.rows, i.vector, None, 1e-5), {}),
+    "linear": lambda i: (linear, (i.rows, i.square), {}),
+    "linear_activation": lambda i: (linear_activation, (i.rows, i.square, i.vector, "relu"), {}),
+    "linear_add_layer_norm": lambda i: (
+        linear_add_layer_norm,
+        (i.rows, i.square, None, i.rows, i.vector, i.vector, 1e-5),
+        {},
+    ),
+    "linear_add_layer_norm-sum": lambda i: (
+        linear_add_layer_norm,
+        (i.rows, i.square, i.vector, i.rows, i.vector, None, 1e-5),
+        {"keep_sum": True},
+    ),
+    "linear_gelu": lambda i: (linear_gelu, (i.rows, i.square, i.vector), {}),
+    "linear_per_head": lambda i: (linear_per_head, (i.random(*i.heads), i.random(HEADS, HEAD_DIM, 7)), {}),
+    "mean_pool": lambda i: (mean_pool, (i.rows, *i.packing), {"layout": i.layout}),
+    "pooler_classifier": lambda i: (
+        pooler_classifier,
+        (i.rows, i.square, i.vector, i.random(3, SIZE), i.random(3)),
+        {"activation": "gelu"},
+    ),
+}
+every_case = pytest.mark.parametrize("case", list(CASES))
+
+
+def results(made: Any) -> tuple[Tensor, ...]:
+    return made if isinstance(made, tuple) else (made,)
+
+
+class Calls(TorchDispatchMode):
+    """Notes the calls of our operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastcls_kernels":
+            self.made.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_operation_is_an_operator() -> None:
+    operations = {
+        name
+        for name in fastcls_kernels.__all__
+        if hasattr(getattr(fastcls_kernels, name), "__wrapped__") and name not in ("batch_invariant", "use_backend")
+    }
+    assert operations == {case.split("-")[0] for case in CASES} == set(TRACED)
+
+
+@every_case
+def test_opcheck(case: str, device: str) -> None:
+    operation, args, kwargs = CASES[case](Inputs(LENGTHS, device))
+    with Calls() as calls:
+        TRACED[operation.__name__](*args, **kwargs)
+    (called,) = calls.made
+    torch.library.opcheck(*called)
+
+
+@every_case
+def test_a_graph_holds_it_as_one_node(case: str, device: str) -> None:
+    inputs = Inputs(LENGTHS, device)
+    operation, args, kwargs = CASES[case](inputs)
+    kwargs.pop("layout", None)
+    constants = {name: value for name, value in kwargs.items() if name == "norm"}
+    kwargs = {name: value for name, value in kwargs.items() if name not in constants}
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return operation(*args, **kwargs, **constants)
+
+    torch._dynamo.reset()
+    # In place it may not work on the arguments of both calls.
+    args_again = tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)
+    compiled = torch.compile(call, fullgraph=True, backend=backend)(*args, **kwargs)
+    assert len(graphs) == 1
+    called = [str(node.target) for node in graphs[0].graph.nodes if "fastcls_kernels" in str(node.target)]
+    assert called == [f"fastcls_kernels.{case.split('-')[0]}.default"]
+    for found, expected in zip(results(compiled), results(call(*args_again, **kwargs)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -1,0 +1,219 @@
+"""Fast models in graphs: torch.compile without a break, torch.export for every batch and length."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_bert, tiny_model
+from test_families import CLASSES, answers, shaped_for
+from torch import Tensor
+from torch.export import Dim
+
+import fastcls
+from fastcls import traced
+
+# Every head, and every family.
+CHOSEN = [pair for pair in CLASSES if pair[1] == "bert" or pair[0].endswith("ForSequenceClassification")]
+every_class = pytest.mark.parametrize(("model_class", "family"), CHOSEN, ids=[name for name, _ in CHOSEN])
+OPERATORS = ["fastcls.forward.default", "fastcls.pool.default"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Counting:
+    """A backend that keeps the graphs and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        self.graphs.append(graph)
+        return graph.forward
+
+
+def batch(rows: int, length: int, device: str = "cpu") -> dict[str, Tensor]:
+    ids = torch.randint(5, 199, (rows, length), device=device)
+    mask = torch.ones_like(ids)
+    mask[0, length // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def assert_same(found: Any, expected: Any, inputs: dict[str, Tensor]) -> None:
+    ours, theirs = answers(lambda **_: found, inputs), answers(lambda **_: expected, inputs)
+    assert ours.keys() == theirs.keys() != set()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def calls(graph: torch.fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if "fastcls" in str(node.target)]
+
+
+@every_class
+def test_compiled_without_a_break(model_class: str, family: str, device: str) -> None:
+    fast = fastcls.optimize(tiny_model(model_class, family).to(device))
+    backend = Counting()
+    compiled = torch.compile(fast, fullgraph=True, backend=backend)
+    for rows, length in ((3, 7), (4, 9), (2, 30), (5, 11)):
+        inputs = shaped_for(model_class, batch(rows, length, device))
+        assert_same(compiled(**inputs), fast(**inputs), inputs)
+    # One for the first shape, one for all others; each the model in one node, and perhaps its pooler.
+    assert len(backend.graphs) == 2
+    assert all(calls(graph) in (OPERATORS, OPERATORS[:1]) for graph in backend.graphs)
+
+
+def test_compiled_by_inductor(device: str) -> None:
+    fast = fastcls.optimize(tiny_bert().to(device))
+
+    def score(**inputs: Tensor) -> Tensor:
+        return fast(**inputs).logits.softmax(-1)
+
+    compiled = torch.compile(score, fullgraph=True, dynamic=True)
+    for rows, length in ((3, 7), (4, 9)):
+        inputs = batch(rows, length, device)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs), score(**inputs))
+
+
+@every_class
+def test_exported_for_every_batch_and_length(model_class: str, family: str) -> None:
+    fast = fastcls.optimize(tiny_model(model_class, family))
+    shape = {0: Dim("texts"), 1: Dim("tokens")}
+    if "MultipleChoice" in model_class:
+        shape = {1: Dim("choices"), 2: Dim("tokens")}
+    inputs = shaped_for(model_class, batch(3, 7))
+    program = torch.export.export(fast, (), inputs, dynamic_shapes=dict.fromkeys(inputs, shape))
+    module = program.module()
+    for rows, length in ((3, 7), (6, 40), (2, 2)):
+        inputs = shaped_for(model_class, batch(rows, length))
+        assert_same(module(**inputs), fast(**inputs), inputs)
+
+
+def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
+    fast = fastcls.optimize(tiny_bert(), last_layer="selected")
+    inputs = batch(3, 7)
+    shape = {0: Dim("texts"), 1: Dim("tokens")}
+    program = torch.export.export(fast, (), inputs, dynamic_shapes=dict.fromkeys(inputs, shape))
+    torch.export.save(program, tmp_path / "fast.pt2")
+    other = batch(5, 9)
+    torch.save({"inputs": other, "logits": fast(**other).logits}, tmp_path / "expected.pt")
+    script = """
+import sys, torch
+import fastcls.traced
+expected = torch.load(sys.argv[2])
+logits = torch.export.load(sys.argv[1]).module()(**expected["inputs"]).logits
+assert torch.equal(logits, expected["logits"])
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "fast.pt2"), str(tmp_path / "expected.pt")]
+    path = ":".join(sys.path)
+    run = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": path, "PATH": ""})
+    assert run.returncode == 0, run.stderr
+
+
+def test_opcheck() -> None:
+    fast = fastcls.optimize(tiny_model("BertModel", "bert"))
+    weights = [weight for _, weight in fast.named_parameters()]
+    inputs = batch(3, 7)
+    given = (inputs["input_ids"], inputs["attention_mask"], None, None, None)
+    for rows, selected in (("texts", None), ("tokens", None)):
+        arguments = (weights, fast.description, *fast.options, rows, 0.0, selected, *given)
+        torch.library.opcheck(torch.ops.fastcls.forward.default, arguments)
+    states = torch.randn(3, fast.spec.hidden_size)
+    torch.library.opcheck(torch.ops.fastcls.pool.default, (weights, fast.description, *fast.options, states))
+    filler = fastcls.optimize(tiny_model("BertForMaskedLM", "bert"))
+    weights, masked = [weight for _, weight in filler.named_parameters()], inputs["input_ids"] > 100
+    arguments = (weights, filler.description, *filler.options, "tokens", 0.0, masked, *given)
+    torch.library.opcheck(torch.ops.fastcls.forward.default, arguments)
+
+
+@pytest.mark.parametrize("mask_token_id", [None, 4])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_masks_are_filled_in_a_graph(mask_token_id: int | None, labelled: bool) -> None:
+    fast = fastcls.optimize(tiny_model("BertForMaskedLM", "bert"), mask_token_id=mask_token_id)
+    inputs = batch(3, 9)
+    inputs["input_ids"][:, 2] = 4
+    if labelled:
+        inputs["labels"] = torch.where(inputs["input_ids"] == 4, 17, -100)
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")(**inputs)
+    expected = fast(**inputs)
+    assert torch.equal(compiled.logits, expected.logits)
+    assert compiled.rows is None
+    if labelled:
+        torch.testing.assert_close(compiled.loss, expected.loss)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "labels"),
+    [
+        ("BertForSequenceClassification", {"labels": torch.tensor([0, 1, 2])}),
+        ("BertForTokenClassification", {"labels": torch.randint(0, 3, (3, 9))}),
+        (
+            "BertForQuestionAnswering",
+            {"start_positions": torch.tensor([1, 2, 0]), "end_positions": torch.ones(3).long()},
+        ),
+    ],
+)
+def test_losses_in_a_graph(model_class: str, labels: dict[str, Tensor]) -> None:
+    fast = fastcls.optimize(tiny_model(model_class, "bert"))
+    inputs = {"input_ids": torch.randint(5, 199, (3, 9)), **labels}
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")(**inputs)
+    torch.testing.assert_close(compiled.loss, fast(**inputs).loss)
+
+
+def test_what_a_graph_cannot_hold_is_refused() -> None:
+    ids = torch.randint(5, 199, (2, 7))
+    encoder = fastcls.optimize(tiny_model("BertModel", "bert"))
+    with pytest.raises(Exception, match="select must be 'all' or 'first' in a graph"):
+        torch.compile(encoder, fullgraph=True, backend="eager")(ids, select=ids > 100)
+    filler = fastcls.optimize(tiny_model("BertForMaskedLM", "bert"), dense=False)
+    with pytest.raises(Exception, match="dense must be True in a graph"):
+        torch.compile(filler, fullgraph=True, backend="eager")(ids)
+
+
+def test_bad_values_are_named_when_the_graph_runs() -> None:
+    compiled = torch.compile(fastcls.optimize(tiny_bert()), fullgraph=True, backend="eager")
+    with pytest.raises(ValueError, match="input_ids must lie from 0 to 198"):
+        compiled(torch.full((2, 3), 199))
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2"])
+def test_a_graph_sees_weights_and_options_change(family: str) -> None:
+    name = "BertForSequenceClassification" if family == "bert" else "DebertaV2ForSequenceClassification"
+    fast = fastcls.optimize(tiny_model(name, family))
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    inputs = batch(3, 7)
+    before = compiled(**inputs).logits
+    fast.load_state_dict({name: value * 1.1 for name, value in fast.state_dict().items()})
+    after = compiled(**inputs).logits
+    assert not torch.equal(before, after)
+    assert torch.equal(after, fast(**inputs).logits)
+    fast.last_layer = "full"
+    assert torch.equal(compiled(**inputs).logits, fast(**inputs).logits)
+    fast.to(torch.bfloat16)
+    assert compiled(**inputs).logits.dtype == torch.bfloat16
+    assert torch.equal(compiled(**inputs).logits, fast(**inputs).logits)
+
+
+def test_what_runs_in_graphs_is_gone_with_its_model() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    torch.compile(fast, fullgraph=True, backend="eager")(**batch(3, 7))
+    twin = copy.deepcopy(fast)
+    gone = weakref.ref(traced._built[next(fast.parameters())].model)
+    del fast
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
+    assert torch.isfinite(twin(**batch(3, 7)).logits).all()
