@@ -1,4 +1,4 @@
-"""The command line: classify, demo, bench, doctor."""
+"""The command line: classify, verify, demo, bench, doctor."""
 
 from __future__ import annotations
 
@@ -54,6 +54,9 @@ def _expected_errors(command: Callable[_P, None]) -> Callable[_P, None]:
             # Whoever read our output has left. Python would complain once more when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(_CLOSED_PIPE) from None
+        except KeyboardInterrupt:
+            _stderr.print("Interrupted.")
+            raise typer.Exit(_INTERRUPTED) from None
         except OSError as error:
             _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         except (ValueError, TypeError) as error:
@@ -93,12 +96,9 @@ def classify(
     _set_threads(threads)
     with _stderr.status("Loading the model", spinner="dots"):
         classifier = Classifier.from_pretrained(model, device=device, dtype=dtype, truncation=truncate)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # JSON lines are UTF-8, whatever the terminal's language.
-        sys.stdout.reconfigure(encoding="utf-8")
+    _write_utf8()
     done = 0
-    source = sys.stdin.buffer if str(file) == "-" else file.open("rb")
-    with source, _progress() as progress:
+    with _opened(file) as source, _progress() as progress:
         task = progress.add_task("texts", total=total)
         texts = _Lines(source, str(file), pairs)
         try:
@@ -117,26 +117,121 @@ def classify(
             raise typer.Exit(_INTERRUPTED) from None
 
 
+@app.command()
+@_expected_errors
+def verify(
+    model: Annotated[str, typer.Argument(help="A folder with a checkpoint of any supported head, or a hub name.")],
+    file: Annotated[Path, typer.Argument(help="UTF-8 text, one text a line; - is standard input.")] = Path("-"),
+    pairs: Annotated[bool, typer.Option("--pairs", help="Each line is two texts with a tab between.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 32,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long for the model.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Compare the first so many texts.")] = None,
+    reduced: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="bfloat16 or float16: compare both models in it with the float32 original, too. Can be given "
+            "several times. Default: bfloat16; none leaves it out."
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Labels of fastcls in reduced precision decide the exit status, too.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for machines.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a histogram of the differences: .png, .pdf, .svg.")] = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, for both models.")] = "float32",
+    threads: Threads = None,
+) -> None:
+    """Compare a model with what fastcls makes of it, on your own texts.
+
+    Shows the labels that changed, with both scores; how far logits differ, in
+    reduced precision, too; and the time of each. Of multiple choice each line
+    is a question and its choices, with tabs between. A model that fills masks
+    predicts every token of a text without one.
+
+    Exit status 1 if a label changed by more than rounding explains, 2 for a
+    mistake in what was asked. Rounding explains a label whose margin in the
+    original is at most twice what two computations of a logit may differ by:
+    three times the original's own rounding error, measured against float64 on
+    the first 64 texts and on the text whose label changed. Where a model
+    gives no labels, numbers that differ by more than that count instead.
+    """
+    total = None if str(file) == "-" else _count_lines(file)
+    from .loading import load_model, load_tokenizer, parse_device, parse_dtype
+    from .verify import check_picture, draw, show, task_of
+    from .verify import verify as compare
+
+    if plot is not None:
+        check_picture(plot)
+    _set_threads(threads)
+    place, torch_dtype = parse_device(device), parse_dtype(dtype)
+    with _stderr.status("Loading the model", spinner="dots"):
+        tokenizer = load_tokenizer(model)
+        original = load_model(model, place, torch_dtype, task=None)
+    is_choice = task_of(original) == "multiple choice"
+    if is_choice and pairs:
+        raise ValueError("--pairs is not for multiple choice: each line is a question and its choices, tabs between")
+    with _opened(file) as source, _progress() as progress:
+        lines = _decoded_lines(source, str(file))
+        texts = (line.split("\t") for line in lines) if is_choice else _texts(lines, str(file), pairs)
+        task = progress.add_task("texts", total=total if total is None or limit is None else min(total, limit))
+        found = compare(
+            original,
+            tokenizer,
+            texts,
+            reduced=[] if reduced == ["none"] else reduced,
+            batch_size=batch_size,
+            truncation=truncate,
+            limit=limit,
+            source=str(file),
+            progress=lambda done: progress.update(task, completed=done),
+        )
+    _write_utf8()
+    if found.texts and as_json:
+        typer.echo(json.dumps(found.to_json(), ensure_ascii=False, allow_nan=False))
+    elif found.texts:
+        show(found, Console(), strict=strict)
+    if found.texts and plot is not None:
+        draw(found, plot)
+    if found.interrupted:
+        _stderr.print(f"Interrupted: {found.texts} texts compared.")
+        raise typer.Exit(_INTERRUPTED)
+    if not found.fine(strict=strict):
+        raise typer.Exit(1)
+
+
+def _opened(file: Path) -> BinaryIO:
+    return sys.stdin.buffer if str(file) == "-" else file.open("rb")
+
+
+def _write_utf8() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # JSON lines are UTF-8, whatever the terminal's language.
+        sys.stdout.reconfigure(encoding="utf-8")
+
+
 class _Lines:
     """Lines of a binary stream as texts, remembered until their results are written."""
 
     def __init__(self, source: BinaryIO, name: str, pairs: bool) -> None:
-        self.source = source
-        self.name = name
-        self.pairs = pairs
+        self.texts = _texts(_decoded_lines(source, name), name, pairs)
         self.seen: dict[int, tuple[str, str | None]] = {}
 
     def __iter__(self) -> Iterator[str | tuple[str, str]]:
-        for index, line in enumerate(_decoded_lines(self.source, self.name)):
-            if not self.pairs:
-                self.seen[index] = (line, None)
-                yield line
-                continue
-            text, tab, pair = line.partition("\t")
-            if not tab:
-                raise ValueError(f"{self.name}, line {index + 1}: --pairs needs a tab between two texts, got {line!r}")
-            self.seen[index] = (text, pair)
-            yield text, pair
+        for index, text in enumerate(self.texts):
+            self.seen[index] = (text, None) if isinstance(text, str) else text
+            yield text
+
+
+def _texts(lines: Iterator[str], name: str, pairs: bool) -> Iterator[str | tuple[str, str]]:
+    for number, line in enumerate(lines, start=1):
+        if not pairs:
+            yield line
+            continue
+        text, tab, pair = line.partition("\t")
+        if not tab:
+            raise ValueError(f"{name}, line {number}: --pairs needs a tab between two texts, got {line!r}")
+        yield text, pair
 
 
 def _decoded_lines(source: BinaryIO, name: str) -> Iterator[str]:
@@ -202,11 +297,7 @@ def demo(
     from .demo import run_demo
 
     _set_threads(threads)
-    try:
-        run_demo(model, rounds, device, dtype, Console(), _stderr)
-    except KeyboardInterrupt:
-        _stderr.print("Interrupted.")
-        raise typer.Exit(_INTERRUPTED) from None
+    run_demo(model, rounds, device, dtype, Console(), _stderr)
 
 
 @app.command()

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
-from .families import class_for_task
+from .families import FAMILIES, Family, class_for_task, supported
+from .spec import Task
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -57,31 +59,35 @@ def load_model(
     name_or_path: str | os.PathLike[str],
     device: torch.device,
     dtype: torch.dtype | None = None,
+    *,
+    task: Task | None = "sequence classification",
     **hub_options: Any,
 ) -> PreTrainedModel:
-    """A transformers classifier in eval mode.
+    """A transformers model in eval mode.
 
     Args:
         name_or_path: a folder with a checkpoint, or a name on the hub.
         device: where to put it.
         dtype: None keeps the checkpoint's own.
+        task: what it must be for; None takes the class that its config names, whatever that is for.
         hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and the like, for transformers.
 
     Raises:
         FileNotFoundError: there is no such folder.
         TypeError: its model class is not supported.
         ValueError: the checkpoint is damaged, or its config asks for what fastcls does not compute, or it holds no
-            trained classifier, so that its labels would be random.
+            trained head, so that its answers would be random, or its config names no class where it is asked.
         OSError: the hub has no such model, or cannot be reached.
     """
     _check_folder(name_or_path, hub_options.get("subfolder"))
     with quiet_transformers(), _readable_errors(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, **hub_options)
     # An unsupported model is refused before its weights are fetched and read.
-    family, _ = class_for_task(config, "sequence classification")
+    family, model_class = _class_in_config(name_or_path, config) if task is None else class_for_task(config, task)
     family.spec(config)
+    found_task = family.head(model_class, config).task
     with quiet_transformers(), _readable_errors(name_or_path):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = getattr(transformers, model_class).from_pretrained(
             name_or_path,
             config=config,
             dtype=dtype or "auto",
@@ -95,14 +101,29 @@ def load_model(
             f"cannot load {name_or_path}, the checkpoint does not fit its config.json: "
             f"{name} is {tuple(found)}, the config asks for {tuple(needed)}"
         )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(info["missing_keys"])
+    if found_task == "encoder":
+        # States do not come from the pooler, and many an embedder is saved without one.
+        missing = [name for name in missing if not name.startswith("pooler.")]
+    if missing:
         raise ValueError(
             f"{name_or_path} holds no weights for {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}: "
-            "it is not a trained classifier, and labels from random weights would mean nothing"
+            f"it is not trained for {found_task}, and answers from random weights would mean nothing"
         )
     # nn.Module.to, because the wrapper that transformers puts around it hides its types.
     return cast(PreTrainedModel, nn.Module.to(model, device)).eval()
+
+
+def _class_in_config(name_or_path: str | os.PathLike[str], config: PreTrainedConfig) -> tuple[Family, str]:
+    names = getattr(config, "architectures", None) or []
+    if not names:
+        raise ValueError(
+            f"cannot tell what {name_or_path} is for: its config.json must name a model class in architectures"
+        )
+    for family in FAMILIES:
+        if family.model_type == config.model_type and names[0] in family.heads:
+            return family, names[0]
+    raise TypeError(f"model must be {supported()}, got {names[0]} with a config of {config.model_type!r}")
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], **hub_options: Any) -> PreTrainedTokenizerBase:

@@ -1,0 +1,288 @@
+"""Running figures of what two models answer, in memory that does not grow with the number of texts."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .answers import Answers, Batch, States
+
+# The original's own rounding error once, and fastcls's, which is held to twice that.
+ALLOWANCE = 3
+# This many changed answers are kept to be shown, those with the largest margins.
+KEPT = 20
+# Bins of differences: two a decade from 1e-20 to 1e6; the first and the last take what lies beyond.
+_BINS_A_DECADE, _LOWEST, _DECADES = 2, -20, 26
+
+
+class Named(NamedTuple):
+    """A label and its score."""
+
+    label: str
+    score: float
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Verification.to_json`."""
+        return {"label": self.label, "score": finite_or_none(self.score)}
+
+
+class Changed(NamedTuple):
+    """An answer that is not the original's.
+
+    Attributes:
+        line: its text's number, from 1.
+        text: the text, or its parts.
+        place: where in the text, if the answer is not about all of it.
+        original, fastcls: the two labels with their scores; None where there are no labels.
+        margin: by how much the original preferred its own label to the other one, as logits; of answers without labels
+            their difference.
+        explained: up to which margin rounding explains it.
+        beyond_rounding: whether it is larger; never where changes are not judged.
+    """
+
+    line: int
+    text: str | Sequence[str]
+    place: str | None
+    original: Named | None
+    fastcls: Named | None
+    margin: float
+    explained: float
+    beyond_rounding: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Verification.to_json`."""
+        return {
+            "line": self.line,
+            "text": self.text if isinstance(self.text, str) else list(self.text),
+            "place": self.place,
+            "original": self.original and self.original.to_json(),
+            "fastcls": self.fastcls and self.fastcls.to_json(),
+            "margin": finite_or_none(self.margin),
+            "explained_up_to": finite_or_none(self.explained),
+            "beyond_rounding": self.beyond_rounding,
+        }
+
+
+class Differences:
+    """Of the differences between numbers: how many, their mean, the largest, and how they are spread.
+
+    Attributes:
+        count: of numbers compared.
+        equal: of those that do not differ at all.
+        not_finite: of those that are infinite or no number in one of the two models.
+        largest, mean: of the others.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.equal = self.not_finite = 0
+        self.largest = self._sum = 0.0
+        self._bins = torch.zeros(_BINS_A_DECADE * _DECADES, dtype=torch.int64)
+
+    @property
+    def mean(self) -> float:
+        return self._sum / max(1, self.count - self.not_finite)
+
+    def add(self, differences: Tensor) -> None:
+        """Takes in any number of them, as `differences_of` gives them."""
+        finite = differences[differences.isfinite()]
+        nonzero = finite[finite > 0].double()
+        self.count += differences.numel()
+        self.not_finite += differences.numel() - finite.numel()
+        self.equal += finite.numel() - nonzero.numel()
+        if nonzero.numel():
+            self.largest = max(self.largest, float(nonzero.max()))
+            self._sum += float(nonzero.sum())
+            bins = ((nonzero.log10() - _LOWEST) * _BINS_A_DECADE).floor().long().clamp(0, len(self._bins) - 1)
+            self._bins += bins.bincount(minlength=len(self._bins))
+
+    def bins(self) -> Iterator[tuple[float, float, int]]:
+        """(from, below, count) from the first bin that holds something to the last."""
+        filled = self._bins.nonzero()[:, 0].tolist()
+        for index in range(filled[0], filled[-1] + 1) if filled else ():
+            low, high = (10 ** (_LOWEST + edge / _BINS_A_DECADE) for edge in (index, index + 1))
+            yield low, high, int(self._bins[index])
+
+
+class Comparison:
+    """Answers of one model against those of the original.
+
+    Attributes:
+        name: of the model that is compared.
+        dtype: that it computes in, "bfloat16".
+        differences: between their numbers.
+        decisions: how many labels were compared.
+        changed: how many of them differ; of answers without labels, how many rounding does not explain.
+        beyond_rounding: of those that differ, how many rounding does not explain.
+        rounding: the largest rounding error of the original in ``dtype`` that was seen on the first texts; None where
+            changes are counted and not judged.
+        cosines: of an encoder, between embeddings: their number, sum and lowest.
+    """
+
+    def __init__(self, name: str, dtype: str, answers: Answers, *, judged: bool) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.answers = answers
+        self.differences = Differences()
+        self.decisions = self.changed = self.beyond_rounding = 0
+        self.rounding: float | None = 0.0 if judged else None
+        self.cosines = (0, 0.0, 1.0)
+        self._kept: list[tuple[bool, float, int, Changed]] = []
+
+    @property
+    def kept(self) -> list[Changed]:
+        """The changed answers that were kept, those beyond rounding first, then by margin."""
+        return [entry[-1] for entry in sorted(self._kept, reverse=True)]
+
+    @property
+    def mean_cosine(self) -> float | None:
+        count, total, _ = self.cosines
+        return total / count if count else None
+
+    def learn(self, errors: Tensor) -> None:
+        """Takes in rounding errors of the original, as `rounding_errors` gives them."""
+        assert self.rounding is not None
+        self.rounding = max(self.rounding, float(errors.max()))
+
+    def suspects(self, batch: Batch, original: Tensor, rows: Tensor) -> list[int]:
+        """The texts of a batch whose answers may have changed by more than rounding explains."""
+        differences = differences_of(original, rows, self.answers.counted(batch))
+        if self.answers.decides == "nothing":
+            assert self.rounding is not None
+            wrong = differences.amax(1) > ALLOWANCE * self.rounding
+        else:
+            wrong = self._choices(original, batch) != self._choices(rows, batch)
+        return sorted(set(self.answers.owners(batch)[wrong].tolist()))
+
+    def add(self, batch: Batch, original: Tensor, rows: Tensor, errors: Tensor | None = None) -> None:
+        """Takes in a batch.
+
+        Args:
+            batch: its texts.
+            original, rows: what the original and the compared model answer, (num_rows, width).
+            errors: (num_texts,) the original's rounding errors for these texts, if they are known; needed for judging.
+        """
+        counted, owners = self.answers.counted(batch), self.answers.owners(batch)
+        differences = differences_of(original, rows, counted)
+        self.differences.add(differences if counted is None else differences[counted])
+        if isinstance(self.answers, States):
+            self._add_cosines(self.answers.first(original, batch), self.answers.first(rows, batch))
+        allowed = torch.full((len(rows),), math.inf, dtype=torch.float64)
+        if self.rounding is not None:
+            assert errors is not None
+            allowed = ALLOWANCE * errors.clamp_min(self.rounding)[owners]
+        if self.answers.decides == "nothing":
+            margins = differences.amax(1).double()
+            where = (margins > allowed).nonzero()[:, 0]
+            self._keep(batch, where, margins[where], allowed[where], lambda _: (None, None))
+            return
+        self.decisions += len(rows)
+        where = (self._choices(original, batch) != self._choices(rows, batch)).nonzero()[:, 0]
+        original, rows = original[where].double(), rows[where].double()
+        if counted is not None:
+            original, rows = (each.masked_fill(~counted[where], -math.inf) for each in (original, rows))
+        theirs, ours = self._best(original), self._best(rows)
+        shares = self._shares(original, theirs), self._shares(rows, ours)
+
+        def named(index: int) -> tuple[Named, Named]:
+            their_label, our_label = (
+                Named(self.answers.label(batch, int(where[index]), int(choices[index])), float(share[index]))
+                for choices, share in zip((theirs, ours), shares, strict=True)
+            )
+            return their_label, our_label
+
+        if self.answers.decides == "sign":
+            self._keep(batch, where, original[:, 0].abs(), allowed[where], named)
+            return
+        # Two labels change places only where their two logits together move by the margin between them.
+        margins = (original.gather(1, theirs[:, None]) - original.gather(1, ours[:, None]))[:, 0]
+        self._keep(batch, where, margins, 2 * allowed[where], named)
+
+    def _keep(
+        self,
+        batch: Batch,
+        where: Tensor,
+        margins: Tensor,
+        allowed: Tensor,
+        named: Callable[[int], tuple[Named | None, Named | None]],
+    ) -> None:
+        owners = self.answers.owners(batch)
+        for index, row in enumerate(where.tolist()):
+            # As something to sort by, what is no number is the worst.
+            margin, limit = float(margins[index].nan_to_num(nan=math.inf)), float(allowed[index])
+            self.changed += 1
+            beyond = self.rounding is not None and margin > limit
+            self.beyond_rounding += beyond
+            order = (beyond, margin, -self.changed)
+            if len(self._kept) == KEPT and order < self._kept[0][:3]:
+                continue
+            text = batch.texts[int(owners[row])]
+            place = self.answers.place(batch, row)
+            entry = Changed(text.number + 1, text.text, place, *named(index), margin, limit, beyond)
+            (heapq.heappush if len(self._kept) < KEPT else heapq.heappushpop)(self._kept, (*order, entry))
+
+    def _choices(self, rows: Tensor, batch: Batch) -> Tensor:
+        counted = self.answers.counted(batch)
+        return self._best(rows if counted is None else rows.masked_fill(~counted, -math.inf))
+
+    def _best(self, rows: Tensor) -> Tensor:
+        return (rows[:, 0] > 0).long() if self.answers.decides == "sign" else rows.argmax(1)
+
+    def _shares(self, rows: Tensor, choices: Tensor) -> Tensor:
+        if self.answers.decides == "sign":
+            return torch.where(choices.bool(), rows[:, 0], -rows[:, 0]).sigmoid()
+        return rows.softmax(1).gather(1, choices[:, None])[:, 0]
+
+    def _add_cosines(self, original: Tensor, rows: Tensor) -> None:
+        found = torch.cosine_similarity(original.double(), rows.double(), dim=1)
+        count, total, lowest = self.cosines
+        self.cosines = (count + len(found), total + float(found.sum()), min(lowest, float(found.min())))
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Verification.to_json`."""
+        differences = self.differences
+        cosines = None if self.mean_cosine is None else {"mean": self.mean_cosine, "lowest": self.cosines[2]}
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "labels": self.decisions,
+            "changed": self.changed,
+            "beyond_rounding": None if self.rounding is None else self.beyond_rounding,
+            "differences": {
+                "count": differences.count,
+                "equal": differences.equal,
+                "not_finite": differences.not_finite,
+                "largest": differences.largest,
+                "mean": differences.mean,
+                "histogram": [{"from": low, "below": high, "count": count} for low, high, count in differences.bins()],
+            },
+            "rounding_error_of_the_original": self.rounding,
+            "embedding_cosine": cosines,
+            "changed_labels": [changed.to_json() for changed in self.kept],
+        }
+
+
+def differences_of(original: Tensor, rows: Tensor, counted: Tensor | None) -> Tensor:
+    """|original - rows|: 0 where they are the same, even if infinite or no number, and where they do not count."""
+    differences = (original - rows).abs()
+    same = (original == rows) | (original.isnan() & rows.isnan())
+    if counted is not None:
+        same |= ~counted
+    return differences.nan_to_num(nan=math.inf, posinf=math.inf).masked_fill_(same, 0)
+
+
+def rounding_errors(original: Tensor, exact: Tensor, answers: Answers, batch: Batch) -> Tensor:
+    """(num_texts,) float64: for each text the largest error of the original's numbers, of those that are finite."""
+    errors = differences_of(original.double(), exact.double(), answers.counted(batch))
+    errors = errors.masked_fill(errors.isinf(), 0)
+    found = torch.zeros(len(batch.texts), dtype=torch.float64)
+    return found.scatter_reduce(0, answers.owners(batch), errors.amax(1), "amax")
+
+
+def finite_or_none(number: float) -> float | None:
+    """JSON has no word for infinity."""
+    return number if math.isfinite(number) else None

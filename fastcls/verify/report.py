@@ -1,0 +1,237 @@
+"""What was found, for people: tables in a terminal, and a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .answers import Text
+from .comparison import ALLOWANCE, Changed, Comparison
+from .run import Timed, Verification
+
+# Of the changed answers that were kept, so many are shown in dtypes that do not decide.
+_SHOWN_REDUCED = 5
+_TEXT_WIDTH, _LABEL_WIDTH, _BAR_WIDTH = 60, 14, 12
+_ENDINGS = (".pdf", ".png", ".svg")
+# Okabe and Ito's colours, which most colour-blind people tell apart; fastcls's are the strong ones.
+_COLOURS = {"fastcls": ("#d55e00", "#cc79a7", "#e69f00"), "original": ("#0072b2", "#56b4e9")}
+
+
+def check_picture(path: Path) -> None:
+    """Checks, before anything is computed, that a picture can be drawn and written.
+
+    Raises:
+        ValueError: another ending than .png, .pdf or .svg, no such folder, or no matplotlib.
+    """
+    if path.suffix.lower() not in _ENDINGS:
+        raise ValueError(f"--plot must be a file that ends in {', '.join(_ENDINGS)}, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot must be a file in a folder that is there, got {path}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
+
+
+def show(found: Verification, console: Console, *, strict: bool) -> None:
+    """Prints all of it, the verdict last."""
+    console.print(
+        f"[bold]{found.model_class}[/] ({found.task}), {found.dtype} on {found.device}: "
+        f"{found.texts:,} texts, {found.tokens:,} tokens\n",
+        highlight=False,
+    )
+    _show_agreement(found, console)
+    _show_times(found, console)
+    for index, comparison in enumerate(found.comparisons):
+        if comparison.rounding is not None:
+            _show_changed(comparison, console, None if index == 0 or strict else _SHOWN_REDUCED)
+    _show_differences(found, console)
+    _show_verdict(found, console, strict)
+
+
+def draw(found: Verification, path: Path) -> None:
+    """Writes a histogram of the differences, by powers of ten."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    colours = {name: iter(values) for name, values in _COLOURS.items()}
+    for comparison in found.comparisons:
+        bins = list(comparison.differences.bins())
+        colour = next(colours[comparison.name])
+        name = f"{comparison.name} {comparison.dtype}"
+        if bins:
+            shares = [100 * count / comparison.differences.count for *_, count in bins]
+            edges = [low for low, *_ in bins] + [bins[-1][1]]
+            axes.stairs(shares, edges, fill=comparison.name == "fastcls", alpha=0.6, color=colour, label=name)
+        if comparison.rounding:
+            axes.axvline(ALLOWANCE * comparison.rounding, color=colour, linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel(f"difference from the original in {found.dtype}; dashed: what rounding explains")
+    axes.set_ylabel("% of all numbers")
+    axes.set_title(f"{found.model_class}, {found.texts:,} texts", loc="left", fontsize=10)
+    if axes.has_data():
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=200)
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column(headings[0])
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _show_agreement(found: Verification, console: Console) -> None:
+    has_labels = any(comparison.decisions for comparison in found.comparisons)
+    has_cosines = found.comparisons[0].mean_cosine is not None
+    headings = ["", *(["labels changed", "agree"] if has_labels else []), "beyond rounding", "largest", "mean"]
+    table = _table(f"Against the original in {found.dtype}", *headings, *(["1 - cosine"] if has_cosines else []))
+    for comparison in found.comparisons:
+        row = [f"{comparison.name} {comparison.dtype}"]
+        if has_labels:
+            agree = 1 - comparison.changed / max(1, comparison.decisions)
+            row += [f"{comparison.changed:,} of {comparison.decisions:,}", _percent(agree)]
+        row.append("-" if comparison.rounding is None else f"{comparison.beyond_rounding:,}")
+        differences = comparison.differences
+        row.append("not finite" if differences.not_finite else f"{differences.largest:.1e}")
+        row.append(f"{differences.mean:.1e}")
+        if has_cosines:
+            row.append(f"{1 - comparison.cosines[2]:.1e}")
+        table.add_row(*row)
+    console.print(table)
+    what = "states" if has_cosines else "scores" if not has_labels else "logits"
+    notes = [f"Largest and mean: of the differences between {what}."]
+    if has_cosines:
+        notes.append("Cosines: of the first tokens' states, the lowest.")
+    measured = ", ".join(
+        f"{comparison.rounding:.1e} in {comparison.dtype}"
+        for comparison in found.comparisons
+        if comparison.rounding is not None
+    )
+    notes.append(f"The original's own rounding error is up to {measured}; fastcls may differ by {ALLOWANCE} times it.")
+    console.print(" ".join(notes) + "\n", highlight=False, style="dim")
+
+
+def _show_times(found: Verification, console: Console) -> None:
+    table = _table("Time", "", "texts a second", "times as fast")
+    baselines: dict[str, Timed] = {}
+    for timed in found.timed:
+        baseline = baselines.setdefault(timed.dtype, timed)
+        speed, base = timed.texts_per_second, baseline.texts_per_second
+        shown = ("-", "-") if speed is None or base is None else (f"{speed:,.0f}", f"{speed / base:.2f}")
+        table.add_row(f"{timed.name} {timed.dtype}", *shown)
+    console.print(table)
+    console.print(
+        "Taken in passing, batch by batch in turns, without tokenizing. To measure, use fastcls bench.\n",
+        highlight=False,
+        style="dim",
+    )
+
+
+def _show_changed(comparison: Comparison, console: Console, shown: int | None) -> None:
+    changed = comparison.kept[:shown]
+    if not changed:
+        return
+    title = f"Changed in {comparison.dtype}, {'largest margins' if len(changed) < comparison.changed else 'all'} first"
+    table = _table(title, "line", "text", "original", "fastcls", "margin", "explained")
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column.header in ("text", "original", "fastcls") else "right"
+    for entry in changed:
+        table.add_row(*map(escape, _changed_row(entry)), style="red" if entry.beyond_rounding else "")
+    console.print(table)
+    if len(changed) < comparison.changed:
+        console.print(f"and {comparison.changed - len(changed):,} more", highlight=False)
+    console.print()
+
+
+def _changed_row(entry: Changed) -> list[str]:
+    place = "" if entry.place is None else f"{entry.place}: "
+    named = [
+        "" if name is None else f"{_shortened(name.label, _LABEL_WIDTH)} {name.score:.4f}"
+        for name in (entry.original, entry.fastcls)
+    ]
+    numbers = [f"{number:.1e}" if math.isfinite(number) else "not finite" for number in (entry.margin, entry.explained)]
+    return [str(entry.line), _shortened(place + _in_one(entry.text), _TEXT_WIDTH), *named, *numbers]
+
+
+def _show_differences(found: Verification, console: Console) -> None:
+    table = _table("Differences", "")
+    table.columns[0].no_wrap = True
+    columns: list[dict[int, int]] = []
+    for comparison in found.comparisons:
+        table.add_column(f"{comparison.name} {comparison.dtype}", width=_BAR_WIDTH + 7)
+        decades: dict[int, int] = {}
+        for low, _, count in comparison.differences.bins():
+            decade = math.floor(math.log10(low) + 1e-9)
+            decades[decade] = decades.get(decade, 0) + count
+        columns.append(decades)
+    decades_seen = [decade for column in columns for decade in column]
+    rows = [("equal", [comparison.differences.equal for comparison in found.comparisons])]
+    if decades_seen:
+        rows += [
+            (f"1e{decade:+03d}", [column.get(decade, 0) for column in columns])
+            for decade in range(min(decades_seen), max(decades_seen) + 1)
+        ]
+    if any(comparison.differences.not_finite for comparison in found.comparisons):
+        rows.append(("not finite", [comparison.differences.not_finite for comparison in found.comparisons]))
+    for name, counts in rows:
+        shares = [
+            count / max(1, comparison.differences.count)
+            for count, comparison in zip(counts, found.comparisons, strict=True)
+        ]
+        table.add_row(name, *(_bar(share) for share in shares))
+    console.print(table)
+    console.print("Share of all numbers; 1e-06 is from there to ten times as much.\n", highlight=False, style="dim")
+
+
+def _bar(share: float) -> str:
+    return (
+        f"{'█' * round(share * _BAR_WIDTH)}{'▏' if 0 < share * _BAR_WIDTH < 0.5 else ''} {_percent(share)}"
+        if share
+        else ""
+    )
+
+
+def _show_verdict(found: Verification, console: Console, strict: bool) -> None:
+    decisive = [each for each in found.comparisons if each.rounding is not None][: None if strict else 1]
+    beyond = {each.dtype: each.beyond_rounding for each in decisive if each.beyond_rounding}
+    own = found.comparisons[0]
+    what = "labels" if own.decisions else "answers"
+    if beyond:
+        counts = ", ".join(f"{count:,} in {dtype}" for dtype, count in beyond.items())
+        console.print(
+            f"[bold red]Differs:[/] {what} changed by more than rounding explains: {counts}.", highlight=False
+        )
+    elif own.changed:
+        verdict = f"[bold green]Fine:[/] rounding explains every {what[:-1]} that changed in {own.dtype}."
+    else:
+        verdict = f"[bold green]Fine:[/] no {what[:-1]} changed in {own.dtype}."
+    console.print(verdict, highlight=False)
+    allowed = ALLOWANCE * (own.rounding or 0.0)
+    if not beyond and (own.differences.not_finite or own.differences.largest > allowed):
+        largest = "not finite" if own.differences.not_finite else f"{own.differences.largest:.1e}"
+        console.print(
+            f"[yellow]Look at the largest difference:[/] it is {largest}, and what the first texts show of rounding "
+            f"explains {allowed:.1e}.",
+            highlight=False,
+        )
+
+
+def _percent(share: float) -> str:
+    # Never 100% where it is not all of it.
+    return "100%" if share == 1 else f"{math.floor(share * 10_000) / 100:.2f}%"
+
+
+def _in_one(text: Text) -> str:
+    return text if isinstance(text, str) else " | ".join(text)
+
+
+def _shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

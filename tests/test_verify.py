@@ -1,0 +1,645 @@
+"""The optimized model against the original, on texts of the user's own: what is counted, what is judged, and how."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_bert, tiny_model
+from torch import Tensor, nn
+from transformers import BertForPreTraining, PreTrainedTokenizerBase
+from typer.testing import CliRunner, Result
+
+import fastcls
+import fastcls.loading
+import fastcls.verify
+from fastcls.cli import app
+from fastcls.demo import sample_texts, sample_tokenizer
+from fastcls.families import FAMILIES
+from fastcls.verify import Verification, verify
+
+TEXTS = [text for text in sample_texts() if len(text) < 160][:24]
+TWO_NAMES: dict[str, Any] = {"num_labels": 2, "id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+CLASSES = [(name, family.model_type) for family in FAMILIES for name in family.heads]
+HEADS = [name for name, model_type in CLASSES if model_type == "bert"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    made = sample_tokenizer(sample_texts())
+    made.add_special_tokens({"mask_token": "[MASK]"})
+    return made
+
+
+def sized(tokenizer: PreTrainedTokenizerBase, model_class: str, family: str = "bert", **overrides: Any) -> Any:
+    """A tiny model for the tokenizer's words, and for its two kinds of tokens where the family knows kinds."""
+    kinds = {"type_vocab_size": 2} if family in ("roberta", "xlm-roberta", "camembert") else {}
+    return tiny_model(model_class, family, vocab_size=len(tokenizer), **kinds, **overrides)
+
+
+def texts_for(model_class: str, texts: list[str] = TEXTS) -> list[Any]:
+    if "MultipleChoice" in model_class:
+        # Questions with two choices and with three.
+        return [(text, "yes", "no", "who knows")[: 3 + index % 2] for index, text in enumerate(texts)]
+    if "NextSentence" in model_class:
+        return [(text, "and so on") for text in texts]
+    if "MaskedLM" in model_class:
+        return [f"[MASK] {text} [MASK]" if index % 2 else text for index, text in enumerate(texts)]
+    return [*texts]
+
+
+def damaged(model: Any, damage: Callable[[Any], Any]) -> Any:
+    """The fast model of a copy, whose weights are then changed."""
+    fast = fastcls.optimize(copy.deepcopy(model))
+    with torch.no_grad():
+        damage(fast)
+    return fast
+
+
+def negate(fast: Any) -> None:
+    fast.head.out_weight.neg_()
+    fast.head.out_bias.neg_()
+
+
+@torch.no_grad()
+def logits(model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
+    found: Tensor = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    return found
+
+
+def words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> int:
+    return sum(len(tokenizer(text)["input_ids"]) for text in texts)
+
+
+# Families and heads
+
+
+@pytest.mark.parametrize(("model_class", "family"), CLASSES, ids=[name for name, _ in CLASSES])
+def test_every_family_and_head_is_fine(model_class: str, family: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = texts_for(model_class)[:6]
+    found = verify(sized(tokenizer, model_class, family), tokenizer, texts, reduced=(), batch_size=4)
+    (comparison,) = found.comparisons
+    assert found.fine()
+    assert (found.texts, found.interrupted, comparison.beyond_rounding) == (6, False, 0)
+    # Not 0: it would have been compared with itself.
+    assert 0 < comparison.differences.largest < 1e-4
+    assert comparison.rounding is not None
+    assert 0 < comparison.rounding < 1e-4
+
+
+@pytest.mark.parametrize("model_class", ["BertForSequenceClassification", "BertForMaskedLM", "BertModel"])
+def test_it_runs_where_the_model_is(model_class: str, device: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    # Tuples instead of outputs by name are an option of the config.
+    model = sized(tokenizer, model_class, return_dict=False).to(device)
+    found = verify(model, tokenizer, texts_for(model_class)[:6], reduced=(), batch_size=4)
+    assert (found.device.startswith(device), found.fine()) == (True, True)
+
+
+def expected_labels(model_class: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    if "MaskedLM" in model_class:
+        return 2 * (len(TEXTS) // 2) + words(tokenizer, TEXTS[::2])
+    if "TokenClassification" in model_class:
+        return words(tokenizer, TEXTS)
+    if model_class == "BertModel":
+        return 0
+    return len(TEXTS) * (2 if "QuestionAnswering" in model_class else 1)
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_the_command_finds_the_head_and_counts_its_labels(
+    model_class: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    folder = saved(sized(tokenizer, model_class), tokenizer, tmp_path)
+    lines = ["\t".join((text,) if isinstance(text, str) else text) for text in texts_for(model_class)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines) + "\n")
+    pairs = ["--pairs"] if "NextSentence" in model_class else []
+    done = run(folder, tmp_path / "texts.txt", "--json", "--reduced", "none", *pairs)
+    assert (done.exit_code, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert (found["model_class"], found["texts"], found["fine"]) == (model_class, len(TEXTS), True)
+    assert found["comparisons"][0]["labels"] == expected_labels(model_class, tokenizer)
+
+
+def test_an_encoder_saved_without_its_pooler_is_one(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    from transformers import BertModel
+
+    model = BertModel(sized(tokenizer, "BertModel").config, add_pooling_layer=False)
+    folder = saved(model, tokenizer, tmp_path)
+    assert run(folder, stdin=b"one text\n").exit_code == 0
+
+
+def test_an_embedders_vectors_are_compared_by_their_angle(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertModel")
+    fine = verify(model, tokenizer, TEXTS).comparisons[0]
+    assert fine.mean_cosine == pytest.approx(1, abs=1e-9)
+
+    def damage_the_last_layer(fast: Any) -> None:
+        next(p for name, p in fast.named_parameters() if "layers.2.output_norm_weight" in name).neg_()
+
+    found = verify(model, tokenizer, TEXTS, fast=damaged(model, damage_the_last_layer))
+    assert not found.fine()
+    assert found.comparisons[0].cosines[2] < 0.9
+    places = {changed.place for changed in found.comparisons[0].kept}
+    assert places
+    assert all(place is not None and place.startswith(("token ", "first token")) for place in places)
+
+
+def test_a_masked_model_keeps_what_its_owner_has_set(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertForMaskedLM")
+    fast = fastcls.optimize(model, mask_token_id=5, dense=False)
+    found = verify(model, tokenizer, ["a [MASK]", "no mask"], fast=fast, reduced=())
+    assert found.comparisons[0].decisions == 1 + words(tokenizer, ["no mask"])
+    assert (fast.mask_token_id, fast.dense) == (5, False)
+
+
+# What counts as changed, and what rounding explains
+
+
+def at_margin(tokenizer: PreTrainedTokenizerBase, roundings: float) -> tuple[Any, float]:
+    """A classifier into two that prefers the first label for the first text by so many of its own rounding errors."""
+    model = sized(tokenizer, "BertForSequenceClassification", **TWO_NAMES)
+    rounding = verify(copy.deepcopy(model), tokenizer, TEXTS, reduced=()).comparisons[0].rounding
+    assert rounding is not None
+    first, second = logits(copy.deepcopy(model).double(), tokenizer, TEXTS[:1])[0].tolist()
+    model.classifier.bias.data[1] += first - second - roundings * rounding
+    return model, roundings * rounding
+
+
+# Rounding explains six of them, and the margin is itself rounded.
+@pytest.mark.parametrize(("roundings", "explained"), [(3, True), (100, False)])
+def test_a_label_may_change_by_rounding_and_no_more(
+    tokenizer: PreTrainedTokenizerBase, roundings: float, explained: bool
+) -> None:
+    model, margin = at_margin(tokenizer, roundings)
+    fast = damaged(model, lambda fast: fast.head.out_bias[1].add_(2 * margin))
+    found = verify(model, tokenizer, TEXTS, fast=fast, reduced=())
+    comparison = found.comparisons[0]
+    assert (comparison.changed, comparison.beyond_rounding, found.fine()) == (1, int(not explained), explained)
+    (changed,) = comparison.kept
+    assert (changed.line, changed.text, changed.beyond_rounding) == (1, TEXTS[0], not explained)
+    assert changed.original is not None
+    assert changed.fastcls is not None
+    assert (changed.original.label, changed.fastcls.label) == ("bad", "good")
+    assert changed.margin == pytest.approx(margin, abs=2 * margin / roundings)
+    # Both sides of the tie: half the score each, each a little more.
+    assert changed.original.score == pytest.approx(0.5 + margin / 4, abs=margin / roundings)
+    assert changed.fastcls.score == pytest.approx(0.5 + margin / 4, abs=margin / roundings)
+
+
+def test_the_bound_is_the_originals_own_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification")
+    exact = copy.deepcopy(model).double()
+    found = verify(model, tokenizer, TEXTS, batch_size=8, reduced=())
+    own = max(
+        float((logits(model, tokenizer, part).double() - logits(exact, tokenizer, part)).abs().max())
+        for part in (TEXTS[:8], TEXTS[8:16], TEXTS[16:])
+    )
+    assert found.comparisons[0].rounding == pytest.approx(own)
+
+
+def test_a_change_behind_the_first_texts_is_judged_by_its_own_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification", **TWO_NAMES)
+    exact = copy.deepcopy(model).double()
+    errors = [own_error(model, exact, tokenizer, text) for text in TEXTS]
+    best, worst = TEXTS[errors.index(min(errors))], TEXTS[errors.index(max(errors))]
+    first, second = logits(exact, tokenizer, [worst])[0].tolist()
+    model.classifier.bias.data[1] += first - second - 3 * max(errors)
+    fast = damaged(model, lambda fast: fast.head.out_bias[1].add_(6 * max(errors)))
+    found = verify(model, tokenizer, [*[best] * 64, worst], fast=fast, reduced=())
+    (changed,) = found.comparisons[0].kept
+    assert changed.line == 65
+    own = own_error(model, copy.deepcopy(model).double(), tokenizer, worst)
+    assert found.comparisons[0].rounding is not None
+    assert own > found.comparisons[0].rounding
+    assert changed.explained == pytest.approx(6 * own)
+
+
+def own_error(model: Any, exact: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
+    return float((logits(model, tokenizer, [text]).double() - logits(exact, tokenizer, [text])).abs().max())
+
+
+def test_the_worst_changes_are_kept_and_all_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification", **TWO_NAMES)
+    texts = sample_texts()
+    found = verify(model, tokenizer, texts, fast=damaged(model, negate), reduced=(), truncation=True)
+    comparison = found.comparisons[0]
+    assert not found.fine()
+    assert (comparison.changed, comparison.beyond_rounding) == (len(texts), len(texts))
+    margins = [changed.margin for changed in comparison.kept]
+    assert len(margins) == 20
+    assert margins == sorted(margins, reverse=True)
+    every = logits_of(model, tokenizer, texts).diff(dim=1).abs()[:, 0].sort(descending=True).values
+    torch.testing.assert_close(torch.tensor(margins), every[:20], rtol=1e-4, atol=1e-5)
+
+
+def logits_of(model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
+    classifier = fastcls.Classifier(model, tokenizer, truncation=True)
+    return classifier.logits(texts)
+
+
+def test_each_of_many_labels_goes_by_its_sign(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification", problem_type="multi_label_classification", **TWO_NAMES)
+    expected = logits(model, tokenizer, TEXTS)
+
+    def flip_the_second(fast: Any) -> None:
+        fast.head.out_weight[1].neg_()
+        fast.head.out_bias[1].neg_()
+
+    comparison = verify(model, tokenizer, TEXTS, fast=damaged(model, flip_the_second), reduced=()).comparisons[0]
+    assert (comparison.decisions, comparison.changed) == (2 * len(TEXTS), len(TEXTS))
+    for changed in comparison.kept:
+        logit = float(expected[changed.line - 1, 1])
+        assert changed.original is not None
+        assert changed.fastcls is not None
+        labels = (changed.original.label, changed.fastcls.label)
+        assert labels == (("good", "not good") if logit > 0 else ("not good", "good"))
+        assert changed.margin == pytest.approx(abs(logit), abs=1e-5)
+        assert changed.original.score == pytest.approx(1 / (1 + 2.718281828 ** -abs(logit)), abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_scores_without_labels_are_judged_by_their_difference(tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification", num_labels=1)
+    for first in range(0, 4 * count, count):
+        # One number alone may be exact by chance, and what rounding explains must not be nothing then.
+        found = verify(model, tokenizer, TEXTS[first : first + count], reduced=())
+        assert found.fine(), first
+        assert found.comparisons[0].decisions == 0
+    found = verify(model, tokenizer, TEXTS, fast=damaged(model, negate), reduced=())
+    assert not found.fine()
+    assert found.comparisons[0].kept[0].original is None
+
+
+def test_tokens_are_named_where_their_label_changed(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertForTokenClassification", **TWO_NAMES)
+    found = verify(model, tokenizer, ["it is late", "ok"], fast=damaged(model, negate), reduced=())
+    comparison = found.comparisons[0]
+    assert comparison.changed == words(tokenizer, ["it is late", "ok"])
+    names = tokenizer.convert_ids_to_tokens(tokenizer("ok")["input_ids"])
+    assert {changed.place for changed in comparison.kept if changed.line == 2} == {
+        f"token {place} {name}" for place, name in enumerate(names)
+    }
+
+
+def test_answers_begin_and_end_outside_the_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertForQuestionAnswering")
+    found = verify(model, tokenizer, ["ok", TEXTS[0]], fast=damaged(model, negate), reduced=())
+    comparison = found.comparisons[0]
+    assert comparison.differences.count == 2 * words(tokenizer, ["ok", TEXTS[0]])
+    short = [changed for changed in comparison.kept if changed.line == 1]
+    assert {changed.place for changed in short} <= {"start", "end"}
+    assert all(changed.fastcls is not None and "[PAD]" not in changed.fastcls.label for changed in comparison.kept)
+
+
+@pytest.mark.parametrize("whose", ["original", "fastcls"])
+def test_what_is_no_number_is_no_rounding(tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification")
+    fast = damaged(model, lambda fast: fast.head.out_bias[2].fill_(float("nan") if whose == "fastcls" else 0.0))
+    if whose == "original":
+        model.classifier.bias.data[2] = float("nan")
+    found = verify(model, tokenizer, TEXTS, fast=fast, reduced=())
+    comparison = found.comparisons[0]
+    assert comparison.differences.not_finite == len(TEXTS)
+    assert comparison.changed > 0
+    assert comparison.beyond_rounding == comparison.changed
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_every_difference_is_in_the_histogram(tokenizer: PreTrainedTokenizerBase) -> None:
+    for comparison in verify(sized(tokenizer, "BertForTokenClassification"), tokenizer, TEXTS).comparisons:
+        differences = comparison.differences
+        assert sum(count for *_, count in differences.bins()) == differences.count - differences.equal
+        low, below, _ = list(differences.bins())[-1]
+        assert low <= differences.largest < below
+        assert differences.mean < differences.largest
+
+
+# Reduced precision
+
+
+def test_reduced_precision_is_shown_of_both_models(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification")
+    found = verify(model, tokenizer, TEXTS, reduced=["bfloat16", torch.float16])
+    assert [(each.name, each.dtype) for each in found.comparisons] == [
+        ("fastcls", "float32"),
+        ("original", "bfloat16"),
+        ("fastcls", "bfloat16"),
+        ("original", "float16"),
+        ("fastcls", "float16"),
+    ]
+    lower = nn.Module.to(copy.deepcopy(model), torch.bfloat16)
+    expected = (logits(model, tokenizer, TEXTS) - logits(lower, tokenizer, TEXTS).float()).abs().max()
+    _, original, fast, *_ = found.comparisons
+    assert original.differences.largest == pytest.approx(float(expected))
+    # The original in a dtype is what fastcls in it is judged by, and is not judged itself.
+    assert original.rounding is None
+    assert fast.rounding == pytest.approx(float(expected))
+    assert found.fine(strict=True)
+    assert [timed.texts for timed in found.timed] == [len(TEXTS)] * 6
+    assert model.dtype == torch.float32
+
+
+def test_only_a_strict_verdict_asks_reduced_precision(tokenizer: PreTrainedTokenizerBase) -> None:
+    found = verify(sized(tokenizer, "BertForSequenceClassification"), tokenizer, TEXTS[:4])
+    found.comparisons[2].beyond_rounding = 1
+    assert found.fine()
+    assert not found.fine(strict=True)
+
+
+# Options of the function
+
+
+def test_bad_options_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification")
+    half = nn.Module.to(copy.deepcopy(model), torch.bfloat16)
+    without_padding = copy.deepcopy(tokenizer)
+    without_padding.pad_token = None
+    token_classifier = fastcls.optimize(sized(tokenizer, "BertForTokenClassification"))
+    cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+        (ValueError, "batch_size must be at least 1, got 0", lambda: verify(model, tokenizer, TEXTS, batch_size=0)),
+        (ValueError, "limit must be at least 1, got 0", lambda: verify(model, tokenizer, TEXTS, limit=0)),
+        (ValueError, "must hold at least one text", lambda: verify(model, tokenizer, [])),
+        (TypeError, "texts must be an iterable of texts, got str", lambda: verify(model, tokenizer, "ok")),
+        (TypeError, r"texts\[1\] must be a string or a pair", lambda: verify(model, tokenizer, ["ok", 3])),  # type: ignore[list-item]
+        (ValueError, r"texts\[0\] must be one text or a pair", lambda: verify(model, tokenizer, [("a", "b", "c")])),
+        (ValueError, "eval mode", lambda: verify(copy.deepcopy(model).train(), tokenizer, TEXTS)),
+        (ValueError, "padding token", lambda: verify(model, without_padding, TEXTS)),
+        (
+            ValueError,
+            "bfloat16 or float16, got 'float32'",
+            lambda: verify(model, tokenizer, TEXTS, reduced=["float32"]),
+        ),
+        (ValueError, "in float32, got one in bfloat16", lambda: verify(half, tokenizer, TEXTS, reduced=["float16"])),
+        (ValueError, "fast must be in float32", lambda: verify(model, tokenizer, TEXTS, fast=fastcls.optimize(half))),
+        (TypeError, "for sequence classification, got", lambda: verify(model, tokenizer, TEXTS, fast=token_classifier)),
+        (ValueError, "does not fit the model.*below 199", lambda: verify(tiny_bert(), tokenizer, TEXTS)),
+        (ValueError, r"texts\[0\] is 202 tokens long.*96", lambda: verify(model, tokenizer, ["ok " * 200])),
+    ]
+    for error, message, call in cases:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_a_model_in_16_bits_is_compared_in_them_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = nn.Module.to(sized(tokenizer, "BertForSequenceClassification"), torch.bfloat16)
+    found = verify(model, tokenizer, TEXTS)
+    assert [(each.name, each.dtype) for each in found.comparisons] == [("fastcls", "bfloat16")]
+    assert found.fine()
+
+
+def test_ctrl_c_keeps_what_was_compared(tokenizer: PreTrainedTokenizerBase) -> None:
+    found = verify(
+        sized(tokenizer, "BertForSequenceClassification"), tokenizer, broken_off(iter(TEXTS), 10), batch_size=4
+    )
+    assert (found.interrupted, found.texts, found.comparisons[0].decisions) == (True, 8, 8)
+
+
+def broken_off(texts: Iterator[Any], after: int) -> Iterator[Any]:
+    for _ in range(after):
+        yield next(texts)
+    raise KeyboardInterrupt
+
+
+def test_real_sentences(
+    minilm_sst2: Any, minilm_tokenizer: PreTrainedTokenizerBase, sst2: Callable[[str], Any]
+) -> None:
+    found = verify(minilm_sst2, minilm_tokenizer, sst2("dev").texts, limit=128, reduced=())
+    assert found.fine()
+    comparison = found.comparisons[0]
+    assert (comparison.decisions, comparison.changed) == (128, 0)
+    assert comparison.differences.largest < 1e-5
+
+
+# The command
+
+
+def run(*arguments: object, stdin: bytes = b"") -> Result:
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, ["verify", *map(str, arguments)], input=stdin)
+
+
+def saved(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = sized(tokenizer, "BertForSequenceClassification", **TWO_NAMES)
+    return saved(model, tokenizer, tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.txt"
+    # An empty line is a text, and markup in a text is text.
+    path.write_text("\n".join(["[bold]not bold[/bold]", "", *TEXTS]) + "\n")
+    return path
+
+
+def test_the_report_says_all_of_it(checkpoint: Path, file: Path) -> None:
+    done = run(checkpoint, file)
+    assert (done.exit_code, done.stderr) == (0, ""), done.output
+    for expected in (
+        f"BertForSequenceClassification (sequence classification), float32 on cpu: {len(TEXTS) + 2} texts",
+        f"0 of {len(TEXTS) + 2}",
+        "original bfloat16",
+        "texts a second",
+        "Differences",
+        "Fine: no label changed in float32.",
+    ):
+        assert expected in done.stdout
+
+
+@pytest.fixture
+def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command compares with a fast model whose labels are all wrong."""
+
+    def compare(model: Any, *arguments: Any, **options: Any) -> Verification:
+        return verify(model, *arguments, **options, fast=damaged(model, negate))
+
+    monkeypatch.setattr(fastcls.verify, "verify", compare)
+
+
+@pytest.mark.usefixtures("wrong")
+def test_a_changed_label_is_shown_and_is_status_1(checkpoint: Path, file: Path) -> None:
+    done = run(checkpoint, file, "--reduced", "none")
+    assert done.exit_code == 1
+    count = len(TEXTS) + 2
+    assert f"Differs: labels changed by more than rounding explains: {count} in float32." in done.stdout
+    assert f"and {count - 20} more" in done.stdout
+    found = json.loads(run(checkpoint, file, "--json", "--reduced", "none").stdout)
+    worst = found["comparisons"][0]["changed_labels"][0]
+    line = next(line for line in done.stdout.splitlines() if line.split()[:1] == [str(worst["line"])])
+    for name in ("original", "fastcls"):
+        assert f"{worst[name]['label']} {worst[name]['score']:.4f}" in line
+    shown = run(checkpoint, "--reduced", "none", stdin=b"[bold]not bold[/bold]\n")
+    assert "[bold]not bold[/bold]" in shown.stdout
+
+
+SCHEMA: dict[str, Any] = {
+    "model_class": str,
+    "task": str,
+    "device": str,
+    "dtype": str,
+    "texts": int,
+    "tokens": int,
+    "interrupted": bool,
+    "fine": bool,
+    "versions": {"fastcls": str, "torch": str, "transformers": str},
+    "times": [{"name": str, "dtype": str, "texts": int, "seconds": float, "texts_per_second": float}],
+    "comparisons": [
+        {
+            "name": str,
+            "dtype": str,
+            "labels": int,
+            "changed": int,
+            "beyond_rounding": (int, type(None)),
+            "differences": {
+                "count": int,
+                "equal": int,
+                "not_finite": int,
+                "largest": float,
+                "mean": float,
+                "histogram": [{"from": float, "below": float, "count": int}],
+            },
+            "rounding_error_of_the_original": (float, type(None)),
+            "embedding_cosine": type(None),
+            "changed_labels": [
+                {
+                    "line": int,
+                    "text": str,
+                    "place": type(None),
+                    "original": {"label": str, "score": float},
+                    "fastcls": {"label": str, "score": float},
+                    "margin": float,
+                    "explained_up_to": (float, type(None)),
+                    "beyond_rounding": bool,
+                }
+            ],
+        }
+    ],
+}
+
+
+def assert_fits(value: Any, schema: Any, where: str = "") -> None:
+    if isinstance(schema, dict):
+        assert set(value) == set(schema), where
+        for name, part in schema.items():
+            assert_fits(value[name], part, f"{where}.{name}")
+    elif isinstance(schema, list):
+        for part in value:
+            assert_fits(part, schema[0], f"{where}[]")
+    else:
+        assert isinstance(value, schema), f"{where}: {value!r}"
+
+
+@pytest.mark.usefixtures("wrong")
+def test_json_has_its_schema(checkpoint: Path, file: Path) -> None:
+    done = run(checkpoint, file, "--json")
+    assert (done.exit_code, done.stderr) == (1, "")
+    found = json.loads(done.stdout)
+    assert_fits(found, SCHEMA)
+    assert not found["fine"]
+    assert found["comparisons"][0]["changed_labels"]
+
+
+def test_limit_truncate_pairs_and_standard_input(checkpoint: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("word " * 200 + "\nok\nok\n")
+    done = run(checkpoint, long, "--json", "--truncate", "--limit", 2, "--batch-size", 1, "--dtype", "bfloat16")
+    found = json.loads(done.stdout)
+    assert (found["texts"], found["tokens"], found["dtype"], len(found["comparisons"])) == (2, 96 + 3, "bfloat16", 1)
+    done = run(checkpoint, "--pairs", "--json", "--reduced", "none", stdin=b"is it late?\tno\n\t\n")
+    assert json.loads(done.stdout)["texts"] == 2
+
+
+def test_the_picture_is_one(checkpoint: Path, file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert run(checkpoint, file, "--plot", tmp_path / "out.png").exit_code == 0
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_is_status_130_with_a_report(
+    checkpoint: Path, file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    after = 9
+
+    def compare(model: Any, tokenizer: Any, texts: Any, **options: Any) -> Verification:
+        return verify(model, tokenizer, broken_off(iter(texts), after), **options)
+
+    monkeypatch.setattr(fastcls.verify, "verify", compare)
+    done = run(checkpoint, file, "--batch-size", 4, "--reduced", "none")
+    assert (done.exit_code, done.stderr) == (130, "Interrupted: 8 texts compared.\n")
+    assert "8 texts" in done.stdout
+    after = 0
+    done = run(checkpoint, file, "--plot", tmp_path / "none.png")
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "Interrupted: 0 texts compared.\n")
+    assert not (tmp_path / "none.png").exists()
+
+    def break_off(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fastcls.loading, "load_tokenizer", break_off)
+    done = run(checkpoint, file)
+    # Not 1, which would say that a label changed.
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
+
+
+def edited(folder: Path, to: Path, **changes: Any) -> Path:
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**config, **changes}))
+    return to
+
+
+def test_mistakes_are_one_line_and_status_2(
+    checkpoint: Path, file: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty, latin, long = (tmp_path / name for name in ("empty.txt", "latin.txt", "long.txt"))
+    empty.touch()
+    latin.write_bytes("fine\ncafé\n".encode("latin-1"))
+    long.write_text("ok\n" + "word " * 200 + "\n")
+    choice = saved(sized(tokenizer, "BertForMultipleChoice"), tokenizer, tmp_path / "choice")
+    follows = saved(sized(tokenizer, "BertForNextSentencePrediction"), tokenizer, tmp_path / "follows")
+    other = saved(BertForPreTraining(sized(tokenizer, "BertModel").config), tokenizer, tmp_path / "other")
+    bare = tmp_path / "bare"
+    sized(tokenizer, "BertForSequenceClassification").save_pretrained(bare)
+    nameless = edited(checkpoint, tmp_path / "nameless", architectures=None)
+    headless = edited(checkpoint, tmp_path / "headless", architectures=["BertForMaskedLM"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for arguments, message in (
+        ((checkpoint, empty), f"{empty} must hold at least one text, got none"),
+        ((checkpoint, latin), f"{latin}, line 2: not UTF-8"),
+        ((checkpoint, long), f"{long}, line 2 is 402 tokens long and the model has 96 positions: add --truncate"),
+        ((checkpoint, tmp_path / "none.txt"), "none.txt: No such file"),
+        ((checkpoint, file, "--pairs"), "line 1: --pairs needs a tab between two texts"),
+        ((checkpoint, file, "--dtype", "int4"), "dtype must be one of float32, float16, bfloat16, got 'int4'"),
+        ((checkpoint, file, "--device", "gpu"), "device must be one that torch can use here, got 'gpu'"),
+        ((checkpoint, file, "--reduced", "int8"), "reduced must name bfloat16 or float16, got 'int8'"),
+        ((checkpoint, file, "--dtype", "float16", "--reduced", "bfloat16"), "with an original in float32"),
+        ((checkpoint, file, "--plot", tmp_path / "a.txt"), "--plot must be a file that ends in .pdf, .png, .svg"),
+        ((checkpoint, file, "--plot", tmp_path / "no" / "a.png"), "--plot must be a file in a folder that is there"),
+        ((checkpoint, file, "--plot", tmp_path / "a.png"), "--plot needs matplotlib: pip install matplotlib"),
+        ((choice, file), "line 1 must be a question and two choices or more"),
+        ((choice, file, "--pairs"), "--pairs is not for multiple choice"),
+        ((follows, file), "line 1 must be a pair of texts (--pairs)"),
+        ((other, file), "got BertForPreTraining with a config of 'bert'"),
+        ((nameless, file), "its config.json must name a model class in architectures"),
+        ((headless, file), "not trained for masked language modelling"),
+        ((bare, file), "holds no tokenizer"),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 2, (arguments, done.output)
+        assert done.stdout == ""
+        assert done.stderr.startswith("Error: "), done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert message in done.stderr
