@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastcls_benchmarks.plots import relative_speed
 from fastcls_benchmarks.provenance import PACKAGES, output_of, slug, source_digest
-from fastcls_benchmarks.providers import ABSORBED, FASTCLS, FULL, ONNXRUNTIME, SDPA, SELECTED
+from fastcls_benchmarks.providers import FASTCLS, ONNXRUNTIME, OURS, SDPA
 from fastcls_benchmarks.results import Case, Report
 from fastcls_benchmarks.tables import NONE, duration, times
 
@@ -134,8 +134,7 @@ def _rows(report: Report) -> Iterator[str]:
 
 def fastest_peer(case: Case) -> str | None:
     """Whoever took least of those that are not ours."""
-    ours = {FULL.name, SELECTED.name, ABSORBED.name, FASTCLS.name}
-    seconds = {row.provider: case.typical_seconds(row.provider) for row in case.rows if row.provider not in ours}
+    seconds = {row.provider: case.typical_seconds(row.provider) for row in case.rows if row.provider not in OURS}
     timed = {name: each for name, each in seconds.items() if each is not None}
     return min(timed, key=lambda name: timed[name], default=None)
 

@@ -81,6 +81,7 @@ class Classifier:
         dtype: str | torch.dtype | None = None,
         truncation: bool = False,
         last_layer: LastLayer = "absorbed",
+        batch_invariant: bool = False,
         **hub_options: Any,
     ) -> Classifier:
         """Loads a fine-tuned checkpoint.
@@ -90,7 +91,7 @@ class Classifier:
             device: None is the GPU where there is one, else the CPU.
             dtype: "float32", "float16", "bfloat16" or a torch.dtype; None keeps the checkpoint's own.
             truncation: see `Classifier`.
-            last_layer: see `FastClassifier`.
+            last_layer, batch_invariant: see `FastClassifier`.
             hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and the like, for transformers.
 
         Raises:
@@ -102,7 +103,8 @@ class Classifier:
         target, torch_dtype = parse_device(device), parse_dtype(dtype)
         tokenizer = load_tokenizer(name_or_path, **hub_options)
         model = load_model(name_or_path, target, torch_dtype, **hub_options)
-        return cls(optimize(model, last_layer=last_layer), tokenizer, truncation=truncation)
+        fast = optimize(model, last_layer=last_layer, batch_invariant=batch_invariant)
+        return cls(fast, tokenizer, truncation=truncation)
 
     @overload
     def __call__(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .providers import ABSORBED, FASTCLS, FULL, PROVIDERS, SELECTED
+from .providers import ABSORBED, FASTCLS, FULL, OURS, PROVIDERS, SELECTED
 from .results import Case, Report
 from .tables import duration, times
 from .workloads import LENGTHS
@@ -54,7 +54,7 @@ def save(report: Report, folder: Path) -> list[Path]:
 def _colour(provider: str) -> str:
     if provider == FASTCLS.name:
         return _OURS
-    peers = [name for name in PROVIDERS if name not in STEPS]
+    peers = [name for name in PROVIDERS if name not in OURS]
     return _COLOURS[peers.index(provider) % len(_COLOURS)] if provider in peers else "#f0b27a"
 
 
@@ -159,7 +159,7 @@ def relative_speed(report: Report) -> Plot | None:
     cases = [case for case in _most_contested(report) if len(_timed(case)) > 2]
     groups = []
     for case in cases[:4]:
-        hidden = set(STEPS[:-1])
+        hidden = OURS - {FASTCLS.name}
         groups.append((case.name, [_relative(case, name) for name in _timed(case) if name not in hidden]))
     if not groups:
         return None
@@ -210,7 +210,7 @@ def _sweep(
     series: dict[str, list[tuple[float, float]]] = {}
     for case in cases:
         for provider in _timed(case):
-            if provider not in STEPS[:-1]:
+            if provider not in OURS - {FASTCLS.name}:
                 series.setdefault(provider, []).append((vary(case), value(case, provider)))
     # A line needs at least three points.
     return name, {provider: points for provider, points in series.items() if len(points) >= 3}

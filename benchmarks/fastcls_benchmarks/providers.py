@@ -292,11 +292,14 @@ def _no_graphs(device: torch.device, _dtype: torch.dtype) -> str | None:
     return None if device.type == "cuda" else "CUDA graphs are a GPU's: elsewhere it is fastcls itself"
 
 
-def _fastcls_loader(last_layer: LastLayer, cuda_graphs: bool = False) -> Callable[[Model], Loaded]:
+def _fastcls_loader(
+    last_layer: LastLayer, cuda_graphs: bool = False, batch_invariant: bool = False
+) -> Callable[[Model], Loaded]:
     def load(model: Model) -> Loaded:
         # Of a masked language model the rows of its masks, and not every token's.
         options: dict[str, Any] = {"mask_token_id": MASK_ID, "dense": False} if fills_masks(type(model)) else {}
-        fast = fastcls.optimize(own_copy(model), last_layer=last_layer, cuda_graphs=cuda_graphs, **options)
+        options |= {"last_layer": last_layer, "cuda_graphs": cuda_graphs, "batch_invariant": batch_invariant}
+        fast = fastcls.optimize(own_copy(model), **options)
 
         @torch.inference_mode()
         def forward(batch: Batch) -> Tensor:
@@ -376,6 +379,15 @@ FASTCLS = Provider(
     1e-5,
     _fastcls_loader("absorbed", cuda_graphs=True),
 )
+INVARIANT = Provider(
+    "fastcls, batch-invariant",
+    "all of it, with the same bits for a text whatever batch it comes in",
+    1e-5,
+    _fastcls_loader("absorbed", cuda_graphs=True, batch_invariant=True),
+)
+
+# Names of what is measured to be compared with peers, and is none.
+OURS = frozenset(provider.name for provider in (FULL, SELECTED, ABSORBED, FASTCLS, INVARIANT))
 
 
 def baseline_of(model_class: ModelClass) -> Provider:
@@ -397,5 +409,6 @@ _ALL = (
     SELECTED,
     ABSORBED,
     FASTCLS,
+    INVARIANT,
 )
 PROVIDERS = {provider.name: provider for provider in _ALL}

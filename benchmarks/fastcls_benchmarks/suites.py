@@ -17,6 +17,7 @@ from .providers import (
     FASTCLS,
     FLASH,
     FULL,
+    INVARIANT,
     ONNXRUNTIME,
     OPENVINO,
     PACKED,
@@ -218,9 +219,9 @@ def _cpu_release() -> Suite:
         + _plans("minilm-l6", single, 8, (SDPA, ONNXRUNTIME, *_LADDER), (8, "128"))
         + _plans("minilm-l6", single, 5, _CORE, (1, "sst2"), (8, "sst2"), (32, "mnli"))
         + _plans("minilm-l6", single, 4, _CORE, (8, "16"), (8, "64"), (8, "256"), (8, "squad"), (8, "mixed-512"))
-        + _plans("bert-base", single, 30, (SDPA, PACKED, ONNXRUNTIME, *_LADDER), (32, "sst2"))
+        + _plans("bert-base", single, 32, (SDPA, PACKED, ONNXRUNTIME, *_LADDER, INVARIANT), (32, "sst2"))
         + _plans("bert-base", single, 20, _CORE, (8, "128"))
-        + _plans("bert-base", single, 12, _CORE, (1, "sst2"))
+        + _plans("bert-base", single, 13, (*_CORE, INVARIANT), (1, "sst2"))
         + _plans("bert-large", single, 10, (SDPA, FASTCLS), (8, "sst2"))
         + tuple(_cpu_families()),
         _kernel_plans(single, 0.6, (32, "sst2")),
@@ -262,8 +263,8 @@ def _gpu_release() -> Suite:
         "release",
         _plans("bert-base", half, 5, _ON_GPU, (32, "128"), (128, "mixed-512"), (128, "512"))
         + _plans("bert-base", half, 3, (SDPA, FLASH, AUTOTUNED, *_GPU_LADDER), (1, "128"))
-        + _plans("bert-base", half, 4, (SDPA, FLASH, FASTCLS), (1, "sst2"))
-        + _plans("bert-base", half, 3, _GPU_CORE, (32, "sst2"), (8, "sst2"), (128, "sst2"))
+        + _plans("bert-base", half, 4, (SDPA, FLASH, FASTCLS, INVARIANT), (1, "sst2"))
+        + _plans("bert-base", half, 3, (*_GPU_CORE, INVARIANT), (32, "sst2"), (8, "sst2"), (128, "sst2"))
         + _plans("bert-base", half, 4, _GPU_CORE, (32, "mnli"), (32, "squad"))
         + _plans("bert-base", half, 3, _GPU_CORE, (32, "16"), (32, "64"), (32, "256"), (32, "512"))
         + _plans("bert-base", torch.float16, 3, (SDPA, FLASH, ONNXRUNTIME, FASTCLS), (32, "128"), (128, "mixed-512"))
