@@ -31,7 +31,16 @@ hypothesis.settings.load_profile("fastcls")
 SST2 = Path(os.environ.get("FASTCLS_SST2", Path(__file__).parents[2] / "shared" / "data" / "sst2"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-chips", action="store_true", help="compile for sm_89 and sm_120, too, which rarely differ from sm_86"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all-chips"):
+        config.hook.pytest_deselected(items=[item for item in items if "twin" in item.keywords])
+        items[:] = [item for item in items if "twin" not in item.keywords]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU that torch can use")

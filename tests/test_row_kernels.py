@@ -16,12 +16,14 @@ from torch import Tensor
 from fastcls_kernels import (
     Activation,
     add_layer_norm,
+    batch_invariant,
     embedding_layer_norm,
     layer_norm,
     linear,
     linear_activation,
     linear_add_layer_norm,
     linear_gelu,
+    linear_per_head,
     use_backend,
     uses_onednn,
 )
@@ -272,6 +274,56 @@ def check_linear_activation(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_linear_activation_kernel(kernels: str, dtype: torch.dtype, activation: Activation, with_bias: bool) -> None:
     check_linear_activation(70, 96, 130, dtype, kernels, activation, with_bias)
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_batch_invariant_linear_activation_kernel(
+    kernels: str, dtype: torch.dtype, activation: Activation, with_bias: bool
+) -> None:
+    with batch_invariant():
+        check_linear_activation(70, 96, 130, dtype, kernels, activation, with_bias)
+
+
+@pytest.mark.parametrize(("rows", "width", "columns"), SHAPES)
+def test_batch_invariant_linear_kernel(kernels: str, rows: int, width: int, columns: int, dtype: torch.dtype) -> None:
+    x, weight, bias = linear_inputs(rows, width, columns, dtype, kernels)
+    with batch_invariant():
+        actual = linear(x, weight)
+    exact = x.double() @ weight.double().T
+    rounding = exact.abs() * torch.finfo(dtype).eps
+    assert bool(((actual.double() - exact).abs() <= product_bound(x, weight, torch.zeros_like(bias)) + rounding).all())
+
+
+def check_linear_per_head(rows: int, dtype: torch.dtype, device: str) -> None:
+    x, weight = random(rows, 3, 20, dtype=dtype, device=device), random(3, 20, 33, dtype=dtype, device=device)
+    actual = linear_per_head(x, weight)
+    assert actual.shape == (rows, 3, 33)
+    for head, (each, matrix) in enumerate(zip(x.unbind(1), weight, strict=True)):
+        exact = each.double() @ matrix.double()
+        rounding = exact.abs() * torch.finfo(dtype).eps
+        nothing = torch.zeros(33, dtype=dtype, device=device)
+        assert bool(((actual[:, head] - exact).abs() <= product_bound(each, matrix.T, nothing) + rounding).all())
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["fastest", "invariant"])
+def test_linear_per_head_kernel(kernels: str, dtype: torch.dtype, invariant: bool) -> None:
+    with batch_invariant(invariant):
+        check_linear_per_head(70, dtype, kernels)
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["fastest", "invariant"])
+@pytest.mark.parametrize("rows", [0, 1, 90])
+def test_linear_per_head_torch_path(torch_path: str, rows: int, dtype: torch.dtype, invariant: bool) -> None:
+    with batch_invariant(invariant):
+        check_linear_per_head(rows, dtype, torch_path)
+
+
+def test_linear_per_head_names_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"weight must have shape \(3, 20, 'out_features'\), got \(3, 21, 5\)"):
+        linear_per_head(torch.randn(4, 3, 20), torch.randn(3, 21, 5))
+    with pytest.raises(TypeError, match=r"weight must be torch.float32 like the other inputs"):
+        linear_per_head(torch.randn(4, 3, 20), torch.randn(3, 20, 5).half())
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])

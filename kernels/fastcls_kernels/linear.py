@@ -285,7 +285,7 @@ def linear_per_head(rows: Tensor, weight: Tensor) -> Tensor:
     """The product of each head's part of a row with the head's own matrix.
 
     Args:
-        rows: (num_rows, nheads, in_features).
+        rows: (num_rows, nheads, in_features), contiguous last dimension.
         weight: (nheads, in_features, out_features), in rows' dtype.
 
     Returns:
@@ -293,12 +293,13 @@ def linear_per_head(rows: Tensor, weight: Tensor) -> Tensor:
 
     Raises:
         TypeError: a dtype that does not fit.
-        ValueError: a shape or device that does not fit.
+        ValueError: a shape, stride or device that does not fit.
     """
     check_tensor("rows", rows, "(num_rows, nheads, in_features)")
     check_tensor("weight", weight, "(nheads, in_features, out_features)", like=rows)
     if weight.shape[:2] != rows.shape[1:]:
         raise ValueError(f"weight must have shape {(*rows.shape[1:], 'out_features')}, got {tuple(weight.shape)}")
+    check_last_dim_contiguous("rows", rows)
     if not is_batch_invariant():
         return torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1)
     if runs_triton(rows):
