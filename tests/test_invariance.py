@@ -9,14 +9,15 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from support import tiny_bert, tiny_model
+from support import cu_seqlens_of, tiny_bert, tiny_model
 from test_families import ANSWERS, CLASSIFIERS, every_class, every_classifier
 from torch import Tensor
 
 import fastcls
 from fastcls.encoder import LastLayer
-from fastcls_kernels import _invariance, attention_padded, batch_invariant, linear, use_backend
+from fastcls_kernels import _invariance, attention_padded, batch_invariant, cls_attention, linear, use_backend
 from fastcls_kernels._invariance import in_blocks
+from fastcls_kernels.tuning import attention_tile, rows_tile
 
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 40, 47, 64, 65, 80, 94, 5, 9, 12, 21, 26)
 # Each kind of encoder, through kernels of its own.
@@ -109,6 +110,27 @@ def test_bits_through_the_kernels(kind: str, kernel_device: str) -> None:
     with use_backend("triton"):
         # Sequences that share tiles, and begin at odd places in them.
         check_random_batches(model, texts_of((5, 17, 33, 40), kernel_device), 2, 5)
+
+
+def test_long_texts_are_split_alike(kernel_device: str) -> None:
+    # Alone a long text would be shared out among programs, which a batch of them has enough of.
+    torch.manual_seed(0)
+    lengths = [300, 20, 300, 7]
+    query, x = (torch.randn(shape, device=kernel_device) for shape in ((4, 2, 32), (sum(lengths), 32)))
+    with batch_invariant(), use_backend("triton"):
+        together = cls_attention(query, x, cu_seqlens_of(lengths, kernel_device), 300, 0.3)
+        alone = cls_attention(query[:1], x[:300], cu_seqlens_of([300], kernel_device), 300, 0.3)
+    assert torch.equal(together[:1], alone)
+
+
+@pytest.mark.parametrize("arch", ["interpreter", "sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_no_tile_is_chosen_by_the_size_of_a_batch(arch: str, dtype: torch.dtype) -> None:
+    with batch_invariant():
+        for operation in ("absorb_query", "cls_output", "pooler_classifier"):
+            assert len({rows_tile(arch, operation, dtype, rows) for rows in (1, 16, 17, 300, 10**6)}) == 1
+        tiles = {attention_tile(arch, dtype, 64, mean, tma=False) for mean in (1, 16, 48, 100, 500)}
+    assert [tile.PER_SEQUENCE for tile in tiles] == [True]
 
 
 @every_classifier
