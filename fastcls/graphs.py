@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastcls_kernels import is_batch_invariant
+
 from .encoder import How
 from .packing import PackedTokens, PackFields, PackShape
 from .spec import EncoderSpec
@@ -84,6 +86,7 @@ class GraphKey(NamedTuple):
     shape: PackShape
     fields: PackFields
     how: How
+    batch_invariant: bool
 
 
 class Graphs:
@@ -133,7 +136,7 @@ class Graphs:
 
     def __call__(self, packed: PackedTokens, how: How, device: torch.device) -> Tensor:
         """The pass over ``packed``, which may lie in pinned memory of the CPU: replayed once its shape is known."""
-        key = GraphKey(packed.shape, packed.fields, how)
+        key = GraphKey(packed.shape, packed.fields, how, is_batch_invariant())
         with self._lock:
             graph = self._graph(key, packed, device)
             if graph is not None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastcls_kernels import batch_invariant, explain_backend, is_batch_invariant, mean_pool, warming_shapes
 
+from . import traced
 from .encoder import Encoder, How, LastLayer, check_last_layer
 from .graphs import Graphs, being_captured, bucket_of, max_graph_tokens
 from .heads import Head
@@ -122,6 +123,7 @@ class FastModel(nn.Module):
         """Forgets the CUDA graphs and whatever else was made from the weights, and their memory."""
         self._graphs.clear()
         self.encoder.clear()
+        traced.forget(next(self.parameters()))
 
     @property
     def last_layer(self) -> LastLayer:
@@ -131,16 +133,6 @@ class FastModel(nn.Module):
     def last_layer(self, last_layer: LastLayer) -> None:
         check_last_layer(last_layer)
         self._last_layer = last_layer
-
-    @property
-    def batch_invariant(self) -> bool:
-        return self._batch_invariant
-
-    @batch_invariant.setter
-    def batch_invariant(self, batch_invariant: bool) -> None:
-        # What was made from the weights, and graphs, were made the other way.
-        self.clear_caches()
-        self._batch_invariant = batch_invariant
 
     @property
     def device(self) -> torch.device:
@@ -281,11 +273,8 @@ class FastModel(nn.Module):
         """
         if self.training:
             raise RuntimeError("fastcls runs inference only: call .eval() first, or train the transformers model")
-        if batch.inputs_embeds is not None and batch.inputs_embeds.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "inputs_embeds must not require gradients, which fastcls does not compute: detach them, "
-                "call this inside torch.no_grad(), or use the transformers model"
-            )
+        if torch.is_grad_enabled():
+            _check_no_gradients(self, batch)
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(self.config, name, False) if extras.get(name) is None else extras[name]:
                 raise ValueError(
@@ -362,6 +351,17 @@ class FastModel(nn.Module):
         """What is left of a pass behind the encoder."""
         out: Tensor = self.head(states)
         return out
+
+
+def _check_no_gradients(model: FastModel, batch: Batch) -> None:
+    asked = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    if batch.inputs_embeds is not None and batch.inputs_embeds.requires_grad:
+        asked.append("inputs_embeds")
+    if asked:
+        raise RuntimeError(
+            f"{asked[0]} must not require gradients, which fastcls does not compute: call this inside "
+            "torch.no_grad(), or train the transformers model"
+        )
 
 
 def _to_checkpoint_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -90,7 +90,7 @@ class DisentangledTables(Weighted):
         """Makes the tables anew where weights have changed since; in the same memory, which graphs may read."""
         if self._buckets is None or self._buckets.table.device != self.rows.device:
             self._buckets = Buckets(self.rows, self._rows)
-        made_of = tuple(weight_version(weight) for weight in self._sources())
+        made_of = (is_batch_invariant(), *(weight_version(weight) for weight in self._sources()))
         if made_of == self._made_of:
             return
         fresh = [self._tables_of(layer) for layer in self._layers]
@@ -172,8 +172,20 @@ class DisentangledTables(Weighted):
             sequences = torch.searchsorted(layout.cu_seqlens[1:], rows_of_tokens, right=True)
             bias += scores[sequences.clamp(max=query.shape[0] - 1), :, positions.clamp(max=farthest).long()]
         if pos_query is not None:
-            bias += (keys * pos_query[buckets.of(-positions)]).sum(2, dtype=dtype)
+            products = (keys * pos_query[buckets.of(-positions)]).to(dtype)
+            # A library's sum goes by how many there are.
+            bias += _folded(products) if is_batch_invariant() else products.sum(2)
         return bias.mul_(scale)
+
+
+def _folded(numbers: Tensor) -> Tensor:
+    """The sum over the last dimension, in one order always: half of it is added to the other half, and so on."""
+    while (size := numbers.shape[-1]) > 1:
+        half = (size + 1) // 2
+        folded = numbers[..., :half].clone()
+        folded[..., : size - half] += numbers[..., half:]
+        numbers = folded
+    return numbers[..., 0]
 
 
 def _disentangled_rows(distances: Tensor, relative: Disentangled) -> Tensor:

@@ -4,7 +4,8 @@ How many tokens a batch has is known once its values are read, and from that fol
 passes, and whether a pass is replayed. A graph that held all this would pad again, or be compiled again for each batch.
 So the whole pass from padded ids to the head's numbers is one node, ``torch.ops.fastcls.forward``, whose result has the
 batch's shape. It takes the weights as a list of tensors and the rest of the model as text: an exported program holds
-all that it needs, and runs wherever ``import fastcls.traced`` has made the operator known.
+all that it needs, and runs wherever ``import fastcls.traced`` has made the operator known. Hooks on modules inside the
+model are the eager call's: a graph passes them by.
 """
 
 from __future__ import annotations
@@ -164,23 +165,33 @@ def _parse(model: str) -> _Description:
 
 
 class _Built(NamedTuple):
-    key: tuple[object, ...]
+    """A model that graphs run, and where its weights were when it was made."""
+
+    places: tuple[object, ...]
     model: TaskModel
 
 
-# By their first weight, so that a model is gone with its weights.
+# By their first weight, so that models are gone with their weights; and by what a graph says of them.
 _built: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_building = threading.Lock()
+# A model that is made forgets, as any does, what was made of its weights.
+_building = threading.RLock()
+
+
+def forget(weight: Tensor) -> None:
+    """Forgets the models that graphs run over the weights of which this is the first, and what those have made."""
+    with _building:
+        _built.pop(weight, None)
 
 
 def _model_over(weights: Sequence[Tensor], model: str, options: Options) -> TaskModel:
     """A fast model over these weights, made at the first call with them."""
     from .tasks import TASKS
 
-    key = (model, options, *((weight.data_ptr(), weight.dtype, weight.device) for weight in weights))
+    places = tuple((weight.data_ptr(), weight.dtype, weight.device) for weight in weights)
     with _building:
-        built = cast("_Built | None", _built.get(weights[0]))
-        if built is None or built.key != key:
+        models = cast("dict[tuple[str, Options], _Built]", _built.setdefault(weights[0], {}))
+        built = models.get((model, options))
+        if built is None or built.places != places:
             described = _parse(model)
             family, name = family_of_class(described.model_class)
             spec, head = family.spec(described.config), family.head(name, described.config)
@@ -192,6 +203,5 @@ def _model_over(weights: Sequence[Tensor], model: str, options: Options) -> Task
             fast = TASKS[head.task](
                 *(described.model_class, described.config, spec, head, WeightMap({}, {}), parameters), *options
             )
-            built = _Built(key, fast)
-            _built[weights[0]] = built
+            built = models[model, options] = _Built(places, fast)
     return built.model

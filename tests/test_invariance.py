@@ -15,7 +15,16 @@ from torch import Tensor
 
 import fastcls
 from fastcls.encoder import LastLayer
-from fastcls_kernels import _invariance, attention_padded, batch_invariant, cls_attention, linear, use_backend
+from fastcls_kernels import (
+    Activation,
+    _invariance,
+    attention_padded,
+    batch_invariant,
+    cls_attention,
+    gated_activation,
+    linear,
+    use_backend,
+)
 from fastcls_kernels._invariance import in_blocks
 from fastcls_kernels.tuning import attention_tile, rows_tile
 
@@ -151,6 +160,44 @@ def test_masked_tokens_alone() -> None:
     check_random_batches(model, texts, 10, 6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_neighbour_whose_mask_has_holes(kind: str, device: str) -> None:
+    name = {family: name for name, family in CLASSIFIERS}[kind].replace("Sequence", "Token")
+    model = fastcls.optimize(tiny_model(name, kind).to(device), batch_invariant=True)
+    for length in (3, 7, 20, 40):
+        inputs = batch_of(texts_of((length, length, length), device))
+        alone = model(**{name: tensor[:1] for name, tensor in inputs.items()}).logits
+        holes = torch.ones_like(inputs["attention_mask"])
+        holes[1, 1] = 0
+        assert torch.equal(model(**{**inputs, "attention_mask": holes}).logits[:1], alone)
+        # And the one with holes itself.
+        own = model(inputs["input_ids"][1:2], attention_mask=holes[1:2]).logits
+        assert torch.equal(model(**{**inputs, "attention_mask": holes}).logits[1:2], own)
+
+
+@every_classifier
+def test_bits_in_float64(model_class: str, family: str) -> None:
+    model = fastcls.optimize(tiny_model(model_class, family).double(), batch_invariant=True)
+    check_random_batches(model, texts_of(LENGTHS), 3, 20)
+
+
+def test_embeddings_of_the_callers() -> None:
+    model = fastcls.optimize(tiny_bert(), batch_invariant=True)
+    embedded = torch.randn(5, 9, 64)
+    together = model(inputs_embeds=embedded).logits
+    assert torch.equal(torch.cat([model(inputs_embeds=row[None]).logits for row in embedded]), together)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_context_holds_around_a_model(kind: str, device: str) -> None:
+    name = {family: name for name, family in CLASSIFIERS}[kind]
+    model = fastcls.optimize(tiny_model(name, kind).to(device))
+    # What it keeps is made the other way first.
+    answers_of(model, texts_of(LENGTHS, device))
+    with batch_invariant():
+        check_random_batches(model, texts_of(LENGTHS, device), 3, 20)
+
+
 def test_padded_attention() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 40, 4, 16)
@@ -174,8 +221,33 @@ def test_a_library_that_is_not_invariant_is_refused() -> None:
     def by_place(rows: Tensor) -> Tensor:
         return rows + torch.arange(rows.shape[0])[:, None]
 
-    with pytest.raises(RuntimeError, match=r"batch_invariant must be left off on this CPU .* \('by place',\)"):
-        in_blocks(by_place, torch.zeros(3, 4), "by place")
+    with pytest.raises(RuntimeError, match=r"batch_invariant must be left off on this CPU .*: the sum by place of its"):
+        in_blocks(by_place, torch.zeros(3, 4), name="sum by place")
+
+
+@pytest.mark.parametrize("number", [0.0, float("nan")])
+def test_weights_decide_nothing(number: float) -> None:
+    # A product by zeros is the same in every order, and NaN is never the same.
+    odd, even = torch.full((312, 1200), number, dtype=torch.float64), torch.randn(312, 1200, dtype=torch.float64)
+    x = torch.randn(300, 1200, dtype=torch.float64)
+    with batch_invariant():
+        assert linear(x, odd).shape == (300, 312)
+        assert torch.equal(linear(x, even)[3:7], linear(x[3:7], even))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_activations_do_not_go_by_the_share_of_a_thread(threads: int, activation: Activation) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = torch.randn(2000, 2 * 112, dtype=torch.float64)
+        with batch_invariant():
+            together = gated_activation(x, activation)
+            apart = torch.cat([gated_activation(rows, activation) for rows in x.split([1, 63, 300, 1636])])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(together, apart)
 
 
 def test_sizes_that_differ_are_not_mixed() -> None:
@@ -185,7 +257,7 @@ def test_sizes_that_differ_are_not_mixed() -> None:
         sizes.add(rows.shape[0])
         return rows + rows.shape[0]
 
-    found = in_blocks(by_size, torch.zeros(300, 2), "by size")
+    found = in_blocks(by_size, torch.zeros(300, 2), name="by size")
     assert bool((found == _invariance._BLOCKS[0]).all())
     assert sizes == set(_invariance._BLOCKS)
 

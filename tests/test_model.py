@@ -501,6 +501,10 @@ def test_gradients_are_refused() -> None:
     embedded = torch.randn(2, 5, 64, requires_grad=True)
     with pytest.raises(RuntimeError, match="inputs_embeds must not require gradients"):
         fast(inputs_embeds=embedded)
+    fast.encoder.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"encoder.embeddings.word_weight must not require gradients"):
+        fast(**batch())
+    fast.encoder.requires_grad_(False)
     with torch.no_grad():
         assert not fast(inputs_embeds=embedded).logits.requires_grad
     with pytest.raises(RuntimeError, match="does not require grad"):
@@ -631,6 +635,14 @@ BAD_MODELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "two_dtypes": (in_two_dtypes, TypeError, "one of float32, float16 or bfloat16, got torch.float16, torch.float32"),
     "no_data": (lambda: tiny_bert().to("meta"), ValueError, "one device that holds data, got meta"),
 }
+
+
+def test_quantised_layers_are_refused() -> None:
+    quantised = torch.ao.quantization.quantize_dynamic(tiny_bert(), {torch.nn.Linear})
+    with pytest.raises(
+        ValueError, match=r"model must have the parameter bert.encoder.layer.0.attention.self.query.weight"
+    ):
+        fastcls.optimize(quantised)
 
 
 @pytest.mark.parametrize(("make", "error", "message"), list(BAD_MODELS.values()), ids=list(BAD_MODELS))

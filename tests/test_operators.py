@@ -200,6 +200,26 @@ def test_every_operation_is_an_operator() -> None:
     assert operations == {case.split("-")[0] for case in CASES} == set(TRACED)
 
 
+def test_gradients_are_refused() -> None:
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)
+    with pytest.raises(RuntimeError, match="hidden_states must not require gradients"):
+        linear(x, weight)
+    with torch.no_grad():
+        assert not linear(x, weight).requires_grad
+    with pytest.raises(RuntimeError, match="fastcls_kernels computes no gradients"):
+        torch.ops.fastcls_kernels.linear(x, weight, None).sum().backward()
+
+
+def test_what_belongs_together_is_given_together() -> None:
+    inputs = Inputs(LENGTHS)
+    query = inputs.random(len(LENGTHS), HEADS, SIZE)
+    given = (query, inputs.rows, *inputs.packing, 0.3, None, None, None, None)
+    with pytest.raises(ValueError, match="row_starts, row_ends must all be given or none, got row_starts"):
+        torch.ops.fastcls_kernels.cls_attention(*given, inputs.first, None, None, None, None, None, 0.0)
+    with pytest.raises(ValueError, match="norm_residual, norm_weight, norm_bias must all be given or none"):
+        torch.ops.fastcls_kernels.cls_attention(*given, None, None, None, inputs.rows, inputs.vector, None, 0.0)
+
+
 @every_case
 def test_opcheck(case: str, device: str) -> None:
     operation, args, kwargs = CASES[case](Inputs(LENGTHS, device))

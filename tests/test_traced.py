@@ -222,11 +222,46 @@ def test_a_graph_sees_weights_and_options_change(family: str) -> None:
     assert torch.equal(compiled(**inputs).logits, fast(**inputs).logits)
 
 
+def test_a_graph_forgets_with_its_model() -> None:
+    fast = fastcls.optimize(tiny_model("DebertaV2ForSequenceClassification", "deberta-v2"))
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    inputs = batch(3, 7)
+    before = compiled(**inputs).logits
+    # By hand, which only those who clear are told of.
+    fast.encoder.relative.table_weight.data.mul_(1.5)
+    fast.clear_caches()
+    assert torch.equal(compiled(**inputs).logits, fast(**inputs).logits)
+    assert not torch.equal(compiled(**inputs).logits, before)
+
+
+def test_old_weights_are_not_kept(device: str) -> None:
+    fast = fastcls.optimize(tiny_bert().to(device))
+    torch.compile(fast, fullgraph=True, backend="eager")(**batch(3, 7, device))
+    old = weakref.ref(traced._built[next(fast.parameters())][fast.description, fast.options].model)
+    fast.to(torch.bfloat16)
+    torch._dynamo.reset()
+    gc.collect()
+    assert old() is None
+
+
+def test_two_graphs_of_one_model_do_not_take_turns_in_making_it() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    inputs = batch(3, 7)
+    program = torch.export.export(fast, (), inputs).module()
+    fast.last_layer = "full"
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    program(**inputs), compiled(**inputs)
+    made = {key: built.model for models in traced._built.values() for key, built in models.items()}
+    program(**inputs), compiled(**inputs)
+    again = {key: built.model for models in traced._built.values() for key, built in models.items()}
+    assert all(again[key] is model for key, model in made.items())
+
+
 def test_what_runs_in_graphs_is_gone_with_its_model() -> None:
     fast = fastcls.optimize(tiny_bert())
     torch.compile(fast, fullgraph=True, backend="eager")(**batch(3, 7))
     twin = copy.deepcopy(fast)
-    gone = weakref.ref(traced._built[next(fast.parameters())].model)
+    gone = weakref.ref(traced._built[next(fast.parameters())][fast.description, fast.options].model)
     del fast
     torch._dynamo.reset()
     gc.collect()

@@ -32,6 +32,10 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+# What a layer projects positions with, where it does.
+_NOT_IN_EVERY_CONFIG = ("position_key", "position_query")
+
+
 @dataclass(frozen=True)
 class Family:
     """How the models of one architecture are read.
@@ -56,8 +60,20 @@ class Family:
         return head if isinstance(head, HeadSpec) else head(config)
 
     def weights(self, config: PreTrainedConfig, head: HeadSpec, present: Collection[str]) -> WeightMap:
-        """The map of a model's parameters, of which ``present`` are there: biases and poolers may be left out."""
+        """The map of a model's parameters, of which ``present`` are there: biases and poolers may be left out.
+
+        Raises:
+            ValueError: a layer has not the weights of its class.
+        """
         prefix = "" if head.task == "encoder" else self.prefix
+        for own, parts in self.modules(config).items():
+            if own.startswith("layers.") and not own.endswith(_NOT_IN_EVERY_CONFIG):
+                for name in joined(parts, "weight"):
+                    if prefix + name not in present:
+                        raise ValueError(
+                            f"model must have the parameter {prefix}{name}, which is missing: "
+                            "layers that were quantised or replaced are not taken"
+                        )
         sources: dict[str, tuple[str, ...]] = {}
         for kind in ("weight", "bias"):
             for own, parts in self.modules(config).items():

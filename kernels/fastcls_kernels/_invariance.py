@@ -10,7 +10,7 @@ the machine before the first one is relied on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 
 import torch
@@ -35,7 +35,8 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
 
     That is: the rows of one sequence, in one dtype, on one device, with one version of the libraries and one number of
     threads. It holds for the operations of this package, in this thread. It costs speed: tiles are not chosen by the
-    number of rows, sequences do not share them, and matrix products are not left to a library's own choice.
+    number of rows, sequences do not share them, and matrix products are not left to a library's own choice. Around what
+    is compiled it holds inside, too; within a function that ``torch.compile`` traces it cannot be entered.
 
     Raises:
         RuntimeError: from an operation on the CPU, where its library's products depend on a row's place.
@@ -52,13 +53,14 @@ def is_batch_invariant() -> bool:
     return _invariant.get()
 
 
-def in_blocks(product: Callable[[Tensor], Tensor], rows: Tensor, *key: Hashable) -> Tensor:
-    """``product(rows)``, a function of each row of (num_rows, ...), by blocks of fixed sizes.
+def in_blocks(product: Callable[..., Tensor], rows: Tensor, *weights: Tensor | None, name: str) -> Tensor:
+    """``product(rows, *weights)``, a function of each row of (num_rows, ...), by blocks of fixed sizes.
 
     Args:
         product: takes any number of rows.
         rows: (num_rows, ...).
-        key: what the product depends on besides its rows' shape and dtype: shapes, and which function it is.
+        weights: what each row is multiplied with, or None.
+        name: says which product it is; the same for those that differ in their weights alone.
 
     Raises:
         RuntimeError: the product depends on where in a block a row stands, or the rows are not on the CPU: of another
@@ -66,7 +68,7 @@ def in_blocks(product: Callable[[Tensor], Tensor], rows: Tensor, *key: Hashable)
     """
     if rows.device.type != "cpu":
         raise RuntimeError(f"batch_invariant must be left off on {rows.device}: the Triton kernels do not run there")
-    sizes = _sizes(product, rows, key)
+    sizes = _sizes(product, rows, weights, name)
     num_rows = rows.shape[0]
     out: Tensor | None = None
     start = 0
@@ -75,10 +77,10 @@ def in_blocks(product: Callable[[Tensor], Tensor], rows: Tensor, *key: Hashable)
         # The smallest that holds the rest, if half of it is used; else the largest that is filled.
         size = next((size for size in sizes if left <= size < 2 * max(left, 1)), None)
         size = size or max((size for size in sizes if size <= left), default=sizes[0])
-        block = rows[start : start + size]
+        block = rows[start : start + size].contiguous()
         if left < size:
             block = torch.cat((block, block.new_zeros(size - left, *block.shape[1:])))
-        made = product(block)
+        made = product(block, *weights)
         if out is None:
             out = made.new_empty(num_rows, *made.shape[1:])
         out[start : start + size] = made[: num_rows - start]
@@ -89,22 +91,41 @@ def in_blocks(product: Callable[[Tensor], Tensor], rows: Tensor, *key: Hashable)
 _agreeing: dict[Hashable, tuple[int, ...]] = {}
 
 
-def _sizes(product: Callable[[Tensor], Tensor], rows: Tensor, key: Hashable) -> tuple[int, ...]:
+def _sizes(
+    product: Callable[..., Tensor], rows: Tensor, weights: Sequence[Tensor | None], name: str
+) -> tuple[int, ...]:
     """The sizes of blocks in which a row gets the same bits, smallest first."""
-    known = (key, rows.shape[1:], rows.dtype, torch.get_num_threads())
+    shapes = tuple(None if weight is None else (weight.shape, weight.stride(), weight.dtype) for weight in weights)
+    settings = (torch.get_num_threads(), torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision())
+    known = (name, rows.shape[1:], rows.dtype, shapes, settings)
     if known not in _agreeing:
-        _agreeing[known] = _try_sizes(product, rows, key)
+        _agreeing[known] = _try_sizes(product, rows, weights, name)
     return _agreeing[known]
 
 
-def _try_sizes(product: Callable[[Tensor], Tensor], rows: Tensor, key: Hashable) -> tuple[int, ...]:
+def _try_sizes(
+    product: Callable[..., Tensor], rows: Tensor, weights: Sequence[Tensor | None], name: str
+) -> tuple[int, ...]:
     few = min(_BLOCKS)
     generator = torch.Generator().manual_seed(0)
-    # As many different rows as the smallest block has, in turn, and all of them moved by one place.
-    sample = torch.randn(few, *rows.shape[1:], generator=generator, dtype=torch.float32).to(rows.dtype)
+
+    def random(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    # Numbers of our own: zeros among the weights would hide a difference, and what overflows would feign one.
+    likes = [
+        None
+        if weight is None
+        else torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype).copy_(
+            random(weight.shape, weight.dtype)
+        )
+        for weight in weights
+    ]
+    # As many different rows as the smallest block has, in turn, and all of them moved by some places.
+    sample = random((few, *rows.shape[1:]), rows.dtype)
 
     def block(size: int, shift: int) -> Tensor:
-        made = product(sample.roll(shift, 0).repeat(cdiv(size, few), *(1,) * (sample.ndim - 1)))
+        made = product(sample.roll(shift, 0).repeat(cdiv(size, few), *(1,) * (sample.ndim - 1)), *likes)
         return made.unflatten(0, (-1, few)).roll(-shift, 1)
 
     expected = block(_BLOCKS[0], 0)[:1]
@@ -113,7 +134,26 @@ def _try_sizes(product: Callable[[Tensor], Tensor], rows: Tensor, key: Hashable)
     ]
     if _BLOCKS[0] not in agreeing:
         raise RuntimeError(
-            f"batch_invariant must be left off on this CPU with {torch.get_num_threads()} threads: its library's "
-            f"{key} gives a row other bits in another place of a block; another torch.set_num_threads may help"
+            f"batch_invariant must be left off on this CPU with {torch.get_num_threads()} threads: the {name} of its "
+            "library gives a row other bits in another place of a block; another torch.set_num_threads may help"
         )
     return tuple(sorted(agreeing))
+
+
+# Fewer numbers than PyTorch shares out among threads, and no remainder that its loops over vectors would leave to code
+# which rounds otherwise.
+_PIECE = 2048
+_VECTORS = 64
+
+
+def in_pieces_(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function``, pointwise and in place, of a contiguous tensor on the CPU, by the same code for each number."""
+    flat = x.view(-1)
+    whole = flat.numel() // _PIECE * _PIECE
+    for piece in flat[:whole].split(_PIECE):
+        function(piece)
+    rest = flat[whole:]
+    if rest.numel():
+        padded = torch.nn.functional.pad(rest, (0, -rest.numel() % _VECTORS))
+        rest.copy_(function(padded)[: rest.numel()])
+    return x

@@ -208,6 +208,16 @@ class PackedLayout:
         """
         return self._single_runs if is_batch_invariant() else self._shared_runs
 
+    def has_gaps(self, run: Run) -> bool:
+        """Whether rows of a run may stand at other distances than their places in the packing say.
+
+        With `batch_invariant` it is that of the run alone; otherwise that any sequence has gaps is enough.
+        """
+        if self.positions is None or not is_batch_invariant():
+            return self.positions is not None
+        first, last = self.positions[run.start_token], self.positions[run.end_token - 1]
+        return int(last - first) + 1 > run.length
+
     @functools.cached_property
     def _shared_runs(self) -> list[Run]:
         lengths = itertools.groupby(self.cu_seqlens.diff().tolist())

@@ -344,6 +344,7 @@ class _ScoreTerms:
     """What a CPU adds to scores: the bias, and -inf outside of the window."""
 
     def __init__(self, layout: PackedLayout, window: tuple[int, int], bias: Tensor | None, like: Tensor) -> None:
+        self.layout = layout
         # In 64 bits, as limits of a window may be.
         self.positions = None if layout.positions is None else layout.positions.long()
         self.window = window
@@ -366,7 +367,7 @@ class _ScoreTerms:
 
     def block(self, run: Run, rows: slice, keys: slice) -> Tensor:
         """(1 or num_sequences, 1 or nheads, rows, keys)."""
-        if self.positions is not None:
+        if self.positions is not None and self.layout.has_gaps(run):
             positions = run.batch(self.positions)
             return self._of(positions[:, None, keys] - positions[:, rows, None]).transpose(0, 1)
         first, last = self.longest + keys.start - rows.stop, self.longest + keys.stop - rows.start - 1
@@ -411,7 +412,7 @@ def _attention_runs(
 
 
 def _all_in_window(run: Run, window: tuple[int, int], layout: PackedLayout) -> bool:
-    return layout.positions is None and all(limit < 0 or run.length <= limit + 1 for limit in window)
+    return not layout.has_gaps(run) and all(limit < 0 or run.length <= limit + 1 for limit in window)
 
 
 def _attend_short(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -320,20 +320,23 @@ def _attention_runs(
     scale: float,
 ) -> Tensor:
     out = q.new_empty(q.shape)
-    positions = layout.positions
     longest = max((run.length for run in layout.runs), default=1)
-    if positions is None:
-        rising = buckets.of(torch.arange(1 - longest, longest, device=q.device))
-        pos_key = None if pos_key is None else pos_key.index_select(0, rising.flip(0))
-        pos_query = None if pos_query is None else pos_query.index_select(0, rising)
     # Sums of 16-bit numbers are float32 until the end, as on a GPU.
     dtype = torch.promote_types(q.dtype, torch.float32)
-    # [nheads, headdim, distances or buckets]
-    key_table, query_table = (
-        None if table is None else table.permute(1, 2, 0).to(dtype) for table in (pos_key, pos_query)
-    )
+
+    def table(rows: Tensor | None, order: Tensor | None = None) -> Tensor | None:
+        """[nheads, headdim, buckets], or distances in an order."""
+        if rows is None:
+            return None
+        return (rows if order is None else rows.index_select(0, order)).permute(1, 2, 0).to(dtype)
+
+    rising = buckets.of(torch.arange(1 - longest, longest, device=q.device))
+    by_distance = (table(pos_key, rising.flip(0)), table(pos_query, rising))
+    by_bucket = (None, None) if layout.positions is None else (table(pos_key), table(pos_query))
     end_token = 0
     for run in layout.runs:
+        positions = layout.positions if layout.has_gaps(run) else None
+        key_table, query_table = by_distance if positions is None else by_bucket
         columns = slice(longest - run.length, longest + run.length - 1) if positions is None else slice(None)
         width = 2 * run.length - 1 if positions is None else len(buckets.rows)
         for sequences, heads in _chunks(run, q.shape[1], width):

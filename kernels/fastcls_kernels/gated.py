@@ -5,13 +5,15 @@ A program takes BLOCK_M rows and BLOCK_N columns of both halves, and rounds once
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ._activation import Activation, activate_, activated, check_activation
 from ._backend import device_guard, runs_triton
 from ._checks import check_last_dim_contiguous, check_tensor
-from ._invariance import in_blocks, is_batch_invariant
+from ._invariance import in_pieces_, is_batch_invariant
 from ._tracing import traceable
 from ._triton import cdiv, jit, tl
 
@@ -85,12 +87,9 @@ def gated_activation(hidden_states: Tensor, activation: Activation = "gelu") -> 
     check_activation(activation)
     if runs_triton(hidden_states):
         return _launch_gated_activation(hidden_states, activation)
-    if is_batch_invariant():
-        return in_blocks(lambda rows: _gate(rows, activation), hidden_states, "gated activation", activation)
-    return _gate(hidden_states, activation)
-
-
-def _gate(hidden_states: Tensor, activation: Activation) -> Tensor:
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     x, gate = hidden_states.chunk(2, dim=1)
-    return activate_(activation, x.to(dtype, copy=True)).mul_(gate).to(hidden_states.dtype)
+    activate = functools.partial(activate_, activation)
+    x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    x = in_pieces_(activate, x) if is_batch_invariant() else activate(x)
+    return x.mul_(gate).to(hidden_states.dtype)

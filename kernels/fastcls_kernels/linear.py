@@ -10,6 +10,7 @@ every product, in one tile.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, overload
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from ._activation import Activation, activate_, activated, check_activation
 from ._backend import device_guard, runs_triton
 from ._checks import check_last_dim_contiguous, check_tensor
-from ._invariance import in_blocks, is_batch_invariant
+from ._invariance import in_blocks, in_pieces_, is_batch_invariant
 from ._tma import descriptor, is_aligned
 from ._tracing import traceable
 from ._triton import cdiv, jit, tl
@@ -184,11 +185,15 @@ def _product(
     if runs_triton(hidden_states):
         tile = invariant_linear_tile(arch_of(hidden_states.device), hidden_states.dtype)
         return _launch_linear(hidden_states, weight, bias, activation, tile)
-    return in_blocks(
-        lambda rows: _library_product(rows, weight, bias, activation),
-        hidden_states,
-        *("product", tuple(weight.shape), bias is not None, activation),
-    )
+    if uses_onednn(hidden_states[:1]):
+        # Fused even where a pass of its own would be faster: that pass would need care of its own, too.
+        return in_blocks(
+            lambda rows, weight, bias: _onednn_linear(rows, weight, bias, activation),
+            *(hidden_states, weight, bias),
+            name=f"oneDNN product with activation {activation}",
+        )
+    made = in_blocks(F.linear, hidden_states, weight, bias, name="product")
+    return made if activation is None else in_pieces_(functools.partial(activate_, activation), made)
 
 
 def _library_product(
@@ -301,15 +306,15 @@ def linear_per_head(rows: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"weight must have shape {(*rows.shape[1:], 'out_features')}, got {tuple(weight.shape)}")
     check_last_dim_contiguous("rows", rows)
     if not is_batch_invariant():
-        return torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1)
+        return _product_per_head(rows, weight)
     if runs_triton(rows):
         heads = zip(rows.unbind(1), weight.transpose(1, 2).contiguous(), strict=True)
         return torch.stack([_product(head, matrix, None) for head, matrix in heads], 1)
-    return in_blocks(
-        lambda block: torch.bmm(block.transpose(0, 1), weight).transpose(0, 1),
-        rows,
-        *("product per head", tuple(weight.shape), weight.stride()),
-    )
+    return in_blocks(_product_per_head, rows, weight, name="product per head")
+
+
+def _product_per_head(rows: Tensor, weight: Tensor) -> Tensor:
+    return torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1)
 
 
 @overload

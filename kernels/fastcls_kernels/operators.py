@@ -39,9 +39,18 @@ def _operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callab
         name = add_op_namespace_prefix(function.__name__.removeprefix("_"))
         registered = torch.library.custom_op(name, function, mutates_args=mutates)
         registered.register_fake(fake)
+        if not mutates:
+            registered.register_autograd(_refuse_gradients)
         return registered
 
     return register
+
+
+def _refuse_gradients(_context: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "fastcls_kernels computes no gradients: detach what goes in, or call it inside torch.no_grad() or "
+        "torch.inference_mode()"
+    )
 
 
 def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,6 +65,17 @@ def _layout(cu_seqlens: Tensor, max_seqlen: int, tokens: Tensor, positions: Tens
 
 def _positions(layout: PackedLayout | None) -> Tensor | None:
     return None if layout is None else layout.positions
+
+
+def _check_together(**tensors: Tensor | None) -> None:
+    given = [name for name, tensor in tensors.items() if tensor is not None]
+    if given and len(given) < len(tensors):
+        raise ValueError(f"{', '.join(tensors)} must all be given or none, got {', '.join(given)}")
+
+
+def _row_bounds(row_starts: Tensor | None, row_ends: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    _check_together(row_starts=row_starts, row_ends=row_ends)
+    return None if row_starts is None or row_ends is None else (row_starts, row_ends)
 
 
 def _contiguous_like(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -128,6 +148,7 @@ def _cls_attention(
     norm_eps: float,
 ) -> Tensor:
     norm = None
+    _check_together(norm_residual=norm_residual, norm_weight=norm_weight, norm_bias=norm_bias)
     if norm_residual is not None and norm_weight is not None and norm_bias is not None:
         norm = AddNorm(norm_input_bias, norm_residual, norm_weight, norm_bias, norm_eps)
     return cls_attention(
@@ -137,7 +158,7 @@ def _cls_attention(
         norm=norm,
         keys=keys,
         bias=bias,
-        row_bounds=None if row_starts is None or row_ends is None else (row_starts, row_ends),
+        row_bounds=_row_bounds(row_starts, row_ends),
     )
 
 
@@ -182,7 +203,7 @@ def _cls_attention_kv(
         num_splits=num_splits,
         layout=_layout(cu_seqlens, max_seqlen, k, positions),
         bias=bias,
-        row_bounds=None if row_starts is None or row_ends is None else (row_starts, row_ends),
+        row_bounds=_row_bounds(row_starts, row_ends),
     )
 
 
