@@ -149,12 +149,17 @@ def verify(
     is a question and its choices, with tabs between. A model that fills masks
     predicts every token of a text without one.
 
-    Exit status 1 if a label changed by more than rounding explains, 2 for a
-    mistake in what was asked. Rounding explains a label whose margin in the
-    original is at most twice what two computations of a logit may differ by:
-    three times the original's own rounding error, measured against float64 on
-    the first 64 texts and on the text whose label changed. Where a model
-    gives no labels, numbers that differ by more than that count instead.
+    Exit status 0 if fastcls gives the original's answers, 1 if not, 2 for a
+    mistake in what was asked, 130 after Ctrl-C (with a report of what was
+    done). Not the original's answer is a label that changed by more than
+    rounding explains, or a logit that is off by more than ten times that.
+
+    Two computations of a logit may differ by three times the original's own
+    rounding error: once for its own, and twice for fastcls's. It is measured
+    against float64, on the first 64 texts and on each text in question. So
+    rounding explains a changed label where the original preferred its own by
+    at most twice that, since both logits may move. Where a model gives no
+    labels, numbers that differ by more than that count instead.
     """
     total = None if str(file) == "-" else _count_lines(file)
     from .loading import load_model, load_tokenizer, parse_device, parse_dtype
@@ -163,6 +168,10 @@ def verify(
 
     if plot is not None:
         check_picture(plot)
+    if reduced is not None and "none" in reduced:
+        if len(reduced) > 1:
+            raise ValueError(f"--reduced none must stand alone, got {', '.join(reduced)}")
+        reduced = []
     _set_threads(threads)
     place, torch_dtype = parse_device(device), parse_dtype(dtype)
     with _stderr.status("Loading the model", spinner="dots"):
@@ -179,7 +188,7 @@ def verify(
             original,
             tokenizer,
             texts,
-            reduced=[] if reduced == ["none"] else reduced,
+            reduced=reduced,
             batch_size=batch_size,
             truncation=truncate,
             limit=limit,

@@ -311,6 +311,35 @@ def test_what_is_no_number_is_no_rounding(tokenizer: PreTrainedTokenizerBase, wh
     json.dumps(found.to_json(), allow_nan=False)
 
 
+@pytest.mark.parametrize("damage", ["scaled", "infinite"])
+def test_logits_that_are_off_are_not_fine_where_no_label_changed(
+    tokenizer: PreTrainedTokenizerBase, damage: str
+) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification", num_labels=2)
+    with torch.no_grad():
+        # One label for all texts, so that none changes below.
+        model.classifier.bias[0] += 100.0
+
+    def scale(fast: Any) -> None:
+        fast.head.out_weight.mul_(1.01)
+
+    def lose_a_logit(fast: Any) -> None:
+        fast.head.out_bias[1] = -float("inf")
+
+    fast = damaged(model, scale if damage == "scaled" else lose_a_logit)
+    texts = sample_texts()[:72]
+    found = verify(model, tokenizer, texts, fast=fast, reduced=(), truncation=True)
+    comparison = found.comparisons[0]
+    assert (comparison.changed, comparison.far_off, found.fine()) == (0, len(texts), False)
+    off = (
+        logits_of(model, tokenizer, texts) - fastcls.Classifier(fast, tokenizer, truncation=True).logits(texts)
+    ).abs()
+    assert comparison.furthest == (int(off.amax(1).argmax()) + 1 if damage == "scaled" else 1)
+    own = verify(model, tokenizer, texts, truncation=True)
+    assert own.fine(strict=True)
+    assert [each.far_off for each in own.comparisons] == [0, 0, 0]
+
+
 def test_every_difference_is_in_the_histogram(tokenizer: PreTrainedTokenizerBase) -> None:
     for comparison in verify(sized(tokenizer, "BertForTokenClassification"), tokenizer, TEXTS).comparisons:
         differences = comparison.differences
@@ -419,8 +448,12 @@ def test_real_sentences(
 # The command
 
 
-def run(*arguments: object, stdin: bytes = b"") -> Result:
-    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, ["verify", *map(str, arguments)], input=stdin)
+def run(*arguments: object, stdin: bytes = b"", columns: int = 200) -> Result:
+    environment = {"COLUMNS": str(columns), "NO_COLOR": "1"}
+    done = CliRunner(env=environment).invoke(app, ["verify", *map(str, arguments)], input=stdin)
+    # Of any other exception the runner makes status 1, which is a verdict here.
+    assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
+    return done
 
 
 def saved(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -483,6 +516,33 @@ def test_a_changed_label_is_shown_and_is_status_1(checkpoint: Path, file: Path) 
     assert "[bold]not bold[/bold]" in shown.stdout
 
 
+def test_logits_that_are_off_are_status_1(checkpoint: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(model: Any, *arguments: Any, **options: Any) -> Verification:
+        # The same number for both logits changes no label.
+        fast = damaged(model, lambda fast: fast.head.out_bias.add_(1.0))
+        return verify(model, *arguments, **options, fast=fast)
+
+    monkeypatch.setattr(fastcls.verify, "verify", compare)
+    done = run(checkpoint, file, "--reduced", "none")
+    assert done.exit_code == 1
+    told = f"Differs: logits are off by more than 10 times what rounding explains: {len(TEXTS) + 2} in float32"
+    assert told in done.stdout
+
+
+@pytest.mark.usefixtures("wrong")
+def test_a_narrow_terminal_keeps_every_number(checkpoint: Path, file: Path) -> None:
+    done = run(checkpoint, file, "--reduced", "bfloat16", "--reduced", "float16", columns=80)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    worst = json.loads(run(checkpoint, file, "--json", "--reduced", "none").stdout)["comparisons"][0]["changed_labels"]
+    rows = [line.split() for line in done.stdout.splitlines()]
+    for changed in worst:
+        numbers = [f"{changed[name]:.1e}" for name in ("margin", "explained_up_to")]
+        assert any(row[:1] == [str(changed["line"])] and row[-2:] == numbers for row in rows)
+    # The rows of the picture keep their powers of ten.
+    assert ["equal"] in [row[:1] for row in rows]
+    assert any(row and row[0].startswith("1e-0") for row in rows)
+
+
 SCHEMA: dict[str, Any] = {
     "model_class": str,
     "task": str,
@@ -501,6 +561,8 @@ SCHEMA: dict[str, Any] = {
             "labels": int,
             "changed": int,
             "beyond_rounding": (int, type(None)),
+            "far_off": (int, type(None)),
+            "furthest_line": (int, type(None)),
             "differences": {
                 "count": int,
                 "equal": int,
@@ -624,6 +686,10 @@ def test_mistakes_are_one_line_and_status_2(
         ((checkpoint, file, "--pairs"), "line 1: --pairs needs a tab between two texts"),
         ((checkpoint, file, "--dtype", "int4"), "dtype must be one of float32, float16, bfloat16, got 'int4'"),
         ((checkpoint, file, "--device", "gpu"), "device must be one that torch can use here, got 'gpu'"),
+        (
+            (checkpoint, file, "--reduced", "none", "--reduced", "bfloat16"),
+            "--reduced none must stand alone, got none,",
+        ),
         ((checkpoint, file, "--reduced", "int8"), "reduced must name bfloat16 or float16, got 'int8'"),
         ((checkpoint, file, "--dtype", "float16", "--reduced", "bfloat16"), "with an original in float32"),
         ((checkpoint, file, "--plot", tmp_path / "a.txt"), "--plot must be a file that ends in .pdf, .png, .svg"),

@@ -14,6 +14,11 @@ from .answers import Answers, Batch, States
 
 # The original's own rounding error once, and fastcls's, which is held to twice that.
 ALLOWANCE = 3
+# An answer with the right label counts as another one where its numbers differ by so many times what rounding explains.
+FAR_OFF = 10
+# Of few numbers all may be nearly exact by chance: of what is far off rounding explains at least so many steps of the
+# dtype at the answer's largest number.
+_LEAST_STEPS = 8
 # This many changed answers are kept to be shown, those with the largest margins.
 KEPT = 20
 # Bins of differences: two a decade from 1e-20 to 1e6; the first and the last take what lies beyond.
@@ -118,6 +123,9 @@ class Comparison:
         decisions: how many labels were compared.
         changed: how many of them differ; of answers without labels, how many rounding does not explain.
         beyond_rounding: of those that differ, how many rounding does not explain.
+        far_off: of answers with labels, how many have a number that is not finite in one of the two models alone, or
+            differs by more than `FAR_OFF` times what rounding explains.
+        furthest: the line of the largest of these differences.
         rounding: the largest rounding error of the original in ``dtype`` that was seen on the first texts; None where
             changes are counted and not judged.
         cosines: of an encoder, between embeddings: their number, sum and lowest.
@@ -128,7 +136,9 @@ class Comparison:
         self.dtype = dtype
         self.answers = answers
         self.differences = Differences()
-        self.decisions = self.changed = self.beyond_rounding = 0
+        self.decisions = self.changed = self.beyond_rounding = self.far_off = 0
+        self.furthest: int | None = None
+        self._furthest = 0.0
         self.rounding: float | None = 0.0 if judged else None
         self.cosines = (0, 0.0, 1.0)
         self._kept: list[tuple[bool, float, int, Changed]] = []
@@ -155,7 +165,10 @@ class Comparison:
             assert self.rounding is not None
             wrong = differences.amax(1) > ALLOWANCE * self.rounding
         else:
+            assert self.rounding is not None
+            allowed = torch.full((len(rows),), ALLOWANCE * self.rounding, dtype=torch.float64)
             wrong = self._choices(original, batch) != self._choices(rows, batch)
+            wrong |= self._far_off(batch, original, differences, allowed)
         return sorted(set(self.answers.owners(batch)[wrong].tolist()))
 
     def add(self, batch: Batch, original: Tensor, rows: Tensor, errors: Tensor | None = None) -> None:
@@ -181,6 +194,7 @@ class Comparison:
             self._keep(batch, where, margins[where], allowed[where], lambda _: (None, None))
             return
         self.decisions += len(rows)
+        self._add_far_off(batch, original, differences, allowed)
         where = (self._choices(original, batch) != self._choices(rows, batch)).nonzero()[:, 0]
         original, rows = original[where].double(), rows[where].double()
         if counted is not None:
@@ -201,6 +215,24 @@ class Comparison:
         # Two labels change places only where their two logits together move by the margin between them.
         margins = (original.gather(1, theirs[:, None]) - original.gather(1, ours[:, None]))[:, 0]
         self._keep(batch, where, margins, 2 * allowed[where], named)
+
+    def _far_off(self, batch: Batch, original: Tensor, differences: Tensor, allowed: Tensor) -> Tensor:
+        counted = self.answers.counted(batch)
+        sizes = original.double().abs().nan_to_num(0, 0, 0)
+        if counted is not None:
+            sizes = sizes.masked_fill(~counted, 0)
+        least = _LEAST_STEPS * torch.finfo(getattr(torch, self.dtype)).eps * sizes.amax(1)
+        return differences.amax(1).double() > FAR_OFF * torch.maximum(allowed, least)
+
+    def _add_far_off(self, batch: Batch, original: Tensor, differences: Tensor, allowed: Tensor) -> None:
+        where = self._far_off(batch, original, differences, allowed).nonzero()[:, 0]
+        if not len(where):
+            return
+        self.far_off += len(where)
+        largest, index = differences.amax(1)[where].max(0)
+        if float(largest) > self._furthest:
+            self._furthest = float(largest)
+            self.furthest = batch.texts[int(self.answers.owners(batch)[where[index]])].number + 1
 
     def _keep(
         self,
@@ -252,6 +284,8 @@ class Comparison:
             "labels": self.decisions,
             "changed": self.changed,
             "beyond_rounding": None if self.rounding is None else self.beyond_rounding,
+            "far_off": None if self.rounding is None else self.far_off,
+            "furthest_line": self.furthest,
             "differences": {
                 "count": differences.count,
                 "equal": differences.equal,

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .answers import Text
-from .comparison import ALLOWANCE, Changed, Comparison
+from .comparison import ALLOWANCE, FAR_OFF, Changed, Comparison
 from .run import Timed, Verification
 
 # Of the changed answers that were kept, so many are shown in dtypes that do not decide.
 _SHOWN_REDUCED = 5
-_TEXT_WIDTH, _LABEL_WIDTH, _BAR_WIDTH = 60, 14, 12
+_TEXT_WIDTHS, _LABEL_WIDTH, _BAR_WIDTHS = (8, 60), 14, (2, 12)
+# What stands right of a bar, "100.00%" with a space before it.
+_PERCENT_WIDTH = 7
 _ENDINGS = (".pdf", ".png", ".svg")
 # Okabe and Ito's colours, which most colour-blind people tell apart; fastcls's are the strong ones.
 _COLOURS = {"fastcls": ("#d55e00", "#cc79a7", "#e69f00"), "original": ("#0072b2", "#56b4e9")}
@@ -140,11 +143,17 @@ def _show_changed(comparison: Comparison, console: Console, shown: int | None) -
         return
     title = f"Changed in {comparison.dtype}, {'largest margins' if len(changed) < comparison.changed else 'all'} first"
     table = _table(title, "line", "text", "original", "fastcls", "margin", "explained")
-    for column in table.columns:
+    rows = [_changed_row(entry) for entry in changed]
+    for index, column in enumerate(table.columns):
         column.no_wrap = True
         column.justify = "left" if column.header in ("text", "original", "fastcls") else "right"
-    for entry in changed:
-        table.add_row(*map(escape, _changed_row(entry)), style="red" if entry.beyond_rounding else "")
+        # The text takes what the others leave; the line says which text it is, however little that may be.
+        if column.header != "text":
+            column.width = max(len(str(column.header)), *(cell_len(row[index]) for row in rows))
+    others = sum(column.width + 2 for column in table.columns if column.width is not None)
+    table.columns[1].width = _between(console.width - others - 2, _TEXT_WIDTHS)
+    for row, entry in zip(rows, changed, strict=True):
+        table.add_row(*map(escape, row), style="red" if entry.beyond_rounding else "")
     console.print(table)
     if len(changed) < comparison.changed:
         console.print(f"and {comparison.changed - len(changed):,} more", highlight=False)
@@ -158,15 +167,17 @@ def _changed_row(entry: Changed) -> list[str]:
         for name in (entry.original, entry.fastcls)
     ]
     numbers = [f"{number:.1e}" if math.isfinite(number) else "not finite" for number in (entry.margin, entry.explained)]
-    return [str(entry.line), _shortened(place + _in_one(entry.text), _TEXT_WIDTH), *named, *numbers]
+    return [str(entry.line), _shortened(place + _in_one(entry.text), _TEXT_WIDTHS[1]), *named, *numbers]
 
 
 def _show_differences(found: Verification, console: Console) -> None:
     table = _table("Differences", "")
-    table.columns[0].no_wrap = True
+    table.columns[0].width = len("not finite") if any(each.differences.not_finite for each in found.comparisons) else 5
+    left = console.width - table.columns[0].width - 2
+    bar_width = _between(left // len(found.comparisons) - 2 - _PERCENT_WIDTH, _BAR_WIDTHS)
     columns: list[dict[int, int]] = []
     for comparison in found.comparisons:
-        table.add_column(f"{comparison.name} {comparison.dtype}", width=_BAR_WIDTH + 7)
+        table.add_column(f"{comparison.name} {comparison.dtype}", width=bar_width + _PERCENT_WIDTH)
         decades: dict[int, int] = {}
         for low, _, count in comparison.differences.bins():
             decade = math.floor(math.log10(low) + 1e-9)
@@ -186,36 +197,34 @@ def _show_differences(found: Verification, console: Console) -> None:
             count / max(1, comparison.differences.count)
             for count, comparison in zip(counts, found.comparisons, strict=True)
         ]
-        table.add_row(name, *(_bar(share) for share in shares))
+        table.add_row(name, *(_bar(share, bar_width) for share in shares))
     console.print(table)
     console.print("Share of all numbers; 1e-06 is from there to ten times as much.\n", highlight=False, style="dim")
 
 
-def _bar(share: float) -> str:
-    return (
-        f"{'█' * round(share * _BAR_WIDTH)}{'▏' if 0 < share * _BAR_WIDTH < 0.5 else ''} {_percent(share)}"
-        if share
-        else ""
-    )
+def _bar(share: float, width: int) -> str:
+    return f"{'█' * round(share * width)}{'▏' if 0 < share * width < 0.5 else ''} {_percent(share)}" if share else ""
 
 
 def _show_verdict(found: Verification, console: Console, strict: bool) -> None:
     decisive = [each for each in found.comparisons if each.rounding is not None][: None if strict else 1]
     beyond = {each.dtype: each.beyond_rounding for each in decisive if each.beyond_rounding}
+    far_off = [each for each in decisive if each.far_off]
     own = found.comparisons[0]
     what = "labels" if own.decisions else "answers"
     if beyond:
         counts = ", ".join(f"{count:,} in {dtype}" for dtype, count in beyond.items())
-        console.print(
-            f"[bold red]Differs:[/] {what} changed by more than rounding explains: {counts}.", highlight=False
-        )
+        verdict = f"[bold red]Differs:[/] {what} changed by more than rounding explains: {counts}."
+    elif far_off:
+        counts = ", ".join(f"{each.far_off:,} in {each.dtype} (most in line {each.furthest})" for each in far_off)
+        verdict = f"[bold red]Differs:[/] logits are off by more than {FAR_OFF} times what rounding explains: {counts}."
     elif own.changed:
         verdict = f"[bold green]Fine:[/] rounding explains every {what[:-1]} that changed in {own.dtype}."
     else:
         verdict = f"[bold green]Fine:[/] no {what[:-1]} changed in {own.dtype}."
     console.print(verdict, highlight=False)
     allowed = ALLOWANCE * (own.rounding or 0.0)
-    if not beyond and (own.differences.not_finite or own.differences.largest > allowed):
+    if not beyond and not far_off and (own.differences.not_finite or own.differences.largest > allowed):
         largest = "not finite" if own.differences.not_finite else f"{own.differences.largest:.1e}"
         console.print(
             f"[yellow]Look at the largest difference:[/] it is {largest}, and what the first texts show of rounding "
@@ -230,7 +239,12 @@ def _percent(share: float) -> str:
 
 
 def _in_one(text: Text) -> str:
-    return text if isinstance(text, str) else " | ".join(text)
+    # A line break or a tab in a text is none in the table.
+    return " ".join((text if isinstance(text, str) else " | ".join(text)).split())
+
+
+def _between(number: int, bounds: tuple[int, int]) -> int:
+    return max(bounds[0], min(bounds[1], number))
 
 
 def _shortened(text: str, width: int) -> str:

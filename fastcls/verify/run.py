@@ -64,9 +64,9 @@ class Verification:
     interrupted: bool = False
 
     def fine(self, *, strict: bool = False) -> bool:
-        """Whether rounding explains every changed answer; of fastcls in reduced dtypes, too, where it is strict."""
+        """Whether rounding explains every changed answer, and none is far off; in reduced dtypes, too, if strict."""
         decisive = self.comparisons if strict else self.comparisons[:1]
-        return not any(comparison.beyond_rounding for comparison in decisive)
+        return not any(comparison.beyond_rounding or comparison.far_off for comparison in decisive)
 
     def to_json(self) -> dict[str, Any]:
         """The findings as plain data.
@@ -79,6 +79,8 @@ class Verification:
         - ``name`` and ``dtype`` of the model compared; ``labels``, how many were compared; ``changed``, how many
           differ, and ``beyond_rounding``, how many of them rounding does not explain (null: not judged). Where there
           are no labels both count answers that rounding does not explain.
+        - ``far_off``: of answers with labels, how many have a number that differs by more than ten times what rounding
+          explains (null: not judged), and ``furthest_line``, the line of the largest of these differences, or null.
         - ``differences`` between logits (of encoders: states): ``count``, ``equal``, ``not_finite``, ``largest`` and
           ``mean`` of the finite ones, and ``histogram``, a list of ``from``, ``below`` and ``count``.
         - ``rounding_error_of_the_original``: the largest that was seen on the first texts (null: not judged).
@@ -176,9 +178,11 @@ def verify(
     rounding error (its own once, and fastcls's, which is held to twice that), which is measured, as the largest error
     of its logits, against the same model in float64: on the first 64 texts and on the very text whose label changed. In
     reduced dtypes it is measured on each text against the original in its own dtype. Labels that go by a logit's sign
-    have the logit as their margin, and it may move by as much once. Where there are no labels (scores, regression,
-    encoders), an answer counts as changed where its numbers differ by more than the computations may, and fastcls's own
-    sample texts join the first 64.
+    have the logit as their margin, and it may move by as much once. An answer is far off, whatever its label, where a
+    logit differs by more than ten times what the computations may differ by; that is then at least eight steps of the
+    dtype at the answer's largest logit, because few logits may all be exact by chance. Where there are no labels
+    (scores, regression, encoders), an answer counts as changed where its numbers differ by more than the computations
+    may, and fastcls's own sample texts join the first 64.
 
     Args:
         model: a transformers model of a supported family, in eval mode.
