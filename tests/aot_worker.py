@@ -288,6 +288,7 @@ OTHERS: dict[tuple[str, str], Callable[..., None]] = {
     ),
     ("attention", "window"): functools.partial(launch_attention_in_window, biased=False),
     ("attention", "window_and_bias"): functools.partial(launch_attention_in_window, biased=True),
+    ("attention", "invariant"): functools.partial(invariant, launch_attention, mean_seqlen=512),
     ("attention", "invariant_window"): functools.partial(invariant, launch_attention_in_window, biased=False),
     ("attention", "invariant_window_and_bias"): functools.partial(invariant, launch_attention_in_window, biased=True),
     ("disentangled_attention", "invariant"): functools.partial(

@@ -502,7 +502,7 @@ def test_gradients_are_refused() -> None:
     with pytest.raises(RuntimeError, match="inputs_embeds must not require gradients"):
         fast(inputs_embeds=embedded)
     fast.encoder.requires_grad_()
-    with pytest.raises(RuntimeError, match=r"encoder.embeddings.word_weight must not require gradients"):
+    with pytest.raises(RuntimeError, match=r"encoder.embeddings.*_weight must not require gradients"):
         fast(**batch())
     fast.encoder.requires_grad_(False)
     with torch.no_grad():

@@ -213,8 +213,9 @@ def attention_tile(arch: str, dtype: torch.dtype, head_dim: int, mean_seqlen: in
         tma: whether the tensors lie as the copy engine needs it.
     """
     if is_batch_invariant():
-        # The copy engine would bring the next sequence's rows as well, and what is not finite in them would be noticed.
-        return _attention_tile(arch, dtype, head_dim, ANY_SEQLEN, tma=False)._replace(PER_SEQUENCE=True)
+        # The copy engine would bring the next sequence's rows as well, and what is not finite in them would be noticed:
+        # so the tile is one that was made for going without.
+        return _attention_tile("default", dtype, head_dim, ANY_SEQLEN, tma=False)._replace(PER_SEQUENCE=True)
     return _attention_tile(arch, dtype, head_dim, mean_seqlen, tma)
 
 
