@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention_interface import register_attention
     from .classifier import Classifier
     from .conversion import optimize
     from .tasks import (
@@ -28,9 +29,14 @@ __all__ = [
     "FastQuestionAnswerer",
     "FastTokenClassifier",
     "optimize",
+    "register_attention",
 ]
 
-_HOMES = {"Classifier": ".classifier", "optimize": ".conversion"}
+_HOMES = {
+    "Classifier": ".classifier",
+    "optimize": ".conversion",
+    "register_attention": ".attention_interface",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -154,7 +154,8 @@ def _readable_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"cannot load {name_or_path}: {_first_line(error)}") from error
+        nowhere = "" if Path(name_or_path).exists() else " There is no folder of that name either."
+        raise OSError(f"cannot load {name_or_path}: {_first_line(error)}{nowhere}") from error
     except Exception as error:
         # Damaged files surface as whatever their parser raises (JSON, safetensors, pickle, shape mismatches).
         raise ValueError(
