@@ -12,7 +12,7 @@ from .auto_classes import register_auto_classes
 from .encoder import LastLayer, check_last_layer
 from .families import family_of, supported
 from .model import FastModel
-from .sentence_models import is_sentence_model, optimize_sentence_model
+from .sentence_models import check_computes_nothing_else, is_sentence_model, optimize_sentence_model
 from .tasks import TASKS, FastEncoder, FastMaskedLM
 from .weights import take_over
 
@@ -58,11 +58,10 @@ def optimize(
     if is_sentence_model(model):
         if mask_token_id is not None or not dense:
             raise ValueError("mask_token_id and dense must be left out for models of sentence-transformers")
-        return optimize_sentence_model(
-            model,
-            partial(optimize, last_layer=last_layer, cuda_graphs=cuda_graphs, batch_invariant=batch_invariant),
-            select,
-        )
+        if batch_invariant:
+            check_computes_nothing_else(model)
+        inner = partial(optimize, last_layer=last_layer, cuda_graphs=cuda_graphs, batch_invariant=batch_invariant)
+        return optimize_sentence_model(model, inner, select)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be {supported()}, got {type(model).__module__}.{type(model).__qualname__}")
     family, model_class = family_of(model)

@@ -76,6 +76,21 @@ def optimize_sentence_model(
     return fast
 
 
+def check_computes_nothing_else(model: nn.Module) -> None:
+    """Checks that the transformers models in it are all that has weights, so that their bits are its own.
+
+    Raises:
+        ValueError: another module has some.
+    """
+    inside = {id(weight) for inner in _transformers_models(model) for weight in inner.parameters()}
+    for name, module in model.named_modules():
+        if any(id(weight) not in inside for weight in module.parameters(recurse=False)):
+            raise ValueError(
+                f"batch_invariant must be left off for this model: its {type(module).__name__} {name} is computed by a "
+                "library that chooses by the number of rows"
+            )
+
+
 def _transformers_models(module: nn.Module) -> Iterator[PreTrainedModel]:
     for child in module.children():
         if isinstance(child, PreTrainedModel):

@@ -123,6 +123,16 @@ def test_a_prompt_that_is_not_pooled(minilm_path: Path, mode: str) -> None:
     _close(fastcls.optimize(model).encode(TEXTS, **options), model.encode(TEXTS, **options))
 
 
+def test_bits_whatever_the_batch(averaging: Any, minilm_path: Path) -> None:
+    fast = fastcls.optimize(averaging, batch_invariant=True)
+    together = fast.encode(TEXTS)
+    assert all((fast.encode([text])[0] == embedding).all() for text, embedding in zip(TEXTS, together, strict=True))
+    encoder, pooling = models.Transformer(str(minilm_path)), models.Pooling(384)
+    narrowed = SentenceTransformer(modules=[encoder, pooling, models.Dense(384, 31)], device="cpu")
+    with pytest.raises(ValueError, match=r"batch_invariant must be left off for this model: its Linear 2.linear"):
+        fastcls.optimize(narrowed, batch_invariant=True)
+
+
 def test_where_cls_is_pooled_the_last_layer_runs_for_it_alone(first_token: Any) -> None:
     def products(fast: Any) -> int:
         tokens = len(fast.tokenizer(TEXTS[0])["input_ids"])
