@@ -390,7 +390,13 @@ def _attention_runs(
     out = q.new_empty(q.shape)
     end_token = 0
     terms = None if bias is None and window == NO_WINDOW else _ScoreTerms(layout, window, bias, q)
+    longest_short = SHORT if q.dtype.itemsize >= 4 else 0
+    unused = q.new_empty(1, 1, 1)
     for run in layout.runs:
+        if run.length <= longest_short and (terms is None or (bias is None and _all_in_window(run, window, layout))):
+            _attend_short(q, k, v, out, run, scale, unused)
+            end_token = run.end_token
+            continue
         # [num_sequences, nheads, length, headdim]
         queries, keys, values, attended = (run.batch(tensor).transpose(1, 2) for tensor in (q, k, v, out))
         if terms is not None and (bias is not None or not _all_in_window(run, window, layout)):
@@ -402,8 +408,6 @@ def _attention_runs(
                     attn_mask=terms.block(run, rows, near),
                     scale=scale,
                 )
-        elif run.length <= SHORT and q.dtype.itemsize >= 4:
-            attended.copy_(_attend_short(queries, keys, values, scale))
         else:
             attended.copy_(scaled_dot_product_attention(queries, keys, values, scale=scale))
         end_token = run.end_token
@@ -415,12 +419,19 @@ def _all_in_window(run: Run, window: tuple[int, int], layout: PackedLayout) -> b
     return not layout.has_gaps(run) and all(limit < 0 or run.length <= limit + 1 for limit in window)
 
 
-def _attend_short(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    shape = queries.shape
-    queries, keys, values = (tensor.reshape(-1, *shape[2:]) for tensor in (queries, keys, values))
-    unused = queries.new_empty(1, 1, 1)
+def _attend_short(q: Tensor, k: Tensor, v: Tensor, out: Tensor, run: Run, scale: float, unused: Tensor) -> None:
+    """A run's rows of ``out``. Written without detours: there are many runs, and each has little to compute."""
+    count, start, length = run.num_sequences, run.start_token, run.length
+    end, (_, num_heads, head_dim) = start + count * length, q.shape
+    shape = (count, length, num_heads, head_dim)
+    # [num_sequences * nheads, length, headdim]
+    queries, keys, values = (
+        tensor[start:end].view(shape).transpose(1, 2).reshape(count * num_heads, length, head_dim)
+        for tensor in (q, k, v)
+    )
     scores = torch.baddbmm(unused, queries, keys.transpose(1, 2), beta=0, alpha=scale)
-    return torch.bmm(scores.softmax(-1), values).view(shape)
+    attended = torch.bmm(scores.softmax(-1), values).view(count, num_heads, length, head_dim)
+    out[start:end].view(shape).copy_(attended.transpose(1, 2))
 
 
 @traceable

@@ -622,12 +622,12 @@ class _Windows(NamedTuple):
 
     def queries(self, rows: Tensor) -> Tensor:
         """(num_windows, rows of each, ...) of a tensor that has one row a query."""
-        return rows[self.rows].unflatten(0, (self.num_windows, -1))
+        return rows[self.rows].view(self.num_windows, -1, *rows.shape[1:])
 
     def batch(self, tokens: Tensor) -> Tensor:
         """(num_windows, length, ...) of a packed tensor, a view."""
         end_token = self.start_token + self.num_windows * self.length
-        return tokens[self.start_token : end_token].unflatten(0, (self.num_windows, self.length))
+        return tokens[self.start_token : end_token].view(self.num_windows, self.length, *tokens.shape[1:])
 
 
 def _windows_of(layout: PackedLayout, row_bounds: RowBounds | None, num_heads: int, width: int) -> Iterator[_Windows]:

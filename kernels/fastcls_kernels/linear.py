@@ -397,8 +397,12 @@ def linear_add_layer_norm(
             parts, bias, residual, None, norm_weight, norm_bias, eps, keep_sum=keep_sum
         )
         return normed if summed is None else (normed, summed)
-    # Nobody else holds the product, so that the residual can be added to it in place.
-    summed = _product(hidden_states, weight, bias).add_(residual)
+    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0 and not is_batch_invariant():
+        # While the product is still in registers.
+        summed = torch.ops.mkldnn._linear_pointwise.binary(hidden_states, residual, weight, bias, "add")
+    else:
+        # Nobody else holds the product, so that the residual can be added to it in place.
+        summed = _product(hidden_states, weight, bias).add_(residual)
     normed = F.layer_norm(summed, (weight.shape[0],), norm_weight, norm_bias, eps)
     return (normed, summed) if keep_sum else normed
 
