@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastcls_benchmarks.plots import relative_speed
 from fastcls_benchmarks.provenance import PACKAGES, output_of, slug, source_digest
-from fastcls_benchmarks.providers import FASTCLS, ONNXRUNTIME, OURS, SDPA
+from fastcls_benchmarks.providers import FASTCLS, INVARIANT, ONNXRUNTIME, OURS, SDPA
 from fastcls_benchmarks.results import Case, Report
 from fastcls_benchmarks.tables import NONE, duration, times
 
@@ -59,16 +59,18 @@ def reason_not_to_publish(report: Report) -> str | None:
 
 
 def section_of(results: Path, readme: Path) -> str:
-    """Markdown for every ``results/*/release.json``: the facts, a picture, a table."""
+    """Markdown for every ``results/*/release.json``, the newest first: the facts, a picture, a table."""
     parts = []
-    for path in sorted(results.glob("*/release.json")):
-        report = Report.read(path)
+    reports = {path: Report.read(path) for path in sorted(results.glob("*/release.json"))}
+    for path, report in sorted(reports.items(), key=lambda each: each[1].provenance["date"], reverse=True):
         picture = path.with_suffix(".png")
         parts.append(_headline(report))
         if picture.is_file():
             where = picture.resolve().relative_to(readme.resolve().parent).as_posix()
             parts.append(f"![Times as fast as transformers sdpa, by provider]({where})")
         parts.append("\n".join(_rows(report)))
+        if invariant := _invariant(report):
+            parts.append(invariant)
     return "\n\n".join(parts) or "Not measured yet."
 
 
@@ -86,6 +88,16 @@ def _headline(report: Report) -> str:
     if noises:
         facts.append(f"noise {noises[0]:.1%} to {noises[-1]:.1%}")
     return " · ".join(facts)
+
+
+def _invariant(report: Report) -> str | None:
+    """What the same bits in every batch cost."""
+    costs = [
+        f"{case.subject}, {case.workload}: {duration(seconds)} ms"
+        for case in report.cases
+        if (seconds := case.typical_seconds(INVARIANT.name)) is not None
+    ]
+    return f"With `batch_invariant=True`: {'; '.join(costs)}." if costs else None
 
 
 def _featured(report: Report) -> list[Case]:

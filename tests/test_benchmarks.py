@@ -32,6 +32,7 @@ from fastcls_benchmarks.providers import (
     FASTCLS,
     FLASH,
     FULL,
+    INVARIANT,
     ONNXRUNTIME,
     OPENVINO,
     PACKED,
@@ -1302,6 +1303,20 @@ def test_readme_table_marks_a_baseline_that_is_not_sdpa(publish: ModuleType, tmp
     assert cells["transformers sdpa, ms"] == "100.0 (eager)"
     assert cells["vs sdpa"] == "2.50 x (eager)"
     assert cells["fastest peer, ms"] == "100.0 (transformers eager)"
+
+
+def test_the_newest_machine_comes_first_and_says_what_invariance_costs(publish: ModuleType, tmp_path: Path) -> None:
+    for name, date in (("a", "2026-01-01T00:00:00"), ("b", "2026-02-01T00:00:00")):
+        report = made_up_report()
+        report.provenance |= {"chip": f"Chip {name}", "date": date, "commit": "0" * 40}
+        if name == "b":
+            report.cases[0].rounds[INVARIANT.name] = [[0.0614, 0.0614]] * 3
+        (tmp_path / name).mkdir()
+        report.write(tmp_path / name / "release.json")
+    section = publish.section_of(tmp_path, ROOT / "README.md")
+    assert section.index("Chip b") < section.index("With `batch_invariant=True`: bert-base, 32 x sst2: 61.40 ms.")
+    assert section.index("With `batch_invariant=True`") < section.index("Chip a")
+    assert section.count("With `batch_invariant=True`") == 1
 
 
 def test_readme_section_without_results_says_so(publish: ModuleType, tmp_path: Path) -> None:
