@@ -1310,7 +1310,7 @@ def test_the_newest_machine_comes_first_and_says_what_invariance_costs(publish: 
         report = made_up_report()
         report.provenance |= {"chip": f"Chip {name}", "date": date, "commit": "0" * 40}
         if name == "b":
-            report.cases[0].rounds[INVARIANT.name] = [[0.0614, 0.0614]] * 3
+            report.cases[0].seconds[INVARIANT.name] = [[0.0614, 0.0614]] * 3
         (tmp_path / name).mkdir()
         report.write(tmp_path / name / "release.json")
     section = publish.section_of(tmp_path, ROOT / "README.md")
