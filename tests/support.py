@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -56,6 +58,11 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "position_biased_input": False,
     },
 }
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can make code for the CPU here."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def tiny_bert(**overrides: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import functools
 import importlib.util
 import re
 import shlex
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support import tiny_model
+from support import has_compiler, tiny_model
 from typer.testing import CliRunner
 
 import fastcls
@@ -113,6 +114,8 @@ def desk(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     for name in ("texts.txt", "a_million_lines.txt"):
         (tmp_path / name).write_text("\n".join(sample_texts()[:12]) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    if not has_compiler():
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     yield tmp_path
     # What a page compiled is no other test's.
     torch._dynamo.reset()
