@@ -20,9 +20,8 @@ from ._triton import cdiv
 
 _invariant: ContextVar[bool] = ContextVar("fastcls_kernels_batch_invariant", default=False)
 
-# Facts about a batch that a tile is chosen by, in place of its own: as of a large one.
+# Rows of a batch that a tile is chosen by, in place of its own: as of a large one.
 ANY_ROWS = 1 << 20
-ANY_SEQLEN = 512
 
 # Rows of a block: the first always, the others where they turn out to give the same bits. More than one size, so that
 # neither many rows nor few are slow.

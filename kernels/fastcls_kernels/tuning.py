@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from ._invariance import ANY_ROWS, ANY_SEQLEN, is_batch_invariant
+from ._invariance import ANY_ROWS, is_batch_invariant
 from ._triton import cdiv, next_power_of_2
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -179,7 +179,7 @@ def use_tile(operation: str, tile: Mapping[str, Any]) -> Iterator[None]:
 
 def _forget_choices() -> None:
     for choice in (
-        *(_attention_tile, cls_tile, _disentangled_tile, invariant_linear_tile),
+        *(_attention_tile, _invariant_attention_tile, cls_tile, _disentangled_tile, invariant_linear_tile),
         *(linear_gelu_tile, linear_norm_tile, _rows_tile),
     ):
         choice.cache_clear()
@@ -213,10 +213,15 @@ def attention_tile(arch: str, dtype: torch.dtype, head_dim: int, mean_seqlen: in
         tma: whether the tensors lie as the copy engine needs it.
     """
     if is_batch_invariant():
-        # The copy engine would bring the next sequence's rows as well, and what is not finite in them would be noticed:
-        # so the tile is one that was made for going without.
-        return _attention_tile("default", dtype, head_dim, ANY_SEQLEN, tma=False)._replace(PER_SEQUENCE=True)
+        return _invariant_attention_tile(arch, dtype, head_dim)
     return _attention_tile(arch, dtype, head_dim, mean_seqlen, tma)
+
+
+@_remembered
+def _invariant_attention_tile(arch: str, dtype: torch.dtype, head_dim: int) -> AttentionTile:
+    # Without the copy engine, which would bring the next sequence's rows as well: what is not finite in them would be
+    # noticed.
+    return _tile_of(AttentionTile, arch, "invariant_attention", dtype, head_dim=head_dim)
 
 
 @_remembered
@@ -227,16 +232,14 @@ def _attention_tile(arch: str, dtype: torch.dtype, head_dim: int, mean_seqlen: i
 
 def disentangled_tile(arch: str, dtype: torch.dtype, head_dim: int) -> DisentangledTile:
     """The tile of `disentangled_attention`."""
-    tile = _disentangled_tile(arch, dtype, head_dim)
-    if is_batch_invariant() and dtype == torch.float32:
-        # Where a tile begins is read then, and takes registers that an sm_100 does not have left.
-        return tile._replace(BLOCK_N=max(16, tile.BLOCK_N // 2))
-    return tile
+    # Where a tile begins is read then, and takes registers.
+    operation = "invariant_disentangled_attention" if is_batch_invariant() else "disentangled_attention"
+    return _disentangled_tile(arch, operation, dtype, head_dim)
 
 
 @_remembered
-def _disentangled_tile(arch: str, dtype: torch.dtype, head_dim: int) -> DisentangledTile:
-    return _tile_of(DisentangledTile, arch, "disentangled_attention", dtype, head_dim=head_dim)
+def _disentangled_tile(arch: str, operation: str, dtype: torch.dtype, head_dim: int) -> DisentangledTile:
+    return _tile_of(DisentangledTile, arch, operation, dtype, head_dim=head_dim)
 
 
 @_remembered
