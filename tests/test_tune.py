@@ -158,6 +158,8 @@ def test_tables_of_other_chips_are_begun_and_added_to(configs: Path) -> None:
         "attention",
         "cls_attention",
         "disentangled_attention",
+        "invariant_attention",
+        "invariant_disentangled_attention",
         "linear_gelu",
     }
     assert [rule.get("up_to", {}) for rule in added["rules"]["cls_attention"]] == [{"bits": 16}, {}]
