@@ -340,7 +340,8 @@ def launches(arch: str) -> dict[str, Callable[[], None]]:
                     launch, arch, model, dtype, number
                 )
         for (operation, variant), launch in OTHERS.items():
-            if name == "wide_heads" and operation not in ("cls_attention", "disentangled_attention"):
+            knows_wide_heads = operation in ("cls_attention", "disentangled_attention") or variant == "invariant"
+            if name == "wide_heads" and not knows_wide_heads:
                 continue
             if variant in get_args(Activation) and name != "bert_base":
                 # It knows nothing of the shape.
