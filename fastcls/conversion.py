@@ -76,8 +76,9 @@ def optimize(
     if mask_token_id is not None and not 0 <= mask_token_id < spec.vocab_size:
         raise ValueError(f"mask_token_id must lie from 0 to {spec.vocab_size - 1}, got {mask_token_id}")
     weight_map, weights = take_over(model, family, spec, head)
-    fast: FastModel = task(type(model), model.config, spec, head, weight_map, weights, last_layer, cuda_graphs)
-    fast.batch_invariant = batch_invariant
+    fast: FastModel = task(
+        *(type(model), model.config, spec, head, weight_map, weights), last_layer, cuda_graphs, batch_invariant
+    )
     if isinstance(fast, FastMaskedLM):
         fast.mask_token_id, fast.dense = mask_token_id, dense
     if isinstance(fast, FastEncoder):

@@ -65,7 +65,7 @@ def forward(model: TaskModel, batch: Batch, rows: Rows, fill: float = 0.0, selec
     Returns:
         (batch, width) of texts, else (batch, seqlen, width).
     """
-    weights = [weight for _, weight in model.named_parameters()]
+    weights = list(model.parameters())
     return _forward(weights, model.description, *model.options, rows, fill, selected, *batch)
 
 
@@ -115,7 +115,7 @@ def _(
 
 def pool(model: TaskModel, states: Tensor) -> Tensor:
     """What an encoder's pooler makes of (num_texts, hidden_size), in their shape, as a node of the graph."""
-    weights = [weight for _, weight in model.named_parameters()]
+    weights = list(model.parameters())
     return _pool(weights, model.description, *model.options, states)
 
 
