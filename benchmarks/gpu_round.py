@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
 
 STEPS = {
-    "tests": Step("every kernel and the model to their bounds", ("-m", "pytest", "-m", "gpu", "-q", "tests")),
+    "tests": Step("every kernel and the model to their bounds", ("-m", "pytest", "-m", "gpu", "--full", "-q", "tests")),
     "tune": Step("a table of tiles for this chip", ("benchmarks/tune.py", "--out", "{out}/tiles.json")),
     "floors": Step(
         "times from ids to logits, beside the floors",

@@ -1,6 +1,8 @@
-"""Compiles every launch of one chip ahead of time and prints what the compiler made of it, as JSON.
+"""Compiles launches of one chip ahead of time and prints what the compiler made of them, as JSON.
 
-    python tests/aot_worker.py sm_90
+    python tests/aot_worker.py sm_90 < cases.json
+
+The cases are a list of names, all there are where it is empty.
 
 The package's own launchers run, on tensors without memory and with a driver that only names the chip. So triton
 specialises each argument exactly as it would on a GPU, and the constants, tiles and options are those that ship.
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -402,15 +404,15 @@ def compile_only(arch: str) -> list[Any]:
     return compiled
 
 
-def disassemble(cubin: bytes) -> str:
-    """The resource usage and the instructions of a cubin, by the ``cuobjdump`` in triton's wheel."""
+def resource_usage(cubin: bytes) -> str:
+    """What a cubin takes of its chip, by the ``cuobjdump`` in triton's wheel."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "-res-usage", "-sass", file.name]
+        command = [str(tool), "-res-usage", file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -428,16 +430,14 @@ def inspect(compiled: Any) -> dict[str, Any]:
     """What the compiler made of one kernel: registers, spills, memory and matrix instructions."""
     metadata, asm = compiled.metadata, compiled.asm
     if "cubin" in asm:
-        code = disassemble(asm["cubin"])
-        registers, stack, local = numbers(code, "REG", "STACK", "LOCAL")
-        spills = stack + local + len(re.findall(r"\b(?:STL|LDL)\b", code))
-        code += asm["ptx"]
+        # A spilled register lies on the stack: instructions need not be disassembled, which takes as long as compiling.
+        registers, *spilled = numbers(resource_usage(asm["cubin"]), "REG", "STACK", "LOCAL")
+        code = asm["ptx"]
     else:
         code = asm["amdgcn"]
         registers, *spilled = numbers(
             code, ".vgpr_count", ".vgpr_spill_count", ".sgpr_spill_count", ".private_segment_fixed_size"
         )
-        spills = sum(spilled)
     return {
         "kernel": metadata.name,
         "num_warps": metadata.num_warps,
@@ -445,15 +445,15 @@ def inspect(compiled: Any) -> dict[str, Any]:
         "num_stages": metadata.num_stages,
         "fp_fusion": metadata.enable_fp_fusion,
         "registers": registers,
-        "spills": spills,
+        "spills": sum(spilled),
         "shared": metadata.shared,
         "tensor_memory": getattr(metadata, "tmem_size", None) or 0,
-        "matrix_units": sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA|tcgen05\.mma|v_mfma)", code))),
+        "matrix_units": sorted(set(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)", code))),
     }
 
 
-def report(arch: str) -> dict[str, Any]:
-    """Each case's kernels, or the error in their place; and the rules that they follow."""
+def report(arch: str, names: Sequence[str]) -> dict[str, Any]:
+    """Each named case's kernels, or the error in their place; and the rules that they follow."""
     compiled = compile_only(arch)
     rules: list[Any] = []
     choose = tuning._first_fitting
@@ -465,10 +465,11 @@ def report(arch: str) -> dict[str, Any]:
 
     tuning._first_fitting = recorded
     cases: dict[str, Any] = {}
-    for name, launch in launches(arch).items():
+    every = launches(arch)
+    for name in names or every:
         compiled.clear()
         try:
-            launch()
+            every[name]()
             result: Any = [inspect(kernel) for kernel in compiled]
         except Exception:
             result = traceback.format_exc()
@@ -476,18 +477,18 @@ def report(arch: str) -> dict[str, Any]:
     return {"cases": cases, "rules": rules}
 
 
-def run_worker(script: str, *arguments: str) -> dict[str, Any]:
+def run_worker(script: str, *arguments: str, stdin: str = "") -> dict[str, Any]:
     """What a worker prints, run in a process of its own."""
     # Without the interpreter there is a compiler; and fusion that is off by default, as it will be from triton 3.10 on,
     # shows which launch forgot to ask for it.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_DEFAULT_FP_FUSION": "0"}
     command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
-    worker = subprocess.run(command, env=environment, capture_output=True, text=True)
+    worker = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True)
     if worker.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{worker.stderr}")
     return dict(json.loads(worker.stdout))
 
 
 if __name__ == "__main__":
-    json.dump(report(sys.argv[1]), sys.stdout)
+    json.dump(report(sys.argv[1], json.loads(sys.stdin.read() or "[]")), sys.stdout)

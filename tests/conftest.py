@@ -5,6 +5,11 @@ from __future__ import annotations
 import csv
 import importlib
 import os
+
+# Processes side by side have a core each, and what is slow, the interpreter, runs on one. NumPy and torch read it once.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +23,7 @@ if not torch.cuda.is_available():
 
 import hypothesis
 import transformers
+from short_run import in_short_run
 from support import PACKINGS
 from torch import Tensor
 from transformers import BertForSequenceClassification, PreTrainedTokenizerBase
@@ -33,20 +39,77 @@ SST2 = Path(os.environ.get("FASTCLS_SST2", Path(__file__).parents[2] / "shared" 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--all-chips", action="store_true", help="compile for sm_89 and sm_120, too, which rarely differ from sm_86"
+        "--full", action="store_true", help="run every case, not only those that cover all pairs of a test's parameters"
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite goes over the cores, file by file, where pytest-xdist is there; ``-n 0`` keeps it in one process.
+
+    Processes of their own take seconds to start, which a test or a file on its own does not need, and share one GPU.
+    """
+    asked = [Path(argument).resolve() for argument in config.args]
+    is_whole = Path(__file__).parent in asked or config.rootpath in asked
+    # One of those processes has its options from the first one, but for their number.
+    is_part = hasattr(config, "workerinput")
+    if getattr(config.option, "numprocesses", 0) is None and is_whole and not is_part and not torch.cuda.is_available():
+        config.option.numprocesses = min(8, config.hook.pytest_xdist_auto_num_workers(config=config))
+        config.option.dist = "loadfile"
+
+
+# Cases by what becomes of them; a process that runs a part of the tests collects them all.
+_counts = pytest.StashKey[dict[str, int]]()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--all-chips"):
-        config.hook.pytest_deselected(items=[item for item in items if "twin" in item.keywords])
-        items[:] = [item for item in items if "twin" not in item.keywords]
-    if torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    here = [item for item in items if _runs_on(item, has_gpu)]
+    # Who names a case wants that one.
+    is_short = not config.getoption("--full") and not any("::" in argument for argument in config.args)
+    chosen = in_short_run(here) if is_short else here
+    waiting = 0 if has_gpu else sum("gpu" in item.keywords for item in items)
+    config.stash[_counts] = {"here": len(here), "chosen": len(chosen), "gpu": waiting}
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
+
+
+def _runs_on(item: pytest.Item, has_gpu: bool) -> bool:
+    """Whether a case can run on this machine: on its GPU, or where there is none in the interpreter."""
+    if "gpu" in item.keywords:
+        return has_gpu
+    parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("kernel_device") != "cpu":
+        return True
+    # A GPU tests bfloat16, whose products the interpreter gets wrong; and it compiles ahead of time.
+    return not has_gpu and not (
+        "kernels" in getattr(item, "fixturenames", ()) and parameters.get("dtype") == torch.bfloat16
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput") and _counts in session.config.stash:
+        session.config.workeroutput["counts"] = session.config.stash[_counts]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if "counts" in getattr(node, "workeroutput", {}):
+        node.config.stash[_counts] = node.workeroutput["counts"]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    counts = config.stash.get(_counts, None)
+    if counts is None:
         return
-    skip = pytest.mark.skip(reason="needs a GPU that torch can use")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+    if counts["chosen"] < counts["here"]:
+        terminalreporter.write_line(
+            f"{counts['chosen']:,} of {counts['here']:,} cases, which cover every pair of each test's parameters; "
+            "--full runs them all"
+        )
+    if counts["gpu"]:
+        terminalreporter.write_line(f"{counts['gpu']:,} cases wait for a GPU that torch can use")
 
 
 @pytest.fixture(
@@ -54,10 +117,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 )
 def kernel_device(request: pytest.FixtureRequest) -> str:
     """Where a Triton kernel runs: the interpreter on the CPU, or a real GPU."""
-    device: str = request.param
-    if device == "cpu" and torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU to run the real kernels on")
-    return device
+    return str(request.param)
 
 
 @pytest.fixture(
@@ -108,8 +168,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture
 def kernels(kernel_device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs operations as Triton kernels, on outputs that are NaN until written; gives the device."""
-    if kernel_device == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter's bfloat16 products are wrong; a GPU tests them, and they compile ahead of time")
+    assert kernel_device == "cuda" or dtype != torch.bfloat16, "the interpreter's bfloat16 products are wrong"
     poison_new_tensors(monkeypatch)
     with use_backend("triton"):
         yield kernel_device
@@ -155,7 +214,7 @@ def poison_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> None:
     """A seed of each test's own, printed when it fails."""
-    value = sum(map(ord, request.node.nodeid))
+    value = sum(map(ord, request.node.nodeid)) + int(os.environ.get("FASTCLS_SEED", "0"))
     print(f"seed {value}")
     torch.manual_seed(value)
 

@@ -1,7 +1,7 @@
 """Every kernel, compiled ahead of time for each chip in the shapes and tiles that ship, is what was meant.
 
-No GPU is needed: triton's wheel carries the compilers and the disassembler. Triton checks neither shared memory nor
-spills when it compiles, and falls back from a matrix unit to a slower one without a word.
+No GPU is needed: triton's wheel carries the compilers and a tool that reads what they made. Triton checks neither
+shared memory nor spills when it compiles, and falls back from a matrix unit to a slower one without a word.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ SHARED_MEMORY = {
 TENSOR_MEMORY = 512
 
 # The instruction of each chip for tiles of 64 rows and more, which those of sm_90 and sm_100 need, and for lower ones.
-WIDE = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+WIDE = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 NARROW = {"gfx942": "v_mfma"}
 MULTIPLY = {
     "_absorb_query_kernel",
@@ -49,14 +50,24 @@ MULTIPLY = {
     "_split_linear_kernel",
 }
 
-# Chips with the instructions and the memory of one before: each chip takes minutes.
+# Chips with the instructions and the memory of one before.
 TWINS = ("sm_89", "sm_120")
-CHIPS = [pytest.param(arch, marks=pytest.mark.twin) if arch in TWINS else arch for arch in ARCHS]
-CASES = [
-    pytest.param(arch, case, id=case, marks=[pytest.mark.twin] if arch in TWINS else [])
-    for arch in ARCHS
-    for case in launches(arch)
-]
+
+
+def on_chip(arch: str, *parameters: str) -> Any:
+    """A chip's case, which the full run alone compiles for a twin."""
+    marks = [pytest.mark.full] if arch in TWINS else []
+    return pytest.param(arch, *parameters, id=parameters[-1] if parameters else arch, marks=marks)
+
+
+CHIPS = [on_chip(arch) for arch in ARCHS]
+CASES = [on_chip(arch, case) for arch in ARCHS for case in launches(arch)]
+
+
+def parts_of(case: Mapping[str, Any]) -> dict[str, str]:
+    """What a case compiles, for whom; a variant is one of its operation's."""
+    operation, model, arch, dtype, variant = case["case"].split("-")
+    return {"arch": arch, "operation": operation, "shape": f"{model} {dtype}", "variant": f"{operation} {variant}"}
 
 
 def matrix_unit(arch: str, case: str, kernel: dict[str, Any]) -> str | None:
@@ -64,19 +75,36 @@ def matrix_unit(arch: str, case: str, kernel: dict[str, Any]) -> str | None:
     if kernel["kernel"] not in MULTIPLY or ("-fp32-" in case and not arch.startswith("gfx")):
         # In float32 the products are IEEE's, which NVIDIA's matrix units do not compute.
         return None
-    return (WIDE if kernel["tile_rows"] >= 64 else NARROW).get(arch, "HMMA")
+    return (WIDE if kernel["tile_rows"] >= 64 else NARROW).get(arch, "mma.sync")
 
 
 @pytest.fixture(scope="session")
 def reports(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[dict[str, Any]]]]:
-    """What the worker of each chip that the selected tests ask about reports, two workers at a time."""
-    asked = {item.callspec.params.get("arch") for item in request.session.items if hasattr(item, "callspec")}
-    if any("file" in item.callspec.params for item in request.session.items if hasattr(item, "callspec")):
-        asked |= set(ARCHS) - set(TWINS)
+    """What the worker of each chip reports of the cases that the selected tests ask about, two workers at a time."""
+    asked: dict[str, set[str]] = defaultdict(set)
+    for item in request.session.items:
+        parameters = (
+            item.callspec.params if hasattr(item, "callspec") and "reports" in getattr(item, "fixturenames", ()) else {}
+        )
+        if "case" in parameters:
+            asked[parameters["arch"]].add(parameters["case"])
+        elif parameters:
+            # A test of all that there is: of one chip, or of those that follow a file.
+            for arch in [parameters["arch"]] if "arch" in parameters else chips_of(parameters["file"]):
+                asked[arch].update(launches(arch))
     with ThreadPoolExecutor(max_workers=2) as pool:
-        yield {arch: pool.submit(run_worker, "aot_worker.py", arch) for arch in ARCHS if arch in asked}
+        yield {
+            arch: pool.submit(run_worker, "aot_worker.py", arch, stdin=json.dumps(sorted(cases)))
+            for arch, cases in asked.items()
+        }
 
 
+def chips_of(file: Path) -> list[str]:
+    """The chips whose choices a table's rules are, without twins, which take the same."""
+    return [arch for arch in ARCHS if arch not in TWINS and tuning.config_file(arch) == file]
+
+
+@pytest.mark.covering(by=parts_of, alone=["variant"])
 @pytest.mark.parametrize(("arch", "case"), CASES)
 def test_launch_fits_its_chip_and_uses_the_matrix_unit_that_was_meant(
     reports: dict[str, Future[dict[str, Any]]], arch: str, case: str
@@ -92,6 +120,7 @@ def test_launch_fits_its_chip_and_uses_the_matrix_unit_that_was_meant(
         assert kernel["fp_fusion"], kernel
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arch", CHIPS)
 def test_every_kernel_is_compiled(reports: dict[str, Future[dict[str, Any]]], arch: str) -> None:
     defined = {
@@ -104,9 +133,10 @@ def test_every_kernel_is_compiled(reports: dict[str, Future[dict[str, Any]]], ar
     assert compiled == defined
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("file", sorted(tuning.CONFIGS.glob("*.json")), ids=lambda file: file.stem)
 def test_every_rule_is_compiled(reports: dict[str, Future[dict[str, Any]]], file: Path) -> None:
-    chips = [arch for arch in ARCHS if arch not in TWINS and tuning.config_file(arch) == file]
+    chips = chips_of(file)
     assert chips, f"none of {ARCHS} takes {file.name}"
     compiled = [rule for arch in chips for rule in reports[arch].result()["rules"]]
     rules = json.loads(file.read_text(encoding="utf-8"))["rules"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,6 +27,16 @@ every_classifier = pytest.mark.parametrize(
     ("model_class", "family"), CLASSIFIERS, ids=[name for _, name in CLASSIFIERS]
 )
 every_filler = pytest.mark.parametrize(("model_class", "family"), FILLERS, ids=[name for _, name in FILLERS])
+
+
+def by_family_and_head(case: Mapping[str, Any]) -> dict[str, Any]:
+    """A class told into what is its family's and what its head's, "" for an encoder without one."""
+    others = {name: value for name, value in case.items() if name != "model_class"}
+    return {"head": case["model_class"].partition("For")[2], **others}
+
+
+# For what is slow: the short run takes each family and each head once, not each class.
+family_and_head = pytest.mark.covering(by=by_family_and_head, alone=["family", "head"])
 
 LENGTH = 21
 MASKS = {
@@ -97,6 +107,7 @@ def by_rung(model: Any, inputs: dict[str, Tensor], **options: Any) -> Iterator[t
         yield last_layer, answers(fast, inputs)
 
 
+@pytest.mark.covering(alone=["model_class"])
 @pytest.mark.parametrize("mask", list(MASKS))
 @every_class
 def test_exact_in_float64(model_class: str, family: str, mask: str) -> None:
@@ -133,6 +144,7 @@ def check_in_16_bits(model_class: str, family: str, dtype: torch.dtype, device: 
             assert_as_exact_as(answer, [eager[name]], exact[name], f"{name} {last_layer}")
 
 
+@family_and_head
 @every_class
 def test_as_exact_as_transformers_in_bfloat16(model_class: str, family: str, device: str) -> None:
     check_in_16_bits(model_class, family, torch.bfloat16, device)
@@ -145,8 +157,17 @@ def test_as_exact_as_transformers_in_float16(model_class: str, family: str, devi
 
 # The others take the same kernels as these, which the interpreter takes long for; a GPU takes them all.
 INTERPRETED = ("bert", "distilbert", "albert", "mpnet", "modernbert", "deberta-v2")
+KERNELS_OF_THEIR_OWN = ("mpnet", "modernbert", "deberta-v2")
 
 
+def by_kernels(case: Mapping[str, Any]) -> dict[str, str]:
+    """A class as what its kernels are: the short run has the interpreter run each kind once."""
+    device, family = case["kernel_device"], case["family"]
+    is_own = device == "cuda" or family in KERNELS_OF_THEIR_OWN
+    return {"device": device, "kernels": family if is_own else "bert"}
+
+
+@pytest.mark.covering(by=by_kernels)
 @every_classifier
 def test_whole_classifier_through_the_kernels(kernel_device: str, model_class: str, family: str) -> None:
     if kernel_device == "cpu" and family not in INTERPRETED:
@@ -159,6 +180,7 @@ def test_whole_classifier_through_the_kernels(kernel_device: str, model_class: s
             assert_close(actual, expected, 1e-5, last_layer)
 
 
+@pytest.mark.covering(by=by_kernels)
 @every_filler
 def test_masked_rows_through_the_kernels(kernel_device: str, model_class: str, family: str) -> None:
     if kernel_device == "cpu" and family not in INTERPRETED:
@@ -225,6 +247,7 @@ def test_state_dict_has_the_checkpoints_names(model_class: str, family: str) -> 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@family_and_head
 @every_class
 def test_checkpoints_load_and_round_trip(model_class: str, family: str, tmp_path: Path) -> None:
     model, other = tiny_model(model_class, family), tiny_model(model_class, family)

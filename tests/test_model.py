@@ -651,7 +651,9 @@ def test_unsupported_models_are_named(make: Callable[[], Any], error: type[Excep
         fastcls.optimize(make())
 
 
-@pytest.mark.parametrize("last_layer", RUNGS)
+@pytest.mark.parametrize(
+    "last_layer", [pytest.param(rung, marks=[] if rung == "absorbed" else pytest.mark.full) for rung in RUNGS]
+)
 def test_real_weights_on_real_sentences(
     device: str,
     last_layer: LastLayer,
@@ -672,6 +674,7 @@ def test_real_weights_on_real_sentences(
     assert right / len(texts) > 0.6, "a classifier that has learnt nothing would prove nothing"
 
 
+@pytest.mark.full
 def test_not_one_label_changes_on_sst2(
     minilm_sst2: Any,
     minilm_tokenizer: PreTrainedTokenizerBase,

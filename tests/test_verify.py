@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_bert, tiny_model
+from test_families import CLASSES, every_class, family_and_head
 from torch import Tensor, nn
 from transformers import BertForPreTraining, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
@@ -22,12 +23,10 @@ import fastcls.loading
 import fastcls.verify
 from fastcls.cli import app
 from fastcls.demo import sample_texts, sample_tokenizer
-from fastcls.families import FAMILIES
 from fastcls.verify import Verification, verify
 
 TEXTS = [text for text in sample_texts() if len(text) < 160][:24]
 TWO_NAMES: dict[str, Any] = {"num_labels": 2, "id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
-CLASSES = [(name, family.model_type) for family in FAMILIES for name in family.heads]
 HEADS = [name for name, model_type in CLASSES if model_type == "bert"]
 
 
@@ -81,7 +80,8 @@ def words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> int:
 # Families and heads
 
 
-@pytest.mark.parametrize(("model_class", "family"), CLASSES, ids=[name for name, _ in CLASSES])
+@family_and_head
+@every_class
 def test_every_family_and_head_is_fine(model_class: str, family: str, tokenizer: PreTrainedTokenizerBase) -> None:
     texts = texts_for(model_class)[:6]
     found = verify(sized(tokenizer, model_class, family), tokenizer, texts, reduced=(), batch_size=4)

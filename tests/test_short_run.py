@@ -1,0 +1,62 @@
+"""The short run takes few cases, and every pair of parameters stands in one of them."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+from hypothesis import strategies
+from short_run import Case, covering
+
+TESTS = Path(__file__).parent
+GRID: list[Case] = [
+    {"dtype": dtype, "rows": rows, "tile": tile, "bias": bias}
+    for dtype, rows, tile, bias in itertools.product("abc", range(7), range(4), (True, False))
+]
+
+
+def pairs_of(cases: list[Case]) -> set[frozenset[object]]:
+    return {frozenset(pair) for case in cases for pair in itertools.combinations(case.items(), 2)}
+
+
+def test_every_pair_stands_in_one_of_few_cases() -> None:
+    chosen = [GRID[place] for place in covering(GRID)]
+    assert pairs_of(chosen) == pairs_of(GRID)
+    # Rows and tiles alone make 28 pairs.
+    assert 28 <= len(chosen) <= 34
+
+
+@hypothesis.given(strategies.sets(strategies.sampled_from(range(len(GRID)))))
+def test_pairs_that_no_case_has_are_not_missed(places: set[int]) -> None:
+    cases = [GRID[place] for place in sorted(places)]
+    assert pairs_of([cases[place] for place in covering(cases)]) == pairs_of(cases)
+
+
+def test_a_parameter_alone_is_taken_value_by_value() -> None:
+    chosen = [GRID[place] for place in covering(GRID, alone=["rows", "tile"])]
+    assert {case["rows"] for case in chosen} == set(range(7))
+    assert {(case["dtype"], case["bias"]) for case in chosen} == set(itertools.product("abc", (True, False)))
+    assert len(chosen) == 7
+
+
+def test_of_one_parameter_every_case_is_taken() -> None:
+    assert covering([{"text": text} for text in ("one", "two", "one", "three")]) == [0, 1, 3]
+
+
+def collected(*arguments: str) -> list[str]:
+    """The cases that pytest would run."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_a_case_that_is_named_runs_and_the_full_run_takes_all() -> None:
+    short, full = (collected("tests/test_gated.py", *options) for options in ((), ("--full",)))
+    left_out = [case for case in full if case not in short]
+    assert set(short) < set(full)
+    assert left_out
+    assert collected(left_out[0]) == left_out[:1]
