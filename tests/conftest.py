@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 import hypothesis
 import transformers
-from short_run import in_short_run
+from short_run import in_short_run, parameters_of
 from support import PACKINGS
 from torch import Tensor
 from transformers import BertForSequenceClassification, PreTrainedTokenizerBase
@@ -79,13 +79,12 @@ def _runs_on(item: pytest.Item, has_gpu: bool) -> bool:
     """Whether a case can run on this machine: on its GPU, or where there is none in the interpreter."""
     if "gpu" in item.keywords:
         return has_gpu
-    parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
+    parameters = parameters_of(item)
     if parameters.get("kernel_device") != "cpu":
         return True
     # A GPU tests bfloat16, whose products the interpreter gets wrong; and it compiles ahead of time.
-    return not has_gpu and not (
-        "kernels" in getattr(item, "fixturenames", ()) and parameters.get("dtype") == torch.bfloat16
-    )
+    is_wrong = "kernels" in getattr(item, "fixturenames", ()) and parameters.get("dtype") == torch.bfloat16
+    return not has_gpu and not is_wrong
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -237,7 +236,7 @@ def minilm_sst2(minilm_path: Path, minilm_tokenizer: PreTrainedTokenizerBase, ss
     transformers.utils.logging.set_verbosity_error()
     model: Any = BertForSequenceClassification.from_pretrained(minilm_path, dtype=torch.float32).eval()
     texts, labels = sst2("train")
-    texts, labels = texts[:1024], labels[:1024]
+    texts, labels = texts[:512], labels[:512]
     pooled = []
     with torch.no_grad():
         for start in range(0, len(texts), 64):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -53,14 +53,16 @@ def in_short_run(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     for cases in functions.values():
         marker = cases[0].get_closest_marker("covering")
         options = marker.kwargs if marker else {}
-        places = covering([_parameters(item, options.get("by", dict)) for item in cases], options.get("alone", ()))
+        parts_of = options.get("by", dict)
+        values = [{name: _key(part) for name, part in parts_of(parameters_of(item)).items()} for item in cases]
+        places = covering(values, options.get("alone", ()))
         taken |= {cases[place] for place in places} or set(cases)
     return [item for item in items if item in taken]
 
 
-def _parameters(item: pytest.Item, parts_of: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Case:
-    values: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
-    return {name: _key(value) for name, value in parts_of(values).items()}
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    """The values of a case's parameters, by their names."""
+    return dict(item.callspec.params) if hasattr(item, "callspec") else {}
 
 
 def _key(value: Any) -> Hashable:

@@ -121,15 +121,18 @@ class _SumsInOrder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             x, weight, bias = args
-            return x @ weight.T + bias
+            return self._product(x, weight.T) + bias
         if func is F.layer_norm:
             x, shape = args
             columns = torch.tensor(list(self.order(x.shape[-1])), device=x.device)
             weight, bias = kwargs["weight"][columns], kwargs["bias"][columns]
             return F.layer_norm(x[..., columns], shape, weight, bias, kwargs["eps"])[..., columns.argsort()]
-        if func not in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
-            return func(*args, **(kwargs or {}))
-        left, right = args
+        if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
+            return self._product(*args)
+        return func(*args, **(kwargs or {}))
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        # Added up here, since the mode is off in its own methods: a product asked for by name would be the machine's.
         batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
         total = left.new_zeros(*batch, left.shape[-2], right.shape[-1])
         for term in self.order(left.shape[-1]):

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from aot_worker import ARCHS, launches, run_worker
+from short_run import parameters_of
 
 import fastcls_kernels
 from fastcls_kernels import tuning
@@ -83,9 +84,7 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[dict[st
     """What the worker of each chip reports of the cases that the selected tests ask about, two workers at a time."""
     asked: dict[str, set[str]] = defaultdict(set)
     for item in request.session.items:
-        parameters = (
-            item.callspec.params if hasattr(item, "callspec") and "reports" in getattr(item, "fixturenames", ()) else {}
-        )
+        parameters = parameters_of(item) if "reports" in getattr(item, "fixturenames", ()) else {}
         if "case" in parameters:
             asked[parameters["arch"]].add(parameters["case"])
         elif parameters:

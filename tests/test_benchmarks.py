@@ -468,6 +468,9 @@ def test_noise_is_what_one_provider_differs_from_itself_by() -> None:
     # The more rounds, the less; and a constant difference of a provider from itself is noise too.
     assert noise_of([1.0, 1.02, 0.98] * 12) < noise
     assert noise_of([1.04] * 9) == pytest.approx(0.04)
+    # As much to either side: the farther end of an interval of 0.0118 around the median.
+    for sign in (1, -1):
+        assert noise_of([1 + sign * off for off in (0.02, 0.04, 0.06)] * 12) == pytest.approx(0.0518, abs=1e-4)
 
 
 # Work and workloads
@@ -575,6 +578,18 @@ def test_padding_is_no_useful_work(name: str) -> None:
 def test_floor_is_the_longer_of_computing_and_moving() -> None:
     assert floor_seconds(100, 10, 50, 10) == 2
     assert floor_seconds(100, 10, 50, 2) == 5
+
+
+def test_floor_is_that_of_a_cases_own_dtype() -> None:
+    report = new_report()
+    report.rates = [Rate("copy", "1 MiB", "float32", 1e9)]
+    report.rates += [Rate("product", "1 x 1", name, rate) for name, rate in (("float32", 5e10), ("bfloat16", 2e11))]
+    case = case_of({SDPA.name: 0.1, FASTCLS.name: 0.05})
+    # 1e9 operations at 5e10 or 2e11 a second.
+    assert report.floor_seconds(case) == pytest.approx(0.02)
+    assert report.share_of_floor(case, FASTCLS.name) == pytest.approx(0.4)
+    assert report.floor_seconds(dataclasses.replace(case, dtype="bfloat16")) == pytest.approx(0.005)
+    assert report.floor_seconds(dataclasses.replace(case, dtype="float16")) is None
 
 
 def test_lengths_follow_what_they_are_named_for() -> None:
@@ -1039,8 +1054,9 @@ def test_change_within_noise_is_none_and_beyond_it_is_shown() -> None:
     text = text_of(*comparison.render(beyond))
     assert "2.00 to 1.67" in text
     assert "-17%" in text
-    assert len(beyond.regressions(10)) == 6
-    assert beyond.regressions(25) == []
+    # 60 ms after 50 ms are 20 % slower.
+    assert len(beyond.regressions(19)) == 6
+    assert beyond.regressions(21) == []
     faster = comparison.compare(made_up_report(fastcls_seconds=0.06), made_up_report())
     assert len(faster.moved) == 6
     assert faster.regressions(0) == []

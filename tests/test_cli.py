@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,13 +11,19 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from rich.console import Console
 from support import tiny_bert
 from typer.testing import CliRunner, Result
 
+import fastcls_kernels
+from fastcls import doctor
 from fastcls.cli import app
 from fastcls.demo import sample_texts, sample_tokenizer
+from fastcls.loading import parse_device
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,6 +108,13 @@ def test_classify_pairs_and_top_k(model: Path) -> None:
     ]
 
 
+def test_only_line_ends_are_taken_from_a_text(model: Path) -> None:
+    done = inside("classify", model, "--pairs", stdin=b"a\t\n\tb \r\n")
+    assert done.exit_code == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["text"], row["text_pair"]) for row in rows] == [("a", ""), ("", "b ")]
+
+
 def test_empty_input_gives_empty_output(model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     for done in (inside("classify", model, tmp_path / "empty.txt"), inside("classify", model)):
@@ -181,6 +195,19 @@ def test_doctor_says_what_runs_and_why() -> None:
     assert done.returncode == 0
     for expected in ("torch", "triton", "transformers", "plain PyTorch on packed data", "fastcls runs on"):
         assert expected in done.stdout.decode()
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda")])
+def test_doctor_names_the_device_that_is_taken(gpus: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up = SimpleNamespace(name="GPU", total_memory=2**33)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: made_up)
+    monkeypatch.setattr(fastcls_kernels, "explain_backend", lambda _: ("torch", "it is made up"))
+    out = io.StringIO()
+    doctor.report(Console(file=out, width=200))
+    assert f"fastcls runs on {device}." in out.getvalue()
+    assert parse_device(None).type == device
 
 
 def test_demo_on_a_checkpoint(model: Path) -> None:

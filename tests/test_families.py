@@ -215,15 +215,16 @@ def test_lists_of_ids_give_the_same_logits(model_class: str, family: str) -> Non
     assert_close({"logits": fast.logits_of(ids)}, answers(fast, inputs), 1e-5)
 
 
+@pytest.mark.parametrize("mask", ["right_padding", "holes"])
 @every_classifier
-def test_embeddings_instead_of_ids(model_class: str, family: str) -> None:
+def test_embeddings_instead_of_ids(model_class: str, family: str, mask: str) -> None:
     model = tiny_model(model_class, family, attn_implementation="eager")
     fast = fastcls.optimize(model)
-    mask = torch.tensor(MASKS["right_padding"])
+    kept = torch.tensor(MASKS[mask])
     embeds = torch.randn(3, LENGTH, fast.spec.embedding_size)
     with torch.no_grad():
-        expected = model(inputs_embeds=embeds, attention_mask=mask).logits
-        actual = fast(inputs_embeds=embeds, attention_mask=mask).logits
+        expected = model(inputs_embeds=embeds, attention_mask=kept).logits
+        actual = fast(inputs_embeds=embeds, attention_mask=kept).logits
     assert float((actual - expected).abs().max()) <= 1e-5
 
 

@@ -45,9 +45,10 @@ LENGTHS = (5, 1, 9)
 class Inputs:
     """What the operations take, for texts of some lengths."""
 
-    def __init__(self, lengths: tuple[int, ...], device: str = "cpu") -> None:
+    def __init__(self, lengths: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
         self.device = device
+        self.dtype = dtype
         self.lengths = lengths
         self.tokens = sum(lengths)
         self.cu_seqlens = cu_seqlens_of(lengths, device)
@@ -61,6 +62,10 @@ class Inputs:
         self.layout = PackedLayout(*self.packing, self.tokens, self.positions)
 
     def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def wide(self, *shape: int) -> Tensor:
+        """In float32 beside whatever dtype."""
         return torch.randn(shape, device=self.device)
 
     def ids(self, size: int) -> Tensor:
@@ -84,7 +89,7 @@ CASES: Cases = {
     ),
     "apply_rotary_": lambda i: (
         apply_rotary_,
-        (i.random(*i.heads), i.positions, i.random(40, HEAD_DIM // 2), i.random(40, HEAD_DIM // 2)),
+        (i.random(*i.heads), i.positions, i.wide(40, HEAD_DIM // 2), i.wide(40, HEAD_DIM // 2)),
         {},
     ),
     "attention_padded": lambda i: (
@@ -108,7 +113,7 @@ CASES: Cases = {
         (i.random(2, HEADS, HEAD_DIM), i.rows, *i.packing, 0.3),
         {
             "keys": i.random(*i.heads),
-            "bias": i.random(i.tokens, HEADS),
+            "bias": i.wide(i.tokens, HEADS),
             "row_bounds": (i.cu_seqlens[[0, 0]], i.cu_seqlens[[1, 1]]),
             "num_splits": 1,
             "layout": i.layout,
@@ -117,7 +122,7 @@ CASES: Cases = {
     "cls_attention_kv": lambda i: (
         cls_attention_kv,
         (i.random(len(i.lengths), HEADS, HEAD_DIM), *i.random(2, *i.heads), *i.packing),
-        {"bias": i.random(i.tokens, HEADS)},
+        {"bias": i.wide(i.tokens, HEADS)},
     ),
     "cls_output": lambda i: (
         cls_output,
@@ -220,9 +225,10 @@ def test_what_belongs_together_is_given_together() -> None:
         torch.ops.fastcls_kernels.cls_attention(*given, None, None, None, inputs.rows, inputs.vector, None, 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @every_case
-def test_opcheck(case: str, device: str) -> None:
-    operation, args, kwargs = CASES[case](Inputs(LENGTHS, device))
+def test_opcheck(case: str, device: str, dtype: torch.dtype) -> None:
+    operation, args, kwargs = CASES[case](Inputs(LENGTHS, device, dtype))
     with Calls() as calls:
         TRACED[operation.__name__](*args, **kwargs)
     (called,) = calls.made

@@ -36,7 +36,7 @@ from fastcls_kernels.reference import (
     linear_activation_reference,
     linear_gelu_reference,
 )
-from fastcls_kernels.tuning import GeluTile, SplitTile, use_tile
+from fastcls_kernels.tuning import GeluTile, SplitTile, linear_gelu_tile, use_tile
 
 EPS = 1e-12
 
@@ -87,7 +87,7 @@ def test_norm_kernel(kernels: str, rows: int, width: int, dtype: torch.dtype, bi
 
 
 @pytest.mark.parametrize("biases", BIASES)
-@pytest.mark.parametrize(("rows", "width"), [(37, 768), (90, 16), (0, 64)])
+@pytest.mark.parametrize(("rows", "width"), [(37, 768), (900, 16), (0, 64)])
 def test_norm_torch_path(torch_path: str, rows: int, width: int, dtype: torch.dtype, biases: tuple[bool, bool]) -> None:
     check_norm(rows, width, dtype, torch_path, biases)
 
@@ -229,6 +229,14 @@ def test_linear_gelu_kernel(
     with use_tile("linear_gelu", tile._asdict()):
         actual = linear_gelu(*inputs)
     assert_as_exact_as(actual, eager_runs(linear_gelu_reference, *inputs), exact)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "by"), [(torch.bfloat16, "cublaslt"), (torch.float16, "torch"), (torch.float32, "torch")], ids=str
+)
+def test_a_gelu_in_its_tanh_form_is_for_bfloat16_alone(dtype: torch.dtype, by: str) -> None:
+    with use_tile("linear_gelu", {"BY": "cublaslt"}):
+        assert linear_gelu_tile("sm_90", dtype, 64, 768, 3072).BY == by
 
 
 @pytest.mark.parametrize(("rows", "width", "columns"), SHAPES)

@@ -27,7 +27,7 @@ from ._layout import PackedLayout, Run
 from ._tma import descriptor, is_aligned
 from ._tracing import traceable
 from ._triton import cdiv, jit, next_power_of_2, tl
-from .tuning import AttentionTile, arch_of, attention_tile
+from .tuning import AttentionTile, arch_of, attention_tile, unsqueezed
 
 LOG2_E = 1.4426950408889634
 NO_WINDOW = (-1, -1)
@@ -203,12 +203,13 @@ def _attention_kernel(
         TMA, ISOLATE=False,
     )  # fmt: skip
     # A value that is not finite (a text that overflowed) spoils every row of the tile, since 0 * inf is NaN. Such
-    # tiles are rare and are computed once more, so that it reaches the rows of its own sequence only.
+    # tiles are rare and are computed once more, so that it reaches the rows of its own sequence only. Few keys a step
+    # take fewer registers than the common pass does.
     if tl.max(tl.max(tl.where(acc == acc, 0, 1), 1)) > 0:
         acc, row_sum = _attend(
             q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, positions_ptr, row_position, row_start, row_end, first_key,
-            last_key, column, scale_log2, log2_e, stride_kt, stride_vt, HEAD_DIM, REACH, BLOCK_D, BLOCK_M,
-            16 if BLOCK_N == 16 else BLOCK_N // 2, WHOLE_SEQUENCE, TMA=False, ISOLATE=True,
+            last_key, column, scale_log2, log2_e, stride_kt, stride_vt, HEAD_DIM, REACH, BLOCK_D, BLOCK_M, 16,
+            WHOLE_SEQUENCE, TMA=False, ISOLATE=True,
         )  # fmt: skip
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
@@ -336,6 +337,7 @@ def _launch_attention(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             enable_fp_fusion=True,
+            **({} if bias is None else unsqueezed(arch_of(q.device))),
         )
     return out
 

@@ -35,7 +35,7 @@ from ._tracing import traceable
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .attention import LOG2_E
 from .layer_norm import AddNorm, add_layer_norm, check_add_norm
-from .tuning import arch_of, cls_tile
+from .tuning import arch_of, cls_tile, unsqueezed
 
 # For each query row the first of the tokens that it reads, and the end of them.
 RowBounds = tuple[Tensor, Tensor]
@@ -560,6 +560,7 @@ def _launch_cls_attention(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             enable_fp_fusion=True,
+            **unsqueezed(arch_of(query.device)),
         )
         return partials.merge()
 
@@ -608,6 +609,7 @@ def _launch_cls_attention_kv(
             LOG2_E=LOG2_E,
             num_warps=4,
             enable_fp_fusion=True,
+            **unsqueezed(arch_of(query.device)),
         )
         return partials.merge()
 

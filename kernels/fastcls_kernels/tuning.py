@@ -124,6 +124,15 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def unsqueezed(arch: str) -> dict[str, int]:
+    """Launch options under which NVIDIA's assembler spills nothing that a thread's 255 registers hold.
+
+    Left alone it spills a few to fit one more program on a multiprocessor, even where shared memory has no room for
+    one; which kernels it squeezes so changes with each version, chip and shape.
+    """
+    return {"maxnreg": 255} if arch.startswith("sm_") else {}
+
+
 def config_file(arch: str) -> Path:
     """The file of a chip; another AMD chip's is that of gfx942, whatever else has none takes the default alone."""
     own = CONFIGS / f"{arch}.json"
