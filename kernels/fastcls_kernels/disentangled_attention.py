@@ -33,7 +33,7 @@ from ._tracing import traceable
 from ._triton import cdiv, jit, next_power_of_2, tl
 from .attention import LOG2_E, check_keys_values, load_rows
 from .linear import linear_per_head
-from .tuning import DisentangledTile, arch_of, disentangled_tile
+from .tuning import DisentangledTile, arch_of, disentangled_tile, unsqueezed
 
 # Numbers in a product with positions that a CPU's caches hold from one step to the next.
 CACHED = 1 << 18
@@ -300,6 +300,7 @@ def _launch_disentangled_attention(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             enable_fp_fusion=True,
+            **(unsqueezed(arch_of(q.device)) if q.dtype == torch.float32 else {}),
         )
     return out
 
