@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
-import transformers
+
+# Its classes are what an exported program gives, which PyTorch can load once they are defined.
+import transformers.modeling_outputs
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 

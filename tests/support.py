@@ -8,9 +8,12 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from packaging.version import Version
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,6 +63,11 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+# Releases of transformers before the one that CI pins refuse some configs, and break in some classes, by themselves.
+IS_OLD = Version(transformers.__version__) < Version("5.23")
+WITHOUT_POOLER = ("XLMRobertaForMultipleChoice", "CamembertForMultipleChoice")
+
+
 def has_compiler() -> bool:
     """Whether torch.compile can make code for the CPU here."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None
@@ -76,8 +84,17 @@ def tiny_model(model_class: str, family: str, **overrides: Any) -> Any:
     if "QuestionAnswering" in model_class:
         overrides = {"num_labels": 2, **overrides}
     sizes = {**TINY, "initializer_range": 0.2, **TINY_FAMILIES[family], **overrides}
-    config = transformers.AutoConfig.for_model(family, **sizes)
+    try:
+        config = transformers.AutoConfig.for_model(family, **sizes)
+    except (KeyError, StrictDataclassFieldValidationError) as error:
+        if not IS_OLD:
+            raise
+        pytest.skip(f"transformers {transformers.__version__} refuses this config itself: {error!r:.100}")
     model = getattr(transformers, model_class)(config).eval()
+    if IS_OLD and model_class in WITHOUT_POOLER and model.base_model.pooler is None:
+        pytest.skip(
+            f"{model_class} of transformers {transformers.__version__} looks for a pooler that it does not have"
+        )
     # transformers starts biases at 0 and norms at 1: a lost or misplaced one would go unseen.
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

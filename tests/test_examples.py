@@ -32,6 +32,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.full
 def test_features_give_the_accuracy_of_transformers(
     example: Any, minilm_path: Path, minilm_tokenizer: PreTrainedTokenizerBase, sst2: Callable[[str], Sentences]
 ) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import hypothesis
+import pytest
 from hypothesis import strategies
 from short_run import Case, covering
 
@@ -54,6 +55,7 @@ def collected(*arguments: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
+@pytest.mark.full
 def test_a_case_that_is_named_runs_and_the_full_run_takes_all() -> None:
     short, full = (collected("tests/test_gated.py", *options) for options in ((), ("--full",)))
     left_out = [case for case in full if case not in short]
