@@ -4,10 +4,11 @@ python tests/mutations.py --check
 python tests/mutations.py --results mutations.jsonl
 python tests/mutations.py --path fastcls/families --near-only
 
-The faults stand in mutations.toml. A fault is met by the tests near it, first as `pytest` runs them, then by the rest
-of that run; where nobody notices, `pytest --full` goes the same way. What the short run notices, the full one notices,
-too, since the one is a part of the other. The exit status is 1 where the short run notices less than 95 % of what the
-full one does. It takes hours for all of them, so nothing but a developer starts it.
+The faults stand in mutations.toml. A fault is met by the tests near it, first as `pytest` runs them, then as `pytest
+--full` does; where the short run has not noticed it, by the rest of that, and where nobody has, by the rest of the full
+one. What the short run notices, the full one notices, too, since the one is a part of the other. The exit status is 1
+where the short run notices less than 95 % of what the full one does. It takes hours for all of them, so nothing but a
+developer starts it.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Result(NamedTuple):
         by: the run that noticed it, or None.
         test: the first test that failed, or "timeout".
         seconds: that all its runs took.
-        near_only: whether the full run was left at the tests near it.
+        near_only: whether a fault that nobody near notices was left there.
     """
 
     name: str
@@ -99,9 +100,6 @@ class Step(NamedTuple):
 
     by: Run
     near: bool
-
-
-STEPS = (Step("short", near=True), Step("short", near=False), Step("full", near=True), Step("full", near=False))
 
 
 def load() -> list[Mutant]:
@@ -260,18 +258,19 @@ class Tree:
             # Examples that failed would be tried again with the next fault.
             shutil.rmtree(self.root / ".hypothesis", ignore_errors=True)
 
-    def judge(self, mutant: Mutant, steps: Collection[Step]) -> Result:
+    def judge(self, mutant: Mutant, near_only: bool) -> Result:
         """What the tests say of a fault."""
         began = time.monotonic()
-        by: Run | None = None
-        test = ""
+        near = mutant.near_files
         with self.fault(mutant):
-            for step in steps:
-                test = self.failing(mutant.near_files, step)
-                if test:
-                    by = step.by
-                    break
-        near_only = STEPS[-1] not in steps
+            test = short = self.failing(near, Step("short", near=True))
+            if not short:
+                test = self.failing(near, Step("full", near=True))
+                # The rest takes minutes; where nobody near notices, a first look ends here.
+                if test or not near_only:
+                    short = self.failing(near, Step("short", near=False))
+                    test = short or test or ("" if near_only else self.failing(near, Step("full", near=False)))
+        by: Run | None = "short" if short else "full" if test else None
         return Result(mutant.name, mutant.digest, by, test, round(time.monotonic() - began, 1), near_only)
 
     def failing(self, near: Sequence[str], step: Step) -> str:
@@ -358,7 +357,7 @@ def report(mutants: Sequence[Mutant], results: dict[str, Result]) -> str:
     if timeouts:
         lines.append(f"{timeouts} were noticed because the time was over.")
     if any(result.near_only and result.by is None for _, result in finished):
-        lines.append("The full run was left at the tests near a fault (--near-only).")
+        lines.append("What nobody near a fault notices was left there (--near-only).")
     for what, by in (("the short run misses", "full"), ("nobody notices", None)):
         names = [result.name for _, result in finished if result.by == by]
         if names:
@@ -373,7 +372,7 @@ def noticed(results: Iterator[Result]) -> tuple[int, int]:
 
 
 def judge_all(
-    mutants: Sequence[Mutant], trees: Sequence[Tree], steps: Collection[Step], children: Children
+    mutants: Sequence[Mutant], trees: Sequence[Tree], near_only: bool, children: Children
 ) -> Generator[Result, None, None]:
     """Results as they come, one fault a tree at a time. Ctrl-C ends what is running, and then this."""
     free: SimpleQueue[Tree] = SimpleQueue()
@@ -383,7 +382,7 @@ def judge_all(
     def judge(mutant: Mutant) -> Result:
         tree = free.get()
         try:
-            return tree.judge(mutant, steps)
+            return tree.judge(mutant, near_only)
         finally:
             free.put(tree)
 
@@ -415,7 +414,7 @@ def check_tree(tree: Tree, mutants: Sequence[Mutant], baseline: bool) -> None:
         return
     near = sorted({file for mutant in mutants for file in mutant.near_files})
     typer.echo(f"Without a fault: {', '.join(near)}", err=True)
-    status, output = tree.run(near, STEPS[0]._replace(near=True))
+    status, output = tree.run(near, Step("short", near=True))
     if status != PASSED:
         raise RuntimeError(f"without a fault the tests must pass, and do not:\n{output[-6000:]}")
 
@@ -443,7 +442,7 @@ def main(
     path: Annotated[str, typer.Option(help="Those in files whose paths begin so.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Faults at a time, each in a copy of its own.")] = 2,
     near_only: Annotated[
-        bool, typer.Option("--near-only", help="Of the full run only the tests near a fault: a first look.")
+        bool, typer.Option("--near-only", help="What nobody notices near a fault is left there: a first look.")
     ] = False,
     no_baseline: Annotated[
         bool, typer.Option("--no-baseline", help="Do not run the tests near the faults without one before.")
@@ -473,7 +472,7 @@ def main(
     status = 0
     try:
         if left:
-            _run(left, settled, jobs, STEPS[:-1] if near_only else STEPS, not no_baseline, minutes, results)
+            _run(left, settled, jobs, near_only, not no_baseline, minutes, results)
     except RuntimeError as error:
         typer.echo(str(error), err=True)
         status = 2
@@ -489,7 +488,7 @@ def _run(
     mutants: Sequence[Mutant],
     settled: dict[str, Result],
     jobs: int,
-    steps: Collection[Step],
+    near_only: bool,
     baseline: bool,
     minutes: float,
     results: Path | None,
@@ -508,7 +507,7 @@ def _run(
             shutil.copytree(trees[0].root, tree.root)
         file = None if results is None else kept.enter_context(results.open("a", encoding="utf-8"))
         # Closed before the copies go, which processes may be at work in.
-        found = kept.enter_context(contextlib.closing(judge_all(mutants, trees, steps, children)))
+        found = kept.enter_context(contextlib.closing(judge_all(mutants, trees, near_only, children)))
         for number, result in enumerate(found, start=1):
             settled[result.name] = result
             typer.echo(f"{number}/{len(mutants)} {line_of(result)}", err=True)
