@@ -71,4 +71,5 @@ def _key(value: Any) -> Hashable:
     except TypeError:
         # A list, say: all of its cases hold the same one.
         return id(value)
-    return value
+    # 1 and True are the same key by themselves.
+    return type(value), value
