@@ -66,9 +66,9 @@ CASES = [on_chip(arch, case) for arch in ARCHS for case in launches(arch)]
 
 
 def parts_of(case: Mapping[str, Any]) -> dict[str, str]:
-    """What a case compiles, for whom; a variant is one of its operation's."""
+    """What a case compiles, for whom: its tile follows from all but the variant, which is one of its operation's."""
     operation, model, arch, dtype, variant = case["case"].split("-")
-    return {"arch": arch, "operation": operation, "shape": f"{model} {dtype}", "variant": f"{operation} {variant}"}
+    return {"tile": f"{arch} {operation} {model} {dtype}", "variant": f"{operation} {variant}"}
 
 
 def matrix_unit(arch: str, case: str, kernel: dict[str, Any]) -> str | None:
@@ -103,7 +103,7 @@ def chips_of(file: Path) -> list[str]:
     return [arch for arch in ARCHS if arch not in TWINS and tuning.config_file(arch) == file]
 
 
-@pytest.mark.covering(by=parts_of, alone=["variant"])
+@pytest.mark.covering(by=parts_of, alone=["tile", "variant"])
 @pytest.mark.parametrize(("arch", "case"), CASES)
 def test_launch_fits_its_chip_and_uses_the_matrix_unit_that_was_meant(
     reports: dict[str, Future[dict[str, Any]]], arch: str, case: str
