@@ -69,12 +69,12 @@ EOF
 
 spills() {
   python3 -m venv "$folder/$1"
-  "$folder/$1/bin/pip" install --quiet --disable-pip-version-check "triton==$1"
+  "$folder/$1/bin/pip" install --quiet --disable-pip-version-check "$1"
   TRITON_CACHE_DIR="$folder/cache-$1" "$folder/$1/bin/python" "$folder/spills.py"
 }
 
-old=$(spills 3.7.1)
-new=$(spills 3.9.0)
+old=$(spills triton==3.7.1)
+new=$(spills triton==3.9.0)
 printf 'triton 3.7.1: %s\ntriton 3.9.0: %s\n' "$old" "$new"
 [ "$old" = "registers 80, stack 8; maxnreg=255: registers 84, stack 0" ]
 [ "$new" = "registers 80, stack 8; maxnreg=255: registers 85, stack 0" ]
