@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,9 @@ def test_of_one_parameter_every_case_is_taken() -> None:
 def collected(*arguments: str) -> list[str]:
     """The cases that pytest would run."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
+    # Options that this run was given by PYTEST_ADDOPTS, such as --full, would be that run's as well.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line for line in done.stdout.splitlines() if "::" in line]
 
