@@ -136,6 +136,31 @@ def test_a_layer_norm_without_a_bias_is_taken_before(kernels: str, dtype: torch.
         assert torch.equal(actual, cls_attention(query, add_layer_norm(x, *norm), *arguments))
 
 
+def test_a_layer_norm_is_taken_before_where_columns_take_several_programs(kernels: str, dtype: torch.dtype) -> None:
+    x, residual = (random(30, 160, dtype=dtype, device=kernels) for _ in range(2))
+    bias, weight, norm_bias = (random(160, dtype=dtype, device=kernels) for _ in range(3))
+    query = random(2, 3, 160, dtype=torch.float32, device=kernels)
+    norm = AddNorm(bias, residual, weight, norm_bias, 1e-12)
+    # Four chunks of 32 columns are one program's; the mean of those 128 is not the row's.
+    tile = {"NORM": True, "BLOCK_H": 16, "BLOCK_N": 16, "MAX_BLOCK_W": 32, "num_warps": 4, "num_stages": 1}
+    arguments: tuple[Any, ...] = (cu_seqlens_of([10, 20], kernels), 20, SCALE)
+    with use_tile("cls_attention", tile):
+        assert not takes_norm(x)
+        actual = cls_attention(query, x, *arguments, norm=norm)
+        assert torch.equal(actual, cls_attention(query, add_layer_norm(x, *norm), *arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_parts_are_merged_before_they_are_rounded(kernels: str, dtype: torch.dtype) -> None:
+    hidden_states = random(1000, 96, dtype=dtype, device=kernels)
+    query = random(5, 6, 96, dtype=dtype, device=kernels, scale=8 * 96**-0.5)
+    # Long enough that every split has tokens of its own.
+    arguments: tuple[Any, ...] = (cu_seqlens_of([200] * 5, kernels), 200, SCALE)
+    exact = cls_attention_reference(query.double(), hidden_states.double(), *arguments)
+    whole, parts = (cls_attention(query, hidden_states, *arguments, num_splits=splits) for splits in (1, 3))
+    assert_as_exact_as(parts, [whole], exact)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [384, 768, 1024, 2048, 4096])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])

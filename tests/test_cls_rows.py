@@ -90,6 +90,18 @@ def test_absorb_query_kernel(kernels: str, num_rows: int, num_heads: int, head_d
     check(absorb_query, absorb_query_reference, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_absorbed_queries_keep_what_16_bits_would_lose(kernels: str, dtype: torch.dtype) -> None:
+    inputs = query_inputs(17, 2, 48, dtype, kernels)
+    exact = absorb_query_reference(*map(double, inputs))
+    usual, actual = (
+        float((result.double() - exact).square().mean().sqrt())
+        for result in (absorb_query_reference(*inputs), absorb_query(*inputs))
+    )
+    # A query in 16 bits alone costs half of the usual error; a pair of them is some hundred times as exact.
+    assert actual < usual / 30, f"RMS error {actual:.3e}, in 16 bits {usual:.3e}"
+
+
 @pytest.mark.parametrize(("num_rows", "num_heads", "head_dim"), SHAPES)
 def test_absorb_query_torch_path(
     torch_path: str, num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype

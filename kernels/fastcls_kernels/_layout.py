@@ -184,7 +184,8 @@ class PackedLayout:
         keys = first + positions + (ends == 0) * (self.total_tokens * _MAX_POSITIONS)
         if left >= 0:
             lowest = first + (positions - min(left, _MAX_POSITIONS)).clamp(min=0)
-            starts = torch.searchsorted(keys, lowest, out_int32=True) * (ends > 0)
+            # 0 as well where a row belongs to no sequence: its start and its position are.
+            starts = torch.searchsorted(keys, lowest, out_int32=True)
         if right >= 0:
             highest = first + (positions + min(right, _MAX_POSITIONS)).clamp(max=_MAX_POSITIONS - 1)
             ends = torch.searchsorted(keys, highest, right=True, out_int32=True) * (ends > 0)
