@@ -245,12 +245,14 @@ def test_blocks_hold_every_row_once(rows: int) -> None:
     torch.testing.assert_close(found, linear(x, weight))
 
 
-def test_a_library_that_is_not_invariant_is_refused() -> None:
+# The rows that a library computes at a time.
+@pytest.mark.parametrize("period", [2, 8, 16, 1024])
+def test_a_library_that_is_not_invariant_is_refused(period: int) -> None:
     def by_place(rows: Tensor) -> Tensor:
-        return rows + torch.arange(rows.shape[0])[:, None]
+        return rows + torch.arange(rows.shape[0])[:, None] % period
 
-    with pytest.raises(RuntimeError, match=r"batch_invariant must be left off on this CPU .*: the sum by place of its"):
-        in_blocks(by_place, torch.zeros(3, 4), name="sum by place")
+    with pytest.raises(RuntimeError, match="batch_invariant must be left off on this CPU .*: the sum by place"):
+        in_blocks(by_place, torch.zeros(3, 4), name=f"sum by place in {period}")
 
 
 @pytest.mark.parametrize("number", [0.0, float("nan")])
