@@ -28,7 +28,7 @@ from fastcls.families import bert
 from fastcls.graphs import Graphs, bucket_of, max_graph_tokens
 from fastcls.packing import PackedTokens
 from fastcls.spec import EncoderSpec
-from fastcls_kernels import Backend, use_backend
+from fastcls_kernels import Backend, batch_invariant, use_backend
 
 
 class StandIn:
@@ -147,6 +147,15 @@ def test_rungs_and_token_types_have_graphs_of_their_own(fast: FastClassifier, ca
             assert_close(fast.logits_of(texts), plain(fast, texts))
             assert_close(fast.logits_of(texts, types), plain(fast, texts, types))
     assert (capture.captures, capture.replays) == (6, 6)
+
+
+def test_batch_invariance_has_graphs_of_its_own(fast: FastClassifier, capture: StandIn) -> None:
+    texts = texts_of(5, 9)
+    for context in (contextlib.nullcontext, batch_invariant):
+        for _ in range(2):
+            with context():
+                fast.logits_of(texts)
+    assert (capture.captures, capture.replays) == (2, 2)
 
 
 def test_the_graph_least_recently_used_goes(fast: FastClassifier, capture: StandIn) -> None:

@@ -227,6 +227,18 @@ def test_a_graph_sees_weights_and_options_change(family: str) -> None:
     assert torch.equal(compiled(**inputs).logits, fast(**inputs).logits)
 
 
+def test_a_graph_sees_one_weight_move_to_other_memory() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    inputs = batch(3, 7)
+    before = compiled(**inputs).logits
+    last = list(fast.parameters())[-1]
+    last.data = last + 1.0
+    after = compiled(**inputs).logits
+    assert torch.equal(after, fast(**inputs).logits)
+    assert not torch.equal(after, before)
+
+
 def test_a_graph_forgets_with_its_model() -> None:
     fast = fastcls.optimize(tiny_model("DebertaV2ForSequenceClassification", "deberta-v2"))
     compiled = torch.compile(fast, fullgraph=True, backend="eager")
