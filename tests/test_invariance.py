@@ -251,7 +251,7 @@ def test_a_library_that_is_not_invariant_is_refused(period: int) -> None:
     def by_place(rows: Tensor) -> Tensor:
         return rows + torch.arange(rows.shape[0])[:, None] % period
 
-    with pytest.raises(RuntimeError, match="batch_invariant must be left off on this CPU .*: the sum by place"):
+    with pytest.raises(RuntimeError, match=r"batch_invariant must be left off on this CPU .*: the sum by place"):
         in_blocks(by_place, torch.zeros(3, 4), name=f"sum by place in {period}")
 
 
