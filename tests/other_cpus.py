@@ -72,7 +72,7 @@ def settings_of_this_cpu() -> list[str]:
 
 
 def run_tests(setting: str, seed: int, arguments: list[str]) -> Run:
-    """Runs pytest once, and prints a line about it."""
+    """Runs pytest once, and prints a line about it and two about what failed: minutes pass before the table."""
     environment = {**os.environ, **SETTINGS[setting], "FASTCLS_SEED": str(seed)}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -100,6 +100,8 @@ def run_tests(setting: str, seed: int, arguments: list[str]) -> Run:
     run = Run(setting, seed, failures)
     passed = len(cases) - skipped - len(failures.keys() - {"pytest itself"})
     print(f"{run.name}: {time.monotonic() - started:.0f} s, {passed:,} passed, {len(failures):,} failed", flush=True)
+    for test, message in failures.items():
+        print(f"  {test}\n    {message}", flush=True)
     return run
 
 
