@@ -53,7 +53,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_whole = Path(__file__).parent in asked or config.rootpath in asked
     # One of those processes has its options from the first one, but for their number.
     is_part = hasattr(config, "workerinput")
-    if getattr(config.option, "numprocesses", 0) is None and is_whole and not is_part and not torch.cuda.is_available():
+    # A debugger needs the terminal.
+    is_debugged = config.getoption("usepdb", False) or config.getoption("trace", False)
+    is_spread = is_whole and not is_part and not is_debugged and not torch.cuda.is_available()
+    if getattr(config.option, "numprocesses", 0) is None and is_spread:
         config.option.numprocesses = min(8, config.hook.pytest_xdist_auto_num_workers(config=config))
         config.option.dist = "loadfile"
 
@@ -62,22 +65,36 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 _counts = pytest.StashKey[dict[str, int]]()
 
 
+# After -k, -m and --deselect: of what they leave every pair stands in a case.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     has_gpu = torch.cuda.is_available()
     here = [item for item in items if _runs_on(item, has_gpu)]
-    # Who names a case wants that one.
-    is_short = not config.getoption("--full") and not any("::" in argument for argument in config.args)
-    chosen = in_short_run(here) if is_short else here
-    waiting = 0 if has_gpu else sum("gpu" in item.keywords for item in items)
-    config.stash[_counts] = {"here": len(here), "chosen": len(chosen), "gpu": waiting}
-    kept = set(chosen)
+    kept = set(here) if config.getoption("--full") else {*in_short_run(here), *_asked_for(config, here)}
+    waiting = 0 if has_gpu else sum(item.get_closest_marker("gpu") is not None for item in items)
+    config.stash[_counts] = {"here": len(here), "chosen": len(kept), "gpu": waiting}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = chosen
+    items[:] = [item for item in items if item in kept]
+
+
+def _asked_for(config: pytest.Config, items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Cases that the command line names, and with --lf, --ff and --sw those that failed last."""
+    again = any(config.getoption(name, False) for name in ("lf", "failedfirst", "stepwise"))
+    failed = config.cache.get("cache/lastfailed", {}) if again and config.cache else {}
+    named = [argument.partition("::") for argument in config.args if "::" in argument]
+    places = [(Path(os.path.abspath(config.invocation_params.dir / path)), name) for path, _, name in named]
+    for item in items:
+        own = item.nodeid.partition("::")[2]
+        is_named = any(
+            path == item.path and (own == name or own.startswith((f"{name}[", f"{name}::"))) for path, name in places
+        )
+        if is_named or item.nodeid in failed:
+            yield item
 
 
 def _runs_on(item: pytest.Item, has_gpu: bool) -> bool:
     """Whether a case can run on this machine: on its GPU, or where there is none in the interpreter."""
-    if "gpu" in item.keywords:
+    if item.get_closest_marker("gpu"):
         return has_gpu
     parameters = parameters_of(item)
     if parameters.get("kernel_device") != "cpu":

@@ -124,15 +124,21 @@ def print_table(runs: list[Run]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds, from 0 on (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="how many seeds, 1 or more, from 0 on (default: %(default)s)"
+    )
     parser.add_argument("--setting", action="append", choices=list(SETTINGS), help="one to run under; all if not given")
     parser.add_argument("--product", action="store_true", help="each seed under each setting, not each under one")
     parser.add_argument("arguments", nargs="*", help="handed on to pytest")
     options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds is {options.seeds}; it must be 1 or more")
     possible = settings_of_this_cpu()
     settings = options.setting or possible
     if unknown := [setting for setting in settings if setting not in possible]:
         parser.error(f"this CPU cannot run {', '.join(unknown)}; it runs {', '.join(possible)}")
+    if not options.product and (left_out := settings[options.seeds :]):
+        print(f"Not run: {', '.join(left_out)}. Each seed runs under one setting; --product runs it under all.")
     runs: list[Run] = []
     try:
         for seed in range(options.seeds):

@@ -47,7 +47,7 @@ def in_short_run(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """
     functions: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if "full" not in item.keywords:
+        if not item.get_closest_marker("full"):
             functions[item.nodeid.partition("[")[0]].append(item)
     taken: set[pytest.Item] = set()
     for cases in functions.values():

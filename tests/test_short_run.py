@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def test_of_one_parameter_every_case_is_taken() -> None:
 
 def collected(*arguments: str) -> list[str]:
     """The cases that pytest would run."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", *arguments]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist", *arguments]
     # Options that this run was given by PYTEST_ADDOPTS, such as --full, would be that run's as well.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=environment)
@@ -59,9 +60,25 @@ def collected(*arguments: str) -> list[str]:
 
 
 @pytest.mark.full
-def test_a_case_that_is_named_runs_and_the_full_run_takes_all() -> None:
-    short, full = (collected("tests/test_gated.py", *options) for options in ((), ("--full",)))
+def test_a_case_that_is_asked_for_runs_and_the_full_run_takes_all(tmp_path: Path) -> None:
+    file = "tests/test_gated.py"
+    short, full = (collected(file, *options) for options in ((), ("--full",)))
     left_out = [case for case in full if case not in short]
     assert set(short) < set(full)
     assert left_out
     assert collected(left_out[0]) == left_out[:1]
+    assert set(collected(left_out[0], file)) == {*short, left_out[0]}
+    # Those that failed last, by pytest's own record of them.
+    record = tmp_path / "v" / "cache" / "lastfailed"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({left_out[0]: True}))
+    assert collected(file, "--lf", "-o", f"cache_dir={tmp_path}") == left_out[:1]
+
+
+@pytest.mark.full
+def test_pairs_stand_in_the_cases_that_other_options_leave() -> None:
+    file = "tests/test_gated.py"
+    short = collected(file)
+    others = collected(file, *(f"--deselect={case}" for case in short))
+    assert others
+    assert not set(others) & set(short)
