@@ -128,7 +128,7 @@ def random(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> 
 class _SumsInOrder(TorchFunctionMode):
     """Products of matrices add one term after another in some order, each sum rounded to the tensors' dtype.
 
-    Norms take their columns in that order.
+    Norms take their columns in that order, and round each product, as CPUs without fused multiply-add do.
     """
 
     def __init__(self, order: Callable[[int], Iterable[int]]) -> None:
@@ -141,9 +141,10 @@ class _SumsInOrder(TorchFunctionMode):
             return self._product(x, weight.T) + bias
         if func is F.layer_norm:
             x, shape = args
-            columns = torch.tensor(list(self.order(x.shape[-1])), device=x.device)
-            weight, bias = kwargs["weight"][columns], kwargs["bias"][columns]
-            return F.layer_norm(x[..., columns], shape, weight, bias, kwargs["eps"])[..., columns.argsort()]
+            columns = torch.tensor(list(self.order(*shape)), device=x.device)
+            centred = x - x[..., columns].mean(-1, keepdim=True)
+            variance = centred[..., columns].square().mean(-1, keepdim=True)
+            return centred * torch.rsqrt(variance + kwargs["eps"]) * kwargs["weight"] + kwargs["bias"]
         if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
             return self._product(*args)
         return func(*args, **(kwargs or {}))

@@ -216,7 +216,7 @@ EXTRAS = {
 
 def enough(lengths: list[int]) -> list[int]:
     """More of the same where they are few: the RMS of few numbers varies by more than the bound's tenth."""
-    return lengths * max(1, 60 // max(1, sum(lengths)))
+    return lengths * max(1, 60 // sum(lengths)) if any(lengths) else lengths
 
 
 def row_bounds_of(lengths: list[int], device: str) -> tuple[Tensor, Tensor]:
