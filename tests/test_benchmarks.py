@@ -198,11 +198,17 @@ def test_provider_with_wrong_logits_is_caught_and_not_timed(
     assert case.times_faster(FASTCLS.name) is not None
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Some machines that test do not hold what is as deep as two of BERT-base, or RoBERTa with more words.
+SHAPES = [name for name in MODELS if name not in ("bert-large", "xlm-roberta-base", "camembert-base")]
+# BERT-base once more, with other words or half its layers.
+TWINS = ("roberta-base", "electra-base", "distilbert")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] if name in TWINS else []) for name in SHAPES]
+)
 def test_real_shapes_tell_a_wrong_mask(name: str) -> None:
     """The random weights of the suites must not be so tame that an error goes unseen, in 16 bits either."""
-    if name in ("bert-large", "xlm-roberta-base", "camembert-base"):
-        pytest.skip("as deep as two of BERT-base, or RoBERTa with other words: more than some machines that test hold")
     model = build_model(name, CPU, torch.float32)
     batches = Workload(2, "sst2").batches(1, ModelInputs.of(type(model), model.config))
     reference = Reference(model, batches)

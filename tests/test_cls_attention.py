@@ -296,6 +296,7 @@ def test_torch_path_takes_keys_biases_and_any_rows(
 
 # Keys of one chunk of columns and of many, a last one that is not full, heads in several groups, and an input whose
 # columns are in several groups.
+@pytest.mark.covering(alone=["num_heads", "key_dim", "width", "dtype"])
 @pytest.mark.parametrize(
     ("num_heads", "key_dim", "width"),
     [(1, 16, 16), (12, 64, 768), (17, 24, 48), pytest.param(40, 128, 48, marks=pytest.mark.full), (3, 32, 1040)],

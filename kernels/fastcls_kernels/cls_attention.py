@@ -337,8 +337,8 @@ def _cls_attention_kernel(
         _store_output_chunk(out_ptr, acc2 / divisor[:, None], chunk0 + 2, in_heads, offs_h, WIDTH, BLOCK_W)
     if CHUNKS > 3:
         _store_output_chunk(out_ptr, acc3 / divisor[:, None], chunk0 + 3, in_heads, offs_h, WIDTH, BLOCK_W)
-    # An empty split keeps -1e30 and so weighs nothing beside any other. The first group of columns alone stores it. Blocks
-    # are compared, since triton 3.9's interpreter refuses a mask that is cut by a condition: `in_heads & (group == 0)`.
+    # An empty split keeps -1e30 and so weighs nothing beside any other. The first group of columns alone stores it.
+    # Blocks are compared, since triton 3.9's interpreter refuses a mask that is cut by a condition on the group.
     is_stored = offs_h + column_group * NUM_HEADS < NUM_HEADS
     tl.store(lse_ptr + out_row * NUM_HEADS + offs_h, row_max + tl.log2(divisor), mask=is_stored)
 
