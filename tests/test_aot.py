@@ -53,11 +53,13 @@ MULTIPLY = {
 
 # Chips with the instructions and the memory of one before.
 TWINS = ("sm_89", "sm_120")
+# Besides them the full run's alone: its tiles are those of sm_86, which has less memory for them.
+ROOMIER = ("sm_80",)
 
 
 def on_chip(arch: str, *parameters: str) -> Any:
-    """A chip's case, which the full run alone compiles for a twin."""
-    marks = [pytest.mark.full] if arch in TWINS else []
+    """A chip's case; for some the full run alone compiles."""
+    marks = [pytest.mark.full] if arch in TWINS + ROOMIER else []
     return pytest.param(arch, *parameters, id=parameters[-1] if parameters else arch, marks=marks)
 
 

@@ -200,8 +200,8 @@ def test_provider_with_wrong_logits_is_caught_and_not_timed(
 
 # Some machines that test do not hold what is as deep as two of BERT-base, or RoBERTa with more words.
 SHAPES = [name for name in MODELS if name not in ("bert-large", "xlm-roberta-base", "camembert-base")]
-# BERT-base once more, with other words or half its layers.
-TWINS = ("roberta-base", "electra-base", "distilbert")
+# BERT-base once more, with other words, half its layers or another task.
+TWINS = ("roberta-base", "electra-base", "distilbert", "bert-base-fill")
 
 
 @pytest.mark.parametrize(
