@@ -361,14 +361,14 @@ def report(mutants: Sequence[Mutant], results: dict[str, Result]) -> str:
     if any(result.near_only and result.by is None for _, result in finished):
         lines.append("What nobody near a fault notices was left there (--near-only).")
     for what, by in (("the short run misses", "full"), ("nobody notices", None)):
-        names = [result.name for _, result in finished if result.by == by]
+        names = [result.name for _, result in finished if result.by == by and result.test != TIMEOUT]
         if names:
             lines.append(f"What {what}: {', '.join(names)}.")
     return "\n".join(lines)
 
 
 def noticed(results: Iterator[Result]) -> tuple[int, int]:
-    """How many faults the short and the full run noticed; a run whose time was over says nothing of the other one."""
+    """How many faults the short and the full run noticed, without those of which the time was over."""
     runs = [result.by for result in results if result.test != TIMEOUT]
     return runs.count("short"), len(runs) - runs.count(None)
 

@@ -400,13 +400,14 @@ def test_a_split_that_the_bias_leaves_out_weighs_nothing(kernels: str, dtype: to
     arguments: tuple[Any, ...] = (cu_seqlens_of([100] * texts, kernels), 100, SCALE)
     rest: tuple[Any, ...] = (cu_seqlens_of([40] * texts, kernels), 40, SCALE)
     actual = cls_attention(query, hidden_states, *arguments, bias=bias, num_splits=3)
-    reference = functools.partial(cls_attention_reference, bias=bias[~left_out])
-    exact = reference(query.double(), hidden_states[~left_out].double(), *rest)
-    assert_as_exact_as(actual, eager_runs(reference, query, hidden_states[~left_out], *rest), exact)
+    kept, kept_bias = hidden_states[~left_out], bias[~left_out]
+    reference = functools.partial(cls_attention_reference, bias=kept_bias)
+    exact = reference(query.double(), kept.double(), *rest)
+    assert_as_exact_as(actual, eager_runs(reference, query, kept, *rest), exact)
     query, k = query[..., :16], hidden_states.unflatten(1, (3, 16))
     actual = cls_attention_kv(query, k, k, *arguments, bias=bias, num_splits=3)
-    kv_reference = functools.partial(cls_attention_kv_reference, bias=bias[~left_out])
-    k = k[~left_out]
+    kv_reference = functools.partial(cls_attention_kv_reference, bias=kept_bias)
+    k = kept.unflatten(1, (3, 16))
     exact = kv_reference(query.double(), k.double(), k.double(), *rest)
     assert_as_exact_as(actual, eager_runs(kv_reference, query, k, k, *rest), exact)
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from conftest import Sentences
-from support import CountTokenProducts, assert_as_exact_as, live_bytes, tiny_bert, tiny_model
+from support import MANY_LABELS, CountTokenProducts, assert_as_exact_as, live_bytes, tiny_bert, tiny_model
 from torch import Tensor
 from transformers import (
     BertForSequenceClassification,
@@ -37,10 +37,6 @@ MASKS = {
     "all_tokens": [[1] * 9] * 3,
     "none": None,
 }
-
-
-# Labels where errors are compared: the RMS of few numbers varies by more than the bound's tenth.
-MANY = 32
 
 
 def batch(rows: int = 3, length: int = 9, device: str = "cpu") -> dict[str, Tensor]:
@@ -78,7 +74,7 @@ def test_as_exact_as_transformers_in_every_dtype(dtype: torch.dtype, last_layer:
     lengths = torch.tensor([40, 3, 17, 1, 33, 40, 25, 8] * 16)
     inputs = batch(len(lengths), 40, device)
     inputs["attention_mask"] = (torch.arange(40) < lengths[:, None]).long().to(device)
-    rounded = tiny_bert(attn_implementation="eager", num_labels=MANY).to(device, dtype)
+    rounded = tiny_bert(attn_implementation="eager", num_labels=MANY_LABELS).to(device, dtype)
     exact = logits_of(copy.deepcopy(rounded).double(), **inputs)
     eager = logits_of(rounded, **inputs)
     assert_as_exact_as(logits_of(fastcls.optimize(rounded, last_layer=last_layer), **inputs), [eager], exact)
@@ -127,7 +123,7 @@ def test_absorbing_is_as_exact_as_transformers_with_outlier_features(
     lengths = torch.tensor([20, 3, 17, 1, 13, 20, 15, 8] * (4 if kernels == "cpu" else 64))
     inputs = batch(len(lengths), 20, kernels)
     inputs["attention_mask"] = (torch.arange(20) < lengths[:, None]).long().to(kernels)
-    rounded = with_outlier_features(tiny_bert(attn_implementation="eager", num_hidden_layers=2, num_labels=MANY))
+    rounded = with_outlier_features(tiny_bert(attn_implementation="eager", num_hidden_layers=2, num_labels=MANY_LABELS))
     rounded = rounded.to(kernels, dtype)
     exact = logits_of(copy.deepcopy(rounded).double(), **inputs)
     eager = logits_of(rounded, **inputs)
@@ -139,7 +135,7 @@ def test_absorbing_is_as_exact_as_transformers_with_outlier_features(
 def test_absorbing_is_as_exact_with_outlier_features_in_torch(dtype: torch.dtype) -> None:
     # An outlier's error is that of its text.
     inputs = batch(2048, 20)
-    rounded = with_outlier_features(tiny_bert(attn_implementation="eager", num_labels=MANY)).to(dtype)
+    rounded = with_outlier_features(tiny_bert(attn_implementation="eager", num_labels=MANY_LABELS)).to(dtype)
     exact = logits_of(copy.deepcopy(rounded).double(), **inputs)
     assert_as_exact_as(logits_of(fastcls.optimize(rounded), **inputs), [logits_of(rounded, **inputs)], exact)
 
