@@ -30,6 +30,7 @@ from fastcls_kernels import (
 from .convolution import EmbeddingConvolution
 from .packing import PackedTokens
 from .relative import BiasTable, DisentangledTables, PositionTables
+from .rotary import RotaryPositions
 from .spec import BucketBias, Disentangled, EncoderSpec
 from .weights import Weighted, under
 
@@ -382,10 +383,10 @@ class Encoder(nn.Module):
 
     Args:
         spec: the encoder's shape.
-        weights: its parameters, by our names.
+        weights: its parameters, and the frequencies of its rotary positions, by our names.
     """
 
-    def __init__(self, spec: EncoderSpec, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, spec: EncoderSpec, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.spec = spec
         self.embeddings = Embeddings(spec, under("embeddings.", weights))
@@ -401,7 +402,7 @@ class Encoder(nn.Module):
         self.convolution = (
             None if spec.convolution is None else EmbeddingConvolution(spec, under("convolution.", weights))
         )
-        self._rotary: dict[tuple[float, torch.device], tuple[Tensor, Tensor]] = {}
+        self.rotary = RotaryPositions(spec, under("rotary.", weights)) if spec.rotary else None
 
     def prepare(self) -> None:
         """Makes what follows from weights and config alone, where it is not there or weights have changed since.
@@ -409,10 +410,8 @@ class Encoder(nn.Module):
         To be called before a pass, and not while a graph is captured, which reads what was made.
         """
         with torch.inference_mode(False), torch.no_grad():
-            device = self.embeddings.word_weight.device
-            for base in self.spec.rotary_bases:
-                if base is not None and (base, device) not in self._rotary:
-                    self._rotary[base, device] = _rotary_tables(self.spec, base, device)
+            if self.rotary is not None:
+                self.rotary.refresh()
             if isinstance(self.relative, DisentangledTables):
                 self.relative.refresh()
             if self.convolution is not None:
@@ -420,7 +419,8 @@ class Encoder(nn.Module):
 
     def clear(self) -> None:
         """Forgets what `prepare` makes."""
-        self._rotary.clear()
+        if self.rotary is not None:
+            self.rotary.clear()
         if isinstance(self.relative, DisentangledTables):
             self.relative.clear()
         if self.convolution is not None:
@@ -465,12 +465,11 @@ class Encoder(nn.Module):
 
     def _attention(self, index: int) -> Attention:
         spec = self.spec
-        base = spec.rotary_bases[index] if spec.rotary_bases else None
         terms = spec.relative.num_terms if isinstance(spec.relative, Disentangled) else 1
         return Attention(
             scale=(spec.head_dim * terms) ** -0.5,
             window=spec.windows[index] if spec.windows else None,
-            rotary=None if base is None else self._rotary[base, self.embeddings.word_weight.device],
+            rotary=None if self.rotary is None else self.rotary.tables(spec.rotary[index]),
             bias=self.relative if isinstance(self.relative, BiasTable) else None,
             tables=self.relative if isinstance(self.relative, DisentangledTables) else None,
             layer=spec.layers[index],
@@ -488,11 +487,3 @@ def _wanted(packed: PackedTokens, selection: Selection) -> Wanted | None:
     assert packed.row_sequences is not None
     bounds = (layout.cu_seqlens[packed.row_sequences], layout.cu_seqlens[packed.row_sequences + 1])
     return Wanted(packed.rows, bounds)
-
-
-def _rotary_tables(spec: EncoderSpec, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, (max_positions, head_dim // 2) float32 each."""
-    # In float32 whatever the weights are in, as transformers has them.
-    frequencies = 1.0 / (base ** (torch.arange(0, spec.head_dim, 2, dtype=torch.float) / spec.head_dim))
-    angles = torch.arange(spec.max_positions, dtype=torch.float)[:, None] * frequencies
-    return angles.cos().to(device), angles.sin().to(device)

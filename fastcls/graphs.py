@@ -97,7 +97,7 @@ class Graphs:
     Args:
         run: the pass. It must not wait for the device.
         new_capture: makes what captures, with a pool of its own.
-        max_seqlen: a bound on the length of any sequence.
+        max_seqlen: a bound on the length of any sequence, or None.
         max_graphs: beyond it the one least recently used goes.
         max_pool_bytes: beyond it all of them go, since a shared pool gives its memory back as a whole.
     """
@@ -105,7 +105,7 @@ class Graphs:
     def __init__(
         self,
         run: Run,
-        max_seqlen: int,
+        max_seqlen: int | None,
         new_capture: Callable[[], Capture] | None = None,
         max_graphs: int = MAX_GRAPHS,
         max_pool_bytes: int = MAX_POOL_BYTES,
@@ -157,7 +157,7 @@ class Graphs:
             self._capture = self._new_capture()
         moved = packed.to(device)
         # The length of the longest text is this batch's own; the graph must hold for any.
-        longest = min(self._max_seqlen, packed.shape.tokens)
+        longest = min(self._max_seqlen or packed.shape.tokens, packed.shape.tokens)
         try:
             graph = self._capture(
                 lambda static: self._run(static, key.how), moved.over(moved.integers, max_seqlen=longest)

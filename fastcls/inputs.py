@@ -12,6 +12,20 @@ from .packing import Source, flat_integers, kept_tokens
 from .spec import EncoderSpec
 
 
+class BadText(ValueError):  # noqa: N818  # it is the text that is bad
+    """One of many texts that cannot be computed.
+
+    Attributes:
+        row: which one.
+        problem: what is wrong with it, as a sentence about it goes on.
+    """
+
+    def __init__(self, row: int, problem: str) -> None:
+        super().__init__(f"token_ids[{row}] {problem}")
+        self.row = row
+        self.problem = problem
+
+
 class Batch(NamedTuple):
     """A padded batch as callers pass it, see `FastModel.forward`."""
 
@@ -106,7 +120,7 @@ class Reader(NamedTuple):
         if not spec.token_types:
             # Tokenizers make them for models that have none, too.
             types = None
-        if not spec.position_rows and not any(spec.rotary_bases):
+        if not spec.position_rows and not spec.rotary:
             positions = None
         mask = torch.ones(shape, dtype=torch.bool, device=place) if values is None else values.bool()
         if positions is not None:
@@ -122,7 +136,12 @@ class Reader(NamedTuple):
         def flat(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.flatten(0, 1)
 
-        lengths = torch.tensor(facts.lengths)
+        # What the mask leaves out as a whole is no text.
+        lengths = torch.tensor([length for length in facts.lengths if length], dtype=torch.int64, device="cpu")
+        texts = None
+        if 0 in facts.lengths:
+            there = [row for row, length in enumerate(facts.lengths) if length]
+            texts = torch.tensor(there, dtype=torch.int64, device="cpu")
         return Source(
             lengths,
             kept_tokens(mask, lengths),
@@ -134,6 +153,7 @@ class Reader(NamedTuple):
             flat(columns.expand(shape)) if facts.has_holes and spec.needs_places else None,
             flat(placed(selected)),
             keeps_origins,
+            texts,
         )
 
     def source_of_lists(
@@ -149,14 +169,17 @@ class Reader(NamedTuple):
         if not lengths:
             return None
         if min(lengths) == 0:
-            raise ValueError(f"token_ids must hold at least one token a text, got none for text {lengths.index(0)}")
+            raise BadText(lengths.index(0), "has no tokens")
         spec = self.spec
         self._check_longest(max(lengths))
         if token_type_ids is not None and [len(types) for types in token_type_ids] != lengths:
             raise ValueError("token_type_ids must have the lengths of token_ids")
         ids = flat_integers("token_ids", token_ids)
         low, high = _bounds(ids)
-        _check_range("token_ids", int(low), int(high), spec.vocab_size, "vocab_size")
+        if low < 0 or high >= spec.vocab_size:
+            wrong = next(iter(((ids < 0) | (ids >= spec.vocab_size)).nonzero()))
+            row = int(torch.searchsorted(torch.tensor(lengths, device="cpu").cumsum(0), wrong, right=True))
+            raise BadText(row, f"holds the id {int(ids[wrong])}, outside the vocabulary of {spec.vocab_size}")
         types = None
         if token_type_ids is not None and spec.token_types:
             types = flat_integers("token_type_ids", token_type_ids)
@@ -166,7 +189,8 @@ class Reader(NamedTuple):
         if spec.padding_id is not None and bool((ids == spec.padding_id).any()):
             split = ids.split(lengths)
             positions = torch.cat([_padded_positions(each[None], spec.padding_id)[0] for each in split])
-        return Source(torch.tensor(lengths), None, ids, types, positions, None, spec.first_position)
+        lengths_ = torch.tensor(lengths, device="cpu")
+        return Source(lengths_, None, ids, types, positions, None, spec.first_position)
 
     def _shape_of(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> torch.Size:
         """(batch, seqlen)."""
@@ -227,14 +251,12 @@ class Reader(NamedTuple):
         if not facts.is_binary:
             raise ValueError("attention_mask must hold 1 (token) and 0 (padding) only, got other values")
         if needs_first and 0 in facts.first_column:
-            raise ValueError(
-                "attention_mask must be 1 in its first column, where [CLS] is; "
-                f"it is 0 in row {facts.first_column.index(0)}. "
-                'For left-padded batches set tokenizer.padding_side = "right"'
-            )
-        if 0 in facts.lengths:
-            row = facts.lengths.index(0)
-            raise ValueError(f"attention_mask must be 1 for at least one token a text, it is 0 all along row {row}")
+            for row, (first, length) in enumerate(zip(facts.first_column, facts.lengths, strict=True)):
+                if length and not first:
+                    raise ValueError(
+                        f"attention_mask must be 1 in its first column, where [CLS] is; it is 0 in row {row}. "
+                        'For left-padded batches set tokenizer.padding_side = "right"'
+                    )
         spec, bounds = self.spec, iter(facts.bounds)
         if ids is not None:
             _check_range("input_ids", next(bounds), next(bounds), spec.vocab_size, "vocab_size")
@@ -245,10 +267,11 @@ class Reader(NamedTuple):
             self._check_longest(max(facts.last_column) + 1)
         if positions is not None:
             rows = spec.position_rows or spec.max_positions
+            assert rows is not None
             _check_range("position_ids", next(bounds), next(bounds), rows, "max_position_embeddings")
 
     def _check_longest(self, longest: int) -> None:
-        if longest > self.spec.max_positions:
+        if self.spec.max_positions is not None and longest > self.spec.max_positions:
             raise ValueError(
                 f"a text of {longest} tokens is longer than the model's {self.spec.max_positions} positions: "
                 f"pass truncation=True, max_length={self.spec.max_positions} to the tokenizer"

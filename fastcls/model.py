@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +17,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fastcls_kernels import batch_invariant, explain_backend, is_batch_invariant, mean_pool, warming_shapes
 
 from . import traced
+from .convolution import EmbeddingConvolution
 from .encoder import Encoder, How, LastLayer, check_last_layer
 from .graphs import Graphs, being_captured, bucket_of, max_graph_tokens
 from .heads import Head
 from .inputs import Batch, Reader
+from .original import Original
 from .packing import PackedTokens, PackShape, Source, fill_rows, pack
+from .relative import BiasTable
 from .spec import EncoderSpec, HeadSpec, WeightMap
 from .weights import from_checkpoint_names, to_checkpoint_names, under
 
@@ -28,12 +33,30 @@ CPU_TOKENS_PER_PASS = 2048
 # On a GPU this many fill the largest chip, and bound the memory of a pass: some 1.6 GB for BERT-base in float32.
 GPU_TOKENS_PER_PASS = 65536
 
+# Longer texts are rare, and compile what they need when they come.
+_WARM_TOKENS = 512
+
+# What transformers' models take besides, and what changes their answer. Whatever else they are given they ignore.
+_CHANGING = frozenset(
+    {
+        *("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "head_mask", "is_causal"),
+        *("sliding_window", "softcap", "s_aux", "position_bias", "num_items_in_batch", "next_sentence_label"),
+        *("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_seqlen", "max_length_q", "max_length_k", "indices"),
+    }
+)
+
+# How alike two names are of which one is taken for a mistyped other, from 0 to 1.
+_TYPING_ERROR = 0.85
+
 # Rows of a pass, and the packing that they come from.
 Parts = list[tuple[Tensor, PackedTokens]]
 
 
 class FastModel(nn.Module):
     """An encoder and its head that compute only what their answer needs. Made by `optimize`; runs inference only.
+
+    It follows the weights of the model that it was made of, see `optimize`; a copy of it, or what a pickle gives back,
+    has weights of its own. Whatever module it is part of, it stays in eval mode.
 
     Attributes:
         config: the transformers config.
@@ -58,7 +81,7 @@ class FastModel(nn.Module):
         spec: EncoderSpec,
         head: HeadSpec,
         weight_map: WeightMap,
-        weights: Mapping[str, nn.Parameter],
+        weights: Mapping[str, Tensor],
         last_layer: LastLayer = "absorbed",
         cuda_graphs: bool = True,
         batch_invariant: bool = False,
@@ -70,22 +93,26 @@ class FastModel(nn.Module):
         self.weight_map = weight_map
         self.last_layer = last_layer
         self.cuda_graphs = cuda_graphs
+        self._original: Original | None = None
         self.encoder = Encoder(spec, under("encoder.", weights))
         self.head = Head(head, under("head.", weights))
         self.register_state_dict_post_hook(_to_checkpoint_names)
         self.register_load_state_dict_pre_hook(_from_checkpoint_names)
         self.register_load_state_dict_post_hook(_forget_caches)
         self._graphs = self._new_graphs()
+        self._hooks = self._all_hooks()
         self.batch_invariant = batch_invariant
         self.eval()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes graphs of its own, over its own weights.
-        return {name: value for name, value in self.__dict__.items() if name != "_graphs"}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_hooks")}
+        return {**state, "_original": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._graphs = self._new_graphs()
+        self._hooks = self._all_hooks()
 
     def _new_graphs(self) -> Graphs:
         # Weakly, so that a model that nobody holds gives its memory back at once.
@@ -98,10 +125,18 @@ class FastModel(nn.Module):
 
         return Graphs(run, self.spec.max_positions)
 
+    def _all_hooks(self) -> list[Mapping[int, Any]]:
+        """Where modules keep their hooks: empty ones are passed by in no time."""
+        return [hooks for module in self.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastModel:
         # Every way of moving or converting the weights comes through here.
-        self.clear_caches()
+        self._forget_made()
         return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> FastModel:  # noqa: ARG002  # its name is torch's
+        """Stays in eval mode, so that a module that trains can hold a frozen encoder; see `requires_grad_`."""
+        return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> FastModel:
         """Gradients are not computed, and so may not be asked for.
@@ -120,10 +155,54 @@ class FastModel(nn.Module):
         )
 
     def clear_caches(self) -> None:
-        """Forgets the CUDA graphs and whatever else was made from the weights, and their memory."""
+        """Forgets the CUDA graphs and whatever else was made from the weights, and their memory.
+
+        To be called after writing to weights in a way that counts no changes, ``weight.data.mul_(2)`` or weights made
+        in inference mode: what was copied or made of them is made anew.
+        """
+        self._forget_made()
+        if self._original is not None:
+            self._original.doubt()
+
+    def _forget_made(self) -> None:
         self._graphs.clear()
         self.encoder.clear()
         traced.forget(next(self.parameters()))
+
+    def stop_following(self) -> None:
+        """Goes on with the weights as they are, in memory of its own, whatever becomes of the original's."""
+        original, self._original = self._original, None
+        if original is None:
+            return
+        with torch.no_grad():
+            for _, weight in self.weights():
+                if original.holds(weight):
+                    weight.data = weight.data.clone()
+        self._forget_made()
+
+    def follow(self, original: Original) -> None:
+        """Follows the weights of a model from now on, that those of this one were made of."""
+        self._original = original
+        traced.own(self)
+
+    def _follow(self) -> None:
+        """Brings the weights up to the original's, where those have changed."""
+        original = self._original
+        if original is not None and not original.is_current() and original.update(self):
+            self._forget_made()
+            traced.own(self)
+
+    def current_weights(self) -> list[Tensor]:
+        """The weights in their order, brought up to the original's; for graphs, which pass hooks inside by."""
+        self._check_no_hooks_inside()
+        self._follow()
+        return [weight for _, weight in self.weights()]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All that came from the original, by our names: parameters, and buffers that no state dict holds."""
+        yield from self.named_parameters()
+        for name in self.weight_map.buffers:
+            yield name, self.get_buffer(name)
 
     @property
     def last_layer(self) -> LastLayer:
@@ -143,6 +222,31 @@ class FastModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the weights and of the computation."""
         return self.encoder.embeddings.word_weight.dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the weights are, as transformers counts them.
+
+        Args:
+            only_trainable: of those that require gradients: none.
+            exclude_embeddings: without the tables of embeddings.
+        """
+        tables = ("word_weight", "position_weight", "token_type_weight")
+        kept = {
+            id(weight): weight.numel()
+            for name, weight in self.named_parameters()
+            if (weight.requires_grad or not only_trainable)
+            and not (exclude_embeddings and name.startswith("encoder.embeddings.") and name.endswith(tables))
+        }
+        return sum(kept.values())
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the transformers model came from."""
+        return str(getattr(self.config, "name_or_path", ""))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of words, over the same memory: for ``inputs_embeds``."""
+        return nn.Embedding.from_pretrained(self.encoder.embeddings.word_weight.detach(), freeze=True)
 
     def can_generate(self) -> bool:
         """False; transformers' pipelines ask."""
@@ -185,6 +289,8 @@ class FastModel(nn.Module):
         Returns:
             One row a text, (num_texts, num_labels), or one a token, (num_tokens, width), as the model's task is.
         """
+        self._check_no_hooks_of_its_own("forward_packed")
+        self._follow()
         return self._run_packed(packed, self._how)
 
     def warm_up(self) -> None:
@@ -195,9 +301,11 @@ class FastModel(nn.Module):
         """
         if not self._runs_triton:
             return
+        self._follow()
         with self._inference():
             self.encoder.prepare()
-            for lengths in warming_shapes(self.device, self.spec.max_positions, GPU_TOKENS_PER_PASS):
+            longest = self.spec.max_positions or _WARM_TOKENS
+            for lengths in warming_shapes(self.device, longest, GPU_TOKENS_PER_PASS):
                 token_ids = [[0] * length for length in lengths]
                 for types in (None, token_ids) if self.spec.token_types else (None,):
                     source = self._reader.source_of_lists(token_ids, types)
@@ -205,7 +313,7 @@ class FastModel(nn.Module):
                     self._warm(source)
 
     def _warm(self, source: Source) -> None:
-        first = torch.zeros(int(source.lengths.sum()), dtype=torch.bool)
+        first = torch.zeros(int(source.lengths.sum()), dtype=torch.bool, device="cpu")
         first[source.lengths.cumsum(0) - source.lengths] = True
         for how in self._ways:
             wanted = source._replace(selected=first if how.selection == "rows" else None)
@@ -273,6 +381,13 @@ class FastModel(nn.Module):
         """
         if self.training:
             raise RuntimeError("fastcls runs inference only: call .eval() first, or train the transformers model")
+        if torch.compiler.is_compiling():
+            self._check_no_hooks_inside()
+        elif torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                "torch.jit.trace, and torch.onnx.export with dynamo=False, must be left out: a trace would hold the "
+                "lengths of its example for all texts. Use torch.export.export, or trace the transformers model"
+            )
         if torch.is_grad_enabled():
             _check_no_gradients(self, batch)
         for name in ("output_attentions", "output_hidden_states"):
@@ -281,11 +396,55 @@ class FastModel(nn.Module):
                     f"{name} must be False: fastcls does not compute what the answer does not need. "
                     "Use the transformers model for it"
                 )
-        unknown = [name for name, value in extras.items() if value is not None and value is not False]
-        if unknown:
-            raise TypeError(f"forward() takes no argument {', '.join(unknown)}")
+        if extras:
+            self._check_extras(extras)
         self._reader.check(batch)
         return batch.shape
+
+    def _check_extras(self, extras: Mapping[str, Any]) -> None:
+        """Arguments that transformers' models ignore are ignored, but for those that are meant for another one."""
+        taken = inspect.signature(type(self).forward).parameters
+        for name, value in extras.items():
+            if value is None or value is False:
+                continue
+            if name in _CHANGING:
+                raise TypeError(f"forward() takes no argument {name}: fastcls does not compute with it")
+            if meant := difflib.get_close_matches(name, taken, 1, _TYPING_ERROR):
+                raise TypeError(f"forward() takes no argument {name}: is {meant[0]} meant?")
+
+    def _check_no_hooks_of_its_own(self, method: str) -> None:
+        """Hooks on the model, or another ``forward`` set on it, are part of what calling it gives."""
+        if self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__:
+            raise RuntimeError(
+                f"a {type(self).__name__} with forward hooks, or another forward, must be called as a whole: {method} "
+                "would pass them by"
+            )
+
+    def _check_no_hooks_inside(self) -> None:
+        for name, module in self.named_modules():
+            if name and (module._forward_hooks or module._forward_pre_hooks):
+                raise RuntimeError(
+                    f"{name} must have no forward hooks in a graph, which would pass them by: remove them, or call the "
+                    "model outside of what is compiled or exported"
+                )
+
+    def _check_hooks(self, how: How) -> None:
+        """Refuses hooks on modules that a pass does not call as a whole."""
+        for name, module in self.named_modules():
+            if not name or not (module._forward_hooks or module._forward_pre_hooks):
+                continue
+            reason = self._never_called(name, module, how)
+            if reason is not None:
+                raise RuntimeError(f"{name} must have no forward hooks, which would not run: {reason}")
+
+    def _never_called(self, name: str, module: nn.Module, how: How) -> str | None:
+        last = f"encoder.layers.{self.spec.layers[-1]}"
+        if name == last and how.selection != "all" and how.last_layer != "full":
+            return f'only some rows of it are computed. Set last_layer = "full", got {how.last_layer!r}'
+        if name not in ("encoder", "head") and not name.startswith(("encoder.layers.", "encoder.embeddings")):
+            called = isinstance(module, (BiasTable, EmbeddingConvolution))
+            return None if called else "it holds tables that others read"
+        return None
 
     def _source(self, batch: Batch, how: How, selected: Tensor | None = None) -> Source:
         return self._reader.source_of_batch(
@@ -296,6 +455,7 @@ class FastModel(nn.Module):
         )
 
     def _run(self, source: Source, how: How) -> Parts:
+        self._follow()
         return [(self._run_packed(part, how), part) for part in self._pack(source)]
 
     def _pack(self, source: Source) -> Iterator[PackedTokens]:
@@ -309,6 +469,8 @@ class FastModel(nn.Module):
         )
 
     def _run_packed(self, packed: PackedTokens, how: How) -> Tensor:
+        if any(self._hooks):
+            self._check_hooks(how)
         with self._inference():
             self.encoder.prepare()
             if self._replays(packed):
@@ -335,7 +497,7 @@ class FastModel(nn.Module):
             and packed.shape == bucket_of(*packed.shape)
             and self._runs_triton
             # A replay would pass hooks by.
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+            and not any(self._hooks)
             and not being_captured()
         )
 
@@ -380,6 +542,8 @@ def _from_checkpoint_names(
     error_msgs: list[str],
 ) -> None:
     assert isinstance(module, FastModel)
+    # What is loaded is this model's own: the original keeps its weights.
+    module.stop_following()
     from_checkpoint_names(module.weight_map, module, state_dict, prefix, missing_keys, error_msgs)
 
 

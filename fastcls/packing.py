@@ -187,6 +187,8 @@ class Source(NamedTuple):
         places: flat integers, where in its padded text each token stands, or None where there are no holes.
         selected: (flat,) bool, the tokens whose rows are wanted, or None.
         keeps_origins: whether `PackedTokens.origins` are wanted.
+        texts: (num_texts,) int64 on the CPU, the row of the batch that each text stands in, where the mask leaves whole
+            rows out; None where text i is row i.
     """
 
     lengths: Tensor
@@ -199,6 +201,11 @@ class Source(NamedTuple):
     places: Tensor | None = None
     selected: Tensor | None = None
     keeps_origins: bool = False
+    texts: Tensor | None = None
+
+    @property
+    def num_texts(self) -> int:
+        return self.lengths.numel()
 
 
 def kept_tokens(mask: Tensor, lengths: Tensor) -> Tensor:
@@ -259,11 +266,19 @@ def pack(
     starts = source.lengths.cumsum(0) - source.lengths
     for part in _parts(lengths, max_tokens):
         rows = None if order is None else order[part]
-        yield _pack_part(source, lengths[part], starts[part] if rows is None else starts[rows], rows, fill_up, pin)
+        yield _pack_part(
+            source, lengths[part], starts[part] if rows is None else starts[rows], rows, part, fill_up, pin
+        )
 
 
 def _pack_part(
-    source: Source, lengths: Tensor, starts: Tensor, order: Tensor | None, fill_up: FillUp, pin: bool
+    source: Source,
+    lengths: Tensor,
+    starts: Tensor,
+    order: Tensor | None,
+    part: slice,
+    fill_up: FillUp,
+    pin: bool,
 ) -> PackedTokens:
     num_texts, tokens = lengths.numel(), int(lengths.sum())
     shape = fill_up(tokens, num_texts)
@@ -276,7 +291,7 @@ def _pack_part(
         first = int(starts[0])
         index: slice | Tensor = slice(first, first + tokens)
     else:
-        columns = torch.arange(tokens) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        columns = _columns(lengths, tokens)
         index = columns + starts.repeat_interleave(lengths)
     if source.kept is not None:
         index = source.kept[index if isinstance(index, slice) else index.to(device)]
@@ -285,7 +300,7 @@ def _pack_part(
     rows = None if source.selected is None else source.selected[index].nonzero().squeeze(1)
     origins = None
     if source.keeps_origins:
-        origins = torch.arange(index.start, index.stop) if isinstance(index, slice) else index
+        origins = torch.arange(index.start, index.stop, device="cpu") if isinstance(index, slice) else index
         origins = origins if rows is None else origins[rows]
     fields = PackFields(
         ids=source.token_ids is not None,
@@ -304,7 +319,7 @@ def _pack_part(
         positions[:tokens] = source.position_ids[index]
     else:
         if columns is None:
-            columns = torch.arange(tokens) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+            columns = _columns(lengths, tokens)
         positions[:tokens] = columns + source.first_position if source.first_position else columns
     for name, flat in (
         ("token_ids", source.token_ids),
@@ -332,19 +347,30 @@ def _pack_part(
         inputs_embeds=embeds,
         num_texts=num_texts,
         num_tokens=tokens,
-        order=order,
+        order=order if source.texts is None else source.texts[part if order is None else order],
         origins=origins,
     )
 
 
-def unpack_rows(parts: Sequence[tuple[Tensor, PackedTokens]]) -> Tensor:
-    """Rows computed part by part, one a sequence, as one tensor with one row a text, in the batch's own order."""
+def _columns(lengths: Tensor, tokens: int) -> Tensor:
+    """Which token of its text each one is."""
+    return torch.arange(tokens, device=lengths.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+
+
+def unpack_rows(parts: Sequence[tuple[Tensor, PackedTokens]], batch: int, fill: float = 0.0) -> Tensor:
+    """Rows computed part by part, one a sequence, as one tensor with one row a text, in the batch's own order.
+
+    Args:
+        parts: (rows, width) each, and the packing that they come from.
+        batch: rows of the batch.
+        fill: what stands in those that no text stood in.
+    """
     texts = [rows[: packed.num_texts] for rows, packed in parts]
     rows = texts[0] if len(texts) == 1 else torch.cat(texts)
     orders = [packed.order for _, packed in parts if packed.order is not None]
     if not orders:
         return rows
-    out = torch.empty_like(rows)
+    out = rows.new_full((batch, *rows.shape[1:]), fill) if batch > rows.shape[0] else torch.empty_like(rows)
     out[torch.cat(orders).to(rows.device)] = rows
     return out
 

@@ -26,7 +26,7 @@ class BiasTable(Weighted):
     def __init__(self, spec: BucketBias, weights: Mapping[str, nn.Parameter]) -> None:
         super().__init__(weights)
         self.reach = spec.reach
-        distances = torch.arange(-spec.reach, spec.reach + 1)
+        distances = torch.arange(-spec.reach, spec.reach + 1, device="cpu")
         buckets = _bias_buckets(distances, spec.num_buckets, spec.reach).to(self.table_weight.device)
         self.register_buffer("buckets", buckets, persistent=False)
 
@@ -67,11 +67,12 @@ class DisentangledTables(Weighted):
         super().__init__(weights, ("norm_weight", "norm_bias"))
         self.spec = spec
         self.relative = relative
-        reach = max(relative.reach, spec.max_positions)
-        rows = _disentangled_rows(torch.arange(-reach, reach + 1), relative)
+        # Farther ones share the last row.
+        reach = max(relative.reach, spec.max_positions or 0)
+        rows = _disentangled_rows(torch.arange(-reach, reach + 1, device="cpu"), relative)
         self.register_buffer("rows", rows.to(self.table_weight.device), persistent=False)
         self._rows = tuple(rows.tolist())
-        # Of those modules the encoder is the owner.
+        # A tuple, so that they are not registered twice: the encoder owns them.
         self._layers = tuple(layers)
         self._made: list[PositionTables] = []
         self._made_of: tuple[object, ...] = ()
@@ -196,7 +197,7 @@ def _disentangled_rows(distances: Tensor, relative: Disentangled) -> Tensor:
     if relative.buckets:
         middle = relative.buckets // 2
         far = torch.where(distances.abs() < middle, middle - 1, distances.abs()).float()
-        largest = torch.log(torch.tensor((relative.reach - 1) / middle))
+        largest = torch.log(torch.tensor((relative.reach - 1) / middle, device=distances.device))
         steps = torch.ceil(torch.log(far / middle) / largest * (middle - 1)) + middle
         distances = torch.where(far <= middle, distances, (steps * distances.sign()).long())
     return (distances + relative.span).clamp(0, 2 * relative.span - 1).int()

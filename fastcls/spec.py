@@ -74,7 +74,7 @@ class EncoderSpec:
     """The shape of an encoder.
 
     Attributes:
-        max_positions: the longest text, in tokens.
+        max_positions: the longest text, in tokens; None where no table of positions ends.
         position_rows: rows of the table of positions, 0 if there is none.
         first_position: the row of a text's first token.
         padding_id: the token whose position is this very number and which is not counted (RoBERTa), or None.
@@ -82,7 +82,7 @@ class EncoderSpec:
         embedding_size: columns of the tables of embeddings; where it is not hidden_size, a projection follows.
         layers: for each layer in its order which set of weights it takes: several may share one.
         windows: for each layer how many tokens to each side a token attends to, None for all.
-        rotary_bases: for each layer the base of its rotary positions, None where there are none.
+        rotary: for each layer which of the encoder's rotary frequencies it turns by; empty where there are none.
         pre_norm: layer norms stand before each half of a layer and not behind it.
         gated: the feed-forward multiplies its activation by a second projection (GeGLU).
         relative: relative positions within the attention, or None.
@@ -90,7 +90,7 @@ class EncoderSpec:
     """
 
     vocab_size: int
-    max_positions: int
+    max_positions: int | None
     position_rows: int
     token_types: int
     hidden_size: int
@@ -103,7 +103,7 @@ class EncoderSpec:
     first_position: int = 0
     padding_id: int | None = None
     windows: tuple[int | None, ...] = ()
-    rotary_bases: tuple[float | None, ...] = ()
+    rotary: tuple[str, ...] = ()
     pre_norm: bool = False
     gated: bool = False
     relative: BucketBias | Disentangled | None = None
@@ -156,10 +156,12 @@ class WeightMap:
         sources: maps one of our names to the checkpoint's: one name, or several to be joined along the first dimension
             (query, key and value are one matrix here).
         aliases: other names in the checkpoint of one and the same parameter: of tied weights.
+        buffers: maps the names of our buffers that are the model's to the model's: no checkpoint holds them.
     """
 
     sources: Mapping[str, tuple[str, ...]]
     aliases: Mapping[str, str]
+    buffers: Mapping[str, str]
 
     @property
     def checkpoint_names(self) -> set[str]:

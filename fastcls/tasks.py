@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel, modeling_outputs
 from transformers.loss.loss_utils import (
     ForMaskedLMLoss,
     ForQuestionAnsweringLoss,
@@ -16,7 +18,7 @@ from transformers.loss.loss_utils import (
     ForTokenClassification,
 )
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
+    BaseModelOutput,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     NextSentencePredictorOutput,
@@ -28,6 +30,7 @@ from transformers.utils.generic import ModelOutput
 
 from . import traced
 from .encoder import How
+from .families import family_of_class
 from .inputs import Batch
 from .model import FastModel
 from .packing import unpack_rows, unpack_selected, unpack_tokens
@@ -47,6 +50,9 @@ class TaskModel(FastModel):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.description = traced.describe(self)
+
+    # What stands for a text that the mask leaves out as a whole: no answer, and nothing that looks like one.
+    _of_empty_text = math.nan
 
     @property
     def options(self) -> traced.Options:
@@ -98,27 +104,33 @@ class TaskModel(FastModel):
         if not batch.shape[0]:
             return self._empty(*batch.shape, self._out_features())
         with self._inference():
-            parts = self._run(self._source(batch, self._every_row), self._every_row)
-            return unpack_tokens(parts, batch.shape, fill)
+            source = self._source(batch, self._every_row)
+            if source.num_texts == 0:
+                return self._empty(*batch.shape, self._out_features()).fill_(fill)
+            return unpack_tokens(self._run(source, self._every_row), batch.shape, fill)
 
     def _text_rows(self, batch: Batch) -> Tensor:
-        """(batch, width)."""
+        """(batch, width), `_EMPTY` where the mask leaves out a text as a whole."""
         if torch.compiler.is_compiling():
             return traced.forward(self, batch, "texts")
         if not batch.shape[0]:
             return self._empty(0, self._out_features())
         with self._inference():
-            return unpack_rows(self._run(self._source(batch, self._pooled), self._pooled))
+            source = self._source(batch, self._pooled)
+            if source.num_texts == 0:
+                return self._empty(batch.shape[0], self._out_features()).fill_(self._of_empty_text)
+            return unpack_rows(self._run(source, self._pooled), batch.shape[0], self._of_empty_text)
 
     def _list_rows(
         self, token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None, how: How
     ) -> Tensor:
         """(num_texts, width), in the texts' order."""
+        self._check_no_hooks_of_its_own("a method that takes lists of ids")
         source = self._reader.source_of_lists(token_ids, token_type_ids)
         if source is None:
             return self._empty(0, self._out_features())
         with self._inference():
-            return unpack_rows(self._run(source, how))
+            return unpack_rows(self._run(source, how), source.num_texts)
 
 
 class FastClassifier(TaskModel):
@@ -231,6 +243,11 @@ class FastNextSentencePredictor(TaskModel):
 
 class FastMultipleChoice(TaskModel):
     """Which of several continuations fits best? See `FastModel`."""
+
+    @property
+    def _of_empty_text(self) -> float:  # type: ignore[override]
+        # No choice is made of one that is not there.
+        return torch.finfo(self.dtype).min
 
     @property
     def _how(self) -> How:
@@ -367,10 +384,16 @@ class FastMaskedLMOutput(MaskedLMOutput):
     Attributes:
         logits: (batch, seqlen, vocab_size), zeros where nothing was predicted; or, not dense, (num_rows, vocab_size).
         rows: (num_rows, 2) int64 on the CPU, text and token of each row that was predicted, in their order; None from a
-            graph, compiled or exported.
+            graph, compiled or exported. It is no item of the output, whose items and tuple are transformers' own.
     """
 
-    rows: Tensor | None = None
+    rows: ClassVar[Tensor | None] = None
+
+    @classmethod
+    def of(cls, loss: Tensor | None, logits: Tensor, rows: Tensor) -> FastMaskedLMOutput:
+        output = cls(loss=loss, logits=logits)
+        object.__setattr__(output, "rows", rows)
+        return output
 
 
 class FastMaskedLM(TaskModel):
@@ -425,7 +448,7 @@ class FastMaskedLM(TaskModel):
             return self._given(self._traced(batch, wanted, labels), return_dict)
         all_of_them = wanted is None
         if wanted is None:
-            wanted = torch.ones(shape, dtype=torch.bool)
+            wanted = torch.ones(shape, dtype=torch.bool, device="cpu")
         if attention_mask is not None:
             wanted = wanted & attention_mask.to(wanted.device).bool()
         rows = wanted.nonzero().cpu()
@@ -441,7 +464,7 @@ class FastMaskedLM(TaskModel):
             found = logits[tuple(rows.T)] if self.dense else logits
             expected = labels[tuple(rows.to(labels.device).T)]
             loss = ForMaskedLMLoss(found, expected, found.shape[1])
-        return self._given(FastMaskedLMOutput(loss=loss, logits=logits, rows=rows), return_dict)
+        return self._given(FastMaskedLMOutput.of(loss, logits, rows), return_dict)
 
     def _traced(self, batch: Batch, wanted: Tensor | None, labels: Tensor | None) -> FastMaskedLMOutput:
         if not self.dense:
@@ -459,9 +482,15 @@ class FastEncoder(TaskModel):
 
     Attributes:
         select: what `forward` gives of the last layer where a call does not say.
+        gives_pooler_output: whether a model with a pooler runs it.
     """
 
     select: Literal["all", "first"] = "all"
+    gives_pooler_output: bool = True
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._output_class = _output_class(self.model_class)
 
     @property
     def _how(self) -> How:
@@ -493,7 +522,7 @@ class FastEncoder(TaskModel):
         select: Select | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+    ) -> BaseModelOutput | tuple[Any, ...]:
         """Encodes a padded batch, as the transformers model does, or of its last layer only what is wanted.
 
         Args and errors are those of `FastClassifier.forward`, and:
@@ -503,10 +532,11 @@ class FastEncoder(TaskModel):
                 that are wanted, where the attention mask keeps them. None takes the attribute.
 
         Returns:
-            BaseModelOutputWithPooling, without gradient. ``last_hidden_state`` is (batch, seqlen, hidden_size), zeros
-            for padding; of first tokens (batch, 1, hidden_size); of a mask (num_tokens, hidden_size), in the order in
-            which indexing with the mask gives them. ``pooler_output`` is there where the model has a pooler and first
-            tokens were computed.
+            What the transformers model gives, without gradient. ``last_hidden_state`` is (batch, seqlen, hidden_size),
+            zeros for padding; of first tokens (batch, 1, hidden_size); of a mask (num_tokens, hidden_size), in the
+            order in which indexing with the mask gives them. ``pooler_output`` is there where the model has a pooler
+            and first tokens were computed; NaN for a text whose first place the mask leaves out, as padding on the left
+            does: what transformers' pooler makes of padding is no answer.
         """
         batch = Batch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         shape = self._checked(batch, kwargs)
@@ -520,9 +550,16 @@ class FastEncoder(TaskModel):
             states = self._token_rows(batch)
         else:
             raise ValueError(f"select must be 'all', 'first' or a boolean mask {tuple(shape)}, got {wanted!r}")
-        if self.head.dense_weight is not None and not isinstance(wanted, Tensor):
+        pools = self.gives_pooler_output and self.head.dense_weight is not None
+        if pools and not isinstance(wanted, Tensor):
             pooled = self.pooled(states[:, 0] if states.shape[1] else self._empty(0, self.spec.hidden_size))
-        output = BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
+            if wanted == "all" and attention_mask is not None:
+                # The pooler reads the first place of a text, where padding on the left has nothing that was computed.
+                is_padding = attention_mask[:, :1] == 0
+                pooled = pooled.masked_fill(is_padding.to(pooled.device), self._of_empty_text)
+        output = self._output_class(last_hidden_state=states)
+        if pooled is not None:
+            output["pooler_output"] = pooled
         return self._given(output, return_dict)
 
     def embeddings_of(
@@ -568,6 +605,16 @@ class FastEncoder(TaskModel):
         with self._inference():
             how = self._selected_rows
             return unpack_selected(self._run(self._source(batch, how, wanted), how))[0]
+
+
+def _output_class(model_class: type[PreTrainedModel]) -> type[BaseModelOutput]:
+    """What the transformers model of an encoder gives."""
+    if model_class is PreTrainedModel:
+        # In a graph, of which the rows alone are asked.
+        return BaseModelOutput
+    family, _ = family_of_class(model_class)
+    found: type[BaseModelOutput] = getattr(modeling_outputs, family.output)
+    return found
 
 
 def _check_token_labels(labels: Tensor | None, shape: torch.Size, attention_mask: Tensor | None) -> None:

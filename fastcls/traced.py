@@ -10,9 +10,11 @@ model are the eager call's: a graph passes them by.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -24,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .encoder import LastLayer
-from .families import family_of_class
 from .inputs import Batch
-from .spec import WeightMap
+from .spec import BucketBias, Convolution, Disentangled, EncoderSpec, HeadSpec, WeightMap
 
 if TYPE_CHECKING:
+    from .model import FastModel
     from .tasks import TaskModel
 
 # One row of numbers a text, or one a token.
@@ -37,9 +39,13 @@ Rows = Literal["texts", "tokens"]
 
 def describe(model: TaskModel) -> str:
     """All of a model but its weights, as the operator takes it."""
-    _, model_class = family_of_class(model.model_class)
-    names = [name for name, _ in model.named_parameters()]
-    return json.dumps({"class": model_class, "config": model.config.to_dict(), "weights": names}, default=str)
+    described = {
+        "spec": dataclasses.asdict(model.spec),
+        "head": dataclasses.asdict(model.head.spec),
+        "weights": [name for name, _ in model.weights()],
+        "buffers": list(model.weight_map.buffers),
+    }
+    return json.dumps(described)
 
 
 class Options(NamedTuple):
@@ -67,7 +73,7 @@ def forward(model: TaskModel, batch: Batch, rows: Rows, fill: float = 0.0, selec
     Returns:
         (batch, width) of texts, else (batch, seqlen, width).
     """
-    weights = list(model.parameters())
+    weights = [weight for _, weight in model.weights()]
     return _forward(weights, model.description, *model.options, rows, fill, selected, *batch)
 
 
@@ -87,6 +93,7 @@ def _forward(
     position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
 ) -> Tensor:
+    weights = _followed(weights)
     fast = _model_over(weights, model, Options(cast(LastLayer, last_layer), cuda_graphs, batch_invariant))
     batch = Batch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
     return fast.rows_of(batch, cast(Rows, rows), fill, selected)
@@ -117,7 +124,7 @@ def _(
 
 def pool(model: TaskModel, states: Tensor) -> Tensor:
     """What an encoder's pooler makes of (num_texts, hidden_size), in their shape, as a node of the graph."""
-    weights = list(model.parameters())
+    weights = [weight for _, weight in model.weights()]
     return _pool(weights, model.description, *model.options, states)
 
 
@@ -131,7 +138,7 @@ def _pool(
     states: Tensor,
 ) -> Tensor:
     options = Options(cast(LastLayer, last_layer), cuda_graphs, batch_invariant)
-    return _model_over(weights, model, options).pooled(states)
+    return _model_over(_followed(weights), model, options).pooled(states)
 
 
 @_pool.register_fake
@@ -147,23 +154,38 @@ def _(
 
 
 class _Description(NamedTuple):
-    model_class: type[transformers.PreTrainedModel]
-    config: transformers.PreTrainedConfig
+    spec: EncoderSpec
+    head: HeadSpec
     names: tuple[str, ...]
+    buffers: frozenset[str]
 
     def width(self, weights: Sequence[Tensor]) -> Any:
         """Numbers in a row that the model gives."""
         if "head.out_weight" in self.names:
             return weights[self.names.index("head.out_weight")].shape[0]
-        family, _ = family_of_class(self.model_class)
-        return family.spec(self.config).hidden_size
+        return self.spec.hidden_size
 
 
 @functools.lru_cache(maxsize=64)
 def _parse(model: str) -> _Description:
     described = json.loads(model)
-    config = transformers.AutoConfig.for_model(**described["config"])
-    return _Description(getattr(transformers, described["class"]), config, tuple(described["weights"]))
+    return _Description(
+        _spec_of(described["spec"]),
+        HeadSpec(**described["head"]),
+        tuple(described["weights"]),
+        frozenset(described["buffers"]),
+    )
+
+
+def _spec_of(given: dict[str, Any]) -> EncoderSpec:
+    # JSON has neither tuples nor classes.
+    for name in ("layers", "windows", "rotary"):
+        given[name] = tuple(given[name])
+    if given["relative"] is not None:
+        given["relative"] = (BucketBias if "num_buckets" in given["relative"] else Disentangled)(**given["relative"])
+    if given["convolution"] is not None:
+        given["convolution"] = Convolution(**given["convolution"])
+    return EncoderSpec(**given)
 
 
 class _Built(NamedTuple):
@@ -177,6 +199,19 @@ class _Built(NamedTuple):
 _built: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # A model that is made forgets, as any does, what was made of its weights.
 _building = threading.RLock()
+# The model that a graph was made of, while it lives, by its first weight.
+_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def own(model: FastModel) -> None:
+    """Makes a model known as the one whose weights graphs are given."""
+    _owners[next(model.parameters())] = weakref.ref(model)
+
+
+def _followed(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The weights as the model's original has them now, of a graph in the process that it was made in."""
+    owner = _owners.get(weights[0], lambda: None)()
+    return weights if owner is None else owner.current_weights()
 
 
 def forget(weight: Tensor) -> None:
@@ -195,15 +230,16 @@ def _model_over(weights: Sequence[Tensor], model: str, options: Options) -> Task
         built = models.get((model, options))
         if built is None or built.places != places:
             described = _parse(model)
-            family, name = family_of_class(described.model_class)
-            spec, head = family.spec(described.config), family.head(name, described.config)
-            parameters = {
+            own_weights = {
                 # Over the same memory, and with the same count of changes.
-                name: nn.Parameter(weight.detach(), requires_grad=False)
+                name: weight.detach()
+                if name in described.buffers
+                else nn.Parameter(weight.detach(), requires_grad=False)
                 for name, weight in zip(described.names, weights, strict=True)
             }
-            fast = TASKS[head.task](
-                *(described.model_class, described.config, spec, head, WeightMap({}, {}), parameters), *options
+            parts = (described.spec, described.head, WeightMap({}, {}, {}), own_weights)
+            fast = TASKS[described.head.task](
+                transformers.PreTrainedModel, transformers.PreTrainedConfig(), *parts, *options
             )
             built = models[model, options] = _Built(places, fast)
     return built.model

@@ -1,17 +1,17 @@
-"""A transformers model's parameters taken over, and given back under the checkpoint's names."""
+"""A transformers model's weights: taken for a fast one, and given back under the checkpoint's names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .families import Family
-from .spec import EncoderSpec, HeadSpec, WeightMap
+from .spec import HeadSpec, WeightMap
 
 
 class Weighted(nn.Module):
@@ -30,7 +30,7 @@ class Weighted(nn.Module):
             self.register_parameter(name, weight)
 
 
-def under(prefix: str, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def under(prefix: str, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Those whose names begin with ``prefix``, without it."""
     return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
@@ -41,18 +41,16 @@ def weight_version(weight: Tensor) -> tuple[int, int]:
     return weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 
-def take_over(
-    model: PreTrainedModel, family: Family, spec: EncoderSpec, head: HeadSpec
-) -> tuple[WeightMap, dict[str, nn.Parameter]]:
-    """Parameters of ours over a model's memory. Of several that become one, the model's own become views.
+def map_weights(model: PreTrainedModel, family: Family, config: PreTrainedConfig, head: HeadSpec) -> WeightMap:
+    """Where each of our weights comes from in a model, whose weights are checked.
 
     Raises:
         TypeError: a dtype that is not supported.
-        ValueError: parameters that are not those of the model's class (adapters must be merged first), that do not fit
-            its config, or that lie on several devices.
+        ValueError: weights that are not those of the model's class (adapters must be merged first), that are no plain
+            tensors, that hold no data, or that lie on several devices.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    weight_map = family.weights(model.config, head, parameters.keys())
+    weight_map = family.weights(config, head, parameters.keys())
     owners = {id(parameters[name]): name for name in sorted(weight_map.checkpoint_names)}
     aliases = {
         name: owners[id(parameter)]
@@ -60,21 +58,34 @@ def take_over(
         if name not in weight_map.checkpoint_names and id(parameter) in owners
     }
     weight_map = replace(weight_map, aliases=aliases)
-    _check_parameters(parameters, weight_map)
-    _check_tables(parameters, spec, weight_map)
-    return weight_map, {own: _take(*map(parameters.__getitem__, names)) for own, names in weight_map.sources.items()}
-
-
-def _check_parameters(parameters: Mapping[str, nn.Parameter], weight_map: WeightMap) -> None:
     differing = sorted(parameters.keys() - weight_map.checkpoint_names - weight_map.aliases.keys())
     if differing:
         raise ValueError(
             "model must have just the parameters of its class (merge or remove adapters first); "
             f"these differ: {', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''}"
         )
-    dtypes = {parameter.dtype for parameter in parameters.values()}
+    for name, parameter in parameters.items():
+        check_plain(f"model.{name}", parameter)
+    _check_together(parameters.values())
+    return weight_map
+
+
+def check_plain(name: str, weight: Tensor) -> None:
+    """Raises ValueError where a weight is of a class of tensors that computes in a way of its own."""
+    found = type(weight.data)
+    if found is not Tensor or type(weight) not in (nn.Parameter, Tensor, nn.Buffer):
+        what = found if found is not Tensor else type(weight)
+        hint = "layers that were quantised are not taken: optimize the model as it was, in bfloat16 or float32"
+        if what.__name__ == "DTensor":
+            hint = "a model that is spread over processes is not taken: optimize a whole one"
+        raise ValueError(f"{name} must be a plain tensor, got a {what.__module__}.{what.__qualname__}: {hint}")
+
+
+def _check_together(parameters: Iterable[nn.Parameter]) -> None:
+    parameters = list(parameters)
+    dtypes = {parameter.dtype for parameter in parameters}
     allowed = {torch.float32, torch.float16, torch.bfloat16}
-    if not any(parameter.is_cuda for parameter in parameters.values()):
+    if not any(parameter.is_cuda for parameter in parameters):
         # To prove exactness with; no GPU kernel computes in it.
         allowed.add(torch.float64)
     if len(dtypes) != 1 or not dtypes <= allowed:
@@ -82,51 +93,26 @@ def _check_parameters(parameters: Mapping[str, nn.Parameter], weight_map: Weight
             "model must have all its parameters in one of float32, float16 or bfloat16, "
             f"got {', '.join(sorted(map(str, dtypes)))}"
         )
-    devices = {parameter.device for parameter in parameters.values()}
+    devices = {parameter.device for parameter in parameters}
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"model must have all its parameters on one device that holds data, got {found}")
 
 
-def _check_tables(parameters: Mapping[str, nn.Parameter], spec: EncoderSpec, weight_map: WeightMap) -> None:
-    """Ids are checked against the config's sizes, so the tables must have them."""
-    for own, rows in (("word", spec.vocab_size), ("position", spec.position_rows), ("token_type", spec.token_types)):
-        names = weight_map.sources.get(f"encoder.embeddings.{own}_weight", ())
-        if bool(names) != bool(rows):
-            raise ValueError(f"model must have {rows} {own} embeddings as its config says, got {list(names)}")
-        for name in names:
-            if parameters[name].shape != (rows, spec.embedding_size):
-                raise ValueError(
-                    f"{name} must have shape {(rows, spec.embedding_size)} as the config says, "
-                    f"got {tuple(parameters[name].shape)}"
-                )
-
-
-def _take(*parameters: nn.Parameter) -> nn.Parameter:
-    """A parameter over the same memory; several become one, and they its views."""
-    if len(parameters) == 1:
-        return nn.Parameter(parameters[0].data, requires_grad=False)
-    first, rows = parameters[0].data, [parameter.shape[0] for parameter in parameters]
-    starts = [first.data_ptr() + sum(rows[:index]) * first.stride(0) * first.itemsize for index in range(len(rows))]
-    if [parameter.data_ptr() for parameter in parameters] == starts and _same_storage(parameters):
-        # Optimized before: the views lie as they must, and whoever made them goes on sharing.
-        fused = first.as_strided((sum(rows), *first.shape[1:]), first.stride())
-    else:
-        fused = torch.cat([parameter.data for parameter in parameters])
-        for parameter, part in zip(parameters, fused.split(rows), strict=True):
-            parameter.data = part
-    return nn.Parameter(fused, requires_grad=False)
-
-
-def _same_storage(parameters: Iterable[nn.Parameter]) -> bool:
-    return len({parameter.untyped_storage().data_ptr() for parameter in parameters}) == 1
+def made_of(parts: Sequence[Tensor]) -> Tensor:
+    """One weight of ours: over the memory of one of theirs, with the same count of changes, or memory of its own."""
+    if len(parts) > 1:
+        return torch.cat([part.detach() for part in parts])
+    # Kernels read rows that lie one behind the other.
+    return parts[0].detach().contiguous()
 
 
 def to_checkpoint_names(weight_map: WeightMap, state_dict: dict[str, Any], prefix: str) -> None:
     """Renames our parameters in a state dict to the checkpoint's, in place."""
     for own, names in weight_map.sources.items():
         for name, part in zip(names, state_dict.pop(prefix + own).chunk(len(names)), strict=True):
-            state_dict[prefix + name] = part
+            # Each in memory of its own, since what saves them takes views of one memory for one and the same weight.
+            state_dict[prefix + name] = part if len(names) == 1 else part.clone()
     for alias, name in weight_map.aliases.items():
         state_dict[prefix + alias] = state_dict[prefix + name]
 

@@ -6,7 +6,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from fastcls_kernels import Activation
 
@@ -14,6 +17,9 @@ from ..spec import EncoderSpec, HeadSpec, WeightMap, joined
 
 # One module's name in a checkpoint, or those of several that are joined.
 Names = Mapping[str, str | tuple[str, ...]]
+
+# For options of a config what reads their values from an encoder that was built of it.
+Built = Mapping[str, Callable[[Any, Any], Any]]
 
 # What stands on an encoder, where need be as a function of the model's config.
 Head = HeadSpec | Callable[[Any], HeadSpec]
@@ -31,9 +37,8 @@ _ACTIVATIONS: dict[str, Activation] = {
     "tanh": "tanh",
 }
 
-
-# What a layer projects positions with, where it does.
-_NOT_IN_EVERY_CONFIG = ("position_key", "position_query")
+# The modules that transformers makes of those names.
+_ACTIVATION_CLASSES = {type(ACT2FN[name]).__name__: activation for name, activation in _ACTIVATIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ class Family:
         spec: reads a config. Raises ValueError, naming the option, where it asks for what is not computed.
         modules: from a config to the checkpoint's names of the encoder's modules, below the prefix: ours to theirs.
         heads: for each model class what stands on the encoder.
+        output: the class in ``transformers.modeling_outputs`` that the model without a head gives.
+        built: options of the config that the encoder's modules hold values of, each with what reads its value from
+            encoder and config: they count, since a config can be edited after the model was built.
+        buffers: from the config to the checkpoint's names of buffers that are computed with, ours to theirs.
     """
 
     model_type: str
@@ -53,6 +62,9 @@ class Family:
     spec: Callable[[Any], EncoderSpec]
     modules: Callable[[Any], Names]
     heads: Mapping[str, Head]
+    output: str
+    built: Built
+    buffers: Callable[[Any], Mapping[str, str]] = lambda _: {}
 
     def head(self, model_class: str, config: PreTrainedConfig) -> HeadSpec:
         """What stands on the encoder in a model of a class. Raises ValueError as ``spec`` does."""
@@ -60,20 +72,8 @@ class Family:
         return head if isinstance(head, HeadSpec) else head(config)
 
     def weights(self, config: PreTrainedConfig, head: HeadSpec, present: Collection[str]) -> WeightMap:
-        """The map of a model's parameters, of which ``present`` are there: biases and poolers may be left out.
-
-        Raises:
-            ValueError: a layer has not the weights of its class.
-        """
+        """The map of a model's parameters, of which ``present`` are there: biases and poolers may be left out."""
         prefix = "" if head.task == "encoder" else self.prefix
-        for own, parts in self.modules(config).items():
-            if own.startswith("layers.") and not own.endswith(_NOT_IN_EVERY_CONFIG):
-                for name in joined(parts, "weight"):
-                    if prefix + name not in present:
-                        raise ValueError(
-                            f"model must have the parameter {prefix}{name}, which is missing: "
-                            "layers that were quantised or replaced are not taken"
-                        )
         sources: dict[str, tuple[str, ...]] = {}
         for kind in ("weight", "bias"):
             for own, parts in self.modules(config).items():
@@ -83,7 +83,9 @@ class Family:
                     sources[f"head.{own}_{kind}"] = joined(name, kind)
         if "bias" in head.names:
             sources["head.out_bias"] = (head.names["bias"],)
-        return WeightMap({own: names for own, names in sources.items() if all(name in present for name in names)}, {})
+        there = {own: names for own, names in sources.items() if all(name in present for name in names)}
+        buffers = {f"encoder.{own}": prefix + name for own, name in self.buffers(config).items()}
+        return WeightMap(there, {}, buffers)
 
 
 def check_options(config: PreTrainedConfig, needed: Iterable[tuple[str, object]]) -> None:
@@ -129,6 +131,32 @@ def activation_of(config: PreTrainedConfig, name: str) -> Activation:
     if found not in _ACTIVATIONS:
         raise ValueError(f"config.{name} must be one of {', '.join(_ACTIVATIONS)}, got {found!r}")
     return _ACTIVATIONS[found]
+
+
+def activation_in(module: nn.Module) -> Activation | None:
+    """Which of the activations that are computed a module is, or None."""
+    name = type(module).__name__
+    if name == "GELU":
+        return "gelu" if getattr(module, "approximate", None) == "none" else "gelu_tanh"
+    known = type(module).__module__.startswith(("torch.nn.", "transformers."))
+    # transformers' GELU calls what stands in this attribute.
+    act = getattr(module, "act", F.gelu)
+    if not known or (act is not F.gelu and getattr(act, "__func__", None) is not getattr(module, "_gelu_python", act)):
+        return None
+    return _ACTIVATION_CLASSES.get(name)
+
+
+def activation_built(module: nn.Module, current: object) -> str | None:
+    """What a config calls a module's activation: ``current`` where that is it, None where it has no name."""
+    found = activation_in(module)
+    if isinstance(current, str) and _ACTIVATIONS.get(current) == found:
+        return current
+    return next((name for name, activation in _ACTIVATIONS.items() if activation == found), None)
+
+
+def rows_of(table: nn.Embedding) -> int:
+    """How many rows an embedding has, which its ``num_embeddings`` need not say."""
+    return table.weight.shape[0]
 
 
 def one_of_each(num_layers: int) -> tuple[int, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from transformers import AlbertConfig
 
 from ..spec import EncoderSpec, HeadSpec
 from . import bert
-from ._family import Family, Head, Names, activation_of, layer_modules
+from ._family import Built, Family, Head, Names, activation_built, activation_of, layer_modules
 
 _LAYER: Names = {
     "qkv": ("attention.query", "attention.key", "attention.value"),
@@ -17,6 +18,18 @@ _LAYER: Names = {
     "up": "ffn",
     "down": "ffn_output",
     "output_norm": "full_layer_layer_norm",
+}
+
+
+def _layer(encoder: Any) -> Any:
+    return encoder.encoder.albert_layer_groups[0].albert_layers[0]
+
+
+# How often which layers run it reads from the config at each call.
+_BUILT: Built = {
+    **{name: read for name, read in bert.BUILT.items() if name != "num_hidden_layers"},
+    "num_attention_heads": lambda encoder, _: _layer(encoder).attention.num_attention_heads,
+    "hidden_act": lambda encoder, config: activation_built(_layer(encoder).activation, config.hidden_act),
 }
 
 
@@ -56,4 +69,4 @@ _HEADS: dict[str, Head] = {
     "AlbertModel": HeadSpec("encoder", {"dense": "pooler"}),
 }
 
-FAMILY = Family("albert", "albert.", _spec, _modules, _HEADS)
+FAMILY = Family("albert", "albert.", _spec, _modules, _HEADS, "BaseModelOutputWithPooling", _BUILT)

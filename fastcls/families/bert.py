@@ -7,7 +7,19 @@ from typing import Any
 from transformers import BertConfig
 
 from ..spec import EncoderSpec, HeadSpec
-from ._family import Family, Head, Names, activation_of, check_encoder, check_sizes, layer_modules, one_of_each
+from ._family import (
+    Built,
+    Family,
+    Head,
+    Names,
+    activation_built,
+    activation_of,
+    check_encoder,
+    check_sizes,
+    layer_modules,
+    one_of_each,
+    rows_of,
+)
 
 # RoBERTa's and ELECTRA's, too.
 LAYER: Names = {
@@ -23,6 +35,18 @@ EMBEDDINGS: Names = {
     "embeddings.position": "embeddings.position_embeddings",
     "embeddings.token_type": "embeddings.token_type_embeddings",
     "embeddings.norm": "embeddings.LayerNorm",
+}
+# RoBERTa's and ELECTRA's, too.
+BUILT: Built = {
+    "vocab_size": lambda encoder, _: rows_of(encoder.embeddings.word_embeddings),
+    "max_position_embeddings": lambda encoder, _: rows_of(encoder.embeddings.position_embeddings),
+    "type_vocab_size": lambda encoder, _: rows_of(encoder.embeddings.token_type_embeddings),
+    "layer_norm_eps": lambda encoder, _: encoder.embeddings.LayerNorm.eps,
+    "num_hidden_layers": lambda encoder, _: len(encoder.encoder.layer),
+    "num_attention_heads": lambda encoder, _: encoder.encoder.layer[0].attention.self.num_attention_heads,
+    "hidden_act": lambda encoder, config: activation_built(
+        encoder.encoder.layer[0].intermediate.intermediate_act_fn, config.hidden_act
+    ),
 }
 
 
@@ -74,4 +98,4 @@ _HEADS: dict[str, Head] = {
     "BertModel": HeadSpec("encoder", {"dense": "pooler.dense"}),
 }
 
-FAMILY = Family("bert", "bert.", spec, modules, _HEADS)
+FAMILY = Family("bert", "bert.", spec, modules, _HEADS, "BaseModelOutputWithPoolingAndCrossAttentions", BUILT)

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from transformers import DebertaV2Config
 
 from ..spec import Convolution, Disentangled, EncoderSpec, HeadSpec, Task
 from . import bert
-from ._family import Family, Head, Names, activation_of, check_options, layer_modules
+from ._family import Built, Family, Head, Names, activation_of, check_options, layer_modules
 
 _LAYER: Names = {
     **bert.LAYER,
     "qkv": ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
     "position_key": "attention.self.pos_key_proj",
     "position_query": "attention.self.pos_query_proj",
+}
+
+
+def _reach_built(encoder: Any, config: DebertaV2Config) -> int | None:
+    reach: int | None = getattr(encoder.encoder, "max_relative_positions", None)
+    is_left_open = getattr(config, "max_relative_positions", -1) < 1
+    return None if is_left_open and reach == encoder.embeddings.position_ids.shape[-1] else reach
+
+
+_BUILT: Built = {
+    **{name: read for name, read in bert.BUILT.items() if name != "type_vocab_size"},
+    "type_vocab_size": lambda encoder, config: (
+        bert.BUILT["type_vocab_size"](encoder, config) if encoder.embeddings.token_type_embeddings is not None else 0
+    ),
+    "max_position_embeddings": lambda encoder, _: encoder.embeddings.position_ids.shape[-1],
+    "max_relative_positions": _reach_built,
 }
 
 
@@ -25,7 +42,7 @@ def _spec(config: DebertaV2Config) -> EncoderSpec:
         (("embedding_size", size), ("attention_head_size", size // config.num_attention_heads), ("conv_groups", 1)),
     )
     spec = replace(bert.spec(config), relative=_relative(config), convolution=_convolution(config))
-    return spec if config.position_biased_input else replace(spec, position_rows=0)
+    return spec if config.position_biased_input else replace(spec, position_rows=0, max_positions=None)
 
 
 def _relative(config: DebertaV2Config) -> Disentangled | None:
@@ -95,4 +112,4 @@ _HEADS: dict[str, Head] = {
     "DebertaV2Model": HeadSpec("encoder", {}),
 }
 
-FAMILY = Family("deberta-v2", "deberta.", _spec, _modules, _HEADS)
+FAMILY = Family("deberta-v2", "deberta.", _spec, _modules, _HEADS, "BaseModelOutput", _BUILT)

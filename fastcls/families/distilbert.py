@@ -5,7 +5,18 @@ from __future__ import annotations
 from transformers import DistilBertConfig
 
 from ..spec import EncoderSpec, HeadSpec
-from ._family import Family, Head, Names, activation_of, check_sizes, layer_modules, one_of_each
+from ._family import (
+    Built,
+    Family,
+    Head,
+    Names,
+    activation_built,
+    activation_of,
+    check_sizes,
+    layer_modules,
+    one_of_each,
+    rows_of,
+)
 
 _EPS = 1e-12
 _LAYER: Names = {
@@ -15,6 +26,15 @@ _LAYER: Names = {
     "up": "ffn.lin1",
     "down": "ffn.lin2",
     "output_norm": "output_layer_norm",
+}
+_BUILT: Built = {
+    "vocab_size": lambda encoder, _: rows_of(encoder.embeddings.word_embeddings),
+    "max_position_embeddings": lambda encoder, _: rows_of(encoder.embeddings.position_embeddings),
+    "n_layers": lambda encoder, _: len(encoder.transformer.layer),
+    "n_heads": lambda encoder, _: encoder.transformer.layer[0].attention.n_heads,
+    "activation": lambda encoder, config: activation_built(
+        encoder.transformer.layer[0].ffn.activation, config.activation
+    ),
 }
 
 
@@ -59,4 +79,4 @@ _HEADS: dict[str, Head] = {
     "DistilBertModel": HeadSpec("encoder", {}),
 }
 
-FAMILY = Family("distilbert", "distilbert.", _spec, _modules, _HEADS)
+FAMILY = Family("distilbert", "distilbert.", _spec, _modules, _HEADS, "BaseModelOutput", _BUILT)

@@ -41,4 +41,6 @@ _HEADS: dict[str, Head] = {
     "ElectraModel": HeadSpec("encoder", {}),
 }
 
-FAMILY = Family("electra", "electra.", _spec, _modules, _HEADS)
+FAMILY = Family(
+    *("electra", "electra.", _spec, _modules, _HEADS), "BaseModelOutputWithPastAndCrossAttentions", bert.BUILT
+)

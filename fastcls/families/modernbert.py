@@ -7,11 +7,33 @@ from typing import Any
 from transformers import ModernBertConfig
 
 from ..spec import EncoderSpec, HeadSpec, Pooling, Task
-from ._family import Family, Head, Names, activation_of, check_sizes, layer_modules, one_of_each
+from ._family import (
+    Built,
+    Family,
+    Head,
+    Names,
+    activation_built,
+    activation_of,
+    check_options,
+    check_sizes,
+    layer_modules,
+    one_of_each,
+    rows_of,
+)
 
 # A layer here ends with the norm that begins the next one, or the last one of all.
 _LAYER: Names = {"qkv": "attn.Wqkv", "out": "attn.Wo", "attention_norm": "mlp_norm", "up": "mlp.Wi", "down": "mlp.Wo"}
 _POOLINGS: dict[str, Pooling] = {"cls": "first", "mean": "mean"}
+
+# Windows it reads from the config at each call, for the mask.
+_BUILT: Built = {
+    "vocab_size": lambda encoder, _: rows_of(encoder.embeddings.tok_embeddings),
+    "norm_eps": lambda encoder, _: encoder.embeddings.norm.eps,
+    "num_hidden_layers": lambda encoder, _: len(encoder.layers),
+    "layer_types": lambda encoder, _: [layer.attention_type for layer in encoder.layers],
+    "num_attention_heads": lambda encoder, config: config.hidden_size // encoder.layers[0].attn.head_dim,
+    "hidden_activation": lambda encoder, config: activation_built(encoder.layers[0].mlp.act, config.hidden_activation),
+}
 
 
 def _spec(config: Any) -> EncoderSpec:
@@ -33,7 +55,7 @@ def _spec(config: Any) -> EncoderSpec:
         layer_norm_eps=config.norm_eps,
         activation=activation_of(config, "hidden_activation"),
         windows=tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types),
-        rotary_bases=tuple(each["rope_theta"] for each in rotary),
+        rotary=tuple(config.layer_types),
         pre_norm=True,
         gated=True,
     )
@@ -53,6 +75,8 @@ def _modules(config: ModernBertConfig) -> Names:
 
 def _head(task: Task, out: str = "classifier") -> Head:
     def head(config: ModernBertConfig) -> HeadSpec:
+        if task == "masked language modelling":
+            check_options(config, (("sparse_prediction", False),))
         pooled = task in ("sequence classification", "multiple choice")
         return HeadSpec(
             task,
@@ -74,4 +98,10 @@ _HEADS: dict[str, Head] = {
     "ModernBertModel": HeadSpec("encoder", {}),
 }
 
-FAMILY = Family("modernbert", "model.", _spec, _modules, _HEADS)
+
+def _buffers(config: ModernBertConfig) -> dict[str, str]:
+    kinds = sorted({*config.layer_types})
+    return {f"rotary.{kind}": f"rotary_emb.{kind}_inv_freq" for kind in kinds}
+
+
+FAMILY = Family("modernbert", "model.", _spec, _modules, _HEADS, "BaseModelOutput", _BUILT, _buffers)

@@ -8,7 +8,7 @@ from transformers import MPNetConfig
 
 from ..spec import BucketBias, EncoderSpec, HeadSpec
 from . import bert
-from ._family import Family, Head, Names, check_options, layer_modules
+from ._family import Built, Family, Head, Names, check_options, layer_modules
 
 # transformers knows no other, whatever the config says.
 _PADDING_ID, _BUCKETS, _REACH = 1, 32, 128
@@ -19,6 +19,10 @@ _LAYER: Names = {
     "up": "intermediate.dense",
     "down": "output.dense",
     "output_norm": "output.LayerNorm",
+}
+_BUILT: Built = {
+    **{name: read for name, read in bert.BUILT.items() if name != "type_vocab_size"},
+    "num_attention_heads": lambda encoder, _: encoder.encoder.layer[0].attention.attn.num_attention_heads,
 }
 
 
@@ -54,4 +58,4 @@ _HEADS: dict[str, Head] = {
     "MPNetModel": HeadSpec("encoder", {"dense": "pooler.dense"}),
 }
 
-FAMILY = Family("mpnet", "mpnet.", _spec, _modules, _HEADS)
+FAMILY = Family("mpnet", "mpnet.", _spec, _modules, _HEADS, "BaseModelOutputWithPooling", _BUILT)

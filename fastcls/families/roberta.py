@@ -7,7 +7,9 @@ from typing import Any
 
 from ..spec import EncoderSpec, HeadSpec
 from . import bert
-from ._family import Family, Head
+from ._family import Built, Family, Head
+
+_BUILT: Built = {**bert.BUILT, "pad_token_id": lambda encoder, _: encoder.embeddings.padding_idx}
 
 
 def _spec(config: Any) -> EncoderSpec:
@@ -31,7 +33,8 @@ def _family(model_type: str, names: str) -> Family:
         f"{names}ForQuestionAnswering": HeadSpec("question answering", {"out": "qa_outputs"}),
         f"{names}Model": HeadSpec("encoder", {"dense": "pooler.dense"}),
     }
-    return Family(model_type, "roberta.", _spec, bert.modules, heads)
+    output = "BaseModelOutputWithPoolingAndCrossAttentions"
+    return Family(model_type, "roberta.", _spec, bert.modules, heads, output, _BUILT)
 
 
 FAMILIES = (
