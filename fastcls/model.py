@@ -22,7 +22,7 @@ from .encoder import Encoder, How, LastLayer, check_last_layer
 from .graphs import Graphs, being_captured, bucket_of, max_graph_tokens
 from .heads import Head
 from .inputs import Batch, Reader
-from .original import Original
+from .original import Original, set_weight
 from .packing import PackedTokens, PackShape, Source, fill_rows, pack
 from .relative import BiasTable
 from .spec import EncoderSpec, HeadSpec, WeightMap
@@ -44,6 +44,9 @@ _CHANGING = frozenset(
         *("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_seqlen", "max_length_q", "max_length_k", "indices"),
     }
 )
+
+# Tables of embeddings, by the ends of their names.
+_TABLES = ("word_weight", "position_weight", "token_type_weight", "relative.table_weight")
 
 # How alike two names are of which one is taken for a mistyped other, from 0 to 1.
 _TYPING_ERROR = 0.85
@@ -96,6 +99,7 @@ class FastModel(nn.Module):
         self._original: Original | None = None
         self.encoder = Encoder(spec, under("encoder.", weights))
         self.head = Head(head, under("head.", weights))
+        self.register_state_dict_pre_hook(_follow_first)
         self.register_state_dict_post_hook(_to_checkpoint_names)
         self.register_load_state_dict_pre_hook(_from_checkpoint_names)
         self.register_load_state_dict_post_hook(_forget_caches)
@@ -174,10 +178,10 @@ class FastModel(nn.Module):
         original, self._original = self._original, None
         if original is None:
             return
-        with torch.no_grad():
-            for _, weight in self.weights():
-                if original.holds(weight):
-                    weight.data = weight.data.clone()
+        for name, weight in [*self.weights()]:
+            # Through ``data``, which counts changes of its own: those of ours are not the original's any more.
+            own = weight.data.clone() if original.holds(weight) else weight.data
+            set_weight(self, name, own)
         self._forget_made()
 
     def follow(self, original: Original) -> None:
@@ -230,14 +234,13 @@ class FastModel(nn.Module):
             only_trainable: of those that require gradients: none.
             exclude_embeddings: without the tables of embeddings.
         """
-        tables = ("word_weight", "position_weight", "token_type_weight")
-        kept = {
-            id(weight): weight.numel()
-            for name, weight in self.named_parameters()
-            if (weight.requires_grad or not only_trainable)
-            and not (exclude_embeddings and name.startswith("encoder.embeddings.") and name.endswith(tables))
-        }
-        return sum(kept.values())
+        # By their place, since weights that are tied lie in one.
+        counts = {weight.data_ptr(): weight.numel() for weight in self.parameters()}
+        if exclude_embeddings:
+            for name, weight in self.named_parameters():
+                if name.endswith(_TABLES):
+                    counts.pop(weight.data_ptr(), None)
+        return 0 if only_trainable else sum(counts.values())
 
     @property
     def name_or_path(self) -> str:
@@ -524,6 +527,11 @@ def _check_no_gradients(model: FastModel, batch: Batch) -> None:
             f"{asked[0]} must not require gradients, which fastcls does not compute: call this inside "
             "torch.no_grad(), or train the transformers model"
         )
+
+
+def _follow_first(module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
+    assert isinstance(module, FastModel)
+    module._follow()
 
 
 def _to_checkpoint_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -31,7 +31,9 @@ class _Slot(NamedTuple):
         own: the name of the weight of ours that it belongs to.
         part: which of the weights it is that ours is made of.
         name: its name in the original.
-        place: the ``_parameters`` or ``_buffers`` of its module, and key: its key there.
+        place: the ``_parameters`` or ``_buffers`` of its module.
+        key: its key there.
+        shape: its shape, which a tensor keeps no trace of when its data are replaced.
     """
 
     own: str
@@ -39,6 +41,7 @@ class _Slot(NamedTuple):
     name: str
     place: dict[str, Tensor | None]
     key: str
+    shape: torch.Size
 
 
 class _Seen(NamedTuple):
@@ -95,7 +98,7 @@ class Original:
                 path, _, key = name.rpartition(".")
                 module = _module_at(path, modules, structure)
                 place: Any = module._parameters if key in module._parameters else module._buffers
-                slots.append(_Slot(own, part, name, place, key))
+                slots.append(_Slot(own, part, name, place, key, place[key].shape))
                 owners[id(module)] = module
         self._structure: _Structure | None = structure
         self._is_doubted = False
@@ -187,9 +190,8 @@ class Original:
                 check_plain(f"model.{slot.name}", found)
             except ValueError as error:
                 _refuse(slot.name, str(error))
-        own = before.shape
-        if found.shape != own:
-            _refuse(slot.name, f"its shape was {tuple(own)} and is {tuple(found.shape)}")
+        if found.shape != slot.shape:
+            _refuse(slot.name, f"its shape was {tuple(slot.shape)} and is {tuple(found.shape)}")
         if not found.is_floating_point():
             _refuse(slot.name, f"its dtype is {found.dtype}")
 
@@ -265,12 +267,23 @@ def _counts(tensor: Tensor) -> bool:
     return not tensor.is_inference()
 
 
-def _bring(model: nn.Module, own: str, parts: list[Tensor], pointer: int, *, is_other: bool) -> bool:
-    """Brings one weight of ours up to date; whether it lies elsewhere now."""
-    path, _, key = own.rpartition(".")
+def _place_of(model: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
+    path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
     place: Any = module._parameters if key in module._parameters else module._buffers
-    ours: Tensor = place[key]
+    return place, key
+
+
+def set_weight(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Puts a tensor in the place of a parameter or buffer."""
+    place, key = _place_of(model, name)
+    place[key] = nn.Parameter(weight, requires_grad=False) if isinstance(place[key], nn.Parameter) else weight
+
+
+def _bring(model: nn.Module, own: str, parts: list[Tensor], pointer: int, *, is_other: bool) -> bool:
+    """Brings one weight of ours up to date; whether it lies elsewhere now."""
+    place, key = _place_of(model, own)
+    ours = place[key]
     is_alike = all(part.dtype == ours.dtype and part.device == ours.device for part in parts)
     with torch.inference_mode(False), torch.no_grad():
         if len(parts) == 1 and ours.data_ptr() == pointer:
@@ -278,7 +291,7 @@ def _bring(model: nn.Module, own: str, parts: list[Tensor], pointer: int, *, is_
             if not is_other:
                 return False
             fresh = made_of(parts) if is_alike else parts[0].detach().to(ours.device, ours.dtype, copy=True)
-            place[key] = nn.Parameter(fresh, requires_grad=False) if isinstance(ours, nn.Parameter) else fresh
+            set_weight(model, own, fresh)
             return True
         # In the same memory, which graphs may read.
         target = ours.detach()

@@ -357,12 +357,12 @@ def _columns(lengths: Tensor, tokens: int) -> Tensor:
     return torch.arange(tokens, device=lengths.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
 
 
-def unpack_rows(parts: Sequence[tuple[Tensor, PackedTokens]], batch: int, fill: float = 0.0) -> Tensor:
+def unpack_rows(parts: Sequence[tuple[Tensor, PackedTokens]], batch: int | None = None, fill: float = 0.0) -> Tensor:
     """Rows computed part by part, one a sequence, as one tensor with one row a text, in the batch's own order.
 
     Args:
         parts: (rows, width) each, and the packing that they come from.
-        batch: rows of the batch.
+        batch: rows of the batch, None for as many as texts.
         fill: what stands in those that no text stood in.
     """
     texts = [rows[: packed.num_texts] for rows, packed in parts]
@@ -370,7 +370,10 @@ def unpack_rows(parts: Sequence[tuple[Tensor, PackedTokens]], batch: int, fill: 
     orders = [packed.order for _, packed in parts if packed.order is not None]
     if not orders:
         return rows
-    out = rows.new_full((batch, *rows.shape[1:]), fill) if batch > rows.shape[0] else torch.empty_like(rows)
+    if batch is None or batch == rows.shape[0]:
+        out = torch.empty_like(rows)
+    else:
+        out = rows.new_full((batch, *rows.shape[1:]), fill)
     out[torch.cat(orders).to(rows.device)] = rows
     return out
 

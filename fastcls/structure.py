@@ -8,6 +8,7 @@ compute something else, and is refused by its path.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import sys
 import sysconfig
@@ -24,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from .attention_interface import NAME as OUR_ATTENTION
 from .families import Family
 from .families._family import activation_in
-from .spec import EncoderSpec, HeadSpec
+from .spec import HeadSpec
 
 # What a module holds without computing with it in eval mode, or computes the same with either way.
 _WITHOUT_EFFECT = frozenset(
@@ -67,11 +68,14 @@ _NOT_IN_FORWARD = (
     *("pretrained", "hub", "init", "weights", "state_dict", "save", "load", "train", "eval", "parameters", "repr"),
     *("embeddings", "gradient_checkpointing", "generat", "subclass", "reduce", "setstate", "getstate", "card"),
 )
-_TRUSTED = tuple(
-    os.path.join(os.path.realpath(folder), "")
-    for folder in (os.path.dirname(transformers.__file__), os.path.dirname(torch.__file__))
-)
-_STANDARD_LIBRARY = os.path.join(os.path.realpath(sysconfig.get_paths()["stdlib"]), "")
+
+
+def _folder(path: str) -> str:
+    return os.path.join(os.path.realpath(path), "")
+
+
+_TRANSFORMERS = _folder(os.path.dirname(transformers.__file__))
+_TRUSTED = (_TRANSFORMERS, _folder(os.path.dirname(torch.__file__)), _folder(sysconfig.get_paths()["stdlib"]))
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def config_as_built(model: PreTrainedModel, family: Family, encoder: nn.Module) 
 
 
 def check_structure(
-    model: PreTrainedModel, base: type[PreTrainedModel], config: PreTrainedConfig, spec: EncoderSpec, head: HeadSpec
+    model: PreTrainedModel, base: type[PreTrainedModel], config: PreTrainedConfig, head: HeadSpec
 ) -> None:
     """Compares a model with what its config builds.
 
@@ -116,12 +120,12 @@ def check_structure(
         model: the model.
         base: the class in transformers that it is of.
         config: what `config_as_built` gives.
-        spec, head: what was read from it.
+        head: what was read from it.
 
     Raises:
         ValueError: a module computes something else than the config says, with its path and what was found.
     """
-    expected = _expected(base, config, spec, head)
+    expected = _expected(base, config)
     _check_subclass(type(model), base)
     classes: set[type] = {base}
     out = head.names.get("out", "")
@@ -134,13 +138,13 @@ def check_structure(
         state = module.__dict__
         if found is not wanted.module_class and not (module is model and issubclass(found, base)):
             if _computes_the_same(module, wanted):
-                if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-                    _refuse_hooks(path, module)
+                _check_hooks(path, module)
                 continue
             _refuse_class(path, module, wanted)
-        classes.add(found)
+        # What a subclass of the model has besides was looked at above.
+        classes.add(wanted.module_class)
         if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-            _refuse_hooks(path, module)
+            _check_hooks(path, module)
         if state["training"] and not is_training and wanted.drops_out and getattr(module, "p", 1.0):
             raise ValueError(
                 f"model.{path} must be in eval mode as the model is, got it in training mode: fastcls drops nothing "
@@ -222,13 +226,17 @@ def advice_for(module: object) -> str:
     return "fastcls does not compute what other code than transformers' own does"
 
 
-def _refuse_hooks(path: str, module: nn.Module) -> NoReturn:
+def _check_hooks(path: str, module: nn.Module) -> None:
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    names = ", ".join(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks)
-    raise ValueError(
-        f"{f'model.{path}' if path else 'model'} must have no forward hooks, got {names}: fastcls would pass them by. "
-        "Remove them (handle.remove()), or register them on what optimize returns"
-    )
+    # A call that asks for hidden states, and gradient checkpointing, leave hooks of transformers' own, which change no
+    # answer.
+    strangers = [hook for hook in hooks if not isinstance(hook, FunctionType) or not _is_in(hook, _TRANSFORMERS)]
+    if strangers:
+        names = ", ".join(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in strangers)
+        raise ValueError(
+            f"{f'model.{path}' if path else 'model'} must have no forward hooks, got {names}: fastcls would pass them "
+            "by. Remove them (handle.remove()), or register them on what optimize returns"
+        )
 
 
 def _check_shadows(path: str, module: nn.Module) -> None:
@@ -288,8 +296,8 @@ def _without_pooler(
     if differing == {"pooler"} and "pooler" not in children and not path and head.task == "encoder":
         return {**children, "pooler": None}
     name = sorted(differing)[0]
-    child = wanted.children.get(name)
-    _refuse(_join(path, name), _named(child), _class_name(children[name]) if name in children else "nothing")
+    found = _class_name(children[name]) if name in children else "nothing"
+    _refuse(_join(path, name), _named(wanted.children.get(name)), f"{found} (adapters must be merged first)")
 
 
 def _computes_the_same(module: nn.Module, wanted: _Expected) -> bool:
@@ -307,18 +315,23 @@ def _same(found: Any, value: Any) -> bool:
         return isinstance(found, (tuple, list)) and len(found) == len(value) and all(map(_same, found, value))
     if isinstance(value, Mapping):
         return isinstance(found, Mapping) and found == value
+    if isinstance(value, functools.partial):
+        is_partial = isinstance(found, functools.partial) and found.func is value.func
+        return is_partial and (found.args, found.keywords) == (value.args, value.keywords)
     if callable(value):
         return getattr(found, "__func__", found) is getattr(value, "__func__", value)
     return type(found) is type(value)
 
 
-# What transformers builds, by the class and all that was read from the config: some milliseconds each.
+# What transformers builds, by the class and its config: some milliseconds each.
 _twins: dict[object, _Expected] = {}
 _MAX_TWINS = 64
+# How many labels there are the head's own weights say.
+_LABELS = frozenset({"id2label", "label2id"})
 
 
-def _expected(base: type[PreTrainedModel], config: PreTrainedConfig, spec: EncoderSpec, head: HeadSpec) -> _Expected:
-    key = (base, spec, head.task, head.pooling, head.activation, head.eps, tuple(sorted(head.names.items())))
+def _expected(base: type[PreTrainedModel], config: PreTrainedConfig) -> _Expected:
+    key = (base, *((name, repr(value)) for name, value in vars(config).items() if name not in _LABELS))
     if key not in _twins:
         if len(_twins) >= _MAX_TWINS:
             _twins.clear()
@@ -384,36 +397,40 @@ def _check_subclass(found: type[PreTrainedModel], base: type[PreTrainedModel]) -
 
 
 def _check_code(classes: set[type]) -> None:
-    """The code that the classes run is transformers' and torch's own: neither they nor its modules were patched."""
+    """The code that the classes run is transformers' and torch's own: neither they nor their modules were patched."""
     modules = set()
     for each in classes:
-        forward = getattr(each, "forward", None)
-        stranger = None if forward is None else _stranger(forward)
-        if stranger is not None:
-            raise ValueError(
-                f"{each.__module__}.{each.__qualname__}.forward must be the class's own, got {stranger.__qualname__} "
-                f"from {stranger.__code__.co_filename}: fastcls would pass it by"
-            )
+        for name, value in [("forward", getattr(each, "forward", None)), *vars(each).items()]:
+            if type(value) is FunctionType:
+                _check_own(f"{each.__module__}.{each.__qualname__}.{name}", value)
         modules.add(each.__module__)
     for module in modules:
-        if not module.startswith("transformers.models."):
-            continue
-        for name, value in vars(sys.modules[module]).items():
-            stranger = _stranger(value) if type(value) is FunctionType else None
-            if stranger is not None:
-                raise ValueError(
-                    f"{module}.{name} must be transformers' own, got {stranger.__qualname__} "
-                    f"from {stranger.__code__.co_filename}: fastcls would pass it by"
-                )
+        if module.startswith("transformers.models."):
+            for name, value in vars(sys.modules[module]).items():
+                if type(value) is FunctionType:
+                    _check_own(f"{module}.{name}", value)
+
+
+def _check_own(name: str, function: FunctionType) -> None:
+    stranger = _stranger(function)
+    if stranger is not None:
+        raise ValueError(
+            f"{name} must be transformers' own, got {stranger.__qualname__} from {stranger.__code__.co_filename}: "
+            "fastcls would pass it by"
+        )
 
 
 def _stranger(function: Any) -> FunctionType | None:
     """The function, or the one that it wraps, whose code is neither transformers', torch's nor Python's."""
-    for each in _unwrapped(function):
-        file = each.__code__.co_filename
-        if not file.startswith(_TRUSTED) and not os.path.realpath(file).startswith((*_TRUSTED, _STANDARD_LIBRARY)):
-            return each
-    return None
+    return next((each for each in _unwrapped(function) if not _is_in(each, _TRUSTED)), None)
+
+
+def _is_in(function: FunctionType, folders: str | tuple[str, ...]) -> bool:
+    file = function.__code__.co_filename
+    # What dataclasses and the like write themselves has no file.
+    return file.startswith((*folders, "<") if isinstance(folders, tuple) else folders) or os.path.realpath(
+        file
+    ).startswith(folders)
 
 
 def _unwrapped(function: Any) -> Iterator[FunctionType]:

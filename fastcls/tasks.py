@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, modeling_outputs
 from transformers.loss.loss_utils import (
@@ -34,7 +35,7 @@ from .families import family_of_class
 from .inputs import Batch
 from .model import FastModel
 from .packing import unpack_rows, unpack_selected, unpack_tokens
-from .spec import Pooling, Task
+from .spec import HeadSpec, Pooling, Task, WeightMap
 from .traced import Rows
 
 # What `FastEncoder` gives of its last layer: a boolean mask of tokens stands for "rows".
@@ -58,6 +59,14 @@ class TaskModel(FastModel):
     def options(self) -> traced.Options:
         """What may be set at any time."""
         return traced.Options(self.last_layer, self.cuda_graphs, self.batch_invariant)
+
+    @property
+    def base_model(self) -> FastEncoder:
+        """The encoder, and its pooler if it has one, over the same weights; it follows the original as this one does.
+
+        It is this model's own encoder, as transformers' ``base_model`` is: moving the one moves the other.
+        """
+        return FastEncoder.inside(self)
 
     def _given(self, output: _Output, return_dict: bool | None) -> _Output | tuple[Any, ...]:
         as_dict = self.config.return_dict if return_dict is None else return_dict
@@ -130,7 +139,7 @@ class TaskModel(FastModel):
         if source is None:
             return self._empty(0, self._out_features())
         with self._inference():
-            return unpack_rows(self._run(source, how), source.num_texts)
+            return unpack_rows(self._run(source, how))
 
 
 class FastClassifier(TaskModel):
@@ -491,6 +500,44 @@ class FastEncoder(TaskModel):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._output_class = _output_class(self.model_class)
+        # The model that this is the encoder of, if it is one's.
+        self._whole: tuple[TaskModel, ...] = ()
+
+    @classmethod
+    def inside(cls, model: TaskModel) -> FastEncoder:
+        """The encoder of a model."""
+        family, _ = family_of_class(model.model_class)
+        base = next(name for name in family.heads if "For" not in name)
+        pools = model.head.spec.names.get("dense", "").startswith(family.prefix)
+        parts = ("encoder.", "head.dense_") if pools else ("encoder.",)
+        weights = {name: weight for name, weight in model.weights() if name.startswith(parts)}
+        theirs = model.weight_map
+        weight_map = WeightMap(
+            {
+                own: tuple(name.removeprefix(family.prefix) for name in names)
+                for own, names in theirs.sources.items()
+                if own in weights
+            },
+            {},
+            {own: name.removeprefix(family.prefix) for own, name in theirs.buffers.items()},
+        )
+        head = HeadSpec("encoder", {"dense": "pooler"} if pools else {}, activation=model.head.spec.activation)
+        encoder = cls(getattr(transformers, base), model.config, model.spec, head, weight_map, weights, *model.options)
+        encoder.encoder = model.encoder
+        # In a tuple, so that it is not registered as a part.
+        encoder._whole = (model,)
+        return encoder
+
+    @property
+    def base_model(self) -> FastEncoder:
+        return self
+
+    def _follow(self) -> None:
+        for whole in self._whole:
+            whole._follow()
+            for name in dict(self.head.named_parameters()):
+                setattr(self.head, name, whole.head.get_parameter(name))
+        super()._follow()
 
     @property
     def _how(self) -> How:

@@ -28,6 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .encoder import LastLayer
 from .inputs import Batch
 from .spec import BucketBias, Convolution, Disentangled, EncoderSpec, HeadSpec, WeightMap
+from .weights import weight_version
 
 if TYPE_CHECKING:
     from .model import FastModel
@@ -189,7 +190,7 @@ def _spec_of(given: dict[str, Any]) -> EncoderSpec:
 
 
 class _Built(NamedTuple):
-    """A model that graphs run, and where its weights were when it was made."""
+    """A model that graphs run, and where its weights were and how often they had changed when it was made."""
 
     places: tuple[object, ...]
     model: TaskModel
@@ -224,14 +225,15 @@ def _model_over(weights: Sequence[Tensor], model: str, options: Options) -> Task
     """A fast model over these weights, made at the first call with them."""
     from .tasks import TASKS
 
-    places = tuple((weight.data_ptr(), weight.dtype, weight.device) for weight in weights)
+    # Within an operator a detached tensor has a count of changes of its own, so that the model is made anew after one.
+    places = tuple((*weight_version(weight), weight.dtype, weight.device) for weight in weights)
     with _building:
         models = cast("dict[tuple[str, Options], _Built]", _built.setdefault(weights[0], {}))
         built = models.get((model, options))
         if built is None or built.places != places:
             described = _parse(model)
             own_weights = {
-                # Over the same memory, and with the same count of changes.
+                # Over the same memory.
                 name: weight.detach()
                 if name in described.buffers
                 else nn.Parameter(weight.detach(), requires_grad=False)

@@ -198,7 +198,8 @@ def test_masked_rows_through_the_kernels(kernel_device: str, model_class: str, f
 @every_classifier
 def test_one_token_and_the_longest_text(model_class: str, family: str) -> None:
     model = tiny_model(model_class, family, attn_implementation="eager")
-    for length in (1, fastcls.optimize(model).spec.max_positions):
+    # DeBERTa's distances have no end; here it goes on for more than twice as far as its config says.
+    for length in (1, fastcls.optimize(model).spec.max_positions or 200):
         inputs = batch(length=length)
         expected = answers(model, inputs)
         for last_layer, actual in by_rung(model, inputs):
@@ -262,14 +263,6 @@ def test_checkpoints_load_and_round_trip(model_class: str, family: str, tmp_path
     fast.save_pretrained(tmp_path)
     again = getattr(transformers, model_class).from_pretrained(tmp_path).eval()
     assert_close(answers(again, inputs), answers(other, inputs), 1e-6)
-
-
-@every_class
-def test_weights_are_shared(model_class: str, family: str) -> None:
-    model = tiny_model(model_class, family)
-    fast = fastcls.optimize(model)
-    storages = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    assert {tensor.untyped_storage().data_ptr() for tensor in fast.parameters()} == storages
 
 
 @pytest.mark.parametrize(
@@ -449,10 +442,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "config.relative_attention_num_buckets must be 32, got 16",
     ),
-    "heads_of_8": (
-        lambda: tiny_model("DistilBertForSequenceClassification", "distilbert", num_attention_heads=8, n_heads=8),
+    "heads_of_2": (
+        lambda: tiny_model("DistilBertForSequenceClassification", "distilbert", num_attention_heads=32, n_heads=32),
         ValueError,
-        "config.dim must be at most 4096 in at most 64 heads of 16 to 128, got 64 / 8",
+        "config.dim must be from 16 to 4096 in at most 64 heads of 4 to 128, got 64 / 32",
     ),
 }
 

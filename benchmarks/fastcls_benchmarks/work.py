@@ -91,7 +91,7 @@ def useful_flops(shape: ModelShape, batch: Batch) -> int:
     seen = _seen(rows, lengths, windows[-1])
     # A row passes through every weight once, through the value's behind the sum, for which each head reads each token.
     row_weights, summed = layer_weights, spec.num_heads * width * seen
-    if spec.rotary_bases or isinstance(spec.relative, Disentangled):
+    if spec.rotary or isinstance(spec.relative, Disentangled):
         # Keys depend on where their tokens stand, and are made.
         row_weights -= width**2
         scored = width**2 * tokens + width * (seen + _distances(spec, rows, lengths))

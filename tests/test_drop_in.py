@@ -1,0 +1,337 @@
+"""What people do with a transformers model, and its fast one goes along with or refuses by name."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support import TINY_FAMILIES, tiny_bert, tiny_model
+from test_families import CLASSES, every_class, shaped_for
+from torch import Tensor, nn
+
+import fastcls
+from fastcls.encoder import LastLayer
+from fastcls.tasks import TASKS
+
+IDS = torch.tensor([[5, 17, 33, 8, 90, 12], [7, 7, 150, 21, 3, 66], [9, 8, 7, 6, 5, 4]])
+
+
+def labels_of(model: Any) -> dict[str, Tensor]:
+    parameters = inspect.signature(model.forward).parameters
+    if "start_positions" in parameters:
+        return {"start_positions": torch.tensor([0, 1, 2]), "end_positions": torch.tensor([3, 4, 5])}
+    name = type(model).__name__
+    if "MultipleChoice" in name:
+        return {"labels": torch.tensor([1])}
+    by_token = "TokenClassification" in name or "MaskedLM" in name
+    return {"labels": IDS % 2 if by_token else torch.tensor([0, 1, 1])} if "labels" in parameters else {}
+
+
+@pytest.mark.covering(alone=["model_class"])
+@every_class
+def test_outputs_have_the_type_items_and_tuple_of_transformers(model_class: str, family: str) -> None:
+    model = tiny_model(model_class, family)
+    fast = fastcls.optimize(model)
+    inputs: dict[str, Any] = shaped_for(model_class, {"input_ids": IDS})
+    for more in ({}, labels_of(model)):
+        with torch.no_grad():
+            expected, actual = model(**inputs, **more), fast(**inputs, **more)
+            expected_tuple, actual_tuple = (
+                model(**inputs, **more, return_dict=False),
+                fast(**inputs, **more, return_dict=False),
+            )
+        assert isinstance(actual, type(expected))
+        assert list(actual.keys()) == list(expected.keys())
+        # Fields that are None are there to be asked for, too.
+        assert all(hasattr(actual, name) for name in vars(expected))
+        assert len(actual_tuple) == len(expected_tuple)
+        for got, wanted in zip(actual_tuple, expected_tuple, strict=True):
+            assert float((got - wanted).abs().max()) <= 1e-4
+    assert fast.num_parameters() == model.num_parameters()
+    if "MaskedLM" not in model_class:
+        # Of a table that is tied to the last product transformers goes by which of both was named first.
+        assert fast.num_parameters(exclude_embeddings=True) == model.num_parameters(exclude_embeddings=True)
+
+
+def test_which_rows_of_a_mask_filler_were_predicted_is_said_beside_the_output() -> None:
+    fast = fastcls.optimize(tiny_model("BertForMaskedLM", "bert"), mask_token_id=7)
+    output = fast(IDS)
+    assert output.rows.tolist() == [[1, 0], [1, 1], [2, 2]]
+    assert "rows" not in output
+    (logits,) = fast(IDS, return_dict=False)
+    assert torch.equal(logits, output.logits)
+
+
+IGNORED = {
+    "offset_mapping": torch.zeros(3, 6, 2),
+    "special_tokens_mask": torch.ones(3, 6),
+    "length": torch.tensor([6, 6, 6]),
+    "overflow_to_sample_mapping": torch.tensor([0, 1, 2]),
+    "use_cache": True,
+    "idx": [1, 2, 3],
+    "token_embeddings": torch.ones(3, 6, 64),
+}
+
+
+def test_keywords_that_transformers_ignores_are_ignored() -> None:
+    model = tiny_bert()
+    fast = fastcls.optimize(model)
+    with torch.no_grad():
+        assert float((fast(IDS, **IGNORED).logits - model(IDS, **IGNORED).logits).abs().max()) <= 1e-5
+
+
+ROWS_OF_ZEROS = torch.tensor([[0] * 6, [1, 1, 1, 0, 0, 0], [0] * 6])
+
+
+def masked(model_class: str, mask: Tensor) -> tuple[Any, Any, dict[str, Tensor]]:
+    model = tiny_model(model_class, "bert")
+    return model, fastcls.optimize(model), shaped_for(model_class, {"input_ids": IDS, "attention_mask": mask})
+
+
+@pytest.mark.parametrize("last_layer", ["absorbed", "selected", "full"])
+@pytest.mark.parametrize("model_class", [name for name, family in CLASSES if family == "bert"])
+def test_rows_of_zeros_in_a_mask_have_no_answer(model_class: str, last_layer: LastLayer) -> None:
+    model, fast, inputs = masked(model_class, ROWS_OF_ZEROS)
+    fast.last_layer = last_layer
+    with torch.no_grad():
+        expected, actual = model(**inputs), fast(**inputs)
+    for name in actual:
+        found, wanted = actual[name], expected[name]
+        if "MultipleChoice" in model_class:
+            found, wanted = found[0], wanted[0]
+        if found.shape[:2] == IDS.shape and name != "pooler_output":
+            found, wanted = found[:, :3], wanted[:, :3]
+            assert not bool(found[0].isnan().any())
+        elif "MultipleChoice" in model_class:
+            assert int(found.argmax()) == 1
+        else:
+            assert bool(found[[0, 2]].isnan().all())
+        assert float((found[1] - wanted[1]).abs().max()) <= 1e-5
+    nothing = {**inputs, "attention_mask": torch.zeros_like(inputs["attention_mask"])}
+    assert next(iter(fast(**nothing).values())).shape == next(iter(actual.values())).shape
+
+
+def test_a_pooler_that_reads_padding_gives_no_answer() -> None:
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [0] * 5 + [1]])
+    model, fast, inputs = masked("BertModel", mask)
+    with torch.no_grad():
+        expected, actual = model(**inputs), fast(**inputs)
+    assert float((actual.pooler_output[0] - expected.pooler_output[0]).abs().max()) <= 1e-5
+    assert bool(actual.pooler_output[1:].isnan().all())
+    kept = mask.bool()
+    assert float((actual.last_hidden_state[kept] - expected.last_hidden_state[kept]).abs().max()) <= 1e-5
+    fast.gives_pooler_output = False
+    assert fast(**inputs).pooler_output is None
+
+
+def test_texts_go_on_where_no_table_of_positions_ends() -> None:
+    model = tiny_model("DebertaV2ForSequenceClassification", "deberta-v2")
+    ids = torch.randint(5, 199, (2, 300))
+    mask = torch.ones_like(ids)
+    mask[0, 250:] = 0
+    mask[1, 5:200:3] = 0
+    fast = fastcls.optimize(model)
+    with torch.no_grad():
+        for more in ({}, {"attention_mask": mask}):
+            assert float((fast(ids, **more).logits - model(ids, **more).logits).abs().max()) <= 1e-5
+        assert float((fast.logits_of(ids.tolist()) - model(ids).logits).abs().max()) <= 1e-5
+    assert fast.warm_up() is None
+    with_table = fastcls.optimize(tiny_model("DebertaV2Model", "deberta-v2", position_biased_input=True))
+    with pytest.raises(ValueError, match="300 tokens is longer than the model's 96 positions"):
+        with_table(ids)
+
+
+@pytest.mark.parametrize("family", list(TINY_FAMILIES))
+@pytest.mark.parametrize("heads", [8, 16])
+def test_heads_of_4_and_8(heads: int, family: str) -> None:
+    name = next(name for name, each in CLASSES if each == family and name.endswith("ForSequenceClassification"))
+    option = "n_heads" if family == "distilbert" else "num_attention_heads"
+    model = tiny_model(name, family, **{option: heads})
+    for last_layer in ("absorbed", "selected", "full"):
+        fast = fastcls.optimize(model, last_layer=last_layer)
+        with torch.no_grad():
+            assert float((fast(IDS).logits - model(IDS).logits).abs().max()) <= 1e-5
+
+
+def test_what_is_asked_of_a_model_besides_its_answer() -> None:
+    model = tiny_bert()
+    model.config.name_or_path = "somebody/a-model"
+    fast = fastcls.optimize(model)
+    assert fast.name_or_path == "somebody/a-model"
+    table = fast.get_input_embeddings()
+    assert table.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    with torch.no_grad():
+        assert torch.equal(fast(inputs_embeds=table(IDS)).logits, fast(IDS).logits)
+    assert fast.num_parameters(only_trainable=True) == 0
+
+
+@pytest.mark.parametrize("family", list(TINY_FAMILIES))
+def test_the_base_model_is_an_encoder_over_the_same_weights(family: str) -> None:
+    name = next(name for name, each in CLASSES if each == family and name.endswith("ForSequenceClassification"))
+    model = tiny_model(name, family)
+    fast = fastcls.optimize(model)
+    with torch.no_grad():
+        expected, actual = model.base_model(IDS), fast.base_model(IDS)
+    assert isinstance(actual, type(expected))
+    assert list(actual.keys()) == list(expected.keys())
+    assert float((actual.last_hidden_state - expected.last_hidden_state).abs().max()) <= 1e-4
+    places = {weight.data_ptr() for weight in fast.parameters()}
+    assert all(weight.data_ptr() in places for weight in fast.base_model.parameters())
+    encoder = fast.base_model
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1)
+        assert float((encoder(IDS)[0] - model.base_model(IDS)[0]).abs().max()) <= 1e-4
+    assert encoder.base_model is encoder
+
+
+def test_tensors_are_made_where_they_belong_whatever_the_default_device() -> None:
+    models = {family: next(name for name, each in CLASSES if each == family) for family in TINY_FAMILIES}
+    pairs = [(model := tiny_model(name, family), fastcls.optimize(model)) for family, name in models.items()]
+    mask = torch.tensor([[1] * 6, [1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]])
+    with torch.no_grad():
+        expected = [model(IDS, mask).logits for model, _ in pairs]
+        torch.set_default_device("meta")
+        try:
+            found = [fast(IDS, mask).logits for _, fast in pairs]
+            lists = [fast.logits_of(IDS.tolist()) for _, fast in pairs]
+            made = fastcls.optimize(pairs[0][0])(IDS, mask).logits
+        finally:
+            torch.set_default_device(None)
+    assert all(float((got - wanted).abs().max()) <= 1e-5 for got, wanted in zip(found, expected, strict=True))
+    assert all(each.device.type == "cpu" for each in (*lists, made))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_trace_that_would_hold_its_examples_lengths_is_refused(dtype: torch.dtype) -> None:
+    fast = fastcls.optimize(tiny_bert().to(dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match=r"torch.jit.trace.* must be left out"):
+            torch.jit.trace(fast, (IDS, torch.ones_like(IDS)), strict=False)
+
+
+# Hooks on the fast model
+
+
+def doubled(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output * 2
+    return type(output)(*(each * 2 for each in output))
+
+
+@pytest.mark.parametrize("last_layer", ["absorbed", "full"])
+@pytest.mark.parametrize("family", list(TINY_FAMILIES))
+def test_hooks_on_the_fast_model_run_or_are_refused(family: str, last_layer: LastLayer) -> None:
+    name = next(name for name, each in CLASSES if each == family and name.endswith("ForSequenceClassification"))
+    fast = fastcls.optimize(tiny_model(name, family), last_layer=last_layer)
+    before = fast(IDS).logits
+    ran, refused = [], []
+    for path, module in fast.named_modules():
+        if isinstance(module, nn.ModuleList) or not path:
+            continue
+        calls: list[str] = []
+        handle = module.register_forward_hook(lambda *_, calls=calls: calls.append(""))  # type: ignore[misc]
+        if fast._never_called(path, module, fast._pooled) is None:
+            fast(IDS)
+            assert calls, f"a hook on {path} was passed by"
+            ran.append(path)
+        else:
+            with pytest.raises(RuntimeError, match=f"{path} must have no forward hooks"):
+                fast(IDS)
+            refused.append(path)
+        handle.remove()
+    assert {"encoder", "encoder.embeddings", "encoder.layers.0", "head"} <= set(ran)
+    last = f"encoder.layers.{fast.spec.layers[-1]}"
+    assert (last in refused) == (last_layer == "absorbed")
+    assert torch.equal(fast(IDS).logits, before)
+
+
+def test_a_hook_changes_what_the_fast_model_gives() -> None:
+    model = tiny_bert()
+    fast = fastcls.optimize(model)
+    model.bert.encoder.layer[1].register_forward_hook(doubled)
+    fast.encoder.layers[1].register_forward_hook(doubled)
+    with torch.no_grad():
+        assert float((fast(IDS).logits - model(IDS).logits).abs().max()) <= 1e-5
+
+
+def test_methods_that_pass_the_models_own_hooks_by_are_refused() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    handle = fast.register_forward_hook(lambda _module, _inputs, output: setattr(output, "logits", output.logits / 2))
+    ids = IDS.tolist()
+    packed = fast.pack(ids)
+    for call in (lambda: fast.logits_of(ids), lambda: fast.forward_packed(packed[0])):
+        with pytest.raises(RuntimeError, match="must be called as a whole"):
+            call()
+    handle.remove()
+    assert fast.logits_of(ids).shape == (3, 3)
+    fast.forward = lambda *_args, **_kwargs: None
+    with pytest.raises(RuntimeError, match="must be called as a whole"):
+        fast.logits_of(ids)
+
+
+def test_hooks_inside_are_refused_in_a_graph() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    compiled = torch.compile(fast, backend="eager")
+    expected = fast(IDS).logits
+    assert torch.equal(compiled(IDS).logits, expected)
+    fast.encoder.layers[0].register_forward_hook(doubled)
+    with pytest.raises(RuntimeError, match=r"encoder.layers.0 must have no forward hooks"):
+        compiled(IDS)
+
+
+def test_a_compiled_model_follows_the_original() -> None:
+    for model in (tiny_bert(), tiny_model("DebertaV2ForSequenceClassification", "deberta-v2")):
+        compiled = torch.compile(fastcls.optimize(model), backend="aot_eager")
+        compiled(IDS)
+        for change in (in_place, by_other_tensors):
+            change(model)
+            with torch.no_grad():
+                assert float((compiled(IDS).logits - model(IDS).logits).abs().max()) <= 2e-5
+        torch.compiler.reset()
+
+
+def in_place(model: Any) -> None:
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1)
+
+
+def by_other_tensors(model: Any) -> None:
+    for weight in model.parameters():
+        weight.data = weight.data * 1.1
+
+
+def test_labels_of_any_kind_are_no_hindrance() -> None:
+    numbers = torch.arange(3).numpy()
+    config = transformers.BertConfig(
+        vocab_size=100, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96
+    )
+    config.id2label = {number: ("a", int(number)) for number in numbers}
+    config.label2id = {("a", int(number)): number for number in numbers}
+    config.note = {(1, 2): torch.float32}
+    model = transformers.BertForSequenceClassification(config).eval()
+    fast = fastcls.optimize(model)
+    with torch.no_grad():
+        assert float((fast(IDS % 100).logits - model(IDS % 100).logits).abs().max()) <= 1e-5
+        assert torch.compile(fast, backend="eager")(IDS % 100).logits.shape == (3, 3)
+
+
+def test_nan_stays_nan() -> None:
+    for family, name in {
+        family: name for name, family in CLASSES if name.endswith("ForSequenceClassification")
+    }.items():
+        model = tiny_model(name, family)
+        with torch.no_grad():
+            [*model.parameters()][-6][..., 0] = float("nan")
+            expected = model(IDS).logits.isnan()
+            assert torch.equal(fastcls.optimize(model)(IDS).logits.isnan(), expected), family
+
+
+def test_every_task_has_a_fast_model() -> None:
+    assert {type(fastcls.optimize(tiny_model(name, family))) for name, family in CLASSES} == {*TASKS.values()}
