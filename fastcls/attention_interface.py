@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function
 
-from fastcls_kernels import attention_padded, attention_varlen
+from fastcls_kernels import attention_varlen, explain_backend, is_batch_invariant
 
 NAME = "fastcls"
+# A mask's attribute with what follows from it, which all layers share.
+_GROUPS = "_fastcls_groups"
 # What models hand on to their attention besides, and that changes its result.
 _CHANGING = (
     "position_bias",
@@ -36,9 +39,11 @@ def register_attention() -> None:
     model.set_attn_implementation("fastcls")  # or from_pretrained(..., attn_implementation="fastcls")
     ```
 
-    It is for models that `optimize` does not take. Attention alone is computed by fastcls, in inference, among all real
-    tokens of a text: with padding on the right by `attention_padded`, with any other mask by `attention_varlen` on what
-    the mask keeps. The results are those of sdpa at real tokens, and zeros go into the rest of the layer at padding.
+    It is for models that `optimize` does not take. Attention alone is computed by fastcls, in inference: every row,
+    padding included, attends to the tokens of its text that the mask keeps. The results are those of sdpa in all rows,
+    so that whoever reads padding, as ColBERT's query expansion does, reads what sdpa gives there; a text of which the
+    mask keeps nothing has zeros, as in sdpa. On a CPU a batch with padding is computed by sdpa itself, which is fastest
+    there.
 
     What it does not compute is refused with a ValueError when the model is called: causal attention, windows, masks
     that differ from query to query, position biases, cross-attention and caches, fewer heads of keys than of queries,
@@ -56,9 +61,9 @@ def _refuse(what: str, found: object) -> NoReturn:
 
 
 def _mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-    """What the layers get: None where every token is real, (batch,) lengths where padding is on the right.
+    """What the layers get: None where every token is real, else which are, (batch, seqlen) bool.
 
-    Otherwise the mask itself, (batch, seqlen). It is looked at here, once for all layers.
+    It is looked at here, once for all layers.
     """
     if mask_function is not bidirectional_mask_function:
         found = getattr(mask_function, "__qualname__", mask_function)
@@ -67,11 +72,73 @@ def _mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = 
         return None
     if attention_mask.ndim != 2:
         _refuse("an attention_mask of shape (batch, seqlen)", tuple(attention_mask.shape))
-    mask = attention_mask.bool()
-    whole, on_the_right = torch.stack((mask.all(), (mask[:, :-1] >= mask[:, 1:]).all())).tolist()
-    if whole:
+    # A tensor of our own, which gets an attribute.
+    mask = attention_mask != 0
+    if bool(mask.all()):
         return None
-    return mask.sum(1) if on_the_right else mask
+    if _takes_groups(mask.device):
+        setattr(mask, _GROUPS, _Groups.of(mask))
+    return mask
+
+
+def _takes_groups(device: torch.device) -> bool:
+    # sdpa on a CPU knows nothing of batch invariance.
+    return explain_backend(device)[0] == "triton" or is_batch_invariant()
+
+
+class _Groups(NamedTuple):
+    """A batch's rows as sequences in which queries, as many as there are keys, attend to a text's kept tokens.
+
+    A text's first sequence is its kept tokens, so that they have the bits of packed ones. Its other rows follow in
+    groups of as many queries, over the same keys; the last row fills the last group up. That is at most twice the
+    products of sdpa, and fewer than sdpa's where texts differ much in length.
+
+    Attributes:
+        queries, keys: (num_rows,), which row of the flat batch each is.
+        cu_seqlens: (num_groups + 1,) int32, where groups begin.
+        places: (batch * seqlen,), among the num_rows that of each row of the batch.
+        empty: (batch,) bool, the texts of which nothing is kept; None where there are none.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    cu_seqlens: Tensor
+    places: Tensor
+    empty: Tensor | None
+
+    @classmethod
+    def of(cls, mask: Tensor) -> _Groups:
+        """It waits for a GPU once."""
+        (batch, seqlen), device = mask.shape, mask.device
+        lengths = mask.sum(1).cpu()
+        has_tokens = lengths > 0
+        groups = torch.where(has_tokens, (lengths + seqlen - 1) // lengths.clamp(min=1), 0)
+        sizes = groups * lengths
+        starts, num_rows = sizes.cumsum(0) - sizes, int(sizes.sum())
+        cu_seqlens = nn.functional.pad(lengths.repeat_interleave(groups).cumsum(0), (1, 0)).to(torch.int32)
+        text = torch.arange(batch, device="cpu").repeat_interleave(sizes)
+        rank = torch.arange(num_rows, device="cpu") - starts[text]
+        ranks = torch.stack((rank.clamp(max=seqlen - 1), rank % lengths[text])) + text * seqlen
+        # Each text's kept tokens first, in their order.
+        rows = torch.argsort(~mask, dim=1, stable=True) + torch.arange(batch, device=device)[:, None] * seqlen
+        queries, keys = rows.flatten()[ranks.to(device)]
+        # What stands for a row of a text without tokens is of no meaning, but must be there.
+        found = torch.where(has_tokens, starts, 0)[:, None] + torch.arange(seqlen, device="cpu") * has_tokens[:, None]
+        places = torch.empty(batch * seqlen, dtype=torch.int64, device=device)
+        places[rows.flatten()] = found.flatten().to(device)
+        empty = None if bool(has_tokens.all()) else ~has_tokens.to(device)
+        return cls(queries, keys, cu_seqlens.to(device), places, empty)
+
+
+def _attend_in_groups(q: Tensor, k: Tensor, v: Tensor, groups: _Groups, scaling: float | None) -> Tensor:
+    """(batch, seqlen, nheads, headdim) to the same, every row over its text's kept tokens."""
+    shape = q.shape
+    q, k, v = (each.flatten(0, 1) for each in (q, k, v))
+    if not groups.queries.numel():
+        return q.new_zeros(shape)
+    out = attention_varlen(q[groups.queries], k[groups.keys], v[groups.keys], groups.cu_seqlens, shape[1], scaling)
+    out = out[groups.places].view(shape)
+    return out if groups.empty is None else out.masked_fill_(groups.empty[:, None, None, None], 0.0)
 
 
 def _attention(
@@ -101,17 +168,18 @@ def _attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and causal and seqlen > 1:
         _refuse("a model in which every token attends to every other one", f"a causal {type(module).__name__}")
-    if attention_mask is not None and attention_mask.shape not in ((batch,), (batch, seqlen)):
-        _refuse("an attention_mask of shape (batch, seqlen)", tuple(attention_mask.shape))
+    if attention_mask is not None and (attention_mask.shape != (batch, seqlen) or attention_mask.dtype != torch.bool):
+        found = f"{attention_mask.dtype} of {tuple(attention_mask.shape)}"
+        _refuse("a boolean attention_mask of shape (batch, seqlen)", found)
+    if attention_mask is not None and not _takes_groups(query.device):
+        kept = attention_mask[:, None, None, :]
+        out = scaled_dot_product_attention(query, key, value, attn_mask=kept, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
     q, k, v = (each.transpose(1, 2) for each in (query, key, value))
-    if attention_mask is not None and attention_mask.ndim == 1:
-        return attention_padded(q, k, v, attention_mask, scaling), None
+    if attention_mask is not None:
+        # A model that hands on something else than what `_mask` gave, as a copy on another device, has lost it.
+        groups = getattr(attention_mask, _GROUPS, None) or _Groups.of(attention_mask)
+        return _attend_in_groups(q, k, v, groups, scaling), None
     q, k, v = (each.flatten(0, 1) for each in (q, k, v))
-    if attention_mask is None:
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen
-        return attention_varlen(q, k, v, cu_seqlens, seqlen, scaling).unflatten(0, (batch, seqlen)), None
-    kept = attention_mask.flatten().nonzero()[:, 0]
-    cu_seqlens = nn.functional.pad(attention_mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    out = torch.zeros_like(q)
-    out[kept] = attention_varlen(q[kept], k[kept], v[kept], cu_seqlens, seqlen, scaling)
-    return out.unflatten(0, (batch, seqlen)), None
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen
+    return attention_varlen(q, k, v, cu_seqlens, seqlen, scaling).unflatten(0, (batch, seqlen)), None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import torch
@@ -13,10 +14,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import optimize
 from .encoder import LastLayer
-from .loading import load_model, load_tokenizer, parse_device, parse_dtype
+from .inputs import BadText
+from .labels import label_names
+from .loading import load_model, load_tokenizer, parse_device, parse_dtype, sorted_options
 from .tasks import FastClassifier
+from .texts import (
+    Cut,
+    Item,
+    Text,
+    TextError,
+    Truncation,
+    checked_texts,
+    items_of,
+    own_copy,
+    plain,
+    read_count,
+    read_cut,
+    read_padding,
+    read_truncation,
+    token_lists,
+)
 
-Text: TypeAlias = "str | Sequence[str] | Mapping[str, str]"
 ScoreFunction = Literal["softmax", "sigmoid", "none"]
 Label: TypeAlias = "dict[str, Any]"
 
@@ -27,9 +45,13 @@ _WINDOW = {"cpu": (256, 32_768), "cuda": (4096, 2_097_152)}
 _WINDOWS_UNDERWAY = {"cpu": 0, "cuda": 1}
 
 
-class _Item(NamedTuple):
-    text: str
-    pair: str | None
+class _Call(NamedTuple):
+    """What one call asks for, checked."""
+
+    top_k: int | Literal["best"] | None
+    apply: ScoreFunction
+    cut: Cut
+    names: list[Any]
 
 
 class _Underway(NamedTuple):
@@ -56,21 +78,49 @@ class _Underway(NamedTuple):
 class Classifier:
     """A tokenizer and a fast model: texts to labels.
 
+    Several threads may call one classifier at once.
+
     Args:
         model: the result of `fastcls.optimize`, or a transformers classifier, which is then optimized.
-        tokenizer: the tokenizer that belongs to it.
-        truncation: cut texts that are longer than the model's positions; otherwise they are an error.
+        tokenizer: the tokenizer that belongs to it. The classifier keeps a copy of its own, ``classifier.tokenizer``
+            (it takes 25 ms to make for BERT's 30,000 words): a tokenizer keeps padding and truncation as its state,
+            and who pads with the same one in another thread would pad these texts, too.
+        truncation: cut texts that are longer than ``tokenizer.model_max_length`` or the model's positions, to the
+            smaller of both, as transformers' pipeline does; otherwise what is longer than the positions is an error.
+            Of pairs the longer text is cut ("longest_first"), or as "only_first" and "only_second" say.
+        copy_tokenizer: False takes the tokenizer itself, which nothing else may then use.
+
+    Raises:
+        TypeError: a model that does not classify, or no tokenizer of transformers'.
+        ValueError: a config that does not name the model's labels, a tokenizer that cannot be copied, another
+            truncation.
     """
 
     def __init__(
-        self, model: FastClassifier | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, truncation: bool = False
+        self,
+        model: FastClassifier | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        truncation: Truncation = False,
+        copy_tokenizer: bool = True,
     ) -> None:
+        _check_tokenizer(tokenizer)
+        read_truncation(truncation)
         self.model: FastClassifier = optimize(model) if isinstance(model, PreTrainedModel) else model
         if not isinstance(self.model, FastClassifier):
             found = type(model).__name__
             raise TypeError(f"model must be a sequence classifier of transformers' or a FastClassifier, got {found}")
-        self.tokenizer = tokenizer
+        label_names(self.model.config.id2label, self.model.num_labels)
+        self.tokenizer = own_copy(tokenizer) if copy_tokenizer else tokenizer
         self.truncation = truncation
+        self._tokenizing = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, in another process for instance, has a lock of its own.
+        return {name: value for name, value in vars(self).items() if name != "_tokenizing"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _tokenizing=threading.Lock())
 
     @classmethod
     def from_pretrained(
@@ -79,10 +129,10 @@ class Classifier:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        truncation: bool = False,
+        truncation: Truncation = False,
         last_layer: LastLayer = "absorbed",
         batch_invariant: bool = False,
-        **hub_options: Any,
+        **options: Any,
     ) -> Classifier:
         """Loads a fine-tuned checkpoint.
 
@@ -92,28 +142,46 @@ class Classifier:
             dtype: "float32", "float16", "bfloat16" or a torch.dtype; None keeps the checkpoint's own.
             truncation: see `Classifier`.
             last_layer, batch_invariant: see `FastClassifier`.
-            hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and the like, for transformers.
+            options: for transformers, each where it belongs: ``revision``, ``token``, ``cache_dir``,
+                ``local_files_only`` and the like for all files; ``id2label``, ``label2id``, ``num_labels`` and
+                ``problem_type`` for the config; ``model_max_length``, ``do_lower_case``, ``truncation_side`` and the
+                like for the tokenizer.
 
         Raises:
             FileNotFoundError, OSError: the checkpoint cannot be found.
             ValueError: it is damaged, has no trained classifier or a config that fastcls does not compute; an unknown
-                device, dtype or last_layer.
-            TypeError: its model class is not supported.
+                device, dtype or last_layer; an option with a value that does not fit it.
+            TypeError: its model class is not supported; an option that is not taken.
         """
-        target, torch_dtype = parse_device(device), parse_dtype(dtype)
-        tokenizer = load_tokenizer(name_or_path, **hub_options)
-        model = load_model(name_or_path, target, torch_dtype, **hub_options)
-        fast = optimize(model, last_layer=last_layer, batch_invariant=batch_invariant)
-        return cls(fast, tokenizer, truncation=truncation)
+        target, torch_dtype, given = parse_device(device), parse_dtype(dtype), sorted_options(options)
+        tokenizer = load_tokenizer(name_or_path, **given.hub, **given.tokenizer)
+        model = load_model(name_or_path, target, torch_dtype, config_options=given.config, **given.hub, **given.model)
+        fast = optimize(model, last_layer=last_layer, batch_invariant=batch_invariant, release=True)
+        return cls(fast, tokenizer, truncation=truncation, copy_tokenizer=False)
 
     @overload
     def __call__(
-        self, texts: Text | Iterable[Text], *, function_to_apply: ScoreFunction | None = None
+        self,
+        texts: Text | Iterable[Text],
+        *,
+        function_to_apply: ScoreFunction | None = None,
+        truncation: Truncation | None = None,
+        max_length: int | None = None,
+        padding: bool | str | None = None,
+        batch_size: int | None = None,
     ) -> list[Label]: ...
 
     @overload
     def __call__(
-        self, texts: Text | Iterable[Text], *, top_k: int | None, function_to_apply: ScoreFunction | None = None
+        self,
+        texts: Text | Iterable[Text],
+        *,
+        top_k: int | None,
+        function_to_apply: ScoreFunction | None = None,
+        truncation: Truncation | None = None,
+        max_length: int | None = None,
+        padding: bool | str | None = None,
+        batch_size: int | None = None,
     ) -> list[Any]: ...
 
     def __call__(
@@ -122,32 +190,39 @@ class Classifier:
         *,
         top_k: int | Literal["best"] | None = "best",
         function_to_apply: ScoreFunction | None = None,
+        truncation: Truncation | None = None,
+        max_length: int | None = None,
+        padding: bool | str | None = None,
+        batch_size: int | None = None,
     ) -> list[Any]:
         """Labels with their scores, in the order of the texts, as transformers' text-classification pipeline gives.
 
         Args:
             texts: one text, or a list (or any iterable) of texts. A text is a string, a pair of strings, or a mapping
-                with "text" and "text_pair".
+                with "text" and "text_pair". Columns of pandas, polars, pyarrow and datasets are taken, tables are not.
             top_k: how many labels to give for each text, best first, None for all. By default the best one alone.
             function_to_apply: "softmax", "sigmoid" or "none"; by default as the config's problem type and number of
                 labels say.
+            truncation: for this call, see `Classifier`. None is the classifier's own, or True where ``max_length`` is
+                given.
+            max_length: the number of tokens to cut to, instead of ``tokenizer.model_max_length``.
+            padding, batch_size: without effect, since nothing is padded and a batch is what fits. They are taken so
+                that what calls a pipeline runs.
 
         Returns:
             A list of ``{"label": ..., "score": ...}``, one a text; with ``top_k`` given, a list of such lists. For one
             text that is not in a list, with ``top_k``, the list for it.
 
         Raises:
-            TypeError: something that is not a text.
-            ValueError: a text longer than the model's positions, where ``truncation`` is off.
+            TypeError: something that is not a text, before any of them is computed.
+            ValueError: a text longer than the model's positions, where ``truncation`` is off; one without tokens, or
+                that the tokenizer does not take; an option with another value.
         """
-        single = isinstance(texts, (str, Mapping))
-        items: Iterable[Text] = [texts] if isinstance(texts, (str, Mapping)) else texts
-        if isinstance(items, Sequence):
-            # All of a list is checked before any of it is computed.
-            _check_sequence(items)
-            for index, item in enumerate(items):
-                _item(item, index)
-        results = list(self.stream(items, top_k=top_k, function_to_apply=function_to_apply))
+        call = self._read_call(top_k, function_to_apply, truncation, max_length, padding, batch_size)
+        given = plain(texts)
+        single = isinstance(given, (str, Mapping))
+        items = list(items_of([given] if single else checked_texts(given)))
+        results = list(self._stream(items, call))
         return results[0] if single and top_k != "best" else results
 
     def stream(
@@ -156,63 +231,77 @@ class Classifier:
         *,
         top_k: int | Literal["best"] | None = "best",
         function_to_apply: ScoreFunction | None = None,
+        truncation: Truncation | None = None,
+        max_length: int | None = None,
+        padding: bool | str | None = None,
+        batch_size: int | None = None,
     ) -> Iterator[Any]:
         """The same for any number of texts, one result at a time in their order, in bounded memory.
 
         Reads ahead by one window of texts (256 on a CPU, 4,096 on a GPU, fewer where they are long), on a GPU by two:
         one is tokenized while the other is computed.
         """
-        apply = self._score_function(function_to_apply)
-        if top_k not in ("best", None) and (not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"top_k must be a positive int or None, got {top_k!r}")
-        return self._stream(texts, top_k, apply)
+        call = self._read_call(top_k, function_to_apply, truncation, max_length, padding, batch_size)
+        return self._stream(items_of(checked_texts(texts)), call)
 
-    def logits(self, texts: Iterable[Text]) -> Tensor:
-        """(num_texts, num_labels), on the model's device."""
-        parts = [self._window_logits(window, first) for first, window in self._windows(texts)]
+    def logits(
+        self,
+        texts: Iterable[Text],
+        *,
+        truncation: Truncation | None = None,
+        max_length: int | None = None,
+        padding: bool | str | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """(num_texts, num_labels), on the model's device. Arguments and errors are those of a call."""
+        call = self._read_call(None, "none", truncation, max_length, padding, batch_size)
+        items = items_of(checked_texts(texts))
+        parts = [self._window_logits(window, first, call.cut) for first, window in self._windows(items)]
         return torch.cat(parts) if parts else self.model.logits_of([])
 
-    def _stream(
-        self, texts: Iterable[Text], top_k: int | Literal["best"] | None, apply: ScoreFunction
-    ) -> Iterator[Any]:
+    def _read_call(
+        self,
+        top_k: int | Literal["best"] | None,
+        function_to_apply: ScoreFunction | None,
+        truncation: Truncation | None,
+        max_length: int | None,
+        padding: bool | str | None,
+        batch_size: int | None,
+    ) -> _Call:
+        """Checks the options of a call, all of them before a text is read."""
+        apply = self._score_function(function_to_apply)
+        if top_k is not None and top_k != "best":
+            top_k = read_count("top_k", top_k)
+        read_padding(padding)
+        if batch_size is not None:
+            read_count("batch_size", batch_size)
+        cut = read_cut(self.tokenizer, self.model.spec.max_positions, self.truncation, truncation, max_length)
+        return _Call(top_k, apply, cut, label_names(self.model.config.id2label, self.model.num_labels))
+
+    def _stream(self, items: Iterable[Item], call: _Call) -> Iterator[Any]:
         underway: deque[_Underway] = deque()
         try:
-            for first, window in self._windows(texts):
-                underway.append(_Underway.of(self._window_logits(window, first)))
+            for first, window in self._windows(items):
+                underway.append(_Underway.of(self._window_logits(window, first, call.cut)))
                 if len(underway) > _WINDOWS_UNDERWAY[self._place]:
-                    yield from self._labels(underway.popleft(), top_k, apply)
+                    yield from _labels(underway.popleft(), call)
         except Exception:
             # A text that cannot be classified loses nothing of those before it.
             for window_before in underway:
-                yield from self._labels(window_before, top_k, apply)
+                yield from _labels(window_before, call)
             raise
         for last in underway:
-            yield from self._labels(last, top_k, apply)
-
-    def _labels(self, underway: _Underway, top_k: int | Literal["best"] | None, apply: ScoreFunction) -> Iterator[Any]:
-        names = self.model.config.id2label or {}
-        scores = _scores(underway.wait(), apply)
-        count = 1 if top_k == "best" else min(top_k or scores.shape[1], scores.shape[1])
-        # A stable sort, so that of equal scores the first label comes first, as argmax would have it.
-        values, indices = scores.sort(dim=1, descending=True, stable=True)
-        for row_values, row_indices in zip(values[:, :count].tolist(), indices[:, :count].tolist(), strict=True):
-            labels = [
-                {"label": names.get(index, f"LABEL_{index}"), "score": value}
-                for value, index in zip(row_values, row_indices, strict=True)
-            ]
-            yield labels[0] if top_k == "best" else labels
+            yield from _labels(last, call)
 
     @property
     def _place(self) -> Literal["cpu", "cuda"]:
         return "cuda" if self.model.device.type == "cuda" else "cpu"
 
-    def _windows(self, texts: Iterable[Text]) -> Iterator[tuple[int, list[_Item]]]:
+    def _windows(self, items: Iterable[Item]) -> Iterator[tuple[int, list[Item]]]:
         max_texts, max_characters = _WINDOW[self._place]
-        _check_sequence(texts)
-        window: list[_Item] = []
+        window: list[Item] = []
         first = characters = 0
-        for index, text in enumerate(texts):
-            item = _item(text, index)
+        for index, item in enumerate(items):
             window.append(item)
             characters += len(item.text) + len(item.pair or "")
             if len(window) == max_texts or characters >= max_characters:
@@ -221,45 +310,47 @@ class Classifier:
         if window:
             yield first, window
 
-    def _window_logits(self, window: list[_Item], first: int) -> Tensor:
-        token_ids: list[list[int]] = [[]] * len(window)
-        types: list[list[int]] = [[]] * len(window)
-        singles = [row for row, item in enumerate(window) if item.pair is None]
-        pairs = [row for row, item in enumerate(window) if item.pair is not None]
-        for rows in filter(None, (singles, pairs)):
-            encoded = self.tokenizer(
-                [window[row].text for row in rows],
-                [window[row].pair or "" for row in rows] if rows is pairs else None,
-                truncation=self.truncation,
-                max_length=self.model.spec.max_positions if self.truncation else None,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            # A tokenizer that gives no types means type 0, as it does to transformers' pipeline.
-            kinds = encoded.get("token_type_ids") or [[0] * len(ids) for ids in encoded["input_ids"]]
-            for row, ids, row_kinds in zip(rows, encoded["input_ids"], kinds, strict=True):
-                token_ids[row], types[row] = ids, row_kinds
+    def _window_logits(self, window: list[Item], first: int, cut: Cut) -> Tensor:
+        # Calls with other options may come from other threads, and options are the tokenizer's state.
+        with self._tokenizing:
+            token_ids, types = token_lists(self.tokenizer, window, first, cut)
         limit = self.model.spec.max_positions
         for row, ids in enumerate(token_ids):
-            if len(ids) > limit:
-                raise ValueError(
-                    f"texts[{first + row}] is {len(ids)} tokens long and the model has {limit} positions: "
-                    "pass truncation=True to cut such texts"
-                )
-        return self.model.logits_of(token_ids, types)
+            if limit is not None and len(ids) > limit:
+                problem = f"is {len(ids)} tokens long and the model has {limit} positions"
+                raise TextError(first + row, problem, too_long=True)
+        try:
+            return self.model.logits_of(token_ids, types)
+        except BadText as error:
+            raise TextError(first + error.row, error.problem) from error
 
-    def _score_function(self, asked: ScoreFunction | None) -> ScoreFunction:
+    def _score_function(self, asked: Any) -> ScoreFunction:
         if asked is not None:
-            if asked not in get_args(ScoreFunction):
-                choices = ", ".join(get_args(ScoreFunction))
-                raise ValueError(f"function_to_apply must be one of {choices} or None, got {asked!r}")
-            return asked
+            # The pipeline's own enumeration has values of these names.
+            name = str(getattr(asked, "value", asked)).lower()
+            for known in get_args(ScoreFunction):
+                if name == known and isinstance(asked, str):
+                    return known
+            choices = ", ".join(get_args(ScoreFunction))
+            raise ValueError(f"function_to_apply must be one of {choices} or None, got {asked!r}")
         config = self.model.config
         if config.problem_type == "regression":
             return "none"
         if config.problem_type == "multi_label_classification" or self.model.num_labels == 1:
             return "sigmoid"
         return "softmax"
+
+
+def _labels(underway: _Underway, call: _Call) -> Iterator[Any]:
+    scores = _scores(underway.wait(), call.apply)
+    count = 1 if call.top_k == "best" else min(call.top_k or scores.shape[1], scores.shape[1])
+    # A stable sort, so that of equal scores the first label comes first, as argmax would have it.
+    values, indices = scores.sort(dim=1, descending=True, stable=True)
+    for row_values, row_indices in zip(values[:, :count].tolist(), indices[:, :count].tolist(), strict=True):
+        labels = [
+            {"label": call.names[index], "score": value} for value, index in zip(row_values, row_indices, strict=True)
+        ]
+        yield labels[0] if call.top_k == "best" else labels
 
 
 def _scores(logits: Tensor, apply: ScoreFunction) -> Tensor:
@@ -269,30 +360,12 @@ def _scores(logits: Tensor, apply: ScoreFunction) -> Tensor:
     return logits.sigmoid() if apply == "sigmoid" else logits
 
 
-def _check_sequence(texts: object) -> None:
-    if isinstance(texts, (str, Mapping)) or not isinstance(texts, Iterable):
-        raise TypeError(f"texts must be an iterable of texts, got {type(texts).__name__}")
-    if isinstance(texts, tuple) and len(texts) == 2 and all(isinstance(text, str) for text in texts):
-        raise TypeError(
-            "texts must be a list: [(text, text_pair)] for one pair, [text, text] for two texts; got a tuple"
-        )
-
-
-def _item(text: object, index: int) -> _Item:
-    if isinstance(text, str):
-        return _Item(text, None)
-    if isinstance(text, Mapping) and isinstance(text.get("text"), str):
-        pair = text.get("text_pair")
-        if text.keys() <= {"text", "text_pair"} and (pair is None or isinstance(pair, str)):
-            return _Item(text["text"], pair)
-    if isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(part, str) for part in text):
-        return _Item(*text)
-    raise TypeError(
-        f"texts[{index}] must be a string, a pair of strings or a mapping with text and text_pair, "
-        f"got {type(text).__name__}: {_shortened(text)}"
-    )
-
-
-def _shortened(value: object, limit: int = 60) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+def _check_tokenizer(tokenizer: object) -> None:
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    remedy = "pass the model's own, AutoTokenizer.from_pretrained(...)"
+    if isinstance(tokenizer, (str, os.PathLike)):
+        remedy = "to load both by name use Classifier.from_pretrained"
+    elif type(tokenizer).__module__.partition(".")[0] == "tokenizers":
+        remedy = "wrap it, transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)"
+    raise TypeError(f"tokenizer must be a tokenizer of transformers', got {type(tokenizer).__name__}: {remedy}")

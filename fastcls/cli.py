@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sys
 import traceback
@@ -89,15 +90,20 @@ def classify(
     """Classify lines of text: one JSON object a line on standard output, in the order of the input.
 
     Progress goes to standard error. Every input line gives one output line, an empty one too.
+
+    Scores that are infinite or no number, as those of a model whose training
+    diverged, are written as null, and so is a label that no number chose. Standard
+    error says at the end how many there were; the exit status stays 0.
     """
     total = None if str(file) == "-" else _count_lines(file)
     from .classifier import Classifier
+    from .texts import TextError
 
     _set_threads(threads)
     with _stderr.status("Loading the model", spinner="dots"):
         classifier = Classifier.from_pretrained(model, device=device, dtype=dtype, truncation=truncate)
     _write_utf8()
-    done = 0
+    done = not_finite = first_not_finite = 0
     with _opened(file) as source, _progress() as progress:
         task = progress.add_task("texts", total=total)
         texts = _Lines(source, str(file), pairs)
@@ -105,16 +111,44 @@ def classify(
             for result in classifier.stream(texts, top_k="best" if top_k is None else top_k):
                 text, pair = texts.seen.pop(done)
                 row: dict[str, Any] = {"text": text} if pair is None else {"text": text, "text_pair": pair}
-                row |= result if top_k is None else {"labels": result}
-                sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+                labels = [result] if top_k is None else result
+                row |= _best_label(result) if top_k is None else {"labels": [_json_label(label) for label in labels]}
+                # A config may name labels by what JSON knows only as a string.
+                sys.stdout.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n")
                 done += 1
+                if not all(math.isfinite(label["score"]) for label in labels):
+                    not_finite, first_not_finite = not_finite + 1, first_not_finite or done
                 progress.update(task, completed=done)
-            sys.stdout.flush()
+        except TextError as error:
+            remedy = ": add --truncate to cut such texts" if error.too_long else ""
+            raise ValueError(f"{file}, line {error.index + 1} {error.problem}{remedy}") from error
         except KeyboardInterrupt:
-            sys.stdout.flush()
             progress.stop()
             _stderr.print(f"Interrupted: {done} texts classified.")
             raise typer.Exit(_INTERRUPTED) from None
+        finally:
+            sys.stdout.flush()
+            progress.stop()
+            if not_finite:
+                _stderr.print(
+                    f"[yellow]Not finite:[/] {not_finite} of {done} texts have a score that is infinite or no number, "
+                    f"written as null; the first is line {first_not_finite}.",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+
+
+def _best_label(label: dict[str, Any]) -> dict[str, Any]:
+    """A text's only label, or none where no number is the largest."""
+    found = _json_label(label)
+    return {**found, "label": None} if math.isnan(label["score"]) else found
+
+
+def _json_label(label: dict[str, Any]) -> dict[str, Any]:
+    """A label and its score as JSON has them."""
+    name, score = label["label"], label["score"]
+    is_odd = isinstance(name, float) and not math.isfinite(name)
+    return {"label": str(name) if is_odd else name, "score": score if math.isfinite(score) else None}
 
 
 @app.command()
@@ -153,6 +187,7 @@ def verify(
     mistake in what was asked, 130 after Ctrl-C (with a report of what was
     done). Not the original's answer is a label that changed by more than
     rounding explains, or a logit that is off by more than ten times that.
+    Numbers that are infinite or none are never fine, whosever they are.
 
     Two computations of a logit may differ by three times the original's own
     rounding error: once for its own, and twice for fastcls's. It is measured

@@ -91,7 +91,7 @@ def optimize(
         raise ValueError(f"select must be left out for {head.task}: it is for a model without a head")
     if mask_token_id is not None and not 0 <= mask_token_id < spec.vocab_size:
         raise ValueError(f"mask_token_id must lie from 0 to {spec.vocab_size - 1}, got {mask_token_id}")
-    check_structure(model, base, config, spec, head)
+    check_structure(model, base, config, head)
     weight_map = map_weights(model, family, config, head)
     original = Original(model, {**weight_map.sources, **{own: (name,) for own, name in weight_map.buffers.items()}})
     weights = {

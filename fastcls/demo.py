@@ -27,6 +27,7 @@ from transformers import (
 from .conversion import optimize
 from .encoder import LastLayer
 from .loading import load_model, load_tokenizer, parse_device, parse_dtype
+from .texts import length_limit
 
 BATCH_SIZE = 32
 
@@ -61,7 +62,7 @@ def run_demo(
             texts[start : start + BATCH_SIZE],
             padding=True,
             truncation=True,
-            max_length=model.config.max_position_embeddings,
+            max_length=length_limit(tokenizer, fast.spec.max_positions),
             return_tensors="pt",
         ).to(target)
         for start in range(0, len(texts), BATCH_SIZE)

@@ -68,7 +68,7 @@ def warm(console: Console, model: str | None, device: str | None, dtype: str | N
             made = BertForSequenceClassification(BertConfig()).eval()
         fast = optimize(made).to(torch_dtype or torch.bfloat16)
     else:
-        fast = optimize(load_model(model, target, torch_dtype))
+        fast = optimize(load_model(model, target, torch_dtype), release=True)
     start = time.perf_counter()
     with console.status("compiling"):
         fast.warm_up()

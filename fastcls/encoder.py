@@ -390,9 +390,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.embeddings = Embeddings(spec, under("embeddings.", weights))
-        self.layers = nn.ModuleList(
-            EncoderLayer(spec, under(f"layers.{layer}.", weights)) for layer in range(spec.num_layer_weights)
-        )
+        by_layer: list[dict[str, Tensor]] = [{} for _ in range(spec.num_layer_weights)]
+        for name, weight in under("layers.", weights).items():
+            layer, _, rest = name.partition(".")
+            by_layer[int(layer)][rest] = weight
+        self.layers = nn.ModuleList(EncoderLayer(spec, each) for each in by_layer)
         self.relative: BiasTable | DisentangledTables | None = None
         if isinstance(spec.relative, BucketBias):
             self.relative = BiasTable(spec.relative, under("relative.", weights))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -21,9 +21,119 @@ from transformers import (
 from transformers.utils import logging
 
 from .families import FAMILIES, Family, class_for_task, supported
+from .labels import label_names
 from .spec import Task
+from .texts import first_line, read_count
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+# Options of transformers' from_pretrained, by what takes them.
+_HUB_OPTIONS = frozenset(
+    (
+        "cache_dir",
+        "code_revision",
+        "force_download",
+        "local_files_only",
+        "proxies",
+        "revision",
+        "subfolder",
+        "token",
+        "trust_remote_code",
+    )
+)
+_CONFIG_OPTIONS = frozenset(("id2label", "label2id", "num_labels", "problem_type"))
+_MODEL_OPTIONS = frozenset(("use_safetensors", "variant", "weights_only"))
+_TOKENIZER_OPTIONS = frozenset(
+    (
+        "add_prefix_space",
+        "additional_special_tokens",
+        "bos_token",
+        "clean_up_tokenization_spaces",
+        "cls_token",
+        "do_basic_tokenize",
+        "do_lower_case",
+        "eos_token",
+        "extra_special_tokens",
+        "fix_mistral_regex",
+        "from_slow",
+        "keep_accents",
+        "mask_token",
+        "model_input_names",
+        "model_max_length",
+        "never_split",
+        "pad_token",
+        "padding_side",
+        "remove_space",
+        "sep_token",
+        "sp_model_kwargs",
+        "split_special_tokens",
+        "strip_accents",
+        "tokenize_chinese_chars",
+        "tokenizer_type",
+        "trim_offsets",
+        "truncation_side",
+        "unk_token",
+        "use_fast",
+    )
+)
+# What to do instead of an option that is not taken.
+_ONE_DEVICE = "pass device=, since fastcls runs on one"
+_OWN_DTYPES = "pass dtype=: fastcls computes in float32, float16 or bfloat16"
+_AT_EACH_CALL = "pass it to each call"
+_INSTEAD = {
+    "torch_dtype": "pass dtype=",
+    "device_map": _ONE_DEVICE,
+    "max_memory": _ONE_DEVICE,
+    "tp_plan": _ONE_DEVICE,
+    "quantization_config": _OWN_DTYPES,
+    "load_in_4bit": _OWN_DTYPES,
+    "load_in_8bit": _OWN_DTYPES,
+    "ignore_mismatched_sizes": "leave it out: answers from weights that are not the checkpoint's would mean nothing",
+    "attn_implementation": "leave it out: fastcls has its own attention",
+    "use_auth_token": "pass token=",
+    "low_cpu_mem_usage": "leave it out: transformers does so by itself",
+    "max_length": "pass model_max_length=, or max_length= to each call",
+    "batch_size": _AT_EACH_CALL,
+    "function_to_apply": _AT_EACH_CALL,
+    "padding": _AT_EACH_CALL,
+    "top_k": _AT_EACH_CALL,
+}
+_ELSE = "load the model with transformers' from_pretrained, which takes it, and pass it to fastcls.Classifier"
+
+
+class LoadingOptions(NamedTuple):
+    """Options for a checkpoint's files, by what takes them: those of the hub are for all."""
+
+    hub: dict[str, Any]
+    config: dict[str, Any]
+    model: dict[str, Any]
+    tokenizer: dict[str, Any]
+
+
+def sorted_options(options: Mapping[str, Any]) -> LoadingOptions:
+    """Options as callers give them to one function for all that is loaded, shared out.
+
+    Raises:
+        TypeError: an option that nothing takes.
+    """
+    found = LoadingOptions({}, {}, {}, {})
+    known = (_HUB_OPTIONS, _CONFIG_OPTIONS, _MODEL_OPTIONS, _TOKENIZER_OPTIONS)
+    for name, value in options.items():
+        takers = [taken for taken, names in zip(found, known, strict=True) if name in names]
+        if takers:
+            takers[0][name] = value
+        elif not _asks_for_nothing(name, value):
+            raise TypeError(f"from_pretrained takes no option {name}: {_INSTEAD.get(name, _ELSE)}")
+    return found
+
+
+def _asks_for_nothing(name: str, value: object) -> bool:
+    if name == "attn_implementation":
+        # The original's, whose weights alone are taken.
+        return value in (None, "eager", "sdpa")
+    return name in _INSTEAD and (value is None or value is False)
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -51,7 +161,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         parsed = torch.device(device)
         torch.empty(0, device=parsed)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be one that torch can use here, got {device!r}: {_first_line(error)}") from error
+        raise ValueError(f"device must be one that torch can use here, got {device!r}: {first_line(error)}") from error
     return parsed
 
 
@@ -61,6 +171,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     *,
     task: Task | None = "sequence classification",
+    config_options: Mapping[str, Any] | None = None,
     **hub_options: Any,
 ) -> PreTrainedModel:
     """A transformers model in eval mode.
@@ -70,18 +181,22 @@ def load_model(
         device: where to put it.
         dtype: None keeps the checkpoint's own.
         task: what it must be for; None takes the class that its config names, whatever that is for.
+        config_options: ``num_labels``, ``id2label``, ``label2id`` and ``problem_type``, instead of the config's own.
         hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and the like, for transformers.
 
     Raises:
         FileNotFoundError: there is no such folder.
         TypeError: its model class is not supported.
         ValueError: the checkpoint is damaged, or its config asks for what fastcls does not compute, or it holds no
-            trained head, so that its answers would be random, or its config names no class where it is asked.
+            trained head, so that its answers would be random, or its config names no class where it is asked, or a
+            config option does not fit it.
         OSError: the hub has no such model, or cannot be reached.
     """
     _check_folder(name_or_path, hub_options.get("subfolder"))
     with quiet_transformers(), _readable_errors(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, **hub_options)
+    of_checkpoint = config.num_labels
+    _set_options(config, config_options or {})
     # An unsupported model is refused before its weights are fetched and read.
     family, model_class = _class_in_config(name_or_path, config) if task is None else class_for_task(config, task)
     family.spec(config)
@@ -97,6 +212,11 @@ def load_model(
         )
     if info["mismatched_keys"]:
         name, found, needed = sorted(info["mismatched_keys"])[0]
+        if config.num_labels != of_checkpoint:
+            asked = "num_labels" if (config_options or {}).get("num_labels") is not None else "id2label"
+            raise ValueError(
+                f"{asked} must fit {name_or_path}, got {config.num_labels} labels: its {name} is {tuple(found)}"
+            )
         raise ValueError(
             f"cannot load {name_or_path}, the checkpoint does not fit its config.json: "
             f"{name} is {tuple(found)}, the config asks for {tuple(needed)}"
@@ -114,6 +234,28 @@ def load_model(
     return cast(PreTrainedModel, nn.Module.to(model, device)).eval()
 
 
+def _set_options(config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
+    id2label, label2id, count, problem_type = map(options.get, ("id2label", "label2id", "num_labels", "problem_type"))
+    if problem_type is not None:
+        if problem_type not in _PROBLEM_TYPES:
+            raise ValueError(f"problem_type must be one of {', '.join(_PROBLEM_TYPES)}, got {problem_type!r}")
+        config.problem_type = problem_type
+    if count is not None:
+        count = read_count("num_labels", count)
+        if id2label is not None and hasattr(id2label, "__len__") and len(id2label) != count:
+            raise ValueError(f"num_labels must be the number of names in id2label, {len(id2label)}, got {count}")
+        config.num_labels = count
+    if id2label is not None:
+        # What has no length is no form of names, and refused.
+        names = label_names(id2label, len(id2label) if hasattr(id2label, "__len__") else 1)
+        config.id2label = dict(enumerate(names))
+        with contextlib.suppress(TypeError):
+            # Names of some types cannot be keys.
+            config.label2id = {name: index for index, name in enumerate(names)}
+    if label2id is not None:
+        config.label2id = dict(label2id)
+
+
 def _class_in_config(name_or_path: str | os.PathLike[str], config: PreTrainedConfig) -> tuple[Family, str]:
     names = getattr(config, "architectures", None) or []
     if not names:
@@ -126,11 +268,23 @@ def _class_in_config(name_or_path: str | os.PathLike[str], config: PreTrainedCon
     raise TypeError(f"model must be {supported()}, got {names[0]} with a config of {config.model_type!r}")
 
 
-def load_tokenizer(name_or_path: str | os.PathLike[str], **hub_options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a checkpoint. Arguments and errors as in `load_model`."""
-    _check_folder(name_or_path, hub_options.get("subfolder"))
-    with quiet_transformers(), _readable_errors(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_options)
+def load_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a checkpoint.
+
+    Args:
+        name_or_path: see `load_model`.
+        options: those of the hub, and the tokenizer's own, ``model_max_length`` and the like.
+
+    Raises:
+        ValueError: there is no tokenizer, it is damaged, or it does not take an option's value.
+        FileNotFoundError, OSError: as `load_model`.
+    """
+    _check_folder(name_or_path, options.get("subfolder"))
+    if options.get("model_max_length") is not None:
+        options["model_max_length"] = read_count("model_max_length", options["model_max_length"])
+    own = sorted(_TOKENIZER_OPTIONS.intersection(options))
+    with quiet_transformers(), _readable_errors(name_or_path, own):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
     # Without its files transformers makes a tokenizer that knows no words, and every text becomes the same.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(f"{name_or_path} holds no tokenizer: save it there with tokenizer.save_pretrained")
@@ -150,22 +304,20 @@ def _check_folder(name_or_path: str | os.PathLike[str], subfolder: str | None) -
 
 
 @contextlib.contextmanager
-def _readable_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
+def _readable_errors(name_or_path: str | os.PathLike[str], options: Iterable[str] = ()) -> Iterator[None]:
+    """Errors in one line. ``options`` are those that may be to blame, and not the checkpoint."""
     try:
         yield
     except OSError as error:
         nowhere = "" if Path(name_or_path).exists() else " There is no folder of that name either."
-        raise OSError(f"cannot load {name_or_path}: {_first_line(error)}{nowhere}") from error
+        raise OSError(f"cannot load {name_or_path}: {first_line(error)}{nowhere}") from error
     except Exception as error:
+        if names := ", ".join(options):
+            raise ValueError(f"cannot load {name_or_path} with the options {names}: {first_line(error)}") from error
         # Damaged files surface as whatever their parser raises (JSON, safetensors, pickle, shape mismatches).
         raise ValueError(
-            f"cannot load {name_or_path}, the checkpoint is damaged or incomplete: {_first_line(error)}"
+            f"cannot load {name_or_path}, the checkpoint is damaged or incomplete: {first_line(error)}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

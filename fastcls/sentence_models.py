@@ -5,15 +5,21 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .model import FastModel
+from .tasks import FastEncoder
 
 # What the library has of them depends on its version.
 _CLASSES = ("CrossEncoder", "SentenceTransformer", "SparseEncoder")
+# Modules of the library's own that may follow a pooling, and read no token embeddings.
+_AFTER_POOLING = ("Dense", "Dropout", "LayerNorm", "Normalize", "SparseAutoEncoder")
+# Modules of the library's own that read what is computed at padding, where fast models give zeros.
+_READ_PADDING = ("CNN", "MultiVectorMask")
 
 
 def is_sentence_model(model: object) -> bool:
@@ -25,16 +31,24 @@ def is_sentence_model(model: object) -> bool:
 def optimize_sentence_model(
     model: Any, optimize: Callable[..., FastModel], select: Literal["all", "first"] | None
 ) -> Any:
-    """A copy of sentence-transformers' model that computes with fast models, and shares all weights with the given one.
+    """A copy of sentence-transformers' model that computes with fast models.
 
     Args:
         model: what `is_sentence_model`.
-        optimize: what makes a transformers model fast, with ``select="first"`` one of which [CLS] alone is read.
+        optimize: what makes a transformers model fast.
         select: "all" computes every token's embedding even where [CLS] alone is pooled; None computes what is pooled.
+
+    The fast models share what ``optimize`` shares. The parameters and buffers of all other modules lie in the memory of
+    the given model's, and count the same versions: what is written into either is read by both. Moving or converting
+    one of the two models gives it memory of its own. All else is the copy's own, as `copy.deepcopy` makes it: settings,
+    configs, tokenizers, and hooks and patched forwards of those modules, which run in the copy, too. The copy is in
+    evaluation mode.
+
+    What is pooled is looked at in each call, so that a pooling that is changed later is followed.
 
     Raises:
         TypeError: there is no transformers model in it, or not of a supported class.
-        ValueError: an option that this model cannot have.
+        ValueError: an option that this model cannot have, or a module that reads what is computed at padding.
     """
     inner = dict.fromkeys(_transformers_models(model))
     if not inner:
@@ -47,32 +61,33 @@ def optimize_sentence_model(
             f"model.keep_in_fp32_modules must be empty, got {model.keep_in_fp32_modules}: "
             "fastcls computes all of a model in one dtype"
         )
-    pools_first = _pools_first(model)
-    if select == "first" and not pools_first:
+    _check_reads_no_padding(model)
+    if select == "first" and ("forward" in vars(model) or not _pools_first(model, PreTrainedModel)):
         raise ValueError(
             "select must be 'all' or left out for a model that pools more than the first token of right-padded texts, "
             "got 'first'"
         )
-    only_first = pools_first and select != "all"
-    chosen = {"select": "first"} if only_first else {}
     # What a deep copy finds here stands in the copy: the fast models, and the weights of all other modules.
-    memo: dict[int, Any] = {id(each): optimize(each, **chosen) for each in inner}
+    memo: dict[int, Any] = {}
+    for each in inner:
+        fast_inner = optimize(each)
+        # The library writes settings of its own into it.
+        fast_inner.config = copy.deepcopy(each.config, memo)
+        memo[id(each)] = fast_inner
     for parameter in model.parameters():
         # A parameter of its own over the same memory: moving or converting the copy leaves the given one as it is.
-        memo[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad)
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer
     card = getattr(model, "model_card_data", None)
     for name in ("trainer", "code_carbon_callback"):
         if getattr(card, name, None) is not None:
             memo[id(getattr(card, name))] = getattr(card, name)
-    fast = copy.deepcopy(model, memo)
+    fast = copy.deepcopy(model, memo).eval()
     for module in fast.modules():
-        if getattr(module, "can_flatten_inputs", False):
-            # Padding is removed anyway, and texts that were joined for flash-attention could not be told apart.
-            module.unpad_inputs = False
-    if only_first:
-        list(fast.children())[1].register_forward_hook(_say_what_is_missing)
+        _adapt(module)
+    if "forward" not in vars(fast):
+        fast.forward = _Forward(fast, may_select=select != "all")
     return fast
 
 
@@ -99,30 +114,113 @@ def _transformers_models(module: nn.Module) -> Iterator[PreTrainedModel]:
             yield from _transformers_models(child)
 
 
-def _pools_first(model: Any) -> bool:
-    """Whether nothing is read of a text but its first token."""
+def _is_librarys_own(module: nn.Module, *names: str) -> bool:
+    return type(module).__name__ in names and type(module).__module__.startswith("sentence_transformers.")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _is_plain(module: nn.Module, *names: str) -> bool:
+    """Whether a module is the library's own, and nobody else reads or writes what it does."""
+    return _is_librarys_own(module, *names) and not _has_hooks(module)
+
+
+def _adapt(module: Any) -> None:
+    """Lets a module of the copy call a fast model as it is called, and ask it for no more than is read."""
+    if getattr(module, "can_flatten_inputs", False):
+        # Padding is removed anyway, and texts that were joined for flash-attention could not be told apart.
+        module.can_flatten_inputs = False
+    if not _is_librarys_own(module, "Transformer"):
+        return
+    if module.model_forward_params is not None:
+        # These arguments alone are handed on.
+        module.model_forward_params = {*module.model_forward_params, "select"}
+    if isinstance(module.auto_model, FastEncoder):
+        # Before 5.4 it was last_hidden_state in any case.
+        read = [each["method_output_name"] or () for each in getattr(module, "modality_config", {}).values()]
+        module.auto_model.gives_pooler_output = any("last_hidden_state" not in names for names in read)
+
+
+def _pools_first(model: Any, kind: type[nn.Module]) -> bool:
+    """Whether nothing is read of a text but its first token, in a model with a transformers model of ``kind``."""
     modules = list(model.children())
-    if len(modules) < 2 or type(modules[1]).__name__ != "Pooling":
+    if len(modules) < 2 or not type(model).forward.__module__.startswith("sentence_transformers."):
         return False
-    transformer, pooling = modules[:2]
-    if not isinstance(getattr(transformer, "auto_model", None), PreTrainedModel):
+    transformer, pooling, *rest = modules
+    if not (_is_plain(transformer, "Transformer") and _is_plain(pooling, "Pooling")):
         return False
+    inner = transformer.auto_model
+    if not isinstance(inner, kind) or _has_hooks(inner):
+        return False
+    for module in rest:
+        names = (getattr(module, f"module_{which}_name", None) for which in ("input", "output"))
+        if not _is_plain(module, *_AFTER_POOLING) or "token_embeddings" in names:
+            return False
     # Before 5.4 each mode was an attribute.
     mode = pooling.pooling_mode if hasattr(pooling, "pooling_mode") else pooling.get_pooling_mode_str()
-    tokenizer = transformer.tokenizer
-    return mode == "cls" and pooling.include_prompt and getattr(tokenizer, "padding_side", None) == "right"
+    padding_side = getattr(transformer.tokenizer, "padding_side", None)
+    return mode == "cls" and pooling.include_prompt and padding_side == "right"
+
+
+def _check_reads_no_padding(model: nn.Module) -> None:
+    """Checks that no module reads what is computed at padding.
+
+    Raises:
+        ValueError: one does.
+    """
+    for module in model.modules():
+        if _is_librarys_own(module, *_READ_PADDING):
+            raise ValueError(
+                f"the modules must leave out {type(module).__name__}, which reads what a model computes at padding: "
+                "fastcls computes nothing there"
+            )
+
+
+class _Forward:
+    """A model's forward pass, in which first tokens alone are computed while nothing else is read.
+
+    Args:
+        model: whose modules are looked at in each call, since they may be changed at any time.
+        may_select: False computes every token in any case.
+    """
+
+    def __init__(self, model: nn.Module, may_select: bool) -> None:
+        self.model = model
+        self.may_select = may_select
+
+    # The argument's name is the library's.
+    def __call__(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # noqa: A002
+        _check_reads_no_padding(self.model)
+        compute = partial(type(self.model).forward, self.model)
+        if not (self.may_select and _pools_first(self.model, FastEncoder)):
+            return compute(input, **kwargs)
+        # The library hands on what it finds here.
+        input["select"] = "first"
+        try:
+            out = compute(input, **kwargs)
+        finally:
+            input.pop("select", None)
+        out.pop("select", None)
+        out["token_embeddings"] = _NotComputed()
+        return out
 
 
 class _NotComputed:
-    def __getitem__(self, _: object) -> NoReturn:
-        raise ValueError(
-            "token embeddings were not computed, since this model pools [CLS] alone: "
-            'fastcls.optimize(model, select="all") computes them, too'
-        )
+    """Stands where token embeddings would: whoever reads it is told why they are not there."""
 
-    def __iter__(self) -> Iterator[Any]:
-        return self[0]
+    _MESSAGE = (
+        "token embeddings were not computed, since this model pools [CLS] alone: "
+        'fastcls.optimize(model, select="all") computes them, too'
+    )
 
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise ValueError(self._MESSAGE)
 
-def _say_what_is_missing(_module: nn.Module, _args: object, features: dict[str, Any]) -> None:
-    features["token_embeddings"] = _NotComputed()
+    # An array of numpy would hold it as an object.
+    __getitem__ = __iter__ = __len__ = __array__ = _refuse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # An AttributeError, so that who asks whether this is a tensor learns that it is none.
+        raise AttributeError(name if name.startswith("__") else self._MESSAGE)

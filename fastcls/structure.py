@@ -63,6 +63,8 @@ _PADDING = "padding_idx"
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 # `nn.Module.compile` keeps the compiled call beside the module's own, which computes the same.
 _HARMLESS_SHADOWS = frozenset({"_compiled_call_impl"})
+# What transformers marks a module with whose weights were made or loaded.
+_MARKS = frozenset({"_is_hf_initialized"})
 # Methods that a subclass may replace: none of them is reached from `forward`.
 _NOT_IN_FORWARD = (
     *("pretrained", "hub", "init", "weights", "state_dict", "save", "load", "train", "eval", "parameters", "repr"),
@@ -83,6 +85,7 @@ class _Expected:
     """A module of the twin."""
 
     module_class: type[nn.Module]
+    attributes: frozenset[str]
     values: tuple[tuple[str, Any], ...]
     parameters: tuple[tuple[str, torch.Size | None], ...]
     buffers: tuple[str, ...]
@@ -151,11 +154,10 @@ def check_structure(
                 "out, and so gives no samples for Monte-Carlo dropout. Call model.eval()"
             )
         for name, value in wanted.values:
-            if name not in state:
-                _refuse(_join(path, name), repr(value), "nothing")
-            if state[name] is not value and not _same(state[name], value):
-                _refuse(_join(path, name), repr(value), repr(state[name]))
-        if len(state) != len(_OF_EVERY_MODULE) + len(wanted.values):
+            own = state.get(name, _NOTHING)
+            if own is not value and own != value and not _same(own, value):
+                _refuse(_join(path, name), repr(value), repr(own))
+        if not state.keys() <= wanted.attributes:
             _check_shadows(path, module)
         parameters = state["_parameters"]
         if len(parameters) != len(wanted.parameters):
@@ -323,6 +325,13 @@ def _same(found: Any, value: Any) -> bool:
     return type(found) is type(value)
 
 
+class _Nothing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_NOTHING = _Nothing()
+
 # What transformers builds, by the class and its config: some milliseconds each.
 _twins: dict[object, _Expected] = {}
 _MAX_TWINS = 64
@@ -363,6 +372,7 @@ def _expectation(module: nn.Module) -> _Expected:
     )
     return _Expected(
         type(module),
+        frozenset(module.__dict__) | _MARKS,
         values,
         tuple((name, None if each is None else each.shape) for name, each in module._parameters.items()),
         tuple(module._buffers),
@@ -396,18 +406,22 @@ def _check_subclass(found: type[PreTrainedModel], base: type[PreTrainedModel]) -
                 )
 
 
+# Functions that were found to be transformers' own.
+_known: set[FunctionType] = set()
+
+
 def _check_code(classes: set[type]) -> None:
     """The code that the classes run is transformers' and torch's own: neither they nor their modules were patched."""
     modules = set()
     for each in classes:
         for name, value in [("forward", getattr(each, "forward", None)), *vars(each).items()]:
-            if type(value) is FunctionType:
+            if type(value) is FunctionType and value not in _known:
                 _check_own(f"{each.__module__}.{each.__qualname__}.{name}", value)
         modules.add(each.__module__)
     for module in modules:
         if module.startswith("transformers.models."):
             for name, value in vars(sys.modules[module]).items():
-                if type(value) is FunctionType:
+                if type(value) is FunctionType and value not in _known:
                     _check_own(f"{module}.{name}", value)
 
 
@@ -418,6 +432,7 @@ def _check_own(name: str, function: FunctionType) -> None:
             f"{name} must be transformers' own, got {stranger.__qualname__} from {stranger.__code__.co_filename}: "
             "fastcls would pass it by"
         )
+    _known.add(function)
 
 
 def _stranger(function: Any) -> FunctionType | None:

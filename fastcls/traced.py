@@ -10,7 +10,6 @@ model are the eager call's: a graph passes them by.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import threading
@@ -40,9 +39,14 @@ Rows = Literal["texts", "tokens"]
 
 def describe(model: TaskModel) -> str:
     """All of a model but its weights, as the operator takes it."""
+    relative, convolution = model.spec.relative, model.spec.convolution
     described = {
-        "spec": dataclasses.asdict(model.spec),
-        "head": dataclasses.asdict(model.head.spec),
+        "spec": {
+            **vars(model.spec),
+            "relative": None if relative is None else vars(relative),
+            "convolution": None if convolution is None else vars(convolution),
+        },
+        "head": vars(model.head.spec),
         "weights": [name for name, _ in model.weights()],
         "buffers": list(model.weight_map.buffers),
     }

@@ -51,14 +51,15 @@ def map_weights(model: PreTrainedModel, family: Family, config: PreTrainedConfig
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weight_map = family.weights(config, head, parameters.keys())
-    owners = {id(parameters[name]): name for name in sorted(weight_map.checkpoint_names)}
+    names = weight_map.checkpoint_names
+    owners = {id(parameters[name]): name for name in sorted(names)}
     aliases = {
         name: owners[id(parameter)]
         for name, parameter in parameters.items()
-        if name not in weight_map.checkpoint_names and id(parameter) in owners
+        if name not in names and id(parameter) in owners
     }
     weight_map = replace(weight_map, aliases=aliases)
-    differing = sorted(parameters.keys() - weight_map.checkpoint_names - weight_map.aliases.keys())
+    differing = sorted(parameters.keys() - names - aliases.keys())
     if differing:
         raise ValueError(
             "model must have just the parameters of its class (merge or remove adapters first); "
@@ -70,11 +71,14 @@ def map_weights(model: PreTrainedModel, family: Family, config: PreTrainedConfig
     return weight_map
 
 
+_PLAIN = frozenset({nn.Parameter, Tensor, nn.Buffer})
+
+
 def check_plain(name: str, weight: Tensor) -> None:
     """Raises ValueError where a weight is of a class of tensors that computes in a way of its own."""
-    found = type(weight.data)
-    if found is not Tensor or type(weight) not in (nn.Parameter, Tensor, nn.Buffer):
-        what = found if found is not Tensor else type(weight)
+    # A parameter over a tensor of another class is of that class itself.
+    what = type(weight)
+    if what not in _PLAIN:
         hint = "layers that were quantised are not taken: optimize the model as it was, in bfloat16 or float32"
         if what.__name__ == "DTensor":
             hint = "a model that is spread over processes is not taken: optimize a whole one"

@@ -70,6 +70,8 @@ MODELS = {
     "minilm": Model(hidden=384, heads=12, ffn=1536),
     "wide_heads": Model(hidden=2048, heads=16, ffn=8192),
 }
+# Not in every shape: of heads of 8.
+TINY = Model(hidden=32, heads=4, ffn=128)
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SEQUENCES = 32
@@ -256,6 +258,16 @@ def launch_embedding_layer_norm(_arch: str, model: Model, dtype: torch.dtype, ha
     _launch_embedding_layer_norm(ids, ids, type_ids, words, positions, types, vector, vector, 1e-12)
 
 
+def launch_small_heads(arch: str, model: Model, dtype: torch.dtype) -> None:
+    """Every kernel that multiplies heads, of fewer columns than NVIDIA's smallest product has."""
+    launch_attention(arch, model, dtype, mean_seqlen=16)
+    launch_disentangled_attention(arch, model, dtype, terms=(True, True))
+    launch_cls_attention_with_keys(arch, model, dtype, biased=False)
+    launch_cls_attention_kv(arch, model, dtype, num_splits=1)
+    launch_absorb_query(arch, model, dtype, rows=64)
+    launch_cls_output(arch, model, dtype, rows=64)
+
+
 def invariant(launch: Callable[..., None], *arguments: Any, **options: Any) -> None:
     """A launch as `batch_invariant` makes it."""
     with batch_invariant():
@@ -360,6 +372,9 @@ def launches(arch: str) -> dict[str, Callable[[], None]]:
                 # Beyond that registers or shared memory do not suffice.
                 continue
             found[f"{operation}-{name}-{arch}-{dtype_name}-{variant}"] = functools.partial(launch, arch, model, dtype)
+    if not arch.startswith("gfx"):
+        # AMD's products may have as few columns as they like.
+        found[f"heads-tiny-{arch}-bf16-all"] = functools.partial(launch_small_heads, arch, TINY, torch.bfloat16)
     return found
 
 

@@ -70,6 +70,8 @@ def test_the_copy_engine_takes_views_of_a_fused_projection_and_nothing_that_it_c
     assert not _fits_tma(k[..., 1:33])
     assert not _fits_tma(torch.empty(7, 2, 65, dtype=torch.float16)[..., :64])
     assert not _fits_tma(k[:0])
+    # Its blocks are as wide as the smallest product, and would reach into the next head.
+    assert not _fits_tma(torch.empty(7, 2, 8, dtype=torch.float16))
 
 
 @pytest.mark.parametrize(("num_heads", "head_dim"), HEADS)
@@ -214,7 +216,7 @@ def test_a_window_takes_the_tile_of_the_shortest_texts() -> None:
     assert _choose_tile(q, k, v, long).PER_SEQUENCE
 
 
-@pytest.mark.parametrize("head_dim", [24, 26, 32, 80, 96, 120, 128])
+@pytest.mark.parametrize("head_dim", [4, 8, 12, 24, 26, 32, 80, 96, 120, 128])
 @pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
 def test_kernel_takes_every_head_size(kernels: str, head_dim: int, dtype: torch.dtype) -> None:
     check_varlen([5, 70, 33], 2, head_dim, dtype, kernels)
@@ -339,10 +341,10 @@ BAD = {
     "strided_bias": ({"bias": torch.zeros(3, 2).T}, ValueError, r"bias must be contiguous.*strides \(1, 2\)"),
     "bias_on_another_device": ({"bias": torch.zeros(2, 3, device="meta")}, ValueError, "bias must be on cpu"),
     "no_tensor": ({"q": [1.0]}, TypeError, "q must be a torch.Tensor.*got list"),
-    "head_of_12": (
-        dict.fromkeys("qkv", torch.zeros(12, 2, 12)),
+    "head_of_3": (
+        dict.fromkeys("qkv", torch.zeros(12, 2, 3)),
         ValueError,
-        "q must have a head size from 16 to 128, got 12",
+        "q must have a head size from 4 to 128, got 3",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,23 @@ import torch
 import transformers
 from support import tiny_model
 from torch import Tensor
-from transformers import BertConfig, BertModel, ErnieConfig, ErnieModel, GPT2Config, GPT2Model, T5Config, T5EncoderModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    BertConfig,
+    BertModel,
+    ErnieConfig,
+    ErnieModel,
+    GPT2Config,
+    GPT2Model,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.masking_utils import bidirectional_mask_function
 
 import fastcls
 from fastcls import attention_interface
+from fastcls_kernels import batch_invariant
 
 SIZES: dict[str, Any] = {
     "vocab_size": 199,
@@ -30,7 +44,10 @@ MASKS = {
     "right_padded": [[1] * 9, [1] * 4 + [0] * 5, [1] + [0] * 8],
     "left_padded": [[1] * 9, [0] * 5 + [1] * 4, [0] * 8 + [1]],
     "with_holes": [[1, 0, 1, 1, 0, 1, 1, 1, 0], [1] * 9, [0, 1, 0, 0, 0, 0, 0, 1, 0]],
+    "an_empty_text": [[1] * 3 + [0] * 6, [0] * 9, [0] * 4 + [1] * 5],
+    "all_empty": [[0] * 9] * 3,
 }
+WHOLE = (MASKS["none"], MASKS["whole"])
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +57,7 @@ def registered() -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which of fastcls's operations ran."""
+    """Which operations ran."""
     ran: list[str] = []
 
     def spy(name: str) -> None:
@@ -53,7 +70,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(attention_interface, name, counted)
 
-    for name in ("attention_padded", "attention_varlen"):
+    for name in ("attention_varlen", "scaled_dot_product_attention"):
         spy(name)
     return ran
 
@@ -68,17 +85,65 @@ def _states(model: Any, implementation: str, mask: Any, **inputs: Any) -> Tensor
     return states
 
 
+@pytest.mark.parametrize("in_groups", [False, True], ids=["sdpa_for_padding", "in_groups"])
 @pytest.mark.parametrize("mask", list(MASKS.values()), ids=list(MASKS))
 @pytest.mark.parametrize("family", ["bert", "ernie"])
-def test_states_are_those_of_sdpa(family: str, mask: Any, calls: list[str]) -> None:
+def test_states_are_those_of_sdpa_in_all_rows(family: str, mask: Any, in_groups: bool, calls: list[str]) -> None:
     # ERNIE is a family that `optimize` does not take.
     model: Any = tiny_model("BertModel", "bert") if family == "bert" else ErnieModel(ErnieConfig(**SIZES)).eval()
-    expected, found = (_states(model, implementation, mask) for implementation in ("sdpa", "fastcls"))
-    real = torch.ones(3, 9, dtype=torch.bool) if mask is None else torch.tensor(mask).bool()
-    assert (found - expected)[real].abs().max() <= 1e-5
-    padded = mask is MASKS["right_padded"]
-    layers = model.config.num_hidden_layers
-    assert calls == ["attention_padded" if padded else "attention_varlen"] * layers
+    expected = _states(model, "sdpa", mask)
+    # As on a GPU: what is invariant on a CPU takes the same way.
+    with batch_invariant(in_groups):
+        found = _states(model, "fastcls", mask)
+    assert (found - expected).abs().max() <= 1e-5
+    layers, all_empty = model.config.num_hidden_layers, mask is MASKS["all_empty"]
+    ours = in_groups or mask in WHOLE
+    assert calls == (
+        [] if ours and all_empty else ["attention_varlen" if ours else "scaled_dot_product_attention"] * layers
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"], indirect=True)
+def test_kernels_compute_all_rows(kernels: str, dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 3, 2, 9, 16, device=kernels, dtype=dtype).unbind(0)
+    mask = torch.tensor(MASKS["with_holes"], device=kernels)
+    given = AttentionMaskInterface()["fastcls"](mask_function=bidirectional_mask_function, attention_mask=mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given[:, None, None])
+    attend, module = AttentionInterface()["fastcls"], torch.nn.Module()
+    # A mask that was copied has lost what follows from it.
+    for each in (given, given.clone()):
+        torch.testing.assert_close(attend(module, q, k, v, each)[0], expected.transpose(1, 2))
+
+
+def test_real_rows_have_the_bits_that_they_have_alone() -> None:
+    mask = [[1] * 9, [1] * 4 + [0] * 5, [1] + [0] * 8]
+    attend, module = AttentionInterface()["fastcls"], torch.nn.Module()
+    q, k, v = torch.randn(3, 3, 4, 9, 16).unbind(0)
+    with batch_invariant():
+        together = attend(module, q, k, v, torch.tensor(mask).bool())[0]
+        for text, row in enumerate(mask):
+            length = sum(row)
+            alone = (each[text, None, :, :length] for each in (q, k, v))
+            assert torch.equal(together[text, :length], attend(module, *alone, None, is_causal=False)[0][0])
+
+
+def test_query_expansion_of_colbert(minilm_path: Path) -> None:
+    # The encoder attends to no [MASK] behind a query, and every one of them is scored.
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    if not hasattr(library, "MultiVectorEncoder"):
+        pytest.skip("this version of sentence-transformers has no MultiVectorEncoder")
+    modules = importlib.import_module("sentence_transformers.base.modules")
+    scoring = importlib.import_module("sentence_transformers.multi_vector_encoder.modules")
+    encoder = modules.Transformer(
+        str(minilm_path), query_expansion={"strategy": "fixed", "attend": False, "length": 32}
+    )
+    model = library.MultiVectorEncoder(modules=[encoder, scoring.MultiVectorMask()], device="cpu")
+    texts = ["a charming journey", "no", "unflinchingly bleak and desperate"]
+    expected = model.encode_query(texts)
+    encoder.auto_model.set_attn_implementation("fastcls")
+    for ours, theirs in zip(model.encode_query(texts), expected, strict=True):
+        assert ours.shape == theirs.shape == (32, 384)
+        assert abs(ours - theirs).max() <= 1e-5
 
 
 def test_a_checkpoint_loaded_with_it(tmp_path: Path) -> None:
@@ -144,7 +209,11 @@ def _windowed() -> Any:
 REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
     "gradients": (_bert, _with_gradients, r"needs torch.no_grad\(\) or"),
     "dropout": (_bert, _in_training, r"without dropout \(model.eval\(\)\), got dropout = 0.1"),
-    "a_mask_for_each_query": (_bert, _four_dimensions, r"shape \(batch, seqlen\), got \(3, 1, 9, 9\)"),
+    "a_mask_for_each_query": (
+        _bert,
+        _four_dimensions,
+        r"boolean attention_mask of shape \(batch, seqlen\), got torch.float32 of \(3, 1, 9, 9\)",
+    ),
     "causal_bert": (_causal, _call, "every token attends to every other one, got a mask by"),
     "gpt2": (_gpt, _call, "every token attends to every other one, got a mask by"),
     "windows": (_windowed, _call, "every token attends to every other one, got a mask by"),
@@ -183,7 +252,7 @@ def test_what_changes_the_result_is_refused(name: str) -> None:
     q = torch.randn(2, 4, 9, 16)
     module = torch.nn.Module()
     module.is_causal = False  # type: ignore[assignment]
-    attend = transformers.AttentionInterface()["fastcls"]
+    attend = AttentionInterface()["fastcls"]
     assert attend(module, q, q, q, None, **{name: None})[0].shape == (2, 9, 4, 16)
     with pytest.raises(ValueError, match=f"needs {name} to be left out"):
         attend(module, q, q, q, None, **{name: True})
@@ -194,7 +263,7 @@ def test_what_changes_the_result_is_refused(name: str) -> None:
 
 
 def test_heads_of_a_size_that_no_kernel_has_are_refused() -> None:
-    model = _bert(hidden_size=32)
+    model = _bert(hidden_size=8)
     model.set_attn_implementation("fastcls")
     with pytest.raises(ValueError, match="head"):
         _call(model)
@@ -209,7 +278,7 @@ def test_it_may_be_registered_twice_and_sdpa_stays() -> None:
 
 def test_a_causal_module_without_a_mask_is_refused() -> None:
     q, module = torch.randn(2, 4, 9, 16), torch.nn.Module()
-    attend = transformers.AttentionInterface()["fastcls"]
+    attend = AttentionInterface()["fastcls"]
     # sdpa takes a module that does not say for a causal one.
     with pytest.raises(ValueError, match="every token attends to every other one, got a causal Module"):
         attend(module, q, q, q, None)

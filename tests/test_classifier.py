@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from support import live_bytes, tiny_bert
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import fastcls
 from fastcls.demo import sample_texts, sample_tokenizer
+from fastcls.texts import Cut, length_limit
 
 # Its overloads know no model but transformers' own.
 pipeline: Any = transformers.pipeline
@@ -223,11 +228,444 @@ def test_what_is_no_text_is_named_before_anything_is_computed(
         classifier(texts)
 
 
-def test_bad_options_are_named(classifier: fastcls.Classifier) -> None:
-    with pytest.raises(ValueError, match="top_k must be a positive int or None, got 0"):
-        classifier(TEXTS, top_k=0)
-    with pytest.raises(ValueError, match="function_to_apply must be one of softmax, sigmoid, none or None, got 'max'"):
-        classifier(TEXTS, function_to_apply="max")  # type: ignore[call-overload]
+# Tables, columns and what else stands where a list of texts was expected
+
+
+class Scalar:
+    """What iterating over an array of pyarrow's gives."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def as_py(self) -> Any:
+        return self.value
+
+
+class Frame:
+    """A table whose iterator gives the names of its columns, as that of pandas does."""
+
+    columns = ("text", "label")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+
+class Rows(list[Any]):
+    """A table whose iterator gives rows, as that of datasets does."""
+
+    def __init__(self, *columns: str) -> None:
+        super().__init__([dict.fromkeys(columns, "ok")] * 2)
+        self.column_names = [*columns]
+
+
+class Numbered:
+    """What is iterated over by the numbers of its items alone, as torch's data sets."""
+
+    def __getitem__(self, index: int) -> str:
+        return TEXTS[:2][index]
+
+
+TWO = TEXTS[:2]
+COLUMNS: dict[str, Any] = {
+    "array": np.array(TWO),
+    "objects": np.array(TWO, dtype=object),
+    "scalars": [Scalar(text) for text in TWO],
+    "rows": [Scalar({"text": text}) for text in TWO],
+    "numbered": Numbered(),
+    "keys": dict.fromkeys(TWO).keys(),
+}
+
+
+@pytest.mark.parametrize("texts", list(COLUMNS.values()), ids=list(COLUMNS))
+def test_columns_are_texts(classifier: fastcls.Classifier, texts: Any) -> None:
+    assert classifier(texts) == classifier(TWO)
+    assert list(classifier.stream(texts)) == classifier(TWO)
+
+
+def test_one_scalar_is_one_text(classifier: fastcls.Classifier) -> None:
+    scalar: Any = Scalar(TEXTS[0])
+    assert classifier(scalar, top_k=2) == classifier(TEXTS[0], top_k=2)
+
+
+def test_rows_of_texts_alone_are_texts(classifier: fastcls.Classifier) -> None:
+    assert classifier(Rows("text")) == classifier(["ok"] * 2)
+    assert classifier(Rows("text_pair", "text")) == classifier([("ok", "ok")] * 2)
+
+
+class Interchanged:
+    def __dataframe__(self) -> None: ...
+
+
+NO_TEXTS: dict[str, tuple[Any, str]] = {
+    "frame": (
+        Frame(),
+        r'a table \(.*columns: text, label\): pass one of its columns, frame\["text"\].tolist',
+    ),
+    "unnamed_frame": (Interchanged(), "a table .*columns: unknown"),
+    "rows_with_more": (Rows("sentence", "label"), r'columns: sentence, label\): .*\["sentence"\]'),
+    "structured": (np.array([("a", 1)], dtype=[("text", "U4"), ("label", "i4")]), "a table .*columns: text, label"),
+    "set": ({"a", "b"}, "must have an order, which a set has not"),
+    "bytes": (b"ok", "got bytes: decode it first"),
+    "two_dimensions": (np.array([["a", "b"]]), r"one dimension, got ndarray of shape \(1, 2\)"),
+    "no_dimension": (np.array("a"), r"one dimension, got ndarray of shape \(\)"),
+    "splits": ({"train": ["a"]}, r"texts\[0\] must be .*got dict: .*: pass a list of texts, as one of its values"),
+    "rows": ([{"text": "a", "label": 1}], r'texts\[0\] .*got dict: .*: pass \[row\["text"\] for row in rows\]'),
+    "missing": (["a", float("nan")], r"texts\[1\] must be .*got float: nan, a missing text: drop or fill"),
+    "null": ([Scalar(None)], r"texts\[0\] must be .*got NoneType: None, a missing text"),
+    "encoded": (["a", b"b"], r"texts\[1\] must be .*got bytes: b'b': decode it first"),
+}
+
+
+@pytest.mark.parametrize(("texts", "message"), list(NO_TEXTS.values()), ids=list(NO_TEXTS))
+def test_what_would_be_read_as_something_else_is_refused(
+    classifier: fastcls.Classifier, texts: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        classifier(texts)
+
+
+def test_tables_of_known_libraries_say_how_a_column_is_taken(classifier: fastcls.Classifier) -> None:
+    pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame({"text": TWO, "label": [0, 1]})
+    table = pyarrow.Table.from_pydict({"text": TWO})
+    for made, remedy in ((frame, r'frame\["text"\]\.tolist'), (table, r'table\["text"\]\.to_pylist')):
+        with pytest.raises(TypeError, match=remedy):
+            classifier(made)
+    assert classifier(frame["text"]) == classifier(table["text"]) == classifier(TWO)
+    with pytest.raises(TypeError, match=r"texts\[1\] .*missing"):
+        classifier(pandas.Series(["a", None], dtype="string"))
+
+
+# Options of a call
+
+
+LONG = "the plot is a mess but the actors shine and the music soars " * 4
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cut": {"truncation": True},
+    "cut_by_name": {"truncation": "longest_first", "max_length": 9},
+    "cut_shorter": {"truncation": True, "max_length": 9},
+    "cut_less": {"truncation": True, "max_length": 40},
+    "length_alone": {"max_length": 9},
+    "not_cut": {"truncation": False, "max_length": 9},
+    "not_cut_by_name": {"truncation": "do_not_truncate"},
+    "padded": {"padding": "max_length", "truncation": True, "max_length": 30},
+    "batches": {"batch_size": 2, "padding": True},
+    "first": {"truncation": "only_first", "max_length": 14},
+    "numbers": {"function_to_apply": "NONE", "top_k": None},
+    "shares": {"function_to_apply": None, "top_k": np.int64(2)},
+}
+
+
+@pytest.mark.parametrize("options", list(OPTIONS.values()), ids=list(OPTIONS))
+def test_options_are_those_of_the_pipeline(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> None:
+    short = copy.deepcopy(tokenizer)
+    short.model_max_length = 24
+    model = sample_bert(tokenizer)
+    theirs = pipeline("text-classification", model=model, tokenizer=short, device="cpu")
+    ours = fastcls.Classifier(model, short)
+    options_of_theirs = {**options, "top_k": int(options["top_k"])} if options.get("top_k") else options
+    texts: list[Any] = [LONG, "ok", {"text": LONG, "text_pair": "ok"}]
+    expected = [theirs(text, **options_of_theirs) for text in texts]
+    # The pipeline wraps one text in a list, and a mapping it does not.
+    expected = [each[0] if isinstance(each, list) and "top_k" not in options else each for each in expected]
+    assert_same(ours(texts, **options), expected)
+    assert_same(list(ours.stream(texts, **options)), expected)
+
+
+def test_texts_are_cut_to_the_smaller_of_both_limits(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sample_bert(tokenizer)
+    for of_tokenizer, expected in ((24, 24), (4096, 96), (10**30, 96)):
+        own = copy.deepcopy(tokenizer)
+        own.model_max_length = of_tokenizer
+        classifier = fastcls.Classifier(model, own, truncation=True)
+        wanted = model(**tokenizer(LONG * 3, truncation=True, max_length=expected, return_tensors="pt")).logits
+        torch.testing.assert_close(classifier.logits([LONG * 3]), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_text_may_have_any_length_where_nothing_bounds_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.model_max_length = 10**30
+    assert length_limit(own, None) is None
+    assert len(own(LONG, **Cut("longest_first", None).options())["input_ids"]) == len(tokenizer(LONG)["input_ids"])
+
+
+def test_a_length_of_one_call_is_not_the_next_ones(classifier: fastcls.Classifier) -> None:
+    cut = classifier.logits([LONG], max_length=9)
+    assert not torch.equal(classifier.logits([LONG]), cut)
+    int_of_numpy: Any = np.int32(9)
+    torch.testing.assert_close(classifier.logits([LONG], truncation=True, max_length=int_of_numpy), cut)
+
+
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "no_labels": ({"top_k": 0}, "top_k must be a positive int or None, got 0"),
+    "function": (
+        {"function_to_apply": "max"},
+        "function_to_apply must be one of softmax, .* or None, got 'max'",
+    ),
+    "truncation": ({"truncation": "first"}, "truncation must be True, False or one of .*only_first.*, got 'first'"),
+    "number_as_truncation": ({"truncation": 1}, "truncation must be True, False .*got 1"),
+    "no_length": ({"max_length": 0}, "max_length must be a positive int or None, got 0"),
+    "true_as_length": ({"max_length": True}, "max_length must be a positive int or None, got True"),
+    "no_room": ({"max_length": 1, "truncation": True}, "max_length must be at least 2, the number of special tokens"),
+    "padding": ({"padding": "left"}, "padding must be True, False or one of longest, .*got 'left'"),
+    "batch": ({"batch_size": 0}, "batch_size must be a positive int or None, got 0"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), list(BAD_OPTIONS.values()), ids=list(BAD_OPTIONS))
+def test_bad_options_are_named(classifier: fastcls.Classifier, options: dict[str, Any], message: str) -> None:
+    for call in (classifier, classifier.stream):
+        texts = iter(["ok"])
+        with pytest.raises(ValueError, match=message):
+            call(texts, **options)
+        assert next(texts) == "ok", "read before the options were checked"
+
+
+def test_a_short_tokenizer_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.model_max_length = 1
+    with pytest.raises(ValueError, match=r"tokenizer\.model_max_length must be at least 2"):
+        fastcls.Classifier(sample_bert(tokenizer), own, truncation=True)(["ok"])
+
+
+# The tokenizer
+
+
+def test_who_pads_with_the_same_tokenizer_pads_nothing_here(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: Any = copy.deepcopy(tokenizer)
+    classifier = fastcls.Classifier(sample_bert(tokenizer), shared)
+    expected = classifier(TEXTS)
+    setting = type(shared).set_truncation_and_padding
+
+    def then_another_pads(self: Any, *arguments: Any, **options: Any) -> None:
+        setting(self, *arguments, **options)
+        shared._tokenizer.enable_padding(length=64)
+
+    monkeypatch.setattr(type(shared), "set_truncation_and_padding", then_another_pads)
+    assert len(shared("ok")["input_ids"]) == 64
+    assert classifier(TEXTS) == expected
+
+
+class Busy:
+    """A tokenizer that notices a second call while one is underway."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.underway = self.most = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.underway += 1
+        self.most = max(self.most, self.underway)
+        time.sleep(0.02)
+        found = self.tokenizer(*arguments, **options)
+        self.underway -= 1
+        return found
+
+
+def test_threads_tokenize_one_after_another(tokenizer: PreTrainedTokenizerBase) -> None:
+    classifier = fastcls.Classifier(sample_bert(tokenizer), tokenizer)
+    busy: Any = Busy(classifier.tokenizer)
+    classifier.tokenizer = busy
+    threads = [threading.Thread(target=classifier.logits, args=([LONG],), kwargs={"max_length": n}) for n in (5, 9, 13)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert busy.most == 1
+
+
+def test_a_classifier_can_be_copied(tokenizer: PreTrainedTokenizerBase) -> None:
+    classifier = fastcls.Classifier(sample_bert(tokenizer), tokenizer, truncation=True)
+    again = copy.deepcopy(classifier)
+    assert again([LONG * 3]) == classifier([LONG * 3])
+
+
+def test_a_loaded_tokenizer_is_not_copied(
+    checkpoint: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastcls.classifier, "own_copy", lambda _: pytest.fail("copied a tokenizer that is its own"))
+    assert fastcls.Classifier.from_pretrained(checkpoint, device="cpu")(["ok"])
+    kept = fastcls.Classifier(sample_bert(tokenizer), tokenizer, copy_tokenizer=False)
+    assert kept.tokenizer is tokenizer
+
+
+class Uncopied(PreTrainedTokenizerFast):
+    def __deepcopy__(self, _: Any) -> Any:
+        raise TypeError("cannot pickle a part made in Python")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "tokenizer must be a tokenizer of transformers', got NoneType: pass the model's own"),
+        ("bert-base-uncased", "got str: to load both by name use Classifier.from_pretrained"),
+        (Tokenizer(models.WordLevel()), "got Tokenizer: wrap it, transformers.PreTrainedTokenizerFast"),
+    ],
+    ids=["none", "name", "raw"],
+)
+def test_what_is_no_tokenizer_is_named(tokenizer: PreTrainedTokenizerBase, given: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        fastcls.Classifier(sample_bert(tokenizer), given)
+
+
+def test_a_tokenizer_that_cannot_be_copied_is_named() -> None:
+    with pytest.raises(ValueError, match=r"got Uncopied: cannot pickle .*copy_tokenizer=False"):
+        fastcls.Classifier(tiny_bert(), Uncopied(tokenizer_object=Tokenizer(models.WordLevel())))
+
+
+# Texts that cannot be classified, by their place in the whole input
+
+
+def spare_tokenizer(**words: int) -> PreTrainedTokenizerFast:
+    """A tokenizer that adds no special token, so that some texts have none at all."""
+    made = Tokenizer(models.WordLevel({"[UNK]": 2, **words}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "no_tokens": ("", "has no tokens"),
+    "other_vocabulary": ("alien", "40000"),
+    "too_long": ("good " * 97, "is 97 tokens long and the model has 96 positions: pass truncation=True"),
+    "surrogate": ("good \ud800", r"a lone surrogate, at place 5: 'good \\ud800'"),
+    "pair_with_surrogate": (("good", "\ud800"), "a lone surrogate, at place 0"),
+}
+
+
+# In the second window of a CPU, of singles and pairs in turns.
+@pytest.mark.parametrize(("text", "message"), list(REFUSED.values()), ids=list(REFUSED))
+def test_a_refused_text_is_named_by_its_place_in_all_of_them(text: Any, message: str) -> None:
+    classifier = fastcls.Classifier(tiny_bert(), spare_tokenizer(good=3, alien=40000))
+    texts = [("good", "good") if index % 2 else "good" for index in range(300)]
+    with pytest.raises(ValueError, match=rf"^texts\[300\] .*{message}"):
+        classifier([*texts, text, "good"])
+
+
+def test_what_cannot_be_cut_is_named(classifier: fastcls.Classifier) -> None:
+    with pytest.raises(ValueError, match=r"^texts\[1\] cannot be tokenized: .*too short"):
+        classifier(["ok", ("ok", LONG)], truncation="only_first", max_length=9)
+    with pytest.raises(ValueError, match=r"^texts\[1\] is a pair, whose 3 special tokens are more than the 2"):
+        classifier(["ok", ("ok", "ok")], max_length=2)
+
+
+# Names of labels
+
+
+NAMES: dict[str, tuple[Any, list[Any]]] = {
+    "none": (None, ["LABEL_0", "LABEL_1", "LABEL_2"]),
+    "list": (["bad", "fair", "good"], ["bad", "fair", "good"]),
+    "tuple": (("bad", "fair", "good"), ["bad", "fair", "good"]),
+    "array": (np.array(["bad", "fair", "good"]), ["bad", "fair", "good"]),
+    "strings": ({"2": "good", "0": "bad", "1": "fair"}, ["bad", "fair", "good"]),
+    "numpy": ({np.int64(index): str(index) for index in range(3)}, ["0", "1", "2"]),
+    "other_types": ({0: 1, 1: ("a", 2), 2: None}, [1, ("a", 2), None]),
+    "more": (["bad", "fair", "good", "best"], ["bad", "fair", "good"]),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), list(NAMES.values()), ids=list(NAMES))
+def test_labels_are_named_as_the_config_says(
+    tokenizer: PreTrainedTokenizerBase, given: Any, expected: list[Any]
+) -> None:
+    model = sample_bert(tokenizer)
+    classifier = fastcls.Classifier(model, tokenizer)
+    model.config.id2label = given
+    order = classifier.logits(["ok"])[0].argsort(descending=True).tolist()
+    assert [each["label"] for each in classifier("ok", top_k=None)] == [expected[index] for index in order]
+
+
+NO_NAMES: dict[str, tuple[Any, str]] = {
+    "from_one": ({1: "bad", 2: "fair", 3: "good"}, r"got \{1: 'bad'.*, which does not name 0"),
+    "too_few": (["bad", "good"], "which does not name 2"),
+    "nothing": ({}, r"got \{\}, which does not name 0"),
+    "names_first": ({"bad": 0, "fair": 1, "good": 2}, "which does not name 0"),
+    "twice": ({0: "bad", "0": "worse", 1: "fair", 2: "good"}, "which names 0 twice"),
+    "text": ("bad", "got 'bad'"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), list(NO_NAMES.values()), ids=list(NO_NAMES))
+def test_names_are_not_made_up(tokenizer: PreTrainedTokenizerBase, given: Any, message: str) -> None:
+    model = sample_bert(tokenizer)
+    classifier = fastcls.Classifier(model, tokenizer)
+    model.config.id2label = given
+    with pytest.raises(ValueError, match=f"id2label must name each label from 0 to 2, .*{message}"):
+        fastcls.Classifier(classifier.model, tokenizer)
+    # Changed afterwards.
+    with pytest.raises(ValueError, match=message):
+        classifier(["ok"])
+
+
+# Options of a checkpoint
+
+
+def test_options_go_where_they_belong(checkpoint: Path) -> None:
+    def loaded(**options: Any) -> fastcls.Classifier:
+        return fastcls.Classifier.from_pretrained(checkpoint, device="cpu", **options)
+
+    classifier = loaded(
+        id2label=["n", "m", "p"],
+        problem_type="multi_label_classification",
+        num_labels=3,
+        model_max_length=20,
+        use_fast=True,
+        truncation_side="left",
+        local_files_only=True,
+        attn_implementation="eager",
+        use_safetensors=True,
+        device_map=None,
+    )
+    config = classifier.model.config
+    assert (config.id2label, config.label2id) == ({0: "n", 1: "m", 2: "p"}, {"n": 0, "m": 1, "p": 2})
+    assert (classifier.tokenizer.model_max_length, classifier.tokenizer.truncation_side) == (20, "left")
+    assert not hasattr(config, "use_safetensors")
+    assert not hasattr(config, "model_max_length")
+    scores = [each["score"] for each in classifier("ok", top_k=None)]
+    assert sum(scores) != pytest.approx(1), "the config's problem type asks for sigmoids"
+    assert loaded(num_labels=3)("ok")[0]["label"] in ("bad", "fair", "good")
+
+
+OTHER_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "mismatched": ({"ignore_mismatched_sizes": True}, TypeError, "no option ignore_mismatched_sizes: leave it out"),
+    "dtype": ({"torch_dtype": torch.float16}, TypeError, "no option torch_dtype: pass dtype="),
+    "device": ({"device_map": "auto"}, TypeError, "no option device_map: pass device="),
+    "quantised": ({"quantization_config": {}}, TypeError, "no option quantization_config: pass dtype="),
+    "attention": ({"attn_implementation": "flash_attention_2"}, TypeError, "no option attn_implementation: leave it"),
+    "unknown": ({"hidden_dropout": 0.1}, TypeError, "no option hidden_dropout: load the model with transformers"),
+    "labels": ({"num_labels": 5}, ValueError, "num_labels must fit .*, got 5 labels: its classifier.bias is "),
+    "names": ({"id2label": {0: "n", 1: "p"}}, ValueError, "id2label must fit .*, got 2 labels"),
+    "both": ({"num_labels": 3, "id2label": {0: "n", 1: "p"}}, ValueError, "number of names in id2label, 2, got 3"),
+    "from_one": ({"id2label": {1: "a", 2: "b", 3: "c"}}, ValueError, "id2label must name each label from 0 to 2"),
+    "problem": ({"problem_type": "guess"}, ValueError, "problem_type must be one of regression, .*got 'guess'"),
+    "length": ({"model_max_length": "long"}, ValueError, "model_max_length must be a positive int.*got 'long'"),
+    "side": ({"padding_side": "up"}, ValueError, "with the options padding_side: .*up"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), list(OTHER_OPTIONS.values()), ids=list(OTHER_OPTIONS))
+def test_an_option_that_does_not_fit_is_blamed_and_not_the_checkpoint(
+    checkpoint: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as raised:
+        fastcls.Classifier.from_pretrained(checkpoint, device="cpu", **options)
+    assert "damaged" not in str(raised.value)
+
+
+def test_weights_are_there_once_while_a_checkpoint_is_loaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def recorded(model: Any, **options: Any) -> Any:
+        given.update(options)
+        return fastcls.optimize(model, **options)
+
+    monkeypatch.setattr("fastcls.classifier.optimize", recorded)
+    fastcls.Classifier.from_pretrained(checkpoint, device="cpu")
+    assert given["release"]
 
 
 def test_bad_loading_options_are_named(checkpoint: Path) -> None:

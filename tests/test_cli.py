@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,7 +136,11 @@ def test_bad_input_is_one_line_on_stderr(model: Path, tmp_path: Path, monkeypatc
         ((tmp_path / "nowhere", latin.parent / "long.txt"), b"", "there is no such folder"),
         ((model, "--pairs"), b"no tab\n", "line 1: --pairs needs a tab between two texts, got 'no tab'"),
         ((model, "--dtype", "int4"), b"", "dtype must be one of float32, float16, bfloat16, got 'int4'"),
-        ((model, long), b"", "texts[1] is"),
+        (
+            (model, long),
+            b"",
+            "long.txt, line 2 is 402 tokens long and the model has 96 positions: add --truncate to",
+        ),
     ):
         done = inside("classify", *arguments, stdin=stdin)
         assert done.exit_code == 2, arguments
@@ -143,6 +148,67 @@ def test_bad_input_is_one_line_on_stderr(model: Path, tmp_path: Path, monkeypatc
         assert done.stderr.count("\n") == 1
         assert message in done.stderr
     assert inside("classify", model, long, "--truncate").stdout.count("\n") == 2
+
+
+def saved_copy(model: Path, folder: Path, **config: object) -> Path:
+    """The model in another folder, where its config says something else."""
+    shutil.copytree(model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return folder
+
+
+def refuse(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+@pytest.fixture(scope="module")
+def diverged(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with a word whose embedding is no number: [UNK], which a letter from elsewhere becomes."""
+    folder = saved_copy(model, tmp_path_factory.mktemp("diverged") / "model")
+    tokenizer = sample_tokenizer(sample_texts())
+    names = {"id2label": {0: "bad", 1: "fair", 2: "good"}, "label2id": {"bad": 0, "fair": 1, "good": 2}}
+    made = tiny_bert(vocab_size=len(tokenizer), **names)
+    made.bert.embeddings.word_embeddings.weight.data[tokenizer.unk_token_id] = float("nan")
+    made.save_pretrained(folder)
+    return folder
+
+
+def test_scores_that_are_no_numbers_are_null_and_counted(diverged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    done = inside("classify", diverged, stdin="fine\n語\nfine\n語\n".encode())
+    assert done.exit_code == 0
+    rows = [json.loads(line, parse_constant=refuse) for line in done.stdout.splitlines()]
+    assert [(row["label"] is None, row["score"] is None) for row in rows] == [(False, False), (True, True)] * 2
+    assert done.stderr == (
+        "Not finite: 2 of 4 texts have a score that is infinite or no number, written as null; the first is line 2.\n"
+    )
+    done = inside("classify", diverged, "--top-k", "2", stdin="語\n".encode())
+    (row,) = (json.loads(line, parse_constant=refuse) for line in done.stdout.splitlines())
+    assert [label["score"] for label in row["labels"]] == [None, None]
+    assert {label["label"] for label in row["labels"]} < {"bad", "fair", "good"}
+
+
+def test_labels_of_any_type_are_written(model: Path, tmp_path: Path) -> None:
+    names = {"0": 1, "1": [1, "star"], "2": float("nan")}
+    done = inside("classify", saved_copy(model, tmp_path / "model", id2label=names), "--top-k", "3", stdin=b"ok\n")
+    (row,) = (json.loads(line, parse_constant=refuse) for line in done.stdout.splitlines())
+    assert sorted(str(label["label"]) for label in row["labels"]) == ["1", "[1, 'star']", "nan"]
+
+
+def test_truncate_cuts_to_what_the_tokenizer_says(model: Path, tmp_path: Path) -> None:
+    folder = saved_copy(model, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 8}))
+    lines = b"fine and good, and then much more\n" + b"fine and good, and then nothing\n"
+    first, second = (
+        json.loads(line) for line in inside("classify", folder, "--truncate", stdin=lines).stdout.splitlines()
+    )
+    assert first["score"] == second["score"]
+    for options, same in ((("--truncate",), True), ((), False)):
+        done = inside("classify", folder, *options, stdin=lines)
+        first, second = (json.loads(line)["score"] for line in done.stdout.splitlines())
+        assert (first == second) is same
 
 
 @pytest.fixture

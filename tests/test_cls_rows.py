@@ -28,6 +28,7 @@ SHAPES = [
     pytest.param(1, 6, 40, id="1x6x40"),
     pytest.param(17, 2, 48, id="17x2x48"),
     pytest.param(33, 5, 26, id="33x5x26"),
+    pytest.param(65, 3, 8, id="65x3x8"),
     pytest.param(0, 2, 32, id="none"),
 ]
 

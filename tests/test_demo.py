@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import io
+from pathlib import Path
 
-from fastcls.demo import _saved
+import pytest
+from rich.console import Console
+from support import tiny_model
+
+from fastcls.demo import _saved, run_demo, sample_texts, sample_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -18,3 +23,14 @@ from fastcls.demo import _saved
 )
 def test_a_difference_within_the_scatter_is_called_none(before: list[float], after: list[float], said: str) -> None:
     assert _saved(before, after) == said
+
+
+def test_texts_are_cut_to_what_a_model_has_positions_for(tmp_path: Path) -> None:
+    tokenizer = sample_tokenizer(sample_texts())
+    # Of RoBERTa's 42 positions texts have 40: the first two are for padding.
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 42}
+    tiny_model("RobertaForSequenceClassification", "roberta", **sizes).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    out = io.StringIO()
+    run_demo(str(tmp_path), 1, "cpu", None, Console(file=out, width=200), Console(file=io.StringIO()))
+    assert "labels equal 64 of 64" in out.getvalue()

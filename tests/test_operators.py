@@ -16,11 +16,13 @@ from fastcls_kernels import (
     AddNorm,
     Buckets,
     PackedLayout,
+    _invariance,
     absorb_query,
     add_layer_norm,
     apply_rotary_,
     attention_padded,
     attention_varlen,
+    batch_invariant,
     cls_attention,
     cls_attention_kv,
     cls_output,
@@ -110,11 +112,11 @@ CASES: Cases = {
     ),
     "cls_attention-rows": lambda i: (
         cls_attention,
-        (i.random(2, HEADS, HEAD_DIM), i.rows, *i.packing, 0.3),
+        (i.random(3, HEADS, HEAD_DIM), i.rows, *i.packing, 0.3),
         {
             "keys": i.random(*i.heads),
             "bias": i.wide(i.tokens, HEADS),
-            "row_bounds": (i.cu_seqlens[[0, 0]], i.cu_seqlens[[1, 1]]),
+            "row_bounds": (i.cu_seqlens[[0, 1, 0]], i.cu_seqlens[[1, 2, 1]]),
             "num_splits": 1,
             "layout": i.layout,
         },
@@ -223,6 +225,19 @@ def test_what_belongs_together_is_given_together() -> None:
         torch.ops.fastcls_kernels.cls_attention(*given, inputs.first, None, None, None, None, None, 0.0)
     with pytest.raises(ValueError, match="norm_residual, norm_weight, norm_bias must all be given or none"):
         torch.ops.fastcls_kernels.cls_attention(*given, None, None, None, inputs.rows, inputs.vector, None, 0.0)
+
+
+@pytest.mark.parametrize(("case", "invariant"), [*((case, False) for case in CASES), ("linear", True)])
+def test_the_default_device_has_no_say(monkeypatch: pytest.MonkeyPatch, case: str, invariant: bool) -> None:
+    # What was tried of blocks already would not be tried again.
+    monkeypatch.setattr(_invariance, "_agreeing", {})
+    (operation, args, kwargs), (_, same_args, same) = (CASES[case](Inputs(LENGTHS)) for _ in range(2))
+    with batch_invariant(invariant):
+        with torch.device("meta"):
+            found = operation(*args, **kwargs)
+        expected = operation(*same_args, **same)
+    for here, there in zip(results(found), results(expected), strict=True):
+        torch.testing.assert_close(here, there, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -22,6 +22,7 @@ SHAPES = [
     pytest.param(21, 2, 50, id="21x2x50"),
     pytest.param(13, 25, 32, id="13x25x32"),
     pytest.param(17, 5, 128, id="17x5x128"),
+    pytest.param(41, 4, 4, id="41x4x4"),
     pytest.param(0, 2, 16, id="no_tokens"),
 ]
 
@@ -91,7 +92,7 @@ def valid() -> dict[str, object]:
 BAD = {
     "x_of_two_dimensions": ({"x": torch.zeros(4, 16)}, ValueError, r"x must have shape .*got \(4, 16\)"),
     "strided_last_dimension": ({"x": torch.zeros(4, 2, 32)[..., ::2]}, ValueError, "x must be contiguous in its last"),
-    "head_of_8": ({"x": torch.zeros(4, 2, 8)}, ValueError, "x must have a head size from 16 to 128, got 8"),
+    "head_of_2": ({"x": torch.zeros(4, 2, 2)}, ValueError, "x must have a head size from 4 to 128, got 2"),
     "odd_head": ({"x": torch.zeros(4, 2, 17)}, ValueError, "x must have an even head size, got 17"),
     "float_positions": ({"positions": torch.zeros(4)}, TypeError, "positions must be an int32 or int64 tensor"),
     "positions_of_another_length": (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from conftest import Sentences
 from support import TINY_FAMILIES, CountTokenProducts, tiny_model
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 import fastcls
 
@@ -68,7 +71,7 @@ def _close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
-    assert np.abs(actual.astype(float) - expected.astype(float)).max() <= tolerance
+    assert np.abs(actual.astype(float) - expected.astype(float)).max(initial=0) <= tolerance
 
 
 @pytest.mark.parametrize(
@@ -101,6 +104,20 @@ def test_embeddings_in_other_precisions(averaging: Any, precision: Any) -> None:
 def test_embeddings_of_real_sentences(averaging: Any, sst2: Callable[[str], Sentences]) -> None:
     texts = sst2("dev").texts[:256]
     _close(fastcls.optimize(averaging).encode(texts), averaging.encode(texts))
+
+
+@pytest.mark.parametrize("output", ["last_hidden_state", "pooler_output"])
+def test_the_pooler_runs_where_it_is_read(minilm_path: Path, output: str) -> None:
+    config = {"text": {"method": "forward", "method_output_name": output}}
+    read, name = output == "pooler_output", "sentence_embedding" if output == "pooler_output" else "token_embeddings"
+    try:
+        encoder = models.Transformer(str(minilm_path), modality_config=config, module_output_name=name)
+    except TypeError:
+        pytest.skip("before 5.4 it is never read")
+    model = SentenceTransformer(modules=[encoder] if read else [encoder, models.Pooling(384)], device="cpu")
+    fast = fastcls.optimize(model)
+    assert fast[0].auto_model.gives_pooler_output == read
+    _close(fast.encode(TEXTS), model.encode(TEXTS))
 
 
 def test_each_tokens_embedding(averaging: Any) -> None:
@@ -155,12 +172,156 @@ def test_what_is_not_computed_is_said(first_token: Any) -> None:
         _close(ours, theirs)
 
 
-def test_left_padded_texts_keep_all_rows(minilm_path: Path) -> None:
-    model = _pooled(minilm_path, "cls")
-    if not hasattr(model[1], "pooling_mode"):
+@pytest.mark.parametrize("mode", ["cls", "mean", "lasttoken"])
+def test_left_padded_texts(minilm_path: Path, mode: str) -> None:
+    model = _pooled(minilm_path, mode)
+    if mode == "cls" and not hasattr(model[1], "pooling_mode"):
         pytest.skip("before 5.4 sentence-transformers pools the first column, which is padding")
     model.tokenizer.padding_side = "left"
     _close(fastcls.optimize(model).encode(TEXTS), model.encode(TEXTS))
+
+
+class _Averaging(nn.Module):
+    """Replaces what was pooled by the mean over tokens."""
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        kept = features["attention_mask"][:, :, None]
+        features["sentence_embedding"] = (features["token_embeddings"] * kept).sum(1) / kept.sum(1)
+        return features
+
+
+def _mean_of(_module: nn.Module, _given: object, features: dict[str, Any]) -> dict[str, Any]:
+    return _Averaging()(features)
+
+
+def _replace_pooling(model: Any) -> None:
+    model[1] = models.Pooling(384, pooling_mode="mean")
+
+
+def _set_pooling(model: Any) -> None:
+    if not hasattr(model[1], "pooling_mode"):
+        pytest.skip("before 5.4 each mode was an attribute")
+    model[1].pooling_mode = "max"
+
+
+def _leave_prompt_out(model: Any) -> None:
+    model[1].include_prompt = False
+
+
+def _pad_left(model: Any) -> None:
+    if not hasattr(model[1], "pooling_mode"):
+        pytest.skip("before 5.4 sentence-transformers pools the first column, which is padding")
+    model.tokenizer.padding_side = "left"
+
+
+def _weigh_words(model: Any) -> None:
+    vocabulary = sorted(model.tokenizer.get_vocab(), key=model.tokenizer.get_vocab().get)
+    weights = {word: index % 7 / 7 for index, word in enumerate(vocabulary)}
+    model.insert(1, models.WordWeights(vocabulary, weights))
+    model[2].pooling_mode = "mean"
+
+
+def _narrow_tokens(model: Any) -> None:
+    torch.manual_seed(0)
+    names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
+    try:
+        model.append(models.Dense(384, 384, **names))
+    except TypeError:
+        pytest.skip("this version's Dense reads sentence embeddings")
+    model.append(models.Pooling(384, pooling_mode="max"))
+
+
+def _replace_encoder(model: Any) -> None:
+    model[0].auto_model = AutoModel.from_pretrained(model.tokenizer.name_or_path)
+    model[1] = models.Pooling(384, pooling_mode="mean")
+
+
+LATER: dict[str, Callable[[Any], Any]] = {
+    "pooling_replaced": _replace_pooling,
+    "mode_set": _set_pooling,
+    "prompt_left_out": _leave_prompt_out,
+    "padding_side": _pad_left,
+    "word_weights_inserted": _weigh_words,
+    "dense_over_tokens_appended": _narrow_tokens,
+    "own_module_appended": lambda model: model.append(_Averaging()),
+    "hook_on_the_encoder": lambda model: model[0].register_forward_hook(
+        lambda _module, _given, features: (
+            features.update(token_embeddings=features["token_embeddings"].roll(-1, 1)) or features
+        )
+    ),
+    "hook_on_the_pooling": lambda model: model[1].register_forward_hook(_mean_of),
+    "encoder_replaced": _replace_encoder,
+}
+
+
+@pytest.mark.parametrize("change", list(LATER))
+@pytest.mark.parametrize("when", ["before", "afterwards"])
+def test_what_is_changed_is_followed(first_token: Any, when: str, change: str) -> None:
+    options: dict[str, Any] = {"prompt_name": "review"}
+    model = copy.deepcopy(first_token)
+    if when == "before":
+        LATER[change](model)
+        fast = fastcls.optimize(model)
+    else:
+        fast = fastcls.optimize(model)
+        # So that what is remembered of one call would show in the next.
+        fast.encode(TEXTS[:1])
+        LATER[change](model)
+        LATER[change](fast)
+    expected = model.encode(TEXTS, **options)
+    assert np.abs(expected - first_token.encode(TEXTS, **options)).max() > 1e-3 or change == "padding_side"
+    _close(fast.encode(TEXTS, **options), expected)
+
+
+def test_an_encoder_taken_out_gives_all_rows(first_token: Any) -> None:
+    fast = fastcls.optimize(first_token)
+    other = SentenceTransformer(modules=[fast[0], models.Pooling(384, pooling_mode="mean")], device="cpu")
+    expected = SentenceTransformer(modules=[first_token[0], models.Pooling(384, pooling_mode="mean")], device="cpu")
+    _close(other.encode(TEXTS), expected.encode(TEXTS))
+    _close(fast.encode(TEXTS), first_token.encode(TEXTS))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_follows_its_own_modules(first_token: Any, how: str) -> None:
+    fast = fastcls.optimize(first_token)
+    copied = copy.deepcopy(fast) if how == "deepcopy" else pickle.loads(pickle.dumps(fast))
+    _replace_pooling(fast)
+    _close(copied.encode(TEXTS), first_token.encode(TEXTS))
+    _replace_pooling(copied)
+    _close(copied.encode(TEXTS), fast.encode(TEXTS))
+
+
+@pytest.mark.parametrize("which", ["averaging", "first_token"])
+def test_features_are_taken_twice(request: pytest.FixtureRequest, which: str) -> None:
+    model = request.getfixturevalue(which)
+    fast = fastcls.optimize(model)
+    features = model.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        first, second = (fast(features)["sentence_embedding"] for _ in range(2))
+        assert torch.equal(first, second)
+        # Nothing of ours is in the way of the original.
+        torch.testing.assert_close(model(features)["sentence_embedding"], first, atol=1e-5, rtol=0)
+    assert "select" not in features
+
+
+def test_every_way_of_reading_what_is_not_computed_is_refused(first_token: Any) -> None:
+    missing = fastcls.optimize(first_token).encode(TEXTS[:1], output_value=None)[0]["token_embeddings"]
+    for read in (len, list, np.asarray, lambda each: each[0], lambda each: each.shape, lambda each: each.mean(1)):
+        with pytest.raises((ValueError, AttributeError), match="token embeddings were not computed"):
+            read(missing)
+
+
+def test_modules_that_read_padding_are_refused(averaging: Any) -> None:
+    message = "the modules must leave out CNN, which reads what a model computes at padding"
+    fast, model = fastcls.optimize(averaging), copy.deepcopy(averaging)
+    for each in (fast, model):
+        each.insert(1, models.CNN(384, 16))
+        each[2] = models.Pooling(48)
+    model.encode(TEXTS)
+    with pytest.raises(ValueError, match=message):
+        fast.encode(TEXTS)
+    with pytest.raises(ValueError, match=message):
+        fastcls.optimize(model)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +338,31 @@ def test_scores_of_pairs_are_the_librarys_own(cross_encoder: Any, options: dict[
     assert type(fast) is CrossEncoder
     _close(fast.predict(PAIRS, **options), cross_encoder.predict(PAIRS, **options))
     _close(fast.predict(PAIRS[0], **options), cross_encoder.predict(PAIRS[0], **options))
+
+
+def test_what_is_changed_in_a_cross_encoder(cross_encoder: Any) -> None:
+    model = copy.deepcopy(cross_encoder)
+    fast = fastcls.optimize(model)
+    for each in (model, fast):
+        if not hasattr(each, "activation_fn"):
+            pytest.skip("this version of sentence-transformers takes an activation with each call")
+        each.activation_fn = nn.Tanh()
+        each.max_seq_length = 12
+    _close(fast.predict(PAIRS), model.predict(PAIRS))
+    # A module of the library's own, with other weights.
+    other = copy.deepcopy(cross_encoder)
+    other.model.classifier.weight.data.mul_(-1)
+    fast[0] = other[0]
+    _close(fast.predict(PAIRS, activation_fn=nn.Identity()), other.predict(PAIRS, activation_fn=nn.Identity()))
+
+
+def test_no_pairs_and_many_threads(cross_encoder: Any) -> None:
+    fast = fastcls.optimize(cross_encoder)
+    _close(fast.predict([]), cross_encoder.predict([]))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda size: fast.predict(PAIRS, batch_size=size), (1, 2, 3, 7)))
+    for each in found:
+        _close(each, cross_encoder.predict(PAIRS))
 
 
 def test_ranks(cross_encoder: Any) -> None:
@@ -227,6 +413,11 @@ def test_a_sparse_encoder(minilm_tokenizer: PreTrainedTokenizerBase, tmp_path: P
     fast = fastcls.optimize(model)
     found, expected = (each.encode(TEXTS).to_dense() for each in (fast, model))
     _close(found.numpy(), expected.numpy())
+    # Its pooling is read at each call, too.
+    for each in (fast, model):
+        each[1].pooling_strategy = "sum"
+    found, expected = (each.encode(TEXTS).to_dense() for each in (fast, model))
+    _close(found.numpy(), expected.numpy(), 1e-4)
 
 
 @pytest.fixture
@@ -273,6 +464,52 @@ def test_weights_are_shared_and_the_given_model_stays_as_it_is(minilm_path: Path
     assert fast.model_card_data.model is fast
 
 
+def _facts_of(model: nn.Module) -> dict[str, Any]:
+    """What there is to be said of a model, down to its storages and hooks."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        "tensors": {
+            name: (id(each), each.data_ptr(), each.untyped_storage().data_ptr(), each.stride(), each._version)
+            for name, each in tensors.items()
+        },
+        "modules": {name: (id(each), each.training, sorted(vars(each))) for name, each in model.named_modules()},
+        "hooks": {name: [*each._forward_hooks.values()] for name, each in model.named_modules()},
+        "config": str(model.config),
+        "bits": [each.clone() for each in tensors.values()],
+    }
+
+
+def test_nothing_of_the_given_model_is_touched(minilm_path: Path) -> None:
+    torch.manual_seed(0)
+    modules = [models.Transformer(str(minilm_path)), models.Pooling(384, pooling_mode="cls"), models.Dense(384, 32)]
+    model = SentenceTransformer(modules=modules, device="cpu")
+    model[1].register_forward_hook(_mean_of)
+    # Flattened texts are what flash-attention alone would make of them.
+    model[0].can_flatten_inputs = True
+    before = _facts_of(model)
+    fast = fastcls.optimize(model)
+    after = _facts_of(model)
+    assert all(map(torch.equal, before.pop("bits"), after.pop("bits")))
+    assert before == after
+    assert not any(module.training for module in fast.modules())
+    # The library writes into configs, and so does the copy into its own.
+    fast.config.num_labels = 7
+    assert str(model.config) == before["config"]
+    assert fast[0].config is fast.config
+
+
+def test_what_is_written_to_the_given_model_is_read(minilm_path: Path) -> None:
+    torch.manual_seed(0)
+    modules = [models.Transformer(str(minilm_path)), models.Pooling(384), models.Dense(384, 32)]
+    model = SentenceTransformer(modules=modules, device="cpu")
+    fast = fastcls.optimize(model)
+    theirs, ours = model[2].linear.weight, fast[2].linear.weight
+    with torch.no_grad():
+        theirs.mul_(2)
+    assert ours._version == theirs._version
+    _close(fast.encode(TEXTS), model.encode(TEXTS))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_another_dtype(averaging: Any, dtype: torch.dtype) -> None:
     exact = averaging.encode(TEXTS, convert_to_tensor=True).double()
@@ -306,7 +543,11 @@ def test_texts_are_not_joined_for_flash_attention(minilm_path: Path) -> None:
     if not hasattr(model[0], "can_flatten_inputs"):
         pytest.skip("this version of sentence-transformers joins no texts")
     model[0].can_flatten_inputs = True
-    assert not fastcls.optimize(model)[0].can_flatten_inputs
+    fast = fastcls.optimize(model)
+    assert not fast[0].can_flatten_inputs
+    assert model[0].can_flatten_inputs
+    # What is saved is the user's own setting.
+    assert fast[0].unpad_inputs is None
 
 
 def test_sentence_transformers_is_not_imported_for_other_models() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from support import tiny_bert, tiny_model
 from test_families import CLASSES, every_class, family_and_head
 from torch import Tensor, nn
@@ -309,7 +312,37 @@ def test_what_is_no_number_is_no_rounding(tokenizer: PreTrainedTokenizerBase, wh
     assert comparison.differences.not_finite == len(TEXTS)
     assert comparison.changed > 0
     assert comparison.beyond_rounding == comparison.changed
+    assert (comparison.not_finite, comparison.other_than_original) == (len(TEXTS), len(TEXTS))
     json.dumps(found.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "number"),
+    [
+        ("BertForSequenceClassification", float("nan")),
+        ("BertForTokenClassification", float("inf")),
+        ("BertModel", float("nan")),
+    ],
+    ids=["nan", "infinite_tokens", "nan_states"],
+)
+def test_a_model_whose_numbers_are_not_finite_is_never_fine(
+    model_class: str, number: float, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = sized(tokenizer, model_class)
+    encoder = model if model_class == "BertModel" else model.bert
+    # A letter from elsewhere is [UNK], and so in the second text and the fourth.
+    encoder.embeddings.word_embeddings.weight.data[tokenizer.unk_token_id] = number
+    found = verify(model, tokenizer, ["fine", "語", "fine", "語"], reduced=(), batch_size=2)
+    comparison = found.comparisons[0]
+    assert not found.fine()
+    assert (comparison.not_finite, comparison.other_than_original, comparison.first_not_finite) == (2, 0, 2)
+    assert comparison.differences.not_finite > 0
+    assert math.isnan(comparison.cosines[2]) is (model_class == "BertModel")
+    json.dumps(found.to_json(), allow_nan=False)
+    out = io.StringIO()
+    fastcls.verify.show(found, Console(file=out, width=300), strict=False)
+    assert "Fine" not in out.getvalue()
+    assert "what 2 of 4 texts get in float32 is not finite, the first in line 2; the original gives" in out.getvalue()
 
 
 @pytest.mark.parametrize("damage", ["scaled", "infinite"])
@@ -391,6 +424,9 @@ def test_bad_options_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
     without_padding = copy.deepcopy(tokenizer)
     without_padding.pad_token = None
     token_classifier = fastcls.optimize(sized(tokenizer, "BertForTokenClassification"))
+    unnamed = sized(tokenizer, "BertForSequenceClassification", id2label={1: "a", 2: "b", 3: "c"})
+    short = copy.deepcopy(tokenizer)
+    short.model_max_length = 1
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (ValueError, "batch_size must be at least 1, got 0", lambda: verify(model, tokenizer, TEXTS, batch_size=0)),
         (ValueError, "limit must be at least 1, got 0", lambda: verify(model, tokenizer, TEXTS, limit=0)),
@@ -398,6 +434,11 @@ def test_bad_options_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
         (TypeError, "texts must be an iterable of texts, got str", lambda: verify(model, tokenizer, "ok")),
         (TypeError, r"texts\[1\] must be a string or a pair", lambda: verify(model, tokenizer, ["ok", 3])),  # type: ignore[list-item]
         (ValueError, r"texts\[0\] must be one text or a pair", lambda: verify(model, tokenizer, [("a", "b", "c")])),
+        (TypeError, "which a set has not", lambda: verify(model, tokenizer, {"a", "b"})),
+        (TypeError, r"texts\[0\] must be .*NoneType: None, a missing text", lambda: verify(model, tokenizer, [None])),  # type: ignore[list-item]
+        (ValueError, r"texts\[1\] holds .*lone surrogate", lambda: verify(model, tokenizer, ["ok", "\ud800"])),
+        (ValueError, "id2label must name each", lambda: verify(unnamed, tokenizer, TEXTS)),
+        (ValueError, r"must be at least 2", lambda: verify(model, short, TEXTS, truncation=True)),
         (ValueError, "eval mode", lambda: verify(copy.deepcopy(model).train(), tokenizer, TEXTS)),
         (ValueError, "padding token", lambda: verify(model, without_padding, TEXTS)),
         (
@@ -414,6 +455,38 @@ def test_bad_options_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
     for error, message, call in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+def test_texts_are_cut_to_what_the_tokenizer_says(tokenizer: PreTrainedTokenizerBase) -> None:
+    short = copy.deepcopy(tokenizer)
+    short.model_max_length = 8
+    model = sized(tokenizer, "BertForSequenceClassification")
+    assert verify(model, short, ["ok " * 200] * 2, truncation=True, reduced=()).tokens == 16
+
+
+def test_who_pads_with_the_same_tokenizer_pads_nothing_here(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: Any = copy.deepcopy(tokenizer)
+    setting = type(shared).set_truncation_and_padding
+
+    def then_another_pads(self: Any, *arguments: Any, **options: Any) -> None:
+        setting(self, *arguments, **options)
+        shared._tokenizer.enable_padding(length=64)
+
+    monkeypatch.setattr(type(shared), "set_truncation_and_padding", then_another_pads)
+    model = sized(tokenizer, "BertForSequenceClassification")
+    assert verify(model, shared, ["ok"], reduced=()).tokens == words(tokenizer, ["ok"])
+
+
+@pytest.mark.parametrize("names", [["bad", "good"], {"0": "bad", "1": "good"}], ids=["list", "strings"])
+def test_labels_are_named_as_the_config_says(tokenizer: PreTrainedTokenizerBase, names: Any) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification", problem_type="multi_label_classification", **TWO_NAMES)
+    fast = damaged(model, negate)
+    model.config.id2label = names
+    comparison = verify(model, tokenizer, TEXTS[:4], fast=fast, reduced=()).comparisons[0]
+    assert comparison.decisions == 8
+    assert {each.original.label.removeprefix("not ") for each in comparison.kept if each.original} == {"bad", "good"}
 
 
 def test_a_model_in_16_bits_is_compared_in_them_alone(tokenizer: PreTrainedTokenizerBase) -> None:

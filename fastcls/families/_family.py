@@ -74,9 +74,10 @@ class Family:
     def weights(self, config: PreTrainedConfig, head: HeadSpec, present: Collection[str]) -> WeightMap:
         """The map of a model's parameters, of which ``present`` are there: biases and poolers may be left out."""
         prefix = "" if head.task == "encoder" else self.prefix
+        modules = self.modules(config)
         sources: dict[str, tuple[str, ...]] = {}
         for kind in ("weight", "bias"):
-            for own, parts in self.modules(config).items():
+            for own, parts in modules.items():
                 sources[f"encoder.{own}_{kind}"] = tuple(prefix + name for name in joined(parts, kind))
             for own, name in head.names.items():
                 if own != "bias":
@@ -113,9 +114,9 @@ def check_sizes(
     """Raises ValueError where the kernels have no tile for a size; the names are those of the config's options."""
     hidden_size, num_heads = getattr(config, hidden), getattr(config, heads)
     head_dim, remainder = divmod(hidden_size, num_heads)
-    if remainder or not 16 <= head_dim <= 128 or hidden_size > 4096 or num_heads > 64:
+    if remainder or not 4 <= head_dim <= 128 or not 16 <= hidden_size <= 4096 or num_heads > 64:
         raise ValueError(
-            f"config.{hidden} must be at most 4096 in at most 64 heads of 16 to 128, got {hidden_size} / {num_heads}"
+            f"config.{hidden} must be from 16 to 4096 in at most 64 heads of 4 to 128, got {hidden_size} / {num_heads}"
         )
     if getattr(config, layers) < 1:
         raise ValueError(f"config.{layers} must be at least 1, got {getattr(config, layers)}")

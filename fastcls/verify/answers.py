@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..families import family_of
+from ..labels import label_names
 from ..spec import EncoderSpec
 from ..spec import Task as TaskName
 from ..tasks import FastEncoder, FastMaskedLM
@@ -74,9 +75,12 @@ class Answers:
 
     decides: ClassVar[Literal["best", "sign", "nothing"]] = "best"
 
-    def __init__(self, model: PreTrainedModel, spec: EncoderSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, model: PreTrainedModel, spec: EncoderSpec, tokenizer: PreTrainedTokenizerBase, num_labels: int
+    ) -> None:
         self.tokenizer = tokenizer
-        self.names: Mapping[Any, str] = model.config.id2label or {}
+        named = num_labels if self.decides != "nothing" else 0
+        self.names: list[Any] = label_names(model.config.id2label, named) if named else []
         self.max_positions = spec.max_positions
         self.token_types = spec.token_types
         self.vocab_size = spec.vocab_size
@@ -145,7 +149,7 @@ class Answers:
     def label(self, batch: Batch, row: int, choice: int) -> str:
         """A row's label, in words."""
         del batch, row
-        return self.names.get(choice, f"LABEL_{choice}")
+        return str(self.names[choice])
 
     def token(self, batch: Batch, text: int, place: int) -> str:
         """A token in words."""
@@ -322,19 +326,29 @@ def task_of(model: PreTrainedModel) -> TaskName:
     return family.head(model_class, model.config).task
 
 
-def answers_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Answers:
-    """What a model answers. Raises as `task_of`, and ValueError where its config asks for what is not computed."""
+def answers_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_labels: int) -> Answers:
+    """What a model answers.
+
+    Args:
+        model: the original.
+        tokenizer: the tokenizer that belongs to it.
+        num_labels: how many labels with names it has; 0 where its task has none.
+
+    Raises:
+        TypeError: as `task_of`.
+        ValueError: its config asks for what is not computed, or does not name its labels.
+    """
     family, _ = family_of(model)
     spec, task = family.spec(model.config), task_of(model)
     if task != "sequence classification":
         kind = _TASKS[task]
     elif model.config.problem_type == "multi_label_classification":
         kind = _ManyLabels
-    elif model.config.problem_type == "regression" or model.config.num_labels == 1:
+    elif model.config.problem_type == "regression" or num_labels == 1:
         kind = _Number
     else:
         kind = Answers
-    return kind(model, spec, tokenizer)
+    return kind(model, spec, tokenizer, num_labels)
 
 
 def _single(numbers: Tensor) -> Tensor:

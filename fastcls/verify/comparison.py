@@ -79,7 +79,7 @@ class Differences:
     Attributes:
         count: of numbers compared.
         equal: of those that do not differ at all.
-        not_finite: of those that are infinite or no number in one of the two models.
+        not_finite: of those that are infinite or no number in one of the two models or in both.
         largest, mean: of the others.
     """
 
@@ -92,9 +92,9 @@ class Differences:
     def mean(self) -> float:
         return self._sum / max(1, self.count - self.not_finite)
 
-    def add(self, differences: Tensor) -> None:
-        """Takes in any number of them, as `differences_of` gives them."""
-        finite = differences[differences.isfinite()]
+    def add(self, differences: Tensor, lost: Tensor) -> None:
+        """Takes in any number of them, as `differences_of` gives them, and which are of numbers that are not finite."""
+        finite = differences[~lost & differences.isfinite()]
         nonzero = finite[finite > 0].double()
         self.count += differences.numel()
         self.not_finite += differences.numel() - finite.numel()
@@ -126,6 +126,9 @@ class Comparison:
         far_off: of answers with labels, how many have a number that is not finite in one of the two models alone, or
             differs by more than `FAR_OFF` times what rounding explains.
         furthest: the line of the largest of these differences.
+        not_finite: how many texts have a number that is infinite or none in one of the two models or both.
+        other_than_original: of these texts, for how many such numbers are not the same ones in both.
+        first_not_finite: the line of the first of these texts.
         rounding: the largest rounding error of the original in ``dtype`` that was seen on the first texts; None where
             changes are counted and not judged.
         cosines: of an encoder, between embeddings: their number, sum and lowest.
@@ -139,6 +142,8 @@ class Comparison:
         self.decisions = self.changed = self.beyond_rounding = self.far_off = 0
         self.furthest: int | None = None
         self._furthest = 0.0
+        self.not_finite = self.other_than_original = 0
+        self.first_not_finite: int | None = None
         self.rounding: float | None = 0.0 if judged else None
         self.cosines = (0, 0.0, 1.0)
         self._kept: list[tuple[bool, float, int, Changed]] = []
@@ -181,7 +186,13 @@ class Comparison:
         """
         counted, owners = self.answers.counted(batch), self.answers.owners(batch)
         differences = differences_of(original, rows, counted)
-        self.differences.add(differences if counted is None else differences[counted])
+        lost = ~(original.isfinite() & rows.isfinite())
+        if counted is None:
+            self.differences.add(differences, lost)
+        else:
+            self.differences.add(differences[counted], lost[counted])
+            lost &= counted
+        self._add_not_finite(batch, original, rows, lost)
         if isinstance(self.answers, States):
             self._add_cosines(self.answers.first(original, batch), self.answers.first(rows, batch))
         allowed = torch.full((len(rows),), math.inf, dtype=torch.float64)
@@ -234,6 +245,18 @@ class Comparison:
             self._furthest = float(largest)
             self.furthest = batch.texts[int(self.answers.owners(batch)[where[index]])].number + 1
 
+    def _add_not_finite(self, batch: Batch, original: Tensor, rows: Tensor, lost: Tensor) -> None:
+        owners = self.answers.owners(batch)
+        texts = owners[lost.any(1)].unique().tolist()
+        if not texts:
+            return
+        same = (original == rows) | (original.isnan() & rows.isnan())
+        self.not_finite += len(texts)
+        self.other_than_original += len(owners[(lost & ~same).any(1)].unique())
+        # Batches need not come in the order of their lines.
+        line = min(batch.texts[text].number for text in texts) + 1
+        self.first_not_finite = min(line, self.first_not_finite or line)
+
     def _keep(
         self,
         batch: Batch,
@@ -272,12 +295,16 @@ class Comparison:
     def _add_cosines(self, original: Tensor, rows: Tensor) -> None:
         found = torch.cosine_similarity(original.double(), rows.double(), dim=1)
         count, total, lowest = self.cosines
-        self.cosines = (count + len(found), total + float(found.sum()), min(lowest, float(found.min())))
+        # What is no number stays, which Python's min does not see to.
+        lowest = float(torch.cat((found, found.new_tensor([lowest]))).min())
+        self.cosines = (count + len(found), total + float(found.sum()), lowest)
 
     def to_json(self) -> dict[str, Any]:
         """See `Verification.to_json`."""
         differences = self.differences
-        cosines = None if self.mean_cosine is None else {"mean": self.mean_cosine, "lowest": self.cosines[2]}
+        cosines = None
+        if self.mean_cosine is not None:
+            cosines = {"mean": finite_or_none(self.mean_cosine), "lowest": finite_or_none(self.cosines[2])}
         return {
             "name": self.name,
             "dtype": self.dtype,

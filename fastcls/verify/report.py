@@ -105,7 +105,8 @@ def _show_agreement(found: Verification, console: Console) -> None:
         row.append("not finite" if differences.not_finite else f"{differences.largest:.1e}")
         row.append(f"{differences.mean:.1e}")
         if has_cosines:
-            row.append(f"{1 - comparison.cosines[2]:.1e}")
+            lowest = comparison.cosines[2]
+            row.append(f"{1 - lowest:.1e}" if math.isfinite(lowest) else "not finite")
         table.add_row(*row)
     console.print(table)
     what = "states" if has_cosines else "scores" if not has_labels else "logits"
@@ -210,27 +211,44 @@ def _show_verdict(found: Verification, console: Console, strict: bool) -> None:
     decisive = [each for each in found.comparisons if each.rounding is not None][: None if strict else 1]
     beyond = {each.dtype: each.beyond_rounding for each in decisive if each.beyond_rounding}
     far_off = [each for each in decisive if each.far_off]
+    not_finite = [each for each in decisive if each.not_finite]
     own = found.comparisons[0]
     what = "labels" if own.decisions else "answers"
+    verdict: str | None
     if beyond:
         counts = ", ".join(f"{count:,} in {dtype}" for dtype, count in beyond.items())
         verdict = f"[bold red]Differs:[/] {what} changed by more than rounding explains: {counts}."
     elif far_off:
         counts = ", ".join(f"{each.far_off:,} in {each.dtype} (most in line {each.furthest})" for each in far_off)
         verdict = f"[bold red]Differs:[/] logits are off by more than {FAR_OFF} times what rounding explains: {counts}."
+    elif not_finite:
+        verdict = None
     elif own.changed:
         verdict = f"[bold green]Fine:[/] rounding explains every {what[:-1]} that changed in {own.dtype}."
     else:
         verdict = f"[bold green]Fine:[/] no {what[:-1]} changed in {own.dtype}."
-    console.print(verdict, highlight=False)
+    if verdict is not None:
+        console.print(verdict, highlight=False)
+    for each in not_finite:
+        console.print(_not_finite(each, found.texts), highlight=False)
     allowed = ALLOWANCE * (own.rounding or 0.0)
-    if not beyond and not far_off and (own.differences.not_finite or own.differences.largest > allowed):
+    if not (beyond or far_off or not_finite) and (own.differences.not_finite or own.differences.largest > allowed):
         largest = "not finite" if own.differences.not_finite else f"{own.differences.largest:.1e}"
         console.print(
             f"[yellow]Look at the largest difference:[/] it is {largest}, and what the first texts show of rounding "
             f"explains {allowed:.1e}.",
             highlight=False,
         )
+
+
+def _not_finite(comparison: Comparison, texts: int) -> str:
+    same = "the original gives the same, so it is the model itself"
+    if comparison.other_than_original:
+        same = f"for {comparison.other_than_original:,} of them the original gives something else"
+    return (
+        f"[bold red]Not numbers:[/] what {comparison.not_finite:,} of {texts:,} texts get in {comparison.dtype} is not "
+        f"finite, the first in line {comparison.first_not_finite}; {same}."
+    )
 
 
 def _percent(share: float) -> str:

@@ -18,6 +18,7 @@ from .. import __version__
 from ..conversion import optimize
 from ..demo import sample_texts
 from ..model import FastModel
+from ..texts import Cut, checked_texts, found_text, length_limit, own_copy, plain, read_cut, tokenizer_problem
 from .answers import Answers, Batch, Encoded, Runner, Text, answers_of, task_of
 from .comparison import Comparison, rounding_errors
 
@@ -64,9 +65,12 @@ class Verification:
     interrupted: bool = False
 
     def fine(self, *, strict: bool = False) -> bool:
-        """Whether rounding explains every changed answer, and none is far off; in reduced dtypes, too, if strict."""
+        """Whether rounding explains every changed answer, none is far off and all numbers are finite.
+
+        In reduced dtypes, too, if strict.
+        """
         decisive = self.comparisons if strict else self.comparisons[:1]
-        return not any(comparison.beyond_rounding or comparison.far_off for comparison in decisive)
+        return not any(each.beyond_rounding or each.far_off or each.not_finite for each in decisive)
 
     def to_json(self) -> dict[str, Any]:
         """The findings as plain data.
@@ -81,8 +85,9 @@ class Verification:
           are no labels both count answers that rounding does not explain.
         - ``far_off``: of answers with labels, how many have a number that differs by more than ten times what rounding
           explains (null: not judged), and ``furthest_line``, the line of the largest of these differences, or null.
-        - ``differences`` between logits (of encoders: states): ``count``, ``equal``, ``not_finite``, ``largest`` and
-          ``mean`` of the finite ones, and ``histogram``, a list of ``from``, ``below`` and ``count``.
+        - ``differences`` between logits (of encoders: states): ``count``, ``equal``, ``not_finite`` (in one of the two
+          or both), ``largest`` and ``mean`` of the finite ones, and ``histogram``, a list of ``from``, ``below`` and
+          ``count``.
         - ``rounding_error_of_the_original``: the largest that was seen on the first texts (null: not judged).
         - ``embedding_cosine``: ``mean`` and ``lowest`` of an encoder's first tokens, else null.
         - ``changed_labels``: the 20 with the largest margins, each with ``line`` (from 1), ``text``, ``place``,
@@ -192,7 +197,8 @@ def verify(
         reduced: 16-bit dtypes in which the original and fastcls are compared with it, too; needs a float32 model. None
             is bfloat16 for a float32 model, and none for others.
         batch_size: texts in a batch.
-        truncation: cut texts that are longer than the model's positions; otherwise they are an error.
+        truncation: cut texts that are longer than ``tokenizer.model_max_length`` or the model's positions, to the
+            smaller of both; otherwise what is longer than the positions is an error.
         limit: stop after this many texts.
         source: the name of the file that the texts are lines of, for messages.
         progress: called after each batch with the number of texts done.
@@ -201,9 +207,11 @@ def verify(
         The findings; of what was done, if Ctrl-C came before the end.
 
     Raises:
-        TypeError: a model that is not supported, something that is no text, or another ``fast`` than the model's.
+        TypeError: a model that is not supported, a table, something that is no text, or another ``fast`` than the
+            model's.
         ValueError: an option out of its range; no text at all; a text that is too long, holds no token, or has too few
-            parts for the task; a tokenizer that does not pad or is not the model's.
+            parts for the task; a tokenizer that does not pad or is not the model's; a config that does not name the
+            model's labels.
     """
     task = task_of(model)
     for name, number in (("batch_size", batch_size), ("limit", limit)):
@@ -213,11 +221,11 @@ def verify(
         raise ValueError("model must be in eval mode, got one in training mode: call model.eval() first")
     if tokenizer.pad_token is None:
         raise ValueError("tokenizer must have a padding token, got none: texts are compared in padded batches")
-    if isinstance(texts, str):
-        raise TypeError("texts must be an iterable of texts, got str")
+    texts = checked_texts(texts)
     dtypes = _reduced_dtypes(reduced, model.dtype)
     fast = optimize(model) if fast is None else _checked(fast, model, task)
-    answers = answers_of(model, tokenizer)
+    # A copy, because a tokenizer keeps padding and truncation as its state, which others may set meanwhile.
+    answers = answers_of(model, own_copy(tokenizer), getattr(fast, "num_labels", 0))
     where = model.device
     own = _pair(answers, model, fast)
     comparison = Comparison("fastcls", _name(model.dtype), answers, judged=True)
@@ -235,7 +243,8 @@ def verify(
         result.comparisons += found
         result.timed += pair.timed
     exact = answers.original(_exact_copy(model))
-    encoder = _TextEncoder(answers, truncation, source)
+    cut = read_cut(answers.tokenizer, answers.max_positions, truncation, None, None)
+    encoder = _TextEncoder(answers, cut, source)
     try:
         with torch.no_grad():
             for batch in encoder.batches(islice(texts, limit), batch_size):
@@ -289,7 +298,8 @@ def _learn_from_samples(
     answers: Answers, own: _Pair, exact: Runner, others: list[_Reduced], comparison: Comparison, batch_size: int
 ) -> None:
     """Measures the original's rounding errors on the project's own texts."""
-    for batch in _TextEncoder(answers, truncation=True, source=None).batches(iter(sample_texts()), batch_size):
+    cut = Cut("longest_first", length_limit(answers.tokenizer, answers.max_positions))
+    for batch in _TextEncoder(answers, cut, source=None).batches(iter(sample_texts()), batch_size):
         original = own.original.ask(batch)
         comparison.learn(rounding_errors(original, exact.ask(batch), answers, batch))
         for other in others:
@@ -299,9 +309,9 @@ def _learn_from_samples(
 class _TextEncoder:
     """Texts to batches of token ids."""
 
-    def __init__(self, answers: Answers, truncation: bool, source: str | None) -> None:
+    def __init__(self, answers: Answers, cut: Cut, source: str | None) -> None:
         self.answers = answers
-        self.truncation = truncation
+        self.cut = cut
         self.source = source
 
     def batches(self, texts: Iterator[Text], batch_size: int) -> Iterator[Batch]:
@@ -320,33 +330,34 @@ class _TextEncoder:
 
     def _encoded(self, texts: list[Text], first: int) -> Iterator[Encoded]:
         answers = self.answers
-        for index, text in enumerate(texts, start=first):
+        for index, given in enumerate(texts, start=first):
+            # Checked at once.
+            text: Any = plain(given)
             parts = (text,) if isinstance(text, str) else text
             if not isinstance(parts, (tuple, list)) or not all(isinstance(part, str) for part in parts):
-                raise TypeError(f"texts[{index}] must be a string or a pair of strings, got {text!r}")
+                raise TypeError(f"texts[{index}] must be a string or a pair of strings, got {found_text(text)}")
             try:
                 pieces = answers.pieces(text)
             except ValueError as error:
                 raise ValueError(f"{self._named(index)} {error}, got {text!r}") from None
-            encoded = [
-                answers.tokenizer(
-                    *((piece,) if isinstance(piece, str) else piece),
-                    truncation=self.truncation,
-                    max_length=answers.max_positions if self.truncation else None,
-                    return_attention_mask=False,
-                    verbose=False,
-                )
-                for piece in pieces
-            ]
+            encoded = [self._tokenized((piece,) if isinstance(piece, str) else piece, index) for piece in pieces]
             ids = [each["input_ids"] for each in encoded]
             # A tokenizer that gives no types means type 0.
             types = [each.get("token_type_ids") or [0] * len(each["input_ids"]) for each in encoded]
             self._check(index, ids, types)
             yield Encoded(index, text, ids, types, answers.key(ids))
 
+    def _tokenized(self, piece: Sequence[str], index: int) -> Any:
+        try:
+            return self.answers.tokenizer(*piece, **self.cut.options(), return_attention_mask=False, verbose=False)
+        except Exception as error:
+            raise ValueError(f"{self._named(index)} {tokenizer_problem(piece, error)}") from error
+
     def _check(self, index: int, ids: list[list[int]], types: list[list[int]]) -> None:
         answers, longest = self.answers, max(map(len, ids))
-        if longest > answers.max_positions:
+        if self.cut.strategy and self.cut.length is not None and longest > self.cut.length:
+            raise ValueError(f"{self._named(index)} is {longest} tokens long and cannot be cut to {self.cut.length}")
+        if answers.max_positions is not None and longest > answers.max_positions:
             raise ValueError(
                 f"{self._named(index)} is {longest} tokens long and the model has {answers.max_positions} positions: "
                 f"{'pass truncation=True' if self.source is None else 'add --truncate'} to cut such texts"

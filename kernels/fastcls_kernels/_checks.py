@@ -48,8 +48,8 @@ def check_last_dim_contiguous(name: str, tensor: torch.Tensor) -> None:
 
 def check_head_dim(name: str, head_dim: int) -> None:
     """Checks that the kernels have a tile for this head size."""
-    if not 16 <= head_dim <= 128:
-        raise ValueError(f"{name} must have a head size from 16 to 128, got {head_dim}")
+    if not 4 <= head_dim <= 128:
+        raise ValueError(f"{name} must have a head size from 4 to 128, got {head_dim}")
 
 
 def num_rows_of(tokens: torch.Tensor, rows: torch.Tensor | None) -> int:

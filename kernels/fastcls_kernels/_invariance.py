@@ -106,16 +106,16 @@ def _try_sizes(
     product: Callable[..., Tensor], rows: Tensor, weights: Sequence[Tensor | None], name: str
 ) -> tuple[int, ...]:
     few = min(_BLOCKS)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def random(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(dtype)
 
     # Numbers of our own: zeros among the weights would hide a difference, and what overflows would feign one.
     likes = [
         None
         if weight is None
-        else torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype).copy_(
+        else torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device).copy_(
             random(weight.shape, weight.dtype)
         )
         for weight in weights

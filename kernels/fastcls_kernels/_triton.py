@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
     triton = None
     tl = None
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "cdiv", "jit", "next_power_of_2", "tl"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "cdiv", "head_block", "jit", "next_power_of_2", "tl"]
 
 HAS_TRITON: bool = triton is not None
 # Triton reads the variable when a kernel is decorated, so it is settled at import here too.
@@ -37,3 +37,8 @@ def cdiv(dividend: int, divisor: int) -> int:
 def next_power_of_2(number: int) -> int:
     """The smallest power of two that is at least ``number``."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+def head_block(head_dim: int) -> int:
+    """BLOCK_D of a kernel that multiplies heads: of fewer columns than 16 NVIDIA has no product."""
+    return max(16, next_power_of_2(head_dim))

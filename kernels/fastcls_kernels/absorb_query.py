@@ -15,7 +15,7 @@ from ._backend import device_guard, runs_triton
 from ._checks import check_head_dim, check_last_dim_contiguous, check_rows, check_tensor, num_rows_of
 from ._pair import as_pair, pair_dot
 from ._tracing import traceable
-from ._triton import cdiv, jit, next_power_of_2, tl
+from ._triton import cdiv, head_block, jit, tl
 from .layer_norm import check_vector
 from .linear import linear, linear_per_head
 from .tuning import RowsTile, arch_of, rows_tile
@@ -119,7 +119,7 @@ def _launch_absorb_query(
             HEAD_DIM=head_dim,
             WIDTH=width,
             BLOCK_B=tile.BLOCK_B,
-            BLOCK_D=next_power_of_2(head_dim),
+            BLOCK_D=head_block(head_dim),
             BLOCK_N=tile.BLOCK_N,
             BLOCK_K=tile.BLOCK_K,
             GATHERS=rows is not None,
@@ -145,7 +145,7 @@ def absorb_query(
     Args:
         hidden_states: (total_tokens, width), float32, float16 or bfloat16, contiguous last dimension.
         rows: (num_rows,), int32 or int64, contiguous: which rows; of [CLS], ``cu_seqlens[:-1]``. None for all.
-        query_weight, key_weight: (nheads * headdim, width), contiguous last dimension, head sizes from 16 to 128.
+        query_weight, key_weight: (nheads * headdim, width), contiguous last dimension, head sizes from 4 to 128.
         query_bias: (nheads * headdim,). The keys' bias has no part in a softmax.
         num_heads: nheads.
 

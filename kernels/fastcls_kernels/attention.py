@@ -26,7 +26,7 @@ from ._invariance import is_batch_invariant
 from ._layout import PackedLayout, Run
 from ._tma import descriptor, is_aligned
 from ._tracing import traceable
-from ._triton import cdiv, jit, next_power_of_2, tl
+from ._triton import cdiv, head_block, jit, tl
 from .tuning import AttentionTile, arch_of, attention_tile, unsqueezed
 
 LOG2_E = 1.4426950408889634
@@ -34,6 +34,9 @@ NO_WINDOW = (-1, -1)
 # Up to this many tokens a CPU is faster by plain batched products in float32 than by its fused attention, whose
 # bookkeeping outweighs the scores that it never stores. In 16 bits the plain form would round the scores.
 SHORT = 64
+# Of fewer keys than a vector has places the fused attention takes a row whose scores are all NaN for one without keys,
+# and gives zero: these are plain products in every dtype, in 16 bits in float32.
+FEW_KEYS = 16
 # Queries that a CPU takes at once: in a window few, so that few keys are read in vain; without one many, which bounds
 # the memory that a bias takes.
 WINDOW_BLOCK = 64
@@ -270,7 +273,7 @@ def _fits_tma(tensor: Tensor) -> bool:
     num_tokens, num_heads, head_dim = tensor.shape
     return (
         num_tokens > 0
-        and next_power_of_2(head_dim) == head_dim
+        and head_block(head_dim) == head_dim
         and (num_heads == 1 or tensor.stride(1) == head_dim)
         and is_aligned(tensor)
     )
@@ -328,7 +331,7 @@ def _launch_attention(
             stride_oh=out.stride(1),
             HEAD_DIM=head_dim,
             REACH=0 if bias is None else bias.shape[1] // 2,
-            BLOCK_D=next_power_of_2(head_dim),
+            BLOCK_D=head_block(head_dim),
             BLOCK_M=tile.BLOCK_M,
             BLOCK_N=tile.BLOCK_N,
             PER_SEQUENCE=tile.PER_SEQUENCE,
@@ -355,7 +358,7 @@ class _ScoreTerms:
         self.bias = like.new_zeros(1, 1, dtype=dtype) if bias is None else bias.to(dtype)
         self.longest = max((run.length for run in layout.runs), default=1)
         # [1 or nheads, 2 * longest - 1], of all offsets that there are between rows without positions of their own.
-        self.by_offset = self._of(torch.arange(1 - self.longest, self.longest))
+        self.by_offset = self._of(torch.arange(1 - self.longest, self.longest, device=like.device))
 
     def _of(self, offsets: Tensor) -> Tensor:
         reach = self.bias.shape[1] // 2
@@ -392,8 +395,8 @@ def _attention_runs(
     out = q.new_empty(q.shape)
     end_token = 0
     terms = None if bias is None and window == NO_WINDOW else _ScoreTerms(layout, window, bias, q)
-    longest_short = SHORT if q.dtype.itemsize >= 4 else 0
-    unused = q.new_empty(1, 1, 1)
+    longest_short = SHORT if q.dtype.itemsize >= 4 else FEW_KEYS - 1
+    unused = q.new_empty(1, 1, 1, dtype=torch.promote_types(q.dtype, torch.float32))
     for run in layout.runs:
         if run.length <= longest_short and (terms is None or (bias is None and _all_in_window(run, window, layout))):
             _attend_short(q, k, v, out, run, scale, unused)
@@ -403,15 +406,11 @@ def _attention_runs(
         queries, keys, values, attended = (run.batch(tensor).transpose(1, 2) for tensor in (q, k, v, out))
         if terms is not None and (bias is not None or not _all_in_window(run, window, layout)):
             for rows, near in _blocks(run.length, window):
-                attended[:, :, rows] = scaled_dot_product_attention(
-                    queries[:, :, rows],
-                    keys[:, :, near],
-                    values[:, :, near],
-                    attn_mask=terms.block(run, rows, near),
-                    scale=scale,
+                attended[:, :, rows] = attend_batch(
+                    queries[:, :, rows], keys[:, :, near], values[:, :, near], scale, terms.block(run, rows, near)
                 )
         else:
-            attended.copy_(scaled_dot_product_attention(queries, keys, values, scale=scale))
+            attended.copy_(attend_batch(queries, keys, values, scale))
         end_token = run.end_token
     out[end_token:] = 0
     return out
@@ -428,7 +427,7 @@ def _attend_short(q: Tensor, k: Tensor, v: Tensor, out: Tensor, run: Run, scale:
     shape = (count, length, num_heads, head_dim)
     # [num_sequences * nheads, length, headdim]
     queries, keys, values = (
-        tensor[start:end].view(shape).transpose(1, 2).reshape(count * num_heads, length, head_dim)
+        tensor[start:end].view(shape).transpose(1, 2).to(unused.dtype).reshape(count * num_heads, length, head_dim)
         for tensor in (q, k, v)
     )
     scores = torch.baddbmm(unused, queries, keys.transpose(1, 2), beta=0, alpha=scale)
@@ -452,7 +451,7 @@ def attention_varlen(
     """Bidirectional attention inside each of many packed sequences.
 
     Args:
-        q, k, v: (total_tokens, nheads, headdim), float32, float16 or bfloat16, head sizes from 16 to 128 (multiples
+        q, k, v: (total_tokens, nheads, headdim), float32, float16 or bfloat16, head sizes from 4 to 128 (multiples
             of 16 are fastest). Any strides with a contiguous last dimension: views of one fused projection are taken
             as they are.
         cu_seqlens: (num_sequences + 1,), int32: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``. Zero-length
@@ -523,6 +522,8 @@ def attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_s
     if not runs_triton(q) and is_batch_invariant():
         return _attention_rows(q, k, v, seqlens, scale)
     if not runs_triton(q):
+        if not _is_finite(q, k):
+            return _attention_rows(q, k, v, seqlens, scale)
         # A row of nothing but padding would be a softmax over nothing: it attends everywhere, and is zeroed below.
         mask = (real | (seqlens[:, None] == 0))[:, None, None, :]
         # Padding may hold NaN, and a weight of zero times NaN is NaN.
@@ -542,8 +543,32 @@ def _attention_rows(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, scale: flo
     for row, length in enumerate(seqlens.tolist()):
         if length:
             queries, keys, values = (tensor[row, None, :length].transpose(1, 2) for tensor in (q, k, v))
-            out[row, :length] = scaled_dot_product_attention(queries, keys, values, scale=scale)[0].transpose(0, 1)
+            out[row, :length] = attend_batch(queries, keys, values, scale)[0].transpose(0, 1)
     return out
+
+
+def attend_batch(queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Attention of (batch, nheads, rows, headdim) on a CPU; ``bias`` is added to the scores."""
+    few, dtype = keys.shape[2] < FEW_KEYS, queries.dtype
+    # The exponential of the fused attention in 16 bits makes a number of inf - inf.
+    if dtype.itemsize < 4 and (few or not _is_finite(queries, keys)):
+        queries, keys, values = (tensor.float() for tensor in (queries, keys, values))
+    if not few:
+        return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale).to(dtype)
+    scores = queries @ keys.transpose(2, 3) * scale
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    return (scores.softmax(-1) @ values).to(dtype)
+
+
+def _is_finite(*tensors: Tensor) -> bool:
+    """Whether all their numbers are; in float32 a sum that overflows is taken for one that is not."""
+    return all(
+        # What is faster in each.
+        bool((tensor.sum() if tensor.dtype.itemsize >= 4 else torch.stack(torch.aminmax(tensor))).isfinite().all())
+        for tensor in tensors
+        if tensor.numel()
+    )
 
 
 def check_keys_values(q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:

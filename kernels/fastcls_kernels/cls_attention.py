@@ -24,7 +24,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from ._backend import device_guard, multiprocessor_count, runs_triton
 from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
@@ -33,7 +32,7 @@ from ._layout import PackedLayout
 from ._pair import as_pair, pair_dot
 from ._tracing import traceable
 from ._triton import cdiv, jit, next_power_of_2, tl
-from .attention import LOG2_E
+from .attention import LOG2_E, attend_batch
 from .layer_norm import AddNorm, add_layer_norm, check_add_norm
 from .tuning import arch_of, cls_tile, unsqueezed
 
@@ -664,7 +663,8 @@ def _windows_of(layout: PackedLayout, row_bounds: RowBounds | None, num_heads: i
             indices = [row for _, _, part in batch for row in part]
             neighbours = slice(indices[0], indices[0] + len(indices))
             in_order = indices == list(range(neighbours.start, neighbours.stop))
-            yield _Windows(neighbours if in_order else torch.tensor(indices), len(batch), batch[0][0], length)
+            places = neighbours if in_order else torch.tensor(indices, device=row_bounds[0].device)
+            yield _Windows(places, len(batch), batch[0][0], length)
 
 
 def _batched(items: list[T], numbers_each: int, at_most: int | None = None) -> Iterator[list[T]]:
@@ -721,15 +721,17 @@ def _cls_attention_kv_windows(
     row_bounds: RowBounds | None,
 ) -> Tensor:
     out = query.new_zeros(query.shape)
+    # For few rows a CPU is faster where it makes float32 of 16-bit keys and values first.
+    dtype = torch.promote_types(query.dtype, torch.float32)
     for windows in _windows_of(layout, row_bounds, query.shape[1], query.shape[1] * query.shape[2]):
         # [num_windows, nheads, rows or length, headdim]
         queries, keys, values = (
-            tensor.transpose(1, 2) for tensor in (windows.queries(query), windows.batch(k), windows.batch(v))
+            tensor.to(dtype).transpose(1, 2) for tensor in (windows.queries(query), windows.batch(k), windows.batch(v))
         )
         # [num_windows, nheads, 1, length]
-        mask = None if bias is None else windows.batch(bias).transpose(1, 2).unsqueeze(2)
-        attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-        out[windows.rows] = attended.transpose(1, 2).flatten(0, 1)
+        biases = None if bias is None else windows.batch(bias).transpose(1, 2).unsqueeze(2)
+        attended = attend_batch(queries, keys, values, scale, biases)
+        out[windows.rows] = attended.transpose(1, 2).flatten(0, 1).to(out.dtype)
     return out
 
 
@@ -764,7 +766,7 @@ def cls_attention(
         norm: a layer norm that hidden_states still have before them, taken inside; see `takes_norm`. With keys it is
             taken before.
         keys: (total_tokens, nheads, key_dim) in hidden_states' dtype, for a layer whose keys depend on positions: any
-            strides with a contiguous last dimension, head sizes from 16 to 128. Copied where heads are not neighbours.
+            strides with a contiguous last dimension, head sizes from 4 to 128. Copied where heads are not neighbours.
         bias: (total_tokens, nheads), float32 (float64 beside such hidden_states), contiguous: added to the scaled
             score of each token and head. -inf leaves a token out; of the tokens that a row reads, one must be finite.
         row_bounds: (starts, ends), two contiguous int32 tensors (num_rows,): row i reads rows ``starts[i]:ends[i]`` of

@@ -18,7 +18,7 @@ from ._backend import device_guard, runs_triton
 from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_rows, check_tensor, num_rows_of
 from ._pair import as_pair, pair_dot
 from ._tracing import traceable
-from ._triton import cdiv, jit, next_power_of_2, tl
+from ._triton import cdiv, head_block, jit, tl
 from .layer_norm import check_norm, check_vector, launch_sum_add_layer_norm
 from .linear import linear, linear_per_head
 from .tuning import RowsTile, arch_of, rows_tile
@@ -122,7 +122,7 @@ def _launch_cls_output(
             WIDTH=width,
             OUT_WIDTH=out_width,
             BLOCK_B=tile.BLOCK_B,
-            BLOCK_D=next_power_of_2(head_dim),
+            BLOCK_D=head_block(head_dim),
             BLOCK_N=tile.BLOCK_N,
             BLOCK_K=tile.BLOCK_K,
             HAS_VALUE_BIAS=value_bias is not None,
@@ -187,7 +187,7 @@ def cls_output(
 
     Args:
         summed: (num_rows, nheads, width), what `cls_attention` gives, in hidden_states' dtype or float32.
-        value_weight: (nheads * headdim, width), contiguous last dimension, head sizes from 16 to 128.
+        value_weight: (nheads * headdim, width), contiguous last dimension, head sizes from 4 to 128.
         value_bias: (nheads * headdim,) or None.
         out_weight: (width, nheads * headdim), contiguous last dimension.
         out_bias, norm_bias: (width,) or None.

@@ -30,7 +30,7 @@ from ._checks import check_device, check_last_dim_contiguous, check_tensor
 from ._invariance import is_batch_invariant
 from ._layout import PackedLayout, Run
 from ._tracing import traceable
-from ._triton import cdiv, jit, next_power_of_2, tl
+from ._triton import cdiv, head_block, jit, tl
 from .attention import LOG2_E, check_keys_values, load_rows
 from .linear import linear_per_head
 from .tuning import DisentangledTile, arch_of, disentangled_tile, unsqueezed
@@ -294,7 +294,7 @@ def _launch_disentangled_attention(
             stride_ot=out.stride(0),
             stride_oh=out.stride(1),
             HEAD_DIM=head_dim,
-            BLOCK_D=next_power_of_2(head_dim),
+            BLOCK_D=head_block(head_dim),
             BLOCK_M=tile.BLOCK_M,
             BLOCK_N=tile.BLOCK_N,
             num_warps=tile.num_warps,
@@ -430,7 +430,7 @@ def disentangled_attention(
     """Bidirectional attention inside each of many packed sequences, to what tokens are and how far apart they stand.
 
     Args:
-        q, k, v: (total_tokens, nheads, headdim), float32, float16 or bfloat16, head sizes from 16 to 128. Any strides
+        q, k, v: (total_tokens, nheads, headdim), float32, float16 or bfloat16, head sizes from 4 to 128. Any strides
             with a contiguous last dimension: views of one fused projection are taken as they are.
         pos_key, pos_query: (num_buckets, nheads, headdim) in q's dtype, contiguous in the last dimension: what queries
             and what keys are multiplied with. Either may be None, and its term is left out.

@@ -159,18 +159,19 @@ def uses_onednn(tensor: Tensor) -> bool:
     )
 
 
-# What oneDNN calls an activation, and which form of it.
+# What oneDNN calls an activation, and which form of it; but for its ReLU, which gives 0 for NaN.
 _ONEDNN_NAMES: dict[Activation | None, tuple[str, str]] = {
     None: ("none", "none"),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
-    "relu": ("relu", "none"),
     "silu": ("swish", "none"),
     "tanh": ("tanh", "none"),
 }
 
 
 def _onednn_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
+    if activation == "relu":
+        return _onednn_linear(hidden_states, weight, bias, None).relu_()
     name, form = _ONEDNN_NAMES[activation]
     out: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, name, [], form)
     return out

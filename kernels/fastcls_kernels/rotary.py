@@ -95,7 +95,7 @@ def apply_rotary_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Ten
     """Turns each head by its token's position, in place.
 
     Args:
-        x: (total_tokens, nheads, headdim), float32, float16 or bfloat16, even head sizes from 16 to 128. Any strides
+        x: (total_tokens, nheads, headdim), float32, float16 or bfloat16, even head sizes from 4 to 128. Any strides
             with a contiguous last dimension: of a fused projection the queries and keys are turned at once, as twice
             as many heads.
         positions: (total_tokens,), int32 or int64, contiguous.

@@ -1,0 +1,55 @@
+"""The names that a config gives to labels, in any of the forms that people give them in."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+
+def label_names(id2label: Any, num_labels: int) -> list[Any]:
+    """A name for each label: LABEL_0 and so on where a config has no names, as transformers calls them.
+
+    Args:
+        id2label: a mapping from label ids (ints of any kind, or "0" and so on), or a list; None where there are no
+            names. Names are given as they are, whatever their type.
+        num_labels: how many labels the model has.
+
+    Raises:
+        ValueError: ``id2label`` does not name each of them, once.
+    """
+    if id2label is None:
+        return [f"LABEL_{index}" for index in range(num_labels)]
+    found = id2label.tolist() if hasattr(id2label, "tolist") else id2label
+    problem = f"id2label must name each label from 0 to {num_labels - 1}, got {shortened(id2label)}"
+    if isinstance(found, (list, tuple)):
+        found = dict(enumerate(found))
+    if not isinstance(found, Mapping):
+        raise ValueError(problem)
+    names: dict[int | None, Any] = {}
+    for key, name in found.items():
+        index = _label_id(key)
+        if index in names and index is not None:
+            raise ValueError(f"{problem}, which names {index} twice")
+        names[index] = name
+    missing = [index for index in range(num_labels) if index not in names]
+    if missing:
+        raise ValueError(f"{problem}, which does not name {missing[0]}")
+    return [names[index] for index in range(num_labels)]
+
+
+def shortened(value: object, limit: int = 60) -> str:
+    """How a value is shown in a message, in one line."""
+    shown = repr(value).replace("\n", " ")
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def _label_id(key: object) -> int | None:
+    """The id that a key stands for; None for what is none."""
+    try:
+        if isinstance(key, (str, float)):
+            # A float is what a table with gaps makes of an integer.
+            return int(key) if isinstance(key, str) or key.is_integer() else None
+        return operator.index(key)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
