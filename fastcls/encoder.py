@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -386,11 +386,11 @@ class Encoder(nn.Module):
         weights: its parameters, and the frequencies of its rotary positions, by our names.
     """
 
-    def __init__(self, spec: EncoderSpec, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, spec: EncoderSpec, weights: Mapping[str, Any]) -> None:
         super().__init__()
         self.spec = spec
         self.embeddings = Embeddings(spec, under("embeddings.", weights))
-        by_layer: list[dict[str, Tensor]] = [{} for _ in range(spec.num_layer_weights)]
+        by_layer: list[dict[str, nn.Parameter]] = [{} for _ in range(spec.num_layer_weights)]
         for name, weight in under("layers.", weights).items():
             layer, _, rest = name.partition(".")
             by_layer[int(layer)][rest] = weight

@@ -235,7 +235,7 @@ def test_hooks_on_the_fast_model_run_or_are_refused(family: str, last_layer: Las
         if isinstance(module, nn.ModuleList) or not path:
             continue
         calls: list[str] = []
-        handle = module.register_forward_hook(lambda *_, calls=calls: calls.append(""))  # type: ignore[misc]
+        handle = module.register_forward_hook(lambda *_, calls=calls: calls.append(""))
         if fast._never_called(path, module, fast._pooled) is None:
             fast(IDS)
             assert calls, f"a hook on {path} was passed by"
@@ -312,8 +312,8 @@ def test_labels_of_any_kind_are_no_hindrance() -> None:
     config = transformers.BertConfig(
         vocab_size=100, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96
     )
-    config.id2label = {number: ("a", int(number)) for number in numbers}
-    config.label2id = {("a", int(number)): number for number in numbers}
+    labels: Any = {number: ("a", int(number)) for number in numbers}
+    config.id2label, config.label2id = labels, {label: number for number, label in labels.items()}
     config.note = {(1, 2): torch.float32}
     model = transformers.BertForSequenceClassification(config).eval()
     fast = fastcls.optimize(model)

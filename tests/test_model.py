@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from conftest import Sentences
-from support import MANY_LABELS, CountTokenProducts, assert_as_exact_as, live_bytes, tiny_bert, tiny_model
+from support import MANY_LABELS, CountTokenProducts, assert_as_exact_as, tiny_bert, tiny_model
 from torch import Tensor
 from transformers import (
     BertForSequenceClassification,

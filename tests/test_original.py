@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import accelerate
+import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -25,7 +25,7 @@ import fastcls
 
 IDS = torch.tensor([[5, 17, 33, 8, 90, 12], [7, 7, 150, 21, 3, 66]])
 # All that follows from weights: joined matrices, DeBERTa's tables and convolution, rotary frequencies, ties.
-FOLLOWING = {
+FOLLOWING: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertForSequenceClassification", "bert", {}),
     "bert-fill": ("BertForMaskedLM", "bert", {}),
     "mpnet": ("MPNetForSequenceClassification", "mpnet", {}),

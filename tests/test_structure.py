@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ import fastcls
 
 class HalfAttention(BertSelfAttention):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        attended, weights = super().forward(*args, **kwargs)
+        attended, weights = cast("Any", super().forward(*args, **kwargs))
         return attended * 0.5, weights
 
 
@@ -41,7 +41,7 @@ class Scaled(nn.Linear):
 class ModelOfItsOwn(BertForSequenceClassification):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.bert.encoder.layer[1].attention.self = HalfAttention(config, layer_idx=1)
+        replace_attention(self)
 
 
 class MaskOfItsOwn(BertForSequenceClassification):
@@ -382,7 +382,7 @@ def test_a_subclass_with_more_methods_is_taken() -> None:
     assert float((answer(fastcls.optimize(model)) - answer(model)).abs().max()) <= 1e-5
 
 
-EDITED = [
+EDITED: list[tuple[str, str, dict[str, Any]]] = [
     ("BertForSequenceClassification", "bert", {"layer_norm_eps": 0.1, "hidden_act": "relu", "num_attention_heads": 2}),
     ("BertForSequenceClassification", "bert", {"num_hidden_layers": 2, "vocab_size": 300, "type_vocab_size": 9}),
     ("BertForSequenceClassification", "bert", {"max_position_embeddings": 300, "pad_token_id": 7}),
@@ -467,6 +467,6 @@ def test_what_to_do_about_adapters_and_quantised_layers_is_said(module_class: An
 
 def test_a_wrapper_is_refused_with_what_to_give_instead() -> None:
     with pytest.raises(TypeError, match="give the model that was compiled"):
-        fastcls.optimize(torch.compile(tiny_bert()))
+        fastcls.optimize(cast("Any", torch.compile(tiny_bert())))
     with pytest.raises(TypeError, match="give the model that it wraps"):
         fastcls.optimize(nn.DataParallel(tiny_bert()))

@@ -100,7 +100,7 @@ _HEADS: dict[str, Head] = {
 
 
 def _buffers(config: ModernBertConfig) -> dict[str, str]:
-    kinds = sorted({*config.layer_types})
+    kinds = sorted(set(config.layer_types or ()))
     return {f"rotary.{kind}": f"rotary_emb.{kind}_inv_freq" for kind in kinds}
 
 
