@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import inspect
 import os
 import weakref
@@ -149,7 +150,7 @@ class FastModel(nn.Module):
             RuntimeError: ``requires_grad`` is True.
         """
         if requires_grad:
-            raise RuntimeError("fastcls computes no gradients: train the transformers model, and optimize it again")
+            raise RuntimeError("fastcls computes no gradients: train the transformers model, which this follows")
         return super().requires_grad_(requires_grad)
 
     def _replicate_for_data_parallel(self) -> FastModel:
@@ -178,10 +179,14 @@ class FastModel(nn.Module):
         original, self._original = self._original, None
         if original is None:
             return
+        # By their place, so that weights that are tied go on being one.
+        own: dict[int, Tensor] = {}
         for name, weight in [*self.weights()]:
-            # Through ``data``, which counts changes of its own: those of ours are not the original's any more.
-            own = weight.data.clone() if original.holds(weight) else weight.data
-            set_weight(self, name, own)
+            place = weight.data_ptr()
+            if place not in own:
+                # Through ``data``, which counts changes of its own: those of ours are not the original's any more.
+                own[place] = weight.data.clone() if original.holds(weight) else weight.data
+            set_weight(self, name, own[place])
         self._forget_made()
 
     def follow(self, original: Original) -> None:
@@ -198,7 +203,8 @@ class FastModel(nn.Module):
 
     def current_weights(self) -> list[Tensor]:
         """The weights in their order, brought up to the original's; for graphs, which pass hooks inside by."""
-        self._check_no_hooks_inside()
+        if any(self._hooks):
+            self._check_no_hooks_inside()
         self._follow()
         return [weight for _, weight in self.weights()]
 
@@ -249,6 +255,7 @@ class FastModel(nn.Module):
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The table of words, over the same memory: for ``inputs_embeds``."""
+        self._follow()
         return nn.Embedding.from_pretrained(self.encoder.embeddings.word_weight.detach(), freeze=True)
 
     def can_generate(self) -> bool:
@@ -406,14 +413,13 @@ class FastModel(nn.Module):
 
     def _check_extras(self, extras: Mapping[str, Any]) -> None:
         """Arguments that transformers' models ignore are ignored, but for those that are meant for another one."""
-        taken = inspect.signature(type(self).forward).parameters
         for name, value in extras.items():
             if value is None or value is False:
                 continue
             if name in _CHANGING:
                 raise TypeError(f"forward() takes no argument {name}: fastcls does not compute with it")
-            if meant := difflib.get_close_matches(name, taken, 1, _TYPING_ERROR):
-                raise TypeError(f"forward() takes no argument {name}: is {meant[0]} meant?")
+            if meant := _mistyped(type(self), name):
+                raise TypeError(f"forward() takes no argument {name}: is {meant} meant?")
 
     def _check_no_hooks_of_its_own(self, method: str) -> None:
         """Hooks on the model, or another ``forward`` set on it, are part of what calling it gives."""
@@ -516,6 +522,13 @@ class FastModel(nn.Module):
         """What is left of a pass behind the encoder."""
         out: Tensor = self.head(states)
         return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _mistyped(model_class: type[FastModel], name: str) -> str | None:
+    """The argument of a class that another name is all but the same as."""
+    taken = inspect.signature(model_class.forward).parameters
+    return next(iter(difflib.get_close_matches(name, taken, 1, _TYPING_ERROR)), None)
 
 
 def _check_no_gradients(model: FastModel, batch: Batch) -> None:

@@ -421,7 +421,7 @@ def test_real_kernels_are_checked_timed_and_chosen(configs: Path, monkeypatch: p
     table = {"about": "", "measured": None, "rules": {"pooler_classifier": [{"tile": tile}]}}
     (configs / "default.json").write_text(json.dumps(table), encoding="utf-8")
     tuning.rules_of.cache_clear()
-    tuner = Tuner("interpreter", CPU, time.monotonic() + 2, here, HALF)
+    tuner = Tuner("interpreter", CPU, time.monotonic() + 10, here, HALF)
     with use_backend("triton"):
         (choice,) = tuner.choices(points_of("pooler_classifier"))
     right = {label(tiles[0]), label(tiles[1])}

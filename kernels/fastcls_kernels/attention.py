@@ -549,16 +549,13 @@ def _attention_rows(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, scale: flo
 
 def attend_batch(queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """Attention of (batch, nheads, rows, headdim) on a CPU; ``bias`` is added to the scores."""
-    few, dtype = keys.shape[2] < FEW_KEYS, queries.dtype
+    few, dtype = bias is None and keys.shape[2] < FEW_KEYS, queries.dtype
     # The exponential of the fused attention in 16 bits makes a number of inf - inf.
     if dtype.itemsize < 4 and (few or not _is_finite(queries, keys)):
         queries, keys, values = (tensor.float() for tensor in (queries, keys, values))
     if not few:
         return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale).to(dtype)
-    scores = queries @ keys.transpose(2, 3) * scale
-    if bias is not None:
-        scores = scores + bias.to(scores.dtype)
-    return (scores.softmax(-1) @ values).to(dtype)
+    return ((queries @ keys.transpose(2, 3) * scale).softmax(-1) @ values).to(dtype)
 
 
 def _is_finite(*tensors: Tensor) -> bool:
