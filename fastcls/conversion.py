@@ -13,7 +13,7 @@ from .auto_classes import register_auto_classes
 from .encoder import LastLayer, check_last_layer
 from .families import family_of, supported
 from .model import FastModel
-from .original import Original
+from .original import Original, settle_all
 from .original import release as release_weights
 from .sentence_models import check_computes_nothing_else, is_sentence_model, optimize_sentence_model
 from .structure import advice_for, check_structure, config_as_built
@@ -93,7 +93,8 @@ def optimize(
         raise ValueError(f"mask_token_id must lie from 0 to {spec.vocab_size - 1}, got {mask_token_id}")
     check_structure(model, base, config, head)
     weight_map = map_weights(model, family, config, head)
-    original = Original(model, {**weight_map.sources, **{own: (name,) for own, name in weight_map.buffers.items()}})
+    sources = {**weight_map.sources, **{own: (name,) for own, name in weight_map.buffers.items()}}
+    original = Original(model, sources, weight_map.aliases)
     weights = {
         own: made_of(parts) if own in weight_map.buffers else nn.Parameter(made_of(parts), requires_grad=False)
         for own, parts in original.tensors().items()
@@ -102,6 +103,7 @@ def optimize(
         *(type(model), model.config, spec, head, weight_map, weights), last_layer, cuda_graphs, batch_invariant
     )
     if release:
+        settle_all()
         release_weights(model)
     else:
         fast.follow(original)

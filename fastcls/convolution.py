@@ -46,6 +46,10 @@ class EmbeddingConvolution(Weighted):
             self._matrix = matrix
         self._made_of = made_of
 
+    def doubt(self) -> None:
+        """Has the matrix made anew, in its place."""
+        self._made_of = None
+
     def clear(self) -> None:
         """Forgets the matrix."""
         self._matrix = self._made_of = None

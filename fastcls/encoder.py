@@ -282,6 +282,9 @@ class EncoderLayer(Weighted):
                 rows = None
             # Encoders without biases have rotary positions.
             assert query_bias is not None
+            if key_bias is not None:
+                # It adds the same number to all scores of a row, which changes no weight, but NaN is to stay NaN.
+                query_bias = torch.add(query_bias, key_bias, alpha=0)
             query = absorb_query(normed, rows, query_weight, query_bias, key_weight, self.spec.num_heads)
         summed = cls_attention(
             *(query, source, layout.cu_seqlens, layout.max_seqlen, attention.scale),
@@ -418,6 +421,12 @@ class Encoder(nn.Module):
                 self.relative.refresh()
             if self.convolution is not None:
                 self.convolution.refresh()
+
+    def doubt(self) -> None:
+        """Takes weights for changed that count no changes: what `prepare` makes is made anew, in its place."""
+        for made in (self.rotary, self.relative, self.convolution):
+            if isinstance(made, (RotaryPositions, DisentangledTables, EmbeddingConvolution)):
+                made.doubt()
 
     def clear(self) -> None:
         """Forgets what `prepare` makes."""

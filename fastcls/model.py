@@ -9,7 +9,7 @@ import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,11 +106,13 @@ class FastModel(nn.Module):
         self.register_load_state_dict_post_hook(_forget_caches)
         self._graphs = self._new_graphs()
         self._hooks = self._all_hooks()
+        self._order = _own_order(cast("Any", model_class), cast("Any", type(self)))
         self.batch_invariant = batch_invariant
         self.eval()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes graphs of its own, over its own weights.
+        self._follow()
         state = {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_hooks")}
         return {**state, "_original": None}
 
@@ -118,6 +120,14 @@ class FastModel(nn.Module):
         super().__setstate__(state)
         self._graphs = self._new_graphs()
         self._hooks = self._all_hooks()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Each class of transformers has an order of its own, some without token types, some with positions later.
+        if self._order is not None and len(args) > 1:
+            if len(args) > len(self._order):
+                raise TypeError(f"forward() takes {len(self._order)} arguments without names, got {len(args)}")
+            args, kwargs = args[:1], {**dict(zip(self._order[1:], args[1:], strict=False)), **kwargs}
+        return super().__call__(*args, **kwargs)
 
     def _new_graphs(self) -> Graphs:
         # Weakly, so that a model that nobody holds gives its memory back at once.
@@ -176,9 +186,13 @@ class FastModel(nn.Module):
 
     def stop_following(self) -> None:
         """Goes on with the weights as they are, in memory of its own, whatever becomes of the original's."""
-        original, self._original = self._original, None
+        original = self._original
         if original is None:
             return
+        with contextlib.suppress(RuntimeError):
+            # What is not followed any more is what the fast model had last.
+            self._follow()
+        self._original = None
         # By their place, so that weights that are tied go on being one.
         own: dict[int, Tensor] = {}
         for name, weight in [*self.weights()]:
@@ -192,14 +206,25 @@ class FastModel(nn.Module):
     def follow(self, original: Original) -> None:
         """Follows the weights of a model from now on, that those of this one were made of."""
         self._original = original
-        traced.own(self)
+        original.settle = _settled(weakref.ref(self))
 
     def _follow(self) -> None:
         """Brings the weights up to the original's, where those have changed."""
         original = self._original
-        if original is not None and not original.is_current() and original.update(self):
-            self._forget_made()
-            traced.own(self)
+        if original is None or original.is_current():
+            return
+        is_doubted = original.is_doubted
+        if original.update(self):
+            # Tables that were made of weights are made anew where they are needed: others may be reading them.
+            self._graphs.clear()
+            traced.forget(next(self.parameters()))
+            self._made_known()
+        if is_doubted:
+            self.encoder.doubt()
+            traced.forget(next(self.parameters()))
+
+    def _made_known(self) -> None:
+        """Tells graphs where the weights are, once they are elsewhere."""
 
     def current_weights(self) -> list[Tensor]:
         """The weights in their order, brought up to the original's; for graphs, which pass hooks inside by."""
@@ -339,9 +364,8 @@ class FastModel(nn.Module):
         """
         with torch.device("meta"):
             model = self.model_class(self.config)
-        model.load_state_dict(self.state_dict(), assign=True)
-        model.tie_weights()
-        model.save_pretrained(save_directory, **kwargs)
+        # The weights are given apart: they are the modules' as these are, where the config may say otherwise.
+        model.save_pretrained(save_directory, **{"state_dict": self.state_dict(), **kwargs})
 
     @property
     def _how(self) -> How:
@@ -418,7 +442,7 @@ class FastModel(nn.Module):
                 continue
             if name in _CHANGING:
                 raise TypeError(f"forward() takes no argument {name}: fastcls does not compute with it")
-            if meant := _mistyped(type(self), name):
+            if meant := _mistyped(cast("Any", type(self)), name):
                 raise TypeError(f"forward() takes no argument {name}: is {meant} meant?")
 
     def _check_no_hooks_of_its_own(self, method: str) -> None:
@@ -522,6 +546,29 @@ class FastModel(nn.Module):
         """What is left of a pass behind the encoder."""
         out: Tensor = self.head(states)
         return out
+
+
+def _settled(model: weakref.ref[FastModel]) -> Callable[[], None]:
+    def settle() -> None:
+        fast = model()
+        if fast is not None:
+            fast._follow()
+
+    return settle
+
+
+@functools.lru_cache(maxsize=64)
+def _own_order(model_class: type[PreTrainedModel], fast_class: type[FastModel]) -> tuple[str, ...] | None:
+    """The order in which a transformers class takes arguments without names, None where it is that of ours."""
+    theirs, ours = (
+        tuple(
+            name
+            for name, parameter in inspect.signature(each.forward).parameters.items()
+            if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and name != "self"
+        )
+        for each in (model_class, fast_class)
+    )
+    return None if not theirs or theirs == ours[: len(theirs)] or ours == theirs[: len(ours)] else theirs
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,12 +1,14 @@
 """The model that a fast one was made of, whose weights it goes on following.
 
 Most of its weights the fast model reads where they lie, so that what is written to them is seen at once. Others (query,
-key and value, joined to one matrix) are copies, made anew once their originals' counts of changes have moved. And any
-tensor may be replaced by another. So all of them are looked at before each pass: some 20 microseconds for BERT-base.
+key and value, joined to one matrix) are copies, made anew once their originals' counts of changes have moved, or an
+optimizer has stepped: fused ones write to weights without counting. And any tensor may be replaced by another. So all
+of them are looked at before each pass: some 20 microseconds for BERT-base.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import weakref
@@ -16,12 +18,40 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .weights import check_plain, made_of
 
 _version = attrgetter("_version")
-# One change at a time; a change is rare.
-_updating = threading.RLock()
+
+
+class _Lock:
+    """One change at a time; a change is rare. A process that is forked begins with one that nobody holds."""
+
+    def __init__(self) -> None:
+        self._new()
+        os.register_at_fork(after_in_child=self._new)
+
+    def _new(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+_updating = _Lock()
+# All that are followed, for optimizers to be told.
+_followed: weakref.WeakSet[Original] = weakref.WeakSet()
+
+
+def _doubt_after_step(optimizer: Optimizer, *_: object) -> None:
+    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    for original in list(_followed):
+        original.doubt_if(stepped)
 
 
 class _Slot(NamedTuple):
@@ -54,6 +84,8 @@ class _Seen(NamedTuple):
     pointers: list[int]
     counting: list[Tensor]
     versions: list[int]
+    # Held, so that no other tensor gets a place that is taken for an old one's.
+    storages: list[torch.UntypedStorage]
 
     def is_current(self) -> bool:
         now = list(map(dict.__getitem__, self.places, self.keys))
@@ -71,9 +103,24 @@ class _Structure(NamedTuple):
     places: list[dict[str, nn.Module | None]]
     keys: list[str]
     modules: list[nn.Module | None]
+    sizes: list[int]
 
     def is_current(self) -> bool:
-        return all(map(is_, map(dict.get, self.places, self.keys), self.modules))
+        return (
+            all(map(is_, map(dict.get, self.places, self.keys), self.modules))
+            and list(map(len, self.places)) == self.sizes
+        )
+
+
+class _Tie(NamedTuple):
+    """Two names of one weight, by their places."""
+
+    names: tuple[str, str]
+    places: tuple[dict[str, Tensor | None], dict[str, Tensor | None]]
+    keys: tuple[str, str]
+
+    def holds(self) -> bool:
+        return self.places[0].get(self.keys[0]) is self.places[1].get(self.keys[1])
 
 
 class Original:
@@ -85,13 +132,14 @@ class Original:
     Args:
         model: the original.
         sources: our names to the original's, of which there are several where they are joined.
+        aliases: other names in the original of the same weights.
     """
 
-    def __init__(self, model: nn.Module, sources: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, model: nn.Module, sources: Mapping[str, Sequence[str]], aliases: Mapping[str, str]) -> None:
         self._names = {own: tuple(names) for own, names in sources.items()}
         slots: list[_Slot] = []
         owners: dict[int, nn.Module] = {}
-        structure = _Structure([], [], [], [])
+        structure = _Structure([], [], [], [], [])
         modules: dict[str, nn.Module] = {"": model}
         for own, names in self._names.items():
             for part, name in enumerate(names):
@@ -101,10 +149,20 @@ class Original:
                 slots.append(_Slot(own, part, name, place, key, place[key].shape))
                 owners[id(module)] = module
         self._structure: _Structure | None = structure
-        self._is_doubted = False
+        self._ties = [
+            _Tie(pair, *zip(*(_place_in(modules, structure, name) for name in pair), strict=True))
+            for pair in aliases.items()
+        ]
+        structure.sizes.extend(map(len, structure.places))
+        self.is_doubted = False
+        self._failure: RuntimeError | None = None
         self._seen = _look(slots)
+        # The fast model that is brought up to date once more before the original goes.
+        self.settle: Callable[[], None] = lambda: None
+        _follow_optimizers()
+        _followed.add(self)
         me = weakref.ref(self)
-        self._references = [weakref.ref(model, _forgets_structure(me))]
+        self._references = [weakref.ref(model, _settles(me))]
         self._references += [weakref.ref(owner, _forgets(me, owner)) for owner in owners.values()]
 
     def tensors(self) -> dict[str, list[Tensor]]:
@@ -118,10 +176,14 @@ class Original:
     def is_current(self) -> bool:
         """Whether nothing has changed since the last `update`."""
         structure = self._structure
-        if self._is_doubted:
+        if self.is_doubted or self._failure is not None:
             return False
         try:
-            return (structure is None or structure.is_current()) and self._seen.is_current()
+            return (
+                (structure is None or structure.is_current())
+                and all(tie.holds() for tie in self._ties)
+                and self._seen.is_current()
+            )
         except (KeyError, TypeError, AttributeError, RuntimeError):
             # A weight is not there any more, or is no tensor with memory.
             return False
@@ -139,30 +201,38 @@ class Original:
             RuntimeError: a weight or module of the original was replaced by one that is no longer the same model's.
         """
         with _updating:
+            if self._failure is not None:
+                raise self._failure
             self._check_structure()
             seen, moved = self._seen, False
+            # Before anything is copied: what is written meanwhile is another change.
+            is_doubted, self.is_doubted = self.is_doubted, False
+            fresh = _look(seen.slots)
             counts = {id(tensor): count for tensor, count in zip(seen.counting, seen.versions, strict=True)}
             now: dict[str, list[Tensor]] = {}
             # Of each weight of ours, whether one that it is made of is another tensor, or was written to.
             is_other: dict[str, bool] = {}
             is_written: dict[str, bool] = {}
             pointers: dict[str, int] = {}
-            for slot, tensor, pointer in zip(seen.slots, seen.tensors, seen.pointers, strict=True):
-                own, found = slot.own, slot.place.get(slot.key)
+            now_counts = {id(tensor): count for tensor, count in zip(fresh.counting, fresh.versions, strict=True)}
+            for slot, tensor, pointer, found, place in zip(
+                seen.slots, seen.tensors, seen.pointers, fresh.tensors, fresh.pointers, strict=True
+            ):
+                own = slot.own
                 self._check(slot, found, tensor)
                 assert found is not None
                 now.setdefault(own, []).append(found)
                 pointers[own] = pointer
-                other = found is not tensor or found.data_ptr() != pointer
+                other = found is not tensor or place != pointer
                 is_other[own] = is_other.get(own, False) or other
-                written = self._is_doubted or id(found) not in counts or found._version != counts[id(found)]
+                written = is_doubted or id(found) not in counts or now_counts.get(id(found)) != counts[id(found)]
                 is_written[own] = is_written.get(own, False) or other or written
             for own, parts in now.items():
                 # What was moved to where there are no numbers, or is gone in part, leaves ours as they are.
                 is_whole = len(parts) == len(self._names[own]) and not any(part.is_meta for part in parts)
                 if is_written[own] and is_whole:
                     moved |= _bring(model, own, parts, pointers[own], is_other=is_other[own])
-            self._seen, self._is_doubted = _look(seen.slots), False
+            self._seen = fresh
             return moved
 
     def holds(self, tensor: Tensor) -> bool:
@@ -171,15 +241,35 @@ class Original:
 
     def doubt(self) -> None:
         """Takes every weight for changed, as one may be without a count."""
-        self._is_doubted = True
+        self.is_doubted = True
+
+    def doubt_if(self, stepped: set[int]) -> None:
+        """The same where one of them is among tensors, by their ids."""
+        if any(id(tensor) in stepped for tensor in self._seen.tensors):
+            self.doubt()
+
+    def before_it_goes(self) -> None:
+        """What the original was when it went is what the fast model goes on with."""
+        try:
+            self.settle()
+        except RuntimeError as error:
+            # Whoever calls the fast model next shall know.
+            self._failure = error
+        # The modules below live on if somebody else holds them.
+        self._structure, self._ties = None, []
 
     def _check_structure(self) -> None:
+        for tie in self._ties:
+            if not tie.holds():
+                _refuse(tie.names[0], f"it is tied to {tie.names[1]} no longer")
         structure = self._structure
         if structure is None or structure.is_current():
             return
-        for name, place, key, module in zip(*structure, strict=True):
+        for name, place, key, module, size in zip(*structure, strict=True):
             if place.get(key) is not module:
                 _refuse(name, "another module stands there")
+            if len(place) != size:
+                _refuse(name, "it has more or fewer modules beside it")
 
     def _check(self, slot: _Slot, found: Tensor | None, before: Tensor | None) -> None:
         assert before is not None
@@ -195,35 +285,39 @@ class Original:
         if not found.is_floating_point():
             _refuse(slot.name, f"its dtype is {found.dtype}")
 
-    def _forget(self, owner: int) -> None:
+    def _forget(self, places: set[int]) -> None:
         """Lets go of the weights in a module that is gone."""
         seen = self._seen
-        kept = [index for index, slot in enumerate(seen.slots) if id(slot.place) != owner]
+        kept = [index for index, slot in enumerate(seen.slots) if id(slot.place) not in places]
         if len(kept) < len(seen.slots):
             self._seen = _look([seen.slots[index] for index in kept], seen, kept)
 
 
 def _forgets(me: weakref.ref[Original], owner: nn.Module) -> Any:
-    places = (id(owner._parameters), id(owner._buffers))
+    places = {id(owner._parameters), id(owner._buffers)}
 
     def gone(_: object, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         original = me()
         # At the very end what this would call is gone, too.
         if original is not None and not is_finalizing():
-            for place in places:
-                original._forget(place)
+            original._forget(places)
 
     return gone
 
 
-def _forgets_structure(me: weakref.ref[Original]) -> Any:
-    def gone(_: object) -> None:
+def _settles(me: weakref.ref[Original]) -> Any:
+    def gone(_: object, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         original = me()
-        if original is not None:
-            # The modules below live on if somebody else holds them.
-            original._structure = None
+        if original is not None and not is_finalizing():
+            original.before_it_goes()
 
     return gone
+
+
+def _place_in(modules: dict[str, nn.Module], structure: _Structure, name: str) -> tuple[Any, str]:
+    """Where a weight stands in a model, and its key there."""
+    path, _, key = name.rpartition(".")
+    return _module_at(path, modules, structure)._parameters, key
 
 
 def _module_at(path: str, modules: dict[str, nn.Module], structure: _Structure) -> nn.Module:
@@ -245,10 +339,12 @@ def _look(slots: list[_Slot], before: _Seen | None = None, kept: Iterable[int] =
     if before is None:
         tensors = [slot.place.get(slot.key) for slot in slots]
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
         versions = {id(tensor): tensor._version for tensor in tensors if tensor is not None and _counts(tensor)}
     else:
         tensors = [before.tensors[index] for index in kept]
         pointers = [before.pointers[index] for index in kept]
+        storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
         versions = {id(tensor): count for tensor, count in zip(before.counting, before.versions, strict=True)}
     counting = [tensor for tensor in tensors if tensor is not None and id(tensor) in versions]
     return _Seen(
@@ -259,6 +355,7 @@ def _look(slots: list[_Slot], before: _Seen | None = None, kept: Iterable[int] =
         pointers,
         counting,
         [versions[id(tensor)] for tensor in counting],
+        storages,
     )
 
 
@@ -305,6 +402,20 @@ def _refuse(name: str, what: str) -> NoReturn:
         f"{name} of the model that this one was made of was replaced since, {what}: optimize the model again, or call "
         "stop_following() on the fast one to go on with the weights that it has"
     )
+
+
+def settle_all() -> None:
+    """Brings all fast models up to their originals."""
+    for original in list(_followed):
+        original.settle()
+
+
+_hooked: list[object] = []
+
+
+def _follow_optimizers() -> None:
+    if not _hooked:
+        _hooked.append(register_optimizer_step_post_hook(_doubt_after_step))
 
 
 def release(model: nn.Module) -> None:

@@ -108,6 +108,10 @@ class DisentangledTables(Weighted):
             self._made = fresh
         self._made_of = made_of
 
+    def doubt(self) -> None:
+        """Has the tables made anew, in their place."""
+        self._made_of = ()
+
     def clear(self) -> None:
         """Forgets the tables."""
         self._made, self._made_of, self._buckets = [], (), None

@@ -48,6 +48,10 @@ class RotaryPositions(nn.Module):
                 tables = (old[1][0].copy_(tables[0]), old[1][1].copy_(tables[1]))
             self._made[kind] = (made_of, tables)
 
+    def doubt(self) -> None:
+        """Has the tables made anew, in their place."""
+        self._made = {kind: (None, tables) for kind, (_, tables) in self._made.items()}
+
     def clear(self) -> None:
         """Forgets the tables."""
         self._made.clear()

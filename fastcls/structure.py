@@ -12,7 +12,7 @@ import functools
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, NoReturn
@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel, initialization
+from torch.nn.modules import module as module_calls
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils, modeling_utils
 
 from .attention_interface import NAME as OUR_ATTENTION
 from .families import Family
@@ -43,6 +44,7 @@ _WITHOUT_EFFECT = frozenset(
         "layer_idx",
         "layer_types",
         "loss_type",
+        "n_layers",
         "max_seq_len_cached",
         "name_or_path",
         "norm_type",
@@ -61,13 +63,24 @@ _WITHOUT_EFFECT = frozenset(
 # The same, but for embeddings it says where positions begin.
 _PADDING = "padding_idx"
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-# `nn.Module.compile` keeps the compiled call beside the module's own, which computes the same.
-_HARMLESS_SHADOWS = frozenset({"_compiled_call_impl"})
 # What transformers marks a module with whose weights were made or loaded.
 _MARKS = frozenset({"_is_hf_initialized"})
 # Methods that a subclass may replace: none of them is reached from `forward`.
 _NOT_IN_FORWARD = (
-    *("pretrained", "hub", "init", "weights", "state_dict", "save", "load", "train", "eval", "parameters", "repr"),
+    *(
+        "__new__",
+        "pretrained",
+        "hub",
+        "init",
+        "weights",
+        "state_dict",
+        "save",
+        "load",
+        "train",
+        "eval",
+        "parameters",
+        "repr",
+    ),
     *("embeddings", "gradient_checkpointing", "generat", "subclass", "reduce", "setstate", "getstate", "card"),
 )
 
@@ -77,7 +90,12 @@ def _folder(path: str) -> str:
 
 
 _TRANSFORMERS = _folder(os.path.dirname(transformers.__file__))
-_TRUSTED = (_TRANSFORMERS, _folder(os.path.dirname(torch.__file__)), _folder(sysconfig.get_paths()["stdlib"]))
+_TRUSTED = (_TRANSFORMERS, _folder(os.path.dirname(torch.__file__)))
+_STANDARD_LIBRARY = _folder(sysconfig.get_paths()["stdlib"])
+# What a module's call goes through besides its class's own functions.
+_CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
+# What transformers' modules compute with.
+_FUNCTIONS = ("dropout", "embedding", "gelu", "layer_norm", "linear", "scaled_dot_product_attention", "softmax", "silu")
 
 
 @dataclass(frozen=True)
@@ -135,6 +153,7 @@ def check_structure(
     # A stack and no recursion, which Python is slow at.
     stack: list[tuple[str, nn.Module, _Expected]] = [("", model, expected)]
     is_training = model.training
+    shared = model.config
     while stack:
         path, module, wanted = stack.pop()
         found = type(module)
@@ -142,6 +161,8 @@ def check_structure(
         if found is not wanted.module_class and not (module is model and issubclass(found, base)):
             if _computes_the_same(module, wanted):
                 _check_hooks(path, module)
+                _check_shadows(path, module)
+                classes.add(found)
                 continue
             _refuse_class(path, module, wanted)
         # What a subclass of the model has besides was looked at above.
@@ -159,6 +180,8 @@ def check_structure(
                 _refuse(_join(path, name), repr(value), repr(own))
         if not state.keys() <= wanted.attributes:
             _check_shadows(path, module)
+        if state.get("config", shared) is not shared:
+            _check_config(path, state["config"], shared)
         parameters = state["_parameters"]
         if len(parameters) != len(wanted.parameters):
             _refuse_parameters(path, parameters, wanted)
@@ -174,6 +197,8 @@ def check_structure(
         children = state["_modules"]
         if len(children) != len(wanted.children):
             children = _without_pooler(path, children, wanted, head)
+        elif found is nn.ModuleList and list(children) != list(wanted.children):
+            _refuse(path, f"in the order {', '.join(wanted.children)}", f"in the order {', '.join(children)}")
         # The first child is looked at first.
         for name, child in reversed([*wanted.children.items()]):
             own = children.get(name)
@@ -186,6 +211,13 @@ def check_structure(
             stack.append((_join(path, name), own, child))
     _check_code(classes)
     _check_attention(model)
+    for hooks in (module_calls._global_forward_hooks, module_calls._global_forward_pre_hooks):
+        if hooks:
+            names = ", ".join(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks.values())
+            raise ValueError(
+                f"there must be no forward hooks on all modules (torch.nn.modules.module), got {names}: fastcls would "
+                "pass them by"
+            )
 
 
 def _refuse(path: str, needed: str, found: str) -> NoReturn:
@@ -243,12 +275,17 @@ def _check_hooks(path: str, module: nn.Module) -> None:
 
 def _check_shadows(path: str, module: nn.Module) -> None:
     """Attributes that a module has besides: those that stand before a method of its class change what it computes."""
-    for name in module.__dict__.keys() - _OF_EVERY_MODULE - _HARMLESS_SHADOWS:
+    for name in module.__dict__.keys() - _OF_EVERY_MODULE:
         if any(part in name for part in _NOT_IN_FORWARD):
             continue
+        found = module.__dict__[name]
+        if name == "_compiled_call_impl" and (
+            found is None or (isinstance(found, FunctionType) and _is_in(found, _TRUSTED))
+        ):
+            # `nn.Module.compile` keeps the compiled call beside the module's own, which computes the same.
+            continue
         of_class = getattr(type(module), name, None)
-        if name == "_loss_function" or (callable(of_class) and not isinstance(of_class, type)):
-            found = module.__dict__[name]
+        if name in ("_loss_function", "_compiled_call_impl") or (callable(of_class) and not isinstance(of_class, type)):
             hint = ""
             if hasattr(module, "_hf_hook"):
                 hint = " (accelerate's hook: load the model on one device, without device_map)"
@@ -258,6 +295,16 @@ def _check_shadows(path: str, module: nn.Module) -> None:
                 f"model.{_join(path, name)} must be its class's own, got one set on the instance, "
                 f"{getattr(found, '__qualname__', found)!s}{hint}: fastcls would pass it by"
             )
+
+
+def _check_config(path: str, own: PreTrainedConfig, shared: PreTrainedConfig) -> None:
+    """What a module reads from a config of its own is what the model's says."""
+    for name, value in vars(shared).items():
+        found = getattr(own, name, None)
+        if name not in _LABELS and not name.startswith("_") and found is not value and repr(found) != repr(value):
+            _refuse(_join(path, f"config.{name}"), repr(value), repr(found))
+    if own._attn_implementation != shared._attn_implementation:
+        _refuse(_join(path, "config"), f"for {shared._attn_implementation}", own._attn_implementation)
 
 
 def _refuse_parameters(path: str, parameters: Mapping[str, Any], wanted: _Expected) -> NoReturn:
@@ -347,7 +394,7 @@ def _expected(base: type[PreTrainedModel], config: PreTrainedConfig) -> _Expecte
         # A model sets attributes of the config that it is given.
         own = copy.deepcopy(config)
         try:
-            with torch.device("meta"), initialization.no_init_weights():
+            with torch.device("meta"):
                 twin = base(own).eval()
         except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
             raise ValueError(f"model.config must build a {base.__name__}, got {error}") from error
@@ -389,16 +436,20 @@ def _reads_training(module_class: type[nn.Module]) -> bool:
 
 def _check_subclass(found: type[PreTrainedModel], base: type[PreTrainedModel]) -> None:
     """A subclass may add to the model, and replace what ``forward`` does not reach."""
+    if found is base:
+        return
     for each in found.__mro__:
-        if each is base:
-            return
+        if each in base.__mro__:
+            continue
         for name, value in vars(each).items():
             theirs = getattr(base, name, None)
+            is_method = callable(value) or isinstance(value, (property, classmethod, staticmethod))
             if (
                 theirs is not None
                 and value is not theirs
-                and (callable(value) or isinstance(value, (property, classmethod, staticmethod)))
+                and is_method
                 and not isinstance(value, type)
+                and getattr(found, name, None) is not theirs
                 and not any(part in name for part in _NOT_IN_FORWARD)
             ):
                 raise ValueError(
@@ -414,15 +465,31 @@ def _check_code(classes: set[type]) -> None:
     """The code that the classes run is transformers' and torch's own: neither they nor their modules were patched."""
     modules = set()
     for each in classes:
-        for name, value in [("forward", getattr(each, "forward", None)), *vars(each).items()]:
-            if type(value) is FunctionType and value not in _known:
-                _check_own(f"{each.__module__}.{each.__qualname__}.{name}", value)
+        place = f"{each.__module__}.{each.__qualname__}"
+        for name, value in vars(each).items():
+            function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+            if type(function) is FunctionType:
+                if function not in _known:
+                    _check_own(f"{place}.{name}", function)
+            elif name == "forward":
+                raise ValueError(f"{place}.forward must be transformers' own, got {value!r}: fastcls would pass it by")
+        for above in each.__mro__[1:]:
+            for name in (*_CALLS, "forward"):
+                function = vars(above).get(name)
+                if type(function) is FunctionType and function not in _known:
+                    _check_own(f"{above.__module__}.{above.__qualname__}.{name}", function)
         modules.add(each.__module__)
     for module in modules:
         if module.startswith("transformers.models."):
             for name, value in vars(sys.modules[module]).items():
+                if isinstance(value, functools.partial):
+                    raise ValueError(f"{module}.{name} must be transformers' own, got {value!r}")
                 if type(value) is FunctionType and value not in _known:
                     _check_own(f"{module}.{name}", value)
+    for name in _FUNCTIONS:
+        function = getattr(torch.nn.functional, name)
+        if type(function) is FunctionType and function not in _known:
+            _check_own(f"torch.nn.functional.{name}", function)
 
 
 def _check_own(name: str, function: FunctionType) -> None:
@@ -437,15 +504,17 @@ def _check_own(name: str, function: FunctionType) -> None:
 
 def _stranger(function: Any) -> FunctionType | None:
     """The function, or the one that it wraps, whose code is neither transformers', torch's nor Python's."""
-    return next((each for each in _unwrapped(function) if not _is_in(each, _TRUSTED)), None)
+    return next((each for each in _unwrapped(function) if not _is_in(each, _TRUSTED) and not _is_pythons(each)), None)
 
 
 def _is_in(function: FunctionType, folders: str | tuple[str, ...]) -> bool:
     file = function.__code__.co_filename
-    # What dataclasses and the like write themselves has no file.
-    return file.startswith((*folders, "<") if isinstance(folders, tuple) else folders) or os.path.realpath(
-        file
-    ).startswith(folders)
+    return file.startswith(folders) or os.path.realpath(file).startswith(folders)
+
+
+def _is_pythons(function: FunctionType) -> bool:
+    file = os.path.realpath(function.__code__.co_filename)
+    return file.startswith(_STANDARD_LIBRARY) and "-packages" not in file
 
 
 def _unwrapped(function: Any) -> Iterator[FunctionType]:
@@ -455,17 +524,23 @@ def _unwrapped(function: Any) -> Iterator[FunctionType]:
 
 
 def _check_attention(model: PreTrainedModel) -> None:
-    for module in (model, getattr(model, model.base_model_prefix, model)):
-        name = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if name in (None, "eager", OUR_ATTENTION):
-            continue
-        registered: tuple[Callable[..., Any] | None, ...] = (
-            AttentionInterface().get(name),
-            AttentionMaskInterface().get(name),
+    name = model.config._attn_implementation
+    if name in (None, OUR_ATTENTION):
+        return
+    functions = [
+        registered.get(name)
+        for registered in (modeling_utils.ALL_ATTENTION_FUNCTIONS, masking_utils.ALL_MASK_ATTENTION_FUNCTIONS)
+    ]
+    # The eager one is a function of the model's own module.
+    is_missing = functions[0] is None and name != "eager"
+    strangers = [
+        each
+        for each in functions
+        if each is not None and (type(each) is not FunctionType or _stranger(each) is not None)
+    ]
+    if is_missing or strangers:
+        found = ", ".join(getattr(each, "__qualname__", str(each)) for each in strangers) or "nothing"
+        raise ValueError(
+            f"model.config._attn_implementation must be one of transformers' own, got {name!r} ({found}): "
+            'fastcls would pass it by. Use model.set_attn_implementation("sdpa")'
         )
-        if registered[0] is None or any(_stranger(each) is not None for each in registered if each is not None):
-            found = getattr(registered[0], "__qualname__", registered[0])
-            raise ValueError(
-                f"model.config._attn_implementation must be one of transformers' own, got {name!r} ({found}): "
-                'fastcls would pass it by. Use model.set_attn_implementation("sdpa")'
-            )

@@ -51,9 +51,13 @@ class TaskModel(FastModel):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.description = traced.describe(self)
+        traced.own(self)
 
     # What stands for a text that the mask leaves out as a whole: no answer, and nothing that looks like one.
     _of_empty_text = math.nan
+
+    def _made_known(self) -> None:
+        traced.own(self)
 
     @property
     def options(self) -> traced.Options:
@@ -524,6 +528,7 @@ class FastEncoder(TaskModel):
         head = HeadSpec("encoder", {"dense": "pooler"} if pools else {}, activation=model.head.spec.activation)
         encoder = cls(getattr(transformers, base), model.config, model.spec, head, weight_map, weights, *model.options)
         encoder.encoder = model.encoder
+        encoder._hooks = encoder._all_hooks()
         # In a tuple, so that it is not registered as a part.
         encoder._whole = (model,)
         return encoder
@@ -538,6 +543,13 @@ class FastEncoder(TaskModel):
             for name in dict(self.head.named_parameters()):
                 setattr(self.head, name, whole.head.get_parameter(name))
         super()._follow()
+
+    def stop_following(self) -> None:
+        """Of the whole model, whose encoder this is, too."""
+        for whole in self._whole:
+            whole.stop_following()
+        self._follow()
+        super().stop_following()
 
     @property
     def _how(self) -> How:

@@ -30,7 +30,6 @@ from .spec import BucketBias, Convolution, Disentangled, EncoderSpec, HeadSpec, 
 from .weights import weight_version
 
 if TYPE_CHECKING:
-    from .model import FastModel
     from .tasks import TaskModel
 
 # One row of numbers a text, or one a token.
@@ -98,7 +97,7 @@ def _forward(
     position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
 ) -> Tensor:
-    weights = _followed(weights)
+    weights = _followed(weights, model)
     fast = _model_over(weights, model, Options(cast(LastLayer, last_layer), cuda_graphs, batch_invariant))
     batch = Batch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
     return fast.rows_of(batch, cast(Rows, rows), fill, selected)
@@ -143,7 +142,7 @@ def _pool(
     states: Tensor,
 ) -> Tensor:
     options = Options(cast(LastLayer, last_layer), cuda_graphs, batch_invariant)
-    return _model_over(_followed(weights), model, options).pooled(states)
+    return _model_over(_followed(weights, model), model, options).pooled(states)
 
 
 @_pool.register_fake
@@ -204,18 +203,18 @@ class _Built(NamedTuple):
 _built: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # A model that is made forgets, as any does, what was made of its weights.
 _building = threading.RLock()
-# The model that a graph was made of, while it lives, by its first weight.
+# The models that graphs were made of, while they live, by their first weight and by what a graph says of them.
 _owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def own(model: FastModel) -> None:
+def own(model: TaskModel) -> None:
     """Makes a model known as the one whose weights graphs are given."""
-    _owners[next(model.parameters())] = weakref.ref(model)
+    _owners.setdefault(next(model.parameters()), {})[model.description] = weakref.ref(model)
 
 
-def _followed(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+def _followed(weights: Sequence[Tensor], model: str) -> Sequence[Tensor]:
     """The weights as the model's original has them now, of a graph in the process that it was made in."""
-    owner = _owners.get(weights[0], lambda: None)()
+    owner = _owners.get(weights[0], {}).get(model, lambda: None)()
     return weights if owner is None else owner.current_weights()
 
 

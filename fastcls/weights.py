@@ -78,6 +78,8 @@ def check_plain(name: str, weight: Tensor) -> None:
     """Raises ValueError where a weight is of a class of tensors that computes in a way of its own."""
     # A parameter over a tensor of another class is of that class itself.
     what = type(weight)
+    if weight.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got one of layout {weight.layout}")
     if what not in _PLAIN:
         hint = "layers that were quantised are not taken: optimize the model as it was, in bfloat16 or float32"
         if what.__name__ == "DTensor":

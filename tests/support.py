@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastcls.packing import fill_rows
+
 # Each list is one packing. Zeros are empty sequences; the odd ones straddle every tile size.
 PACKINGS = {
     "one_token": [1],
@@ -224,5 +226,10 @@ class CountTokenProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         is_product = any(name in str(func) for name in ("linear", "mm"))
-        self.count += is_product and isinstance(out, Tensor) and out.ndim == 2 and out.shape[0] == self.tokens
+        self.count += (
+            is_product
+            and isinstance(out, Tensor)
+            and out.ndim == 2
+            and out.shape[0] == fill_rows(self.tokens, 1).tokens
+        )
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from typing import Any
@@ -296,6 +297,48 @@ def test_a_compiled_model_follows_the_original() -> None:
         torch.compiler.reset()
 
 
+def test_an_encoder_of_a_model_is_compiled_too() -> None:
+    encoder = fastcls.optimize(tiny_bert()).base_model
+    assert torch.equal(torch.compile(encoder, backend="eager")(IDS)[0], encoder(IDS)[0])
+
+
+def test_hooks_on_the_encoder_of_a_model_run_or_are_refused() -> None:
+    encoder = fastcls.optimize(tiny_bert()).base_model
+    encoder.encoder.layers[-1].register_forward_hook(doubled)
+    with pytest.raises(RuntimeError, match=r"encoder.layers.2 must have no forward hooks"):
+        encoder(IDS, select="first")
+
+
+@pytest.mark.covering(alone=["model_class"])
+@every_class
+def test_arguments_without_names_are_taken_in_the_classs_own_order(model_class: str, family: str) -> None:
+    model = tiny_model(model_class, family)
+    fast = fastcls.optimize(model)
+    types = getattr(model.config, "type_vocab_size", 0) > 1
+    given: dict[str, Any] = shaped_for(
+        model_class,
+        {
+            "input_ids": IDS,
+            "attention_mask": torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0], [1] * 5 + [0]]),
+            "token_type_ids": torch.tensor([[0, 0, 1, 1, 1, 0]] * 3) * types,
+            "position_ids": torch.tensor([[5, 4, 3, 2, 8, 7]] * 3),
+        },
+    )
+    names = [name for name in inspect.signature(model.forward).parameters if name in given or name == "labels"]
+    names = names[: 1 + max(names.index(name) for name in given if name in names)]
+    arguments = [given.get(name) for name in names if name != "labels" or "MultipleChoice" in model_class]
+    order = [*inspect.signature(model.forward).parameters][: len(names)]
+    if order != names:
+        # Arguments that are left out stand between: as far as they come without.
+        arguments = arguments[: next(i for i, pair in enumerate(zip(order, names, strict=True)) if pair[0] != pair[1])]
+    with torch.no_grad():
+        expected, actual = model(*arguments)[0], fast(*arguments)[0]
+    kept = given["attention_mask"].bool()
+    if actual.shape[:2] == kept.shape:
+        expected, actual = expected[kept], actual[kept]
+    assert float((actual - expected).abs().max()) <= 1e-4
+
+
 def in_place(model: Any) -> None:
     with torch.no_grad():
         for weight in model.parameters():
@@ -326,11 +369,15 @@ def test_nan_stays_nan() -> None:
     for family, name in {
         family: name for name, family in CLASSES if name.endswith("ForSequenceClassification")
     }.items():
-        model = tiny_model(name, family)
+        model = tiny_model(name, family, attn_implementation="eager")
         with torch.no_grad():
-            [*model.parameters()][-6][..., 0] = float("nan")
-            expected = model(IDS).logits.isnan()
-            assert torch.equal(fastcls.optimize(model)(IDS).logits.isnan(), expected), family
+            for place in ("key", "classifier", "out"):
+                each = copy.deepcopy(model)
+                names = [name for name, _ in each.named_parameters() if place in name and name.endswith("bias")]
+                if names:
+                    each.get_parameter(names[-1])[0] = float("nan")
+                    expected = each(IDS).logits.isnan()
+                    assert torch.equal(fastcls.optimize(each)(IDS).logits.isnan(), expected), (family, names[-1])
 
 
 def test_every_task_has_a_fast_model() -> None:

@@ -6,8 +6,10 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file, save_model
 from support import TINY_FAMILIES, live_bytes, tiny_bert, tiny_model
 from test_families import CLASSES, FILLERS
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
 import fastcls
 
@@ -194,12 +196,22 @@ def by_other_parameters(model: Any) -> None:
             setattr(module, name, fresh[id(weight)])
 
 
+def by_a_fused_optimizer(model: Any) -> None:
+    # It writes to weights without counting.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
+    model(input_ids=IDS, return_dict=False)[0].square().sum().backward()
+    optimizer.step()
+
+
 def one_alone(model: Any) -> None:
     with torch.no_grad():
         next(weight for name, weight in model.named_parameters() if name.endswith("bias")).add_(0.5)
 
 
-CHANGES = [in_place, by_an_optimizer, by_loading, by_assigning, by_other_tensors, by_other_parameters, one_alone]
+CHANGES = [
+    *(in_place, by_an_optimizer, by_a_fused_optimizer, by_loading, by_assigning, by_other_tensors, by_other_parameters),
+    one_alone,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -307,6 +319,10 @@ def another_shape(model: Any) -> None:
     model.resize_token_embeddings(250, mean_resizing=False)
 
 
+def one_layer_more(model: Any) -> None:
+    model.bert.encoder.layer.append(copy.deepcopy(model.bert.encoder.layer[0]))
+
+
 def a_weight_less(model: Any) -> None:
     model.classifier.bias = None
 
@@ -317,6 +333,7 @@ def a_weight_less(model: Any) -> None:
         (another_module, r"^classifier of the model .* another module stands there: optimize the model again"),
         (another_shape, "word_embeddings.* of the model that this one was made of was replaced since"),
         (a_weight_less, r"^classifier.bias of the model .* it is None"),
+        (one_layer_more, r"^bert.encoder.layer.0 of the model .* more or fewer modules"),
     ],
 )
 def test_a_model_that_became_another_one_is_named(change: Callable[[Any], None], message: str) -> None:
@@ -440,3 +457,111 @@ def test_save_pretrained_reads_back_what_was_followed(tmp_path: Path) -> None:
     fast.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(answer(again), answer(model))
+
+
+def test_a_tie_that_is_cut_is_named() -> None:
+    model = tiny_model("BertForMaskedLM", "bert")
+    fast = fastcls.optimize(model)
+    model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
+    with pytest.raises(
+        RuntimeError, match=r"cls.predictions.decoder.(bias|weight) of the model .* is tied to .* no longer"
+    ):
+        fast(IDS)
+
+
+def gone(model: list[Any], _fast: Any) -> None:
+    model.clear()
+    gc.collect()
+
+
+def no_longer_followed(_model: list[Any], fast: Any) -> None:
+    fast.stop_following()
+
+
+def released_to_another(model: list[Any], _fast: Any) -> None:
+    fastcls.optimize(model[0], release=True)
+
+
+def saved(_model: list[Any], fast: Any) -> Any:
+    return pickle.loads(pickle.dumps(fast))
+
+
+@pytest.mark.parametrize("end", [gone, no_longer_followed, released_to_another, saved])
+def test_a_change_just_before_following_ends_is_not_lost(end: Callable[[list[Any], Any], Any]) -> None:
+    model = [tiny_bert()]
+    fast = fastcls.optimize(model[0])
+    in_place(model[0])
+    expected = answer(model[0])
+    fast = end(model, fast) or fast
+    assert float((answer(fast) - expected).abs().max()) <= 2e-5
+
+
+def test_what_is_loaded_into_the_base_model_is_not_the_originals() -> None:
+    model = tiny_bert()
+    kept = answer(model)
+    fast = fastcls.optimize(model)
+    encoder = fast.base_model
+    encoder.load_state_dict({name: weight * 1.1 for name, weight in encoder.state_dict().items()})
+    assert torch.equal(answer(model), kept)
+    assert not torch.allclose(answer(fast), kept)
+    again = fastcls.optimize(model).base_model
+    again.stop_following()
+    before = answer(again)
+    in_place(model)
+    assert torch.equal(answer(again), before)
+
+
+def test_threads_optimize_side_by_side_and_leave_torch_as_it_was() -> None:
+    models = [tiny_bert(num_hidden_layers=layers, hidden_dropout_prob=layers / 100) for layers in (1, 2, 4, 5)]
+    before = (nn.init.kaiming_uniform_, nn.init.normal_)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(fastcls.optimize, models))
+    assert (nn.init.kaiming_uniform_, nn.init.normal_) == before
+    for fast, model in zip(made, models, strict=True):
+        assert_follows(fast, model)
+
+
+def test_a_thread_that_trains_and_others_that_call() -> None:
+    model = tiny_model("DebertaV2ForSequenceClassification", "deberta-v2")
+    fast = fastcls.optimize(model)
+    done = threading.Event()
+
+    def call() -> int:
+        calls = 0
+        while not done.is_set():
+            answer(fast)
+            calls += 1
+        return calls
+
+    with ThreadPoolExecutor(2) as pool:
+        callers = [pool.submit(call) for _ in range(2)]
+        for _ in range(20):
+            by_loading(model, assign=True)
+            in_place(model)
+        done.set()
+        assert all(caller.result() for caller in callers)
+    assert_follows(fast, model)
+
+
+def odd_head(model: Any) -> None:
+    model.classifier = nn.Linear(64, 5)
+
+
+def fewer_layers(model: Any) -> None:
+    del model.bert.encoder.layer[2:]
+
+
+@pytest.mark.parametrize("change", [odd_head, fewer_layers])
+def test_save_pretrained_writes_what_the_modules_are(change: Callable[[Any], None], tmp_path: Path) -> None:
+    model = tiny_bert()
+    change(model)
+    fastcls.optimize(model).save_pretrained(tmp_path)
+    saved_weights = load_file(tmp_path / "model.safetensors")
+    assert saved_weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(saved_weights[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_an_encoder_without_a_pooler_is_saved(tmp_path: Path) -> None:
+    model = BertModel(tiny_bert().config, add_pooling_layer=False).eval()
+    fastcls.optimize(model).save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable
@@ -9,14 +10,17 @@ from typing import Any, cast
 
 import pytest
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from support import tiny_bert, tiny_model
 from test_families import CLASSES
 from test_original import IDS, answer
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
-from transformers import AttentionInterface, BertForSequenceClassification
+from transformers import AttentionInterface, BertForSequenceClassification, modeling_utils
 from transformers.models.bert import modeling_bert
 from transformers.models.bert.modeling_bert import BertPooler, BertSelfAttention
+from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 import fastcls
 
@@ -36,6 +40,28 @@ class MeanPooler(BertPooler):
 class Scaled(nn.Linear):
     def forward(self, rows: Tensor) -> Tensor:
         return super().forward(rows) * 2
+
+
+class GELU(nn.Module):
+    """Of one's own, under the name of torch's."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows * torch.sigmoid(1.702 * rows)
+
+
+class Doubled(nn.Module):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().__call__(*args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+
+class CalledOtherwise(BertForSequenceClassification, Doubled):
+    pass
+
+
+class OnTheHub(PyTorchModelHubMixin, BertForSequenceClassification):  # type: ignore[misc]
+    pass
 
 
 class ModelOfItsOwn(BertForSequenceClassification):
@@ -131,6 +157,30 @@ def positions_in_reverse(model: Any) -> None:
 
 def types_of_ones(model: Any) -> None:
     model.bert.embeddings.token_type_ids.fill_(1)
+
+
+def activation_of_that_name(model: Any) -> None:
+    for each in model.bert.encoder.layer:
+        each.intermediate.intermediate_act_fn = GELU()
+
+
+def patch_what_is_the_same(model: Any) -> None:
+    model.dropout = nn.Identity()
+    model.dropout.forward = lambda rows: rows * 2
+
+
+def layers_named_otherwise(model: Any) -> None:
+    layers = model.bert.encoder.layer
+    layers._modules = dict(reversed([*layers._modules.items()]))
+
+
+def another_config_inside(model: Any) -> None:
+    model.bert.encoder.layer[1].attention.self.config = copy.deepcopy(model.config)
+    model.bert.encoder.layer[1].attention.self.config._attn_implementation = "own"
+
+
+def compiled_to_something_else(model: Any) -> None:
+    model.bert._compiled_call_impl = lambda *_args, **_kwargs: None
 
 
 def hook(model: Any) -> None:
@@ -237,6 +287,11 @@ REFUSED: dict[Callable[[Any], None], str] = {
     embeddings_that_normalise: r"model.bert.embeddings.word_embeddings.max_norm must be None.* got 1.0",
     positions_in_reverse: r"model.bert.embeddings.position_ids must be 0, 1, 2",
     types_of_ones: r"model.bert.embeddings.token_type_ids must be zeros",
+    activation_of_that_name: r"intermediate_act_fn must be a GELUActivation.* got a test_structure.GELU",
+    patch_what_is_the_same: r"model.dropout.forward must be its class's own",
+    layers_named_otherwise: r"model.bert.encoder.layer must be in the order 0, 1, 2.* got in the order 2, 1, 0",
+    another_config_inside: r"model.bert.encoder.layer.1.attention.self.config must be for .* got own",
+    compiled_to_something_else: r"model.bert._compiled_call_impl must be its class's own",
     hook: r"model.bert.encoder.layer.0 must have no forward hooks, got hook.<locals>",
     hook_on_the_model: r"model must have no forward hooks",
     pre_hook: r"model.classifier must have no forward hooks, got pre_hook",
@@ -267,7 +322,12 @@ def test_what_computes_something_else_is_refused_by_its_path(change: Callable[[A
 
 
 @pytest.mark.parametrize(
-    ("model_class", "message"), [(ModelOfItsOwn, "got a .*HalfAttention"), (MaskOfItsOwn, "a loss_function of its own")]
+    ("model_class", "message"),
+    [
+        (ModelOfItsOwn, "got a .*HalfAttention"),
+        (MaskOfItsOwn, "a loss_function of its own"),
+        (CalledOtherwise, "Doubled with a __call__ of its own"),
+    ],
 )
 def test_a_subclass_that_computes_something_else_is_refused(model_class: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -282,22 +342,44 @@ def test_a_subclass_that_computes_something_else_is_refused(model_class: Any, me
         (nn.Linear, "forward"),
         (modeling_bert, "eager_attention_forward"),
         (BertForSequenceClassification, "forward"),
+        (nn.Module, "__call__"),
+        (torch.nn.functional, "embedding"),
+        (RobertaEmbeddings, "create_position_ids_from_input_ids"),
     ],
 )
 def test_patched_classes_and_modules_are_refused(place: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_bert()
+    model = tiny_model("RobertaForSequenceClassification", "roberta") if place is RobertaEmbeddings else tiny_bert()
     old = getattr(place, name)
-    monkeypatch.setattr(place, name, functools.wraps(old)(lambda *args, **kwargs: old(*args, **kwargs)))
+    patched = functools.wraps(old)(lambda *args, **kwargs: old(*args, **kwargs))
+    monkeypatch.setattr(place, name, staticmethod(patched) if place is RobertaEmbeddings else patched)
     with pytest.raises(ValueError, match=rf"{name} must be transformers' own, got .*test_structure.py"):
         fastcls.optimize(model)
 
 
 def test_an_attention_of_transformers_that_was_replaced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_bert(attn_implementation="sdpa")
-    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
-    AttentionInterface._global_mapping["sdpa"] = attention_of_ones_own
+    monkeypatch.setattr(modeling_utils.ALL_ATTENTION_FUNCTIONS, "_local_mapping", {"sdpa": own_attention})
     with pytest.raises(ValueError, match="must be one of transformers' own, got 'sdpa'"):
         fastcls.optimize(model)
+
+
+def test_hooks_on_all_modules_are_refused() -> None:
+    model = tiny_bert()
+    handle = register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="no forward hooks on all modules"):
+            fastcls.optimize(model)
+    finally:
+        handle.remove()
+
+
+def test_code_without_a_file_is_a_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in a notebook's or an interpreter's prompt.
+    typed: dict[str, Any] = {}
+    exec(compile("def forward(self, hidden_states): return hidden_states[:, 0]", "<stdin>", "exec"), typed)
+    monkeypatch.setattr(BertPooler, "forward", typed["forward"])
+    with pytest.raises(ValueError, match=r"BertPooler.forward must be transformers' own, got forward from <stdin>"):
+        fastcls.optimize(tiny_bert())
 
 
 def every_activation(model: Any) -> None:
@@ -377,8 +459,9 @@ def test_what_the_modules_say_is_computed(change: Callable[[Any], None]) -> None
     assert float((answer(fastcls.optimize(model)) - expected).abs().max()) <= 1e-5
 
 
-def test_a_subclass_with_more_methods_is_taken() -> None:
-    model = OnlyMoreMethods(tiny_bert().config).eval()
+@pytest.mark.parametrize("model_class", [OnlyMoreMethods, OnTheHub])
+def test_a_subclass_with_more_methods_is_taken(model_class: Any) -> None:
+    model = model_class(tiny_bert().config).eval()
     assert float((answer(fastcls.optimize(model)) - answer(model)).abs().max()) <= 1e-5
 
 

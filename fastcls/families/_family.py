@@ -137,13 +137,18 @@ def activation_of(config: PreTrainedConfig, name: str) -> Activation:
 def activation_in(module: nn.Module) -> Activation | None:
     """Which of the activations that are computed a module is, or None."""
     name = type(module).__name__
-    if name == "GELU":
-        return "gelu" if getattr(module, "approximate", None) == "none" else "gelu_tanh"
-    known = type(module).__module__.startswith(("torch.nn.", "transformers."))
+    if not type(module).__module__.startswith(("torch.nn.", "transformers.")):
+        return None
     # transformers' GELU calls what stands in this attribute.
     act = getattr(module, "act", F.gelu)
-    if not known or (act is not F.gelu and getattr(act, "__func__", None) is not getattr(module, "_gelu_python", act)):
+    if (
+        name == "GELUActivation"
+        and act is not F.gelu
+        and getattr(act, "__func__", None) is not type(module)._gelu_python
+    ):
         return None
+    if name == "GELU":
+        return "gelu" if getattr(module, "approximate", None) == "none" else "gelu_tanh"
     return _ACTIVATION_CLASSES.get(name)
 
 
