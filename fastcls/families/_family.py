@@ -144,7 +144,7 @@ def activation_in(module: nn.Module) -> Activation | None:
     if (
         name == "GELUActivation"
         and act is not F.gelu
-        and getattr(act, "__func__", None) is not type(module)._gelu_python
+        and getattr(act, "__func__", None) is not getattr(type(module), "_gelu_python", None)
     ):
         return None
     if name == "GELU":
