@@ -363,7 +363,7 @@ class FastModel(nn.Module):
             kwargs: passed on to transformers' ``save_pretrained``.
         """
         with torch.device("meta"):
-            model = self.model_class(self.config)
+            model = nn.Module.to(self.model_class(self.config), self.dtype)
         # The weights are given apart: they are the modules' as these are, where the config may say otherwise.
         model.save_pretrained(save_directory, **{"state_dict": self.state_dict(), **kwargs})
 
