@@ -115,7 +115,8 @@ class Graphs:
         self._new_capture = CudaCapture if new_capture is None else new_capture
         self._max_graphs = max_graphs
         self._max_pool_bytes = max_pool_bytes
-        self._lock = threading.Lock()
+        # Entered again where an original goes while its graphs are at work, and takes its last change with it.
+        self._lock = threading.RLock()
         self._graphs: OrderedDict[GraphKey, Captured] = OrderedDict()
         # Since the shape's graph last went, and how often it did.
         self._uses: Counter[GraphKey] = Counter()
