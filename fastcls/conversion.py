@@ -103,7 +103,7 @@ def optimize(
         *(type(model), model.config, spec, head, weight_map, weights), last_layer, cuda_graphs, batch_invariant
     )
     if release:
-        settle_all()
+        settle_all(model)
         release_weights(model)
     else:
         fast.follow(original)

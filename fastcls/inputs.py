@@ -165,6 +165,9 @@ class Reader(NamedTuple):
             TypeError: something that is not an integer.
             ValueError: an empty or too long sequence, an id outside its table, or shapes that differ.
         """
+        for each in token_ids:
+            if not hasattr(each, "__len__"):
+                raise TypeError(f"token_ids must hold a sequence of ids for each text, got {each!r}")
         lengths = [len(ids) for ids in token_ids]
         if not lengths:
             return None

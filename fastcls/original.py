@@ -207,6 +207,13 @@ class Original:
             seen, moved = self._seen, False
             # Before anything is copied: what is written meanwhile is another change.
             is_doubted, self.is_doubted = self.is_doubted, False
+            try:
+                for slot, tensor in zip(seen.slots, seen.tensors, strict=True):
+                    self._check(slot, slot.place.get(slot.key), tensor)
+            except RuntimeError:
+                # What was doubted still is, once this is mended.
+                self.is_doubted = is_doubted
+                raise
             fresh = _look(seen.slots)
             counts = {id(tensor): count for tensor, count in zip(seen.counting, seen.versions, strict=True)}
             now: dict[str, list[Tensor]] = {}
@@ -219,7 +226,6 @@ class Original:
                 seen.slots, seen.tensors, seen.pointers, fresh.tensors, fresh.pointers, strict=True
             ):
                 own = slot.own
-                self._check(slot, found, tensor)
                 assert found is not None
                 now.setdefault(own, []).append(found)
                 pointers[own] = pointer
@@ -245,8 +251,12 @@ class Original:
 
     def doubt_if(self, stepped: set[int]) -> None:
         """The same where one of them is among tensors, by their ids."""
-        if any(id(tensor) in stepped for tensor in self._seen.tensors):
+        if self.reads(stepped):
             self.doubt()
+
+    def reads(self, tensors: set[int]) -> bool:
+        """Whether a weight is among tensors, by their ids."""
+        return any(id(tensor) in tensors for tensor in self._seen.tensors)
 
     def before_it_goes(self) -> None:
         """What the original was when it went is what the fast model goes on with."""
@@ -404,10 +414,12 @@ def _refuse(name: str, what: str) -> NoReturn:
     )
 
 
-def settle_all() -> None:
-    """Brings all fast models up to their originals."""
+def settle_all(model: nn.Module) -> None:
+    """Brings the fast models that follow a model's weights up to it, before these go."""
+    going = {id(weight) for weight in model.parameters()}
     for original in list(_followed):
-        original.settle()
+        if original.reads(going):
+            original.before_it_goes()
 
 
 _hooked: list[object] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -197,7 +198,12 @@ class FastClassifier(TaskModel):
         if labels is not None and (labels.ndim == 0 or labels.shape[0] != texts):
             raise ValueError(f"labels must have one row for each of the {texts} texts, got {tuple(labels.shape)}")
         logits = self._text_rows(batch)
-        loss = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
+        loss = None
+        if labels is not None and self.config.model_type == "deberta-v2" and self.config.problem_type is None:
+            loss, logits = _deberta_loss(labels, logits)
+        elif labels is not None:
+            # Into a copy of the config it writes which kind of labels it took these for.
+            loss = ForSequenceClassificationLoss(labels, logits, copy.copy(self.config))
         return self._given(SequenceClassifierOutput(loss=loss, logits=logits), return_dict)
 
     def logits_of(
@@ -379,6 +385,7 @@ class FastQuestionAnswerer(TaskModel):
         for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
             if positions is not None and positions.numel() != texts:
                 raise ValueError(f"{name} must be one for each of the {texts} texts, got {tuple(positions.shape)}")
+            _check_positions(name, positions, attention_mask)
         if self._out_features() != 2:
             raise ValueError(f"config.num_labels must be 2 for question answering, got {self._out_features()}")
         start, end = self._token_rows(batch, torch.finfo(self.dtype).min).unbind(2)
@@ -666,6 +673,21 @@ class FastEncoder(TaskModel):
             return unpack_selected(self._run(self._source(batch, how, wanted), how))[0]
 
 
+def _deberta_loss(labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """DeBERTa's own loss where its config names no kind of labels, and the logits as it gives them then."""
+    labels = labels.to(logits.device)
+    if logits.shape[1] == 1:
+        logits = logits.view(-1).to(labels.dtype)
+        return F.mse_loss(logits, labels.view(-1)), logits
+    if labels.ndim > 1 and labels.shape[-1] > 1:
+        return -(logits.log_softmax(-1) * labels).sum(-1).mean(), logits
+    labels = labels.view(-1)
+    known = labels >= 0
+    if not bool(known.any()):
+        return torch.tensor(0).to(logits), logits
+    return F.cross_entropy(logits[known].float(), labels[known].long()), logits
+
+
 def _output_class(model_class: type[PreTrainedModel]) -> type[BaseModelOutput]:
     """What the transformers model of an encoder gives."""
     if model_class is PreTrainedModel:
@@ -674,6 +696,20 @@ def _output_class(model_class: type[PreTrainedModel]) -> type[BaseModelOutput]:
     family, _ = family_of_class(model_class)
     found: type[BaseModelOutput] = getattr(modeling_outputs, family.output)
     return found
+
+
+def _check_positions(name: str, positions: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Answers stand where tokens are; beyond the end they are left out, as transformers does."""
+    if positions is None or attention_mask is None or torch.compiler.is_compiling():
+        return
+    mask, places = attention_mask.cpu() != 0, positions.cpu().view(-1)
+    inside = (places >= 0) & (places < mask.shape[1])
+    wrong = inside & ~mask.gather(1, places.clamp(0, mask.shape[1] - 1)[:, None].long())[:, 0]
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name} must point to a token, got {int(places[row])} for text {row}, where attention_mask is 0"
+        )
 
 
 def _check_token_labels(labels: Tensor | None, shape: torch.Size, attention_mask: Tensor | None) -> None:

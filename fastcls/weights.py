@@ -62,8 +62,8 @@ def map_weights(model: PreTrainedModel, family: Family, config: PreTrainedConfig
     differing = sorted(parameters.keys() - names - aliases.keys())
     if differing:
         raise ValueError(
-            "model must have just the parameters of its class (merge or remove adapters first); "
-            f"these differ: {', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''}"
+            f"model.{differing[0]} must be tied to another weight, as transformers ties it: call model.tie_weights() "
+            "(models whose config says tie_word_embeddings=False are not taken)"
         )
     for name, parameter in parameters.items():
         check_plain(f"model.{name}", parameter)

@@ -380,5 +380,42 @@ def test_nan_stays_nan() -> None:
                     assert torch.equal(fastcls.optimize(each)(IDS).logits.isnan(), expected), (family, names[-1])
 
 
+@pytest.mark.parametrize("family", ["bert", "deberta-v2"])
+@pytest.mark.parametrize(
+    ("num_labels", "labels"),
+    [
+        (3, torch.tensor([0, 2, 1])),
+        (3, torch.tensor([[1.0, 0, 1], [0, 0, 1], [0, 1, 0]])),
+        (1, torch.tensor([0.5, 1.5, -1.0])),
+    ],
+)
+def test_losses_are_the_classs_own_and_leave_the_config_alone(num_labels: int, labels: Tensor, family: str) -> None:
+    name = {"bert": "BertForSequenceClassification", "deberta-v2": "DebertaV2ForSequenceClassification"}[family]
+    model = tiny_model(name, family, num_labels=num_labels)
+    fast = fastcls.optimize(model)
+    actual = fast(IDS, labels=labels)
+    assert model.config.problem_type is None
+    with torch.no_grad():
+        expected = model(IDS, labels=labels)
+    assert float((actual.loss - expected.loss).abs()) <= 1e-4
+    assert actual.logits.shape == expected.logits.shape
+
+
+def test_debertas_loss_leaves_out_what_has_no_label() -> None:
+    model = tiny_model("DebertaV2ForSequenceClassification", "deberta-v2")
+    labels = torch.tensor([1, -1, 2])
+    with torch.no_grad():
+        expected = model(IDS, labels=labels).loss
+    assert float((fastcls.optimize(model)(IDS, labels=labels).loss - expected).abs()) <= 1e-4
+
+
+def test_an_answer_in_the_padding_is_refused() -> None:
+    fast = fastcls.optimize(tiny_model("BertForQuestionAnswering", "bert"))
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0], [1] * 6])
+    ends = torch.tensor([2, 4, 9])
+    with pytest.raises(ValueError, match="end_positions must point to a token, got 4 for text 1, where the mask is 0"):
+        fast(IDS, mask, start_positions=torch.tensor([1, 1, 1]), end_positions=ends)
+
+
 def test_every_task_has_a_fast_model() -> None:
     assert {type(fastcls.optimize(tiny_model(name, family))) for name, family in CLASSES} == {*TASKS.values()}

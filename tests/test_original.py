@@ -496,6 +496,28 @@ def test_a_change_just_before_following_ends_is_not_lost(end: Callable[[list[Any
     assert float((answer(fast) - expected).abs().max()) <= 2e-5
 
 
+def test_a_release_is_nobody_elses_affair() -> None:
+    model, other = tiny_bert(), tiny_bert()
+    fast, unrelated = fastcls.optimize(model), fastcls.optimize(other)
+    other.resize_token_embeddings(250, mean_resizing=False)
+    released = fastcls.optimize(model, release=True)
+    assert torch.equal(answer(released), answer(fast))
+    with pytest.raises(RuntimeError, match="was replaced since"):
+        unrelated(IDS)
+
+
+def test_a_doubt_outlasts_a_refusal() -> None:
+    model = tiny_bert()
+    fast = fastcls.optimize(model)
+    model.bert.encoder.layer[0].attention.self.query.weight.data.mul_(3)
+    fast.clear_caches()
+    kept, model.classifier.weight = model.classifier.weight, nn.Parameter(torch.zeros(3, 32))
+    with pytest.raises(RuntimeError, match="its shape was"):
+        fast(IDS)
+    model.classifier.weight = kept
+    assert_follows(fast, model)
+
+
 def test_what_is_loaded_into_the_base_model_is_not_the_originals() -> None:
     model = tiny_bert()
     kept = answer(model)
