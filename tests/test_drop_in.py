@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from support import TINY_FAMILIES, tiny_bert, tiny_model
 from test_families import CLASSES, every_class, shaped_for
 from torch import Tensor, nn
@@ -356,7 +357,10 @@ def test_labels_of_any_kind_are_no_hindrance() -> None:
         vocab_size=100, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96
     )
     labels: Any = {number: ("a", int(number)) for number in numbers}
-    config.id2label, config.label2id = labels, {label: number for number, label in labels.items()}
+    try:
+        config.id2label, config.label2id = labels, {label: number for number, label in labels.items()}
+    except StrictDataclassFieldValidationError as error:
+        pytest.skip(f"transformers {transformers.__version__} refuses such labels itself: {error!r:.60}")
     config.note = {(1, 2): torch.float32}
     model = transformers.BertForSequenceClassification(config).eval()
     fast = fastcls.optimize(model)
@@ -413,7 +417,7 @@ def test_an_answer_in_the_padding_is_refused() -> None:
     fast = fastcls.optimize(tiny_model("BertForQuestionAnswering", "bert"))
     mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0], [1] * 6])
     ends = torch.tensor([2, 4, 9])
-    with pytest.raises(ValueError, match="end_positions must point to a token, got 4 for text 1, where the mask is 0"):
+    with pytest.raises(ValueError, match="end_positions must point to a token, got 4 for text 1, where attention_mask"):
         fast(IDS, mask, start_positions=torch.tensor([1, 1, 1]), end_positions=ends)
 
 
