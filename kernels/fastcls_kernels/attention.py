@@ -13,6 +13,7 @@ all that is further away.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -397,6 +398,8 @@ def _attention_runs(
     terms = None if bias is None and window == NO_WINDOW else _ScoreTerms(layout, window, bias, q)
     longest_short = SHORT if q.dtype.itemsize >= 4 else FEW_KEYS - 1
     unused = q.new_empty(1, 1, 1, dtype=torch.promote_types(q.dtype, torch.float32))
+    # Looked at once for all; but where no text may change another's bits, once a run.
+    is_finite = None if q.dtype.itemsize >= 4 or is_batch_invariant() else _is_finite(q, k)
     for run in layout.runs:
         if run.length <= longest_short and (terms is None or (bias is None and _all_in_window(run, window, layout))):
             _attend_short(q, k, v, out, run, scale, unused)
@@ -406,11 +409,10 @@ def _attention_runs(
         queries, keys, values, attended = (run.batch(tensor).transpose(1, 2) for tensor in (q, k, v, out))
         if terms is not None and (bias is not None or not _all_in_window(run, window, layout)):
             for rows, near in _blocks(run.length, window):
-                attended[:, :, rows] = attend_batch(
-                    queries[:, :, rows], keys[:, :, near], values[:, :, near], scale, terms.block(run, rows, near)
-                )
+                near_by = (queries[:, :, rows], keys[:, :, near], values[:, :, near])
+                attended[:, :, rows] = attend_batch(*near_by, scale, terms.block(run, rows, near), is_finite=is_finite)
         else:
-            attended.copy_(attend_batch(queries, keys, values, scale))
+            attended.copy_(attend_batch(queries, keys, values, scale, is_finite=is_finite))
         end_token = run.end_token
     out[end_token:] = 0
     return out
@@ -547,25 +549,34 @@ def _attention_rows(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, scale: flo
     return out
 
 
-def attend_batch(queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Attention of (batch, nheads, rows, headdim) on a CPU; ``bias`` is added to the scores."""
+def attend_batch(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    *,
+    is_finite: bool | None = None,
+) -> Tensor:
+    """Attention of (batch, nheads, rows, headdim) on a CPU; ``bias`` is added to the scores.
+
+    ``is_finite`` says what is known of queries and keys; None has them looked at, where that matters.
+    """
     few, dtype = bias is None and keys.shape[2] < FEW_KEYS, queries.dtype
+    if dtype.itemsize < 4 and not few and is_finite is None:
+        is_finite = _is_finite(queries, keys)
     # The exponential of the fused attention in 16 bits makes a number of inf - inf.
-    if dtype.itemsize < 4 and (few or not _is_finite(queries, keys)):
+    if dtype.itemsize < 4 and (few or not is_finite):
         queries, keys, values = (tensor.float() for tensor in (queries, keys, values))
     if not few:
         return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale).to(dtype)
     return ((queries @ keys.transpose(2, 3) * scale).softmax(-1) @ values).to(dtype)
 
 
-def _is_finite(*tensors: Tensor) -> bool:
-    """Whether all their numbers are; in float32 a sum that overflows is taken for one that is not."""
-    return all(
-        # What is faster in each.
-        bool((tensor.sum() if tensor.dtype.itemsize >= 4 else torch.stack(torch.aminmax(tensor))).isfinite().all())
-        for tensor in tensors
-        if tensor.numel()
-    )
+def _is_finite(q: Tensor, k: Tensor) -> bool:
+    """Whether all their numbers are; a sum that overflows is taken for one that is not."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return math.isfinite(float(q.sum(dtype=dtype)) + float(k.sum(dtype=dtype)))
 
 
 def check_keys_values(q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:
