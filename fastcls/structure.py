@@ -248,7 +248,11 @@ def _refuse_class(path: str, module: nn.Module, wanted: _Expected) -> NoReturn:
 
 def advice_for(module: object) -> str:
     """What to do about a module, or a wrapper, that is not transformers' own."""
-    name = _class_name(module).lower()
+    return _advice(_class_name(module))
+
+
+def _advice(name: str) -> str:
+    name = name.lower()
     if "peft" in name or "lora" in name or "adapter" in name:
         return "merge adapters into the weights first, with merge_and_unload() of the PEFT model"
     if any(word in name for word in ("quant", "bitsandbytes", "bnb", "8bit", "4bit", "int8", "gptq", "awq", "hqq")):
@@ -453,7 +457,8 @@ def _check_subclass(found: type[PreTrainedModel], base: type[PreTrainedModel]) -
                 and not any(part in name for part in _NOT_IN_FORWARD)
             ):
                 raise ValueError(
-                    f"model must compute as {base.__name__} does, got {each.__qualname__} with a {name} of its own"
+                    f"model must compute as {base.__name__} does, got {each.__qualname__} with a {name} of its own: "
+                    f"{_advice(each.__qualname__)}"
                 )
 
 
