@@ -71,8 +71,9 @@ def optimize(
             raise ValueError("mask_token_id and dense must be left out for models of sentence-transformers")
         if batch_invariant:
             check_computes_nothing_else(model)
-        inner = partial(optimize, last_layer=last_layer, cuda_graphs=cuda_graphs, release=release)
-        inner = partial(inner, batch_invariant=batch_invariant)
+        inner = partial(
+            optimize, last_layer=last_layer, cuda_graphs=cuda_graphs, batch_invariant=batch_invariant, release=release
+        )
         return optimize_sentence_model(model, inner, select)
     if not isinstance(model, PreTrainedModel):
         name = f"{type(model).__module__}.{type(model).__qualname__}"

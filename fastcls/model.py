@@ -453,19 +453,24 @@ class FastModel(nn.Module):
                 "would pass them by"
             )
 
+    def _hooked_inside(self) -> list[tuple[str, nn.Module]]:
+        """The modules below this one that have forward hooks, by their names."""
+        return [
+            (name, module)
+            for name, module in self.named_modules()
+            if name and (module._forward_hooks or module._forward_pre_hooks)
+        ]
+
     def _check_no_hooks_inside(self) -> None:
-        for name, module in self.named_modules():
-            if name and (module._forward_hooks or module._forward_pre_hooks):
-                raise RuntimeError(
-                    f"{name} must have no forward hooks in a graph, which would pass them by: remove them, or call the "
-                    "model outside of what is compiled or exported"
-                )
+        for name, _ in self._hooked_inside():
+            raise RuntimeError(
+                f"{name} must have no forward hooks in a graph, which would pass them by: remove them, or call the "
+                "model outside of what is compiled or exported"
+            )
 
     def _check_hooks(self, how: How) -> None:
         """Refuses hooks on modules that a pass does not call as a whole."""
-        for name, module in self.named_modules():
-            if not name or not (module._forward_hooks or module._forward_pre_hooks):
-                continue
+        for name, module in self._hooked_inside():
             reason = self._never_called(name, module, how)
             if reason is not None:
                 raise RuntimeError(f"{name} must have no forward hooks, which would not run: {reason}")

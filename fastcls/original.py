@@ -8,6 +8,7 @@ of them are looked at before each pass: some 20 microseconds for BERT-base.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -59,7 +60,6 @@ class _Slot(NamedTuple):
 
     Attributes:
         own: the name of the weight of ours that it belongs to.
-        part: which of the weights it is that ours is made of.
         name: its name in the original.
         place: the ``_parameters`` or ``_buffers`` of its module.
         key: its key there.
@@ -67,7 +67,6 @@ class _Slot(NamedTuple):
     """
 
     own: str
-    part: int
     name: str
     place: dict[str, Tensor | None]
     key: str
@@ -142,11 +141,11 @@ class Original:
         structure = _Structure([], [], [], [], [])
         modules: dict[str, nn.Module] = {"": model}
         for own, names in self._names.items():
-            for part, name in enumerate(names):
+            for name in names:
                 path, _, key = name.rpartition(".")
                 module = _module_at(path, modules, structure)
-                place: Any = module._parameters if key in module._parameters else module._buffers
-                slots.append(_Slot(own, part, name, place, key, place[key].shape))
+                place = _tensors_of(module, key)
+                slots.append(_Slot(own, name, place, key, place[key].shape))
                 owners[id(module)] = module
         self._structure: _Structure | None = structure
         self._ties = [
@@ -349,12 +348,10 @@ def _look(slots: list[_Slot], before: _Seen | None = None, kept: Iterable[int] =
     if before is None:
         tensors = [slot.place.get(slot.key) for slot in slots]
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
         versions = {id(tensor): tensor._version for tensor in tensors if tensor is not None and _counts(tensor)}
     else:
         tensors = [before.tensors[index] for index in kept]
         pointers = [before.pointers[index] for index in kept]
-        storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
         versions = {id(tensor): count for tensor, count in zip(before.counting, before.versions, strict=True)}
     counting = [tensor for tensor in tensors if tensor is not None and id(tensor) in versions]
     return _Seen(
@@ -365,7 +362,7 @@ def _look(slots: list[_Slot], before: _Seen | None = None, kept: Iterable[int] =
         pointers,
         counting,
         [versions[id(tensor)] for tensor in counting],
-        storages,
+        [tensor.untyped_storage() for tensor in tensors if tensor is not None],
     )
 
 
@@ -376,9 +373,12 @@ def _counts(tensor: Tensor) -> bool:
 
 def _place_of(model: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
     path, _, key = name.rpartition(".")
-    module = model.get_submodule(path)
-    place: Any = module._parameters if key in module._parameters else module._buffers
-    return place, key
+    return _tensors_of(model.get_submodule(path), key), key
+
+
+def _tensors_of(module: nn.Module, key: str) -> Any:
+    """The dictionary of a module that holds a tensor: its parameters or its buffers."""
+    return module._parameters if key in module._parameters else module._buffers
 
 
 def set_weight(model: nn.Module, name: str, weight: Tensor) -> None:
@@ -422,12 +422,10 @@ def settle_all(model: nn.Module) -> None:
             original.before_it_goes()
 
 
-_hooked: list[object] = []
-
-
+@functools.cache
 def _follow_optimizers() -> None:
-    if not _hooked:
-        _hooked.append(register_optimizer_step_post_hook(_doubt_after_step))
+    """Has all optimizers tell of their steps: once, and not before a model is followed."""
+    register_optimizer_step_post_hook(_doubt_after_step)
 
 
 def release(model: nn.Module) -> None:

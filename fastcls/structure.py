@@ -12,7 +12,7 @@ import functools
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, NoReturn
@@ -44,8 +44,8 @@ _WITHOUT_EFFECT = frozenset(
         "layer_idx",
         "layer_types",
         "loss_type",
-        "n_layers",
         "max_seq_len_cached",
+        "n_layers",
         "name_or_path",
         "norm_type",
         "num_embeddings",
@@ -67,21 +67,8 @@ _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _MARKS = frozenset({"_is_hf_initialized"})
 # Methods that a subclass may replace: none of them is reached from `forward`.
 _NOT_IN_FORWARD = (
-    *(
-        "__new__",
-        "pretrained",
-        "hub",
-        "init",
-        "weights",
-        "state_dict",
-        "save",
-        "load",
-        "train",
-        "eval",
-        "parameters",
-        "repr",
-    ),
-    *("embeddings", "gradient_checkpointing", "generat", "subclass", "reduce", "setstate", "getstate", "card"),
+    *("__new__", "pretrained", "hub", "init", "weights", "state_dict", "save", "load", "train", "eval", "parameters"),
+    *("repr", "embeddings", "gradient_checkpointing", "generat", "subclass", "reduce", "setstate", "getstate", "card"),
 )
 
 
@@ -213,10 +200,9 @@ def check_structure(
     _check_attention(model)
     for hooks in (module_calls._global_forward_hooks, module_calls._global_forward_pre_hooks):
         if hooks:
-            names = ", ".join(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks.values())
             raise ValueError(
-                f"there must be no forward hooks on all modules (torch.nn.modules.module), got {names}: fastcls would "
-                "pass them by"
+                "there must be no forward hooks on all modules (torch.nn.modules.module), got "
+                f"{_names_of(hooks.values())}: fastcls would pass them by"
             )
 
 
@@ -270,11 +256,14 @@ def _check_hooks(path: str, module: nn.Module) -> None:
     # answer.
     strangers = [hook for hook in hooks if not isinstance(hook, FunctionType) or not _is_in(hook, _TRANSFORMERS)]
     if strangers:
-        names = ", ".join(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in strangers)
         raise ValueError(
-            f"{f'model.{path}' if path else 'model'} must have no forward hooks, got {names}: fastcls would pass them "
-            "by. Remove them (handle.remove()), or register them on what optimize returns"
+            f"{f'model.{path}' if path else 'model'} must have no forward hooks, got {_names_of(strangers)}: fastcls "
+            "would pass them by. Remove them (handle.remove()), or register them on what optimize returns"
         )
+
+
+def _names_of(hooks: Iterable[object]) -> str:
+    return ", ".join(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks)
 
 
 def _check_shadows(path: str, module: nn.Module) -> None:

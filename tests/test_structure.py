@@ -70,7 +70,7 @@ class ModelOfItsOwn(BertForSequenceClassification):
         replace_attention(self)
 
 
-class MaskOfItsOwn(BertForSequenceClassification):
+class LossOfItsOwn(BertForSequenceClassification):
     def loss_function(self, *args: Any, **kwargs: Any) -> Any:
         return super().loss_function(*args, **kwargs) * 2
 
@@ -325,7 +325,7 @@ def test_what_computes_something_else_is_refused_by_its_path(change: Callable[[A
     ("model_class", "message"),
     [
         (ModelOfItsOwn, "got a .*HalfAttention"),
-        (MaskOfItsOwn, "a loss_function of its own"),
+        (LossOfItsOwn, "a loss_function of its own"),
         (CalledOtherwise, "Doubled with a __call__ of its own"),
     ],
 )
