@@ -352,10 +352,10 @@ def test_logits_that_are_off_are_not_fine_where_no_label_changed(
     model = sized(tokenizer, "BertForSequenceClassification", num_labels=2)
     with torch.no_grad():
         # One label for all texts, so that none changes below.
-        model.classifier.bias[0] += 100.0
+        model.classifier.bias[0] += 10.0
 
     def scale(fast: Any) -> None:
-        fast.head.out_weight.mul_(1.01)
+        fast.head.out_weight.mul_(1.5)
 
     def lose_a_logit(fast: Any) -> None:
         fast.head.out_bias[1] = -float("inf")
