@@ -53,6 +53,11 @@ class How(NamedTuple):
     pools: bool
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module as a whole does more than its class's ``forward``: hooks, or another one set on it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def check_last_layer(last_layer: str) -> None:
     """Raises ValueError where ``last_layer`` is no rung of the ladder."""
     if last_layer not in get_args(LastLayer):
@@ -466,7 +471,7 @@ class Encoder(nn.Module):
 
     def _leaves_norm(self, layer: EncoderLayer, states: States, wanted: Wanted, last_layer: LastLayer) -> bool:
         last = len(self.spec.layers) - 1
-        hooked = layer._forward_hooks or layer._forward_pre_hooks
+        hooked = has_hooks(layer)
         convolved = last == 1 and self.convolution is not None
         return (
             not hooked

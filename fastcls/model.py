@@ -19,7 +19,7 @@ from fastcls_kernels import batch_invariant, explain_backend, is_batch_invariant
 
 from . import traced
 from .convolution import EmbeddingConvolution
-from .encoder import Encoder, How, LastLayer, check_last_layer
+from .encoder import Encoder, How, LastLayer, check_last_layer, has_hooks
 from .graphs import Graphs, being_captured, bucket_of, max_graph_tokens
 from .heads import Head
 from .inputs import Batch, Reader
@@ -105,7 +105,7 @@ class FastModel(nn.Module):
         self.register_load_state_dict_pre_hook(_from_checkpoint_names)
         self.register_load_state_dict_post_hook(_forget_caches)
         self._graphs = self._new_graphs()
-        self._hooks = self._all_hooks()
+        self._watch_hooks()
         self._order = _own_order(cast("Any", model_class), cast("Any", type(self)))
         self.batch_invariant = batch_invariant
         self.eval()
@@ -113,13 +113,13 @@ class FastModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes graphs of its own, over its own weights.
         self._follow()
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_hooks")}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_hooks", "_inside")}
         return {**state, "_original": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._graphs = self._new_graphs()
-        self._hooks = self._all_hooks()
+        self._watch_hooks()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Each class of transformers has an order of its own, some without token types, some with positions later.
@@ -140,9 +140,15 @@ class FastModel(nn.Module):
 
         return Graphs(run, self.spec.max_positions)
 
-    def _all_hooks(self) -> list[Mapping[int, Any]]:
-        """Where modules keep their hooks: empty ones are passed by in no time."""
-        return [hooks for module in self.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    def _watch_hooks(self) -> None:
+        """Notes where modules keep hooks, and what is set on them: each call looks there, in a microsecond or two."""
+        modules = list(self.modules())
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._inside = [vars(module) for module in modules[1:]]
+
+    def _are_hooked(self) -> bool:
+        """Whether a module has hooks, or one inside has another ``forward`` set on it."""
+        return any(self._hooks) or any("forward" in state for state in self._inside)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastModel:
         # Every way of moving or converting the weights comes through here.
@@ -228,7 +234,7 @@ class FastModel(nn.Module):
 
     def current_weights(self) -> list[Tensor]:
         """The weights in their order, brought up to the original's; for graphs, which pass hooks inside by."""
-        if any(self._hooks):
+        if self._are_hooked():
             self._check_no_hooks_inside()
         self._follow()
         return [weight for _, weight in self.weights()]
@@ -447,25 +453,21 @@ class FastModel(nn.Module):
 
     def _check_no_hooks_of_its_own(self, method: str) -> None:
         """Hooks on the model, or another ``forward`` set on it, are part of what calling it gives."""
-        if self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__:
+        if has_hooks(self):
             raise RuntimeError(
                 f"a {type(self).__name__} with forward hooks, or another forward, must be called as a whole: {method} "
                 "would pass them by"
             )
 
     def _hooked_inside(self) -> list[tuple[str, nn.Module]]:
-        """The modules below this one that have forward hooks, by their names."""
-        return [
-            (name, module)
-            for name, module in self.named_modules()
-            if name and (module._forward_hooks or module._forward_pre_hooks)
-        ]
+        """The modules below this one that have forward hooks, or another ``forward``, by their names."""
+        return [(name, module) for name, module in self.named_modules() if name and has_hooks(module)]
 
     def _check_no_hooks_inside(self) -> None:
         for name, _ in self._hooked_inside():
             raise RuntimeError(
-                f"{name} must have no forward hooks in a graph, which would pass them by: remove them, or call the "
-                "model outside of what is compiled or exported"
+                f"{name} must have no forward hooks, and no other forward, in a graph, which would pass them by: "
+                "remove them, or call the model outside of what is compiled or exported"
             )
 
     def _check_hooks(self, how: How) -> None:
@@ -473,7 +475,9 @@ class FastModel(nn.Module):
         for name, module in self._hooked_inside():
             reason = self._never_called(name, module, how)
             if reason is not None:
-                raise RuntimeError(f"{name} must have no forward hooks, which would not run: {reason}")
+                raise RuntimeError(
+                    f"{name} must have no forward hooks, and no other forward, which would not run: {reason}"
+                )
 
     def _never_called(self, name: str, module: nn.Module, how: How) -> str | None:
         last = f"encoder.layers.{self.spec.layers[-1]}"
@@ -507,7 +511,7 @@ class FastModel(nn.Module):
         )
 
     def _run_packed(self, packed: PackedTokens, how: How) -> Tensor:
-        if any(self._hooks):
+        if self._are_hooked():
             self._check_hooks(how)
         with self._inference():
             self.encoder.prepare()
@@ -535,7 +539,7 @@ class FastModel(nn.Module):
             and packed.shape == bucket_of(*packed.shape)
             and self._runs_triton
             # A replay would pass hooks by.
-            and not any(self._hooks)
+            and not self._are_hooked()
             and not being_captured()
         )
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 from torch import nn
 from transformers import PreTrainedModel
 
+from .encoder import has_hooks
 from .model import FastModel
 from .tasks import FastEncoder
 
@@ -118,13 +119,9 @@ def _is_librarys_own(module: nn.Module, *names: str) -> bool:
     return type(module).__name__ in names and type(module).__module__.startswith("sentence_transformers.")
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
 def _is_plain(module: nn.Module, *names: str) -> bool:
     """Whether a module is the library's own, and nobody else reads or writes what it does."""
-    return _is_librarys_own(module, *names) and not _has_hooks(module)
+    return _is_librarys_own(module, *names) and not has_hooks(module)
 
 
 def _adapt(module: Any) -> None:
@@ -152,7 +149,7 @@ def _pools_first(model: Any, kind: type[nn.Module]) -> bool:
     if not (_is_plain(transformer, "Transformer") and _is_plain(pooling, "Pooling")):
         return False
     inner = transformer.auto_model
-    if not isinstance(inner, kind) or _has_hooks(inner):
+    if not isinstance(inner, kind) or has_hooks(inner):
         return False
     for module in rest:
         names = (getattr(module, f"module_{which}_name", None) for which in ("input", "output"))

@@ -81,6 +81,8 @@ _TRUSTED = (_TRANSFORMERS, _folder(os.path.dirname(torch.__file__)))
 _STANDARD_LIBRARY = _folder(sysconfig.get_paths()["stdlib"])
 # What a module's call goes through besides its class's own functions.
 _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
+# What of an object's class calling it runs.
+_CALLED = ("__call__", "forward")
 # What transformers' modules compute with.
 _FUNCTIONS = ("dropout", "embedding", "gelu", "layer_norm", "linear", "scaled_dot_product_attention", "softmax", "silu")
 
@@ -455,6 +457,16 @@ def _check_subclass(found: type[PreTrainedModel], base: type[PreTrainedModel]) -
 _known: set[FunctionType] = set()
 
 
+def _check_object(name: str, value: object) -> None:
+    """The same of an object that may stand in a function's place: what calling it runs."""
+    if isinstance(value, type) or not callable(value):
+        return
+    # Of a method, its function.
+    for function in (getattr(value, "__func__", None), *(getattr(type(value), each, None) for each in _CALLED)):
+        if type(function) is FunctionType and function not in _known:
+            _check_own(name, function)
+
+
 def _check_code(classes: set[type]) -> None:
     """The code that the classes run is transformers' and torch's own: neither they nor their modules were patched."""
     modules = set()
@@ -467,6 +479,8 @@ def _check_code(classes: set[type]) -> None:
                     _check_own(f"{place}.{name}", function)
             elif name == "forward":
                 raise ValueError(f"{place}.forward must be transformers' own, got {value!r}: fastcls would pass it by")
+            else:
+                _check_object(f"{place}.{name}", function)
         for above in each.__mro__[1:]:
             for name in (*_CALLS, "forward"):
                 function = vars(above).get(name)
@@ -476,14 +490,20 @@ def _check_code(classes: set[type]) -> None:
     for module in modules:
         if module.startswith("transformers.models."):
             for name, value in vars(sys.modules[module]).items():
-                if isinstance(value, functools.partial):
+                if type(value) is FunctionType:
+                    if value not in _known:
+                        _check_own(f"{module}.{name}", value)
+                elif isinstance(value, functools.partial):
                     raise ValueError(f"{module}.{name} must be transformers' own, got {value!r}")
-                if type(value) is FunctionType and value not in _known:
-                    _check_own(f"{module}.{name}", value)
+                else:
+                    _check_object(f"{module}.{name}", value)
     for name in _FUNCTIONS:
-        function = getattr(torch.nn.functional, name)
-        if type(function) is FunctionType and function not in _known:
-            _check_own(f"torch.nn.functional.{name}", function)
+        value = getattr(torch.nn.functional, name)
+        if type(value) is FunctionType:
+            if value not in _known:
+                _check_own(f"torch.nn.functional.{name}", value)
+        elif value is not getattr(torch._C._nn, name, None):
+            raise ValueError(f"torch.nn.functional.{name} must be torch's own, got {value!r}: fastcls would pass it by")
 
 
 def _check_own(name: str, function: FunctionType) -> None:

@@ -535,7 +535,7 @@ class FastEncoder(TaskModel):
         head = HeadSpec("encoder", {"dense": "pooler"} if pools else {}, activation=model.head.spec.activation)
         encoder = cls(getattr(transformers, base), model.config, model.spec, head, weight_map, weights, *model.options)
         encoder.encoder = model.encoder
-        encoder._hooks = encoder._all_hooks()
+        encoder._watch_hooks()
         # In a tuple, so that it is not registered as a part.
         encoder._whole = (model,)
         return encoder

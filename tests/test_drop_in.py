@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -226,9 +227,31 @@ def doubled(_module: nn.Module, _inputs: Any, output: Any) -> Any:
     return type(output)(*(each * 2 for each in output))
 
 
+def hooked_after(module: nn.Module, calls: list[str]) -> Callable[[], Any]:
+    return module.register_forward_hook(lambda *_: calls.append("")).remove
+
+
+def hooked_before(module: nn.Module, calls: list[str]) -> Callable[[], Any]:
+    return module.register_forward_pre_hook(lambda *_: calls.append("")).remove
+
+
+def with_another_forward(module: nn.Module, calls: list[str]) -> Callable[[], Any]:
+    forward = module.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append("")
+        return forward(*args, **kwargs)
+
+    module.forward = counted
+    return lambda: delattr(module, "forward")
+
+
+@pytest.mark.parametrize("hook", [hooked_after, hooked_before, with_another_forward])
 @pytest.mark.parametrize("last_layer", ["absorbed", "full"])
 @pytest.mark.parametrize("family", list(TINY_FAMILIES))
-def test_hooks_on_the_fast_model_run_or_are_refused(family: str, last_layer: LastLayer) -> None:
+def test_hooks_on_the_fast_model_run_or_are_refused(
+    family: str, last_layer: LastLayer, hook: Callable[[nn.Module, list[str]], Callable[[], Any]]
+) -> None:
     name = next(name for name, each in CLASSES if each == family and name.endswith("ForSequenceClassification"))
     fast = fastcls.optimize(tiny_model(name, family), last_layer=last_layer)
     before = fast(IDS).logits
@@ -237,7 +260,7 @@ def test_hooks_on_the_fast_model_run_or_are_refused(family: str, last_layer: Las
         if isinstance(module, nn.ModuleList) or not path:
             continue
         calls: list[str] = []
-        handle = module.register_forward_hook(lambda *_, calls=calls: calls.append(""))
+        unhook = hook(module, calls)
         if fast._never_called(path, module, fast._pooled) is None:
             fast(IDS)
             assert calls, f"a hook on {path} was passed by"
@@ -246,7 +269,7 @@ def test_hooks_on_the_fast_model_run_or_are_refused(family: str, last_layer: Las
             with pytest.raises(RuntimeError, match=f"{path} must have no forward hooks"):
                 fast(IDS)
             refused.append(path)
-        handle.remove()
+        unhook()
     assert {"encoder", "encoder.embeddings", "encoder.layers.0", "head"} <= set(ran)
     last = f"encoder.layers.{fast.spec.layers[-1]}"
     assert (last in refused) == (last_layer == "absorbed")
@@ -281,6 +304,11 @@ def test_hooks_inside_are_refused_in_a_graph() -> None:
     fast = fastcls.optimize(tiny_bert())
     compiled = torch.compile(fast, backend="eager")
     expected = fast(IDS).logits
+    assert torch.equal(compiled(IDS).logits, expected)
+    unhook = with_another_forward(fast.encoder.layers[0], [])
+    with pytest.raises(RuntimeError, match=r"encoder.layers.0 must have no forward hooks, and no other forward"):
+        compiled(IDS)
+    unhook()
     assert torch.equal(compiled(IDS).logits, expected)
     fast.encoder.layers[0].register_forward_hook(doubled)
     with pytest.raises(RuntimeError, match=r"encoder.layers.0 must have no forward hooks"):

@@ -356,6 +356,41 @@ def test_patched_classes_and_modules_are_refused(place: Any, name: str, monkeypa
         fastcls.optimize(model)
 
 
+class Called:
+    """An object in place of a function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs) * 2
+
+    def method(self, *args: Any, **kwargs: Any) -> Any:
+        return self(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "replaced"),
+    [
+        (modeling_bert, "eager_attention_forward", Called),
+        (modeling_bert, "eager_attention_forward", lambda old: Called(old).method),
+        (modeling_bert.BertLayer, "feed_forward_chunk", Called),
+        (torch.nn.functional, "scaled_dot_product_attention", lambda _old: torch.add),
+        (torch.nn.functional, "linear", Called),
+        (torch.nn.functional, "gelu", lambda _old: torch.relu),
+        (torch.nn.functional, "embedding", Called),
+    ],
+    ids=["object", "method_of_one", "in_a_class", "builtin", "for_a_builtin", "gelu", "for_a_function"],
+)
+def test_objects_in_place_of_functions_are_refused(
+    place: Any, name: str, replaced: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_bert()
+    monkeypatch.setattr(place, name, replaced(getattr(place, name)))
+    with pytest.raises(ValueError, match=rf"{name} must be (transformers|torch)'s? own, got"):
+        fastcls.optimize(model)
+
+
 def test_an_attention_of_transformers_that_was_replaced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_bert(attn_implementation="sdpa")
     monkeypatch.setattr(modeling_utils.ALL_ATTENTION_FUNCTIONS, "_local_mapping", {"sdpa": own_attention})
