@@ -72,6 +72,15 @@ CASES: dict[str, Case] = {
     ),
     "attention_padded": case("attention_padded", [(3, 18, HEADS, HEAD_DIM)] * 3, lambda *texts: (*texts, SEQLENS)),
     "attention_varlen": case("attention_varlen", [TEXTS] * 3, lambda *texts: (*texts, *PACKING)),
+    # As a model's are.
+    "attention_varlen-views_of_one": case(
+        "attention_varlen",
+        [TEXTS] * 3,
+        lambda *texts: (
+            *torch.cat([each.flatten(1) for each in texts], 1).unflatten(1, (3, -1, HEAD_DIM)).unbind(1),
+            *PACKING,
+        ),
+    ),
     "attention_varlen-window": Case(
         # Not of values: what lies outside of the window has no part in a row.
         [TEXTS, TEXTS, (HEADS, 5)],
@@ -167,7 +176,9 @@ def test_nan_stays_nan_in_kernels(kernels: str, dtype: torch.dtype, name: str) -
 
 @pytest.mark.covering(alone=["value"])
 @pytest.mark.parametrize("value", [float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["attention_padded", "attention_varlen", "cls_attention_kv"])
+@pytest.mark.parametrize(
+    "name", ["attention_padded", "attention_varlen", "attention_varlen-views_of_one", "cls_attention_kv"]
+)
 def test_infinity_less_infinity_is_nan(torch_path: str, dtype: torch.dtype, name: str, value: float) -> None:
     # In texts of all lengths, and several times: of which sign scores are is chance.
     for element in (0, -1) * 4:
