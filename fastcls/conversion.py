@@ -15,8 +15,9 @@ from .families import family_of, supported
 from .model import FastModel
 from .original import Original, settle_all
 from .original import release as release_weights
+from .own_code import advice_for
 from .sentence_models import check_computes_nothing_else, is_sentence_model, optimize_sentence_model
-from .structure import advice_for, check_structure, config_as_built
+from .structure import check_structure, config_as_built
 from .tasks import TASKS, FastEncoder, FastMaskedLM
 from .weights import made_of, map_weights
 

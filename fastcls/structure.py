@@ -9,23 +9,30 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-import sys
-import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, NoReturn
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.modules import module as module_calls
-from transformers import PreTrainedConfig, PreTrainedModel, masking_utils, modeling_utils
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .attention_interface import NAME as OUR_ATTENTION
-from .families import Family
-from .families._family import activation_in
+from .families import Family, activation_in
+from .own_code import (
+    NOT_IN_FORWARD,
+    TRANSFORMERS,
+    TRUSTED,
+    advice_for,
+    check_attention,
+    check_code,
+    check_functions,
+    check_subclass,
+    class_name,
+    is_in,
+    unwrapped,
+)
 from .spec import HeadSpec
 
 # What a module holds without computing with it in eval mode, or computes the same with either way.
@@ -65,26 +72,6 @@ _PADDING = "padding_idx"
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 # What transformers marks a module with whose weights were made or loaded.
 _MARKS = frozenset({"_is_hf_initialized"})
-# Methods that a subclass may replace: none of them is reached from `forward`.
-_NOT_IN_FORWARD = (
-    *("__new__", "pretrained", "hub", "init", "weights", "state_dict", "save", "load", "train", "eval", "parameters"),
-    *("repr", "embeddings", "gradient_checkpointing", "generat", "subclass", "reduce", "setstate", "getstate", "card"),
-)
-
-
-def _folder(path: str) -> str:
-    return os.path.join(os.path.realpath(path), "")
-
-
-_TRANSFORMERS = _folder(os.path.dirname(transformers.__file__))
-_TRUSTED = (_TRANSFORMERS, _folder(os.path.dirname(torch.__file__)))
-_STANDARD_LIBRARY = _folder(sysconfig.get_paths()["stdlib"])
-# What a module's call goes through besides its class's own functions.
-_CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
-# What of an object's class calling it runs.
-_CALLED = ("__call__", "forward")
-# What transformers' modules compute with.
-_FUNCTIONS = ("dropout", "embedding", "gelu", "layer_norm", "linear", "scaled_dot_product_attention", "softmax", "silu")
 
 
 @dataclass(frozen=True)
@@ -135,8 +122,9 @@ def check_structure(
     Raises:
         ValueError: a module computes something else than the config says, with its path and what was found.
     """
-    expected = _expected(base, config)
-    _check_subclass(type(model), base)
+    check_functions()
+    key, expected = _expected(base, config)
+    check_subclass(type(model), base, expected.attributes | expected.children.keys())
     classes: set[type] = {base}
     out = head.names.get("out", "")
     # A stack and no recursion, which Python is slow at.
@@ -195,17 +183,19 @@ def check_structure(
                 if child is not None and name in children and _is_missing_pooler(path, name, own, head):
                     continue
                 if child is not own or name not in children:
-                    _refuse(_join(path, name), _named(child), "nothing" if own is None else _class_name(own))
+                    _refuse(_join(path, name), _named(child), "nothing" if own is None else class_name(own))
                 continue
             stack.append((_join(path, name), own, child))
-    _check_code(classes)
-    _check_attention(model)
+    check_code(classes)
+    check_attention(model)
     for hooks in (module_calls._global_forward_hooks, module_calls._global_forward_pre_hooks):
         if hooks:
             raise ValueError(
                 "there must be no forward hooks on all modules (torch.nn.modules.module), got "
                 f"{_names_of(hooks.values())}: fastcls would pass them by"
             )
+    # Once all of it is known to be transformers' own: a twin of a class that is patched is not kept.
+    _keep(key, expected)
 
 
 def _refuse(path: str, needed: str, found: str) -> NoReturn:
@@ -219,44 +209,22 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _class_name(module: object) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
 def _named(expected: _Expected | None) -> str:
     return "nothing" if expected is None else f"a {expected.module_class.__qualname__}"
 
 
 def _refuse_class(path: str, module: nn.Module, wanted: _Expected) -> NoReturn:
-    name = _class_name(module)
+    name = class_name(module)
     raise ValueError(
         f"model.{path} must be {_named(wanted)}, as transformers builds it, got a {name}: {advice_for(module)}"
     )
-
-
-def advice_for(module: object) -> str:
-    """What to do about a module, or a wrapper, that is not transformers' own."""
-    return _advice(_class_name(module))
-
-
-def _advice(name: str) -> str:
-    name = name.lower()
-    if "peft" in name or "lora" in name or "adapter" in name:
-        return "merge adapters into the weights first, with merge_and_unload() of the PEFT model"
-    if any(word in name for word in ("quant", "bitsandbytes", "bnb", "8bit", "4bit", "int8", "gptq", "awq", "hqq")):
-        return "layers that were quantised are not taken: optimize the model as it was, in bfloat16 or float32"
-    if "fsdp" in name or "distributed" in name or "dataparallel" in name:
-        return "give the model that it wraps, whole and on one device (often its attribute module)"
-    if "optimizedmodule" in name:
-        return "give the model that was compiled (_orig_mod), and compile what optimize returns"
-    return "fastcls does not compute what other code than transformers' own does"
 
 
 def _check_hooks(path: str, module: nn.Module) -> None:
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     # A call that asks for hidden states, and gradient checkpointing, leave hooks of transformers' own, which change no
     # answer.
-    strangers = [hook for hook in hooks if not isinstance(hook, FunctionType) or not _is_in(hook, _TRANSFORMERS)]
+    strangers = [hook for hook in hooks if not isinstance(hook, FunctionType) or not is_in(hook, TRANSFORMERS)]
     if strangers:
         raise ValueError(
             f"{f'model.{path}' if path else 'model'} must have no forward hooks, got {_names_of(strangers)}: fastcls "
@@ -271,11 +239,11 @@ def _names_of(hooks: Iterable[object]) -> str:
 def _check_shadows(path: str, module: nn.Module) -> None:
     """Attributes that a module has besides: those that stand before a method of its class change what it computes."""
     for name in module.__dict__.keys() - _OF_EVERY_MODULE:
-        if any(part in name for part in _NOT_IN_FORWARD):
+        if any(part in name for part in NOT_IN_FORWARD):
             continue
         found = module.__dict__[name]
         if name == "_compiled_call_impl" and (
-            found is None or (isinstance(found, FunctionType) and _is_in(found, _TRUSTED))
+            found is None or (isinstance(found, FunctionType) and is_in(found, TRUSTED))
         ):
             # `nn.Module.compile` keeps the compiled call beside the module's own, which computes the same.
             continue
@@ -296,7 +264,7 @@ def _check_config(path: str, own: PreTrainedConfig, shared: PreTrainedConfig) ->
     """What a module reads from a config of its own is what the model's says."""
     for name, value in vars(shared).items():
         found = getattr(own, name, None)
-        if name not in _LABELS and not name.startswith("_") and found is not value and repr(found) != repr(value):
+        if name not in _NOT_BUILT and not name.startswith("_") and found is not value and repr(found) != repr(value):
             _refuse(_join(path, f"config.{name}"), repr(value), repr(found))
     if own._attn_implementation != shared._attn_implementation:
         _refuse(_join(path, "config"), f"for {shared._attn_implementation}", own._attn_implementation)
@@ -340,7 +308,7 @@ def _without_pooler(
     if differing == {"pooler"} and "pooler" not in children and not path and head.task == "encoder":
         return {**children, "pooler": None}
     name = sorted(differing)[0]
-    found = _class_name(children[name]) if name in children else "nothing"
+    found = class_name(children[name]) if name in children else "nothing"
     _refuse(_join(path, name), _named(wanted.children.get(name)), f"{found} (adapters must be merged first)")
 
 
@@ -377,24 +345,34 @@ _NOTHING = _Nothing()
 # What transformers builds, by the class and its config: some milliseconds each.
 _twins: dict[object, _Expected] = {}
 _MAX_TWINS = 64
-# How many labels there are the head's own weights say.
-_LABELS = frozenset({"id2label", "label2id"})
+# What no module reads of a config. How many labels there are the head's own weights say.
+_NOT_BUILT = frozenset(
+    {
+        *("architectures", "dtype", "finetuning_task", "id2label", "label2id", "model_name", "name_or_path"),
+        *("problem_type", "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version"),
+    }
+)
 
 
-def _expected(base: type[PreTrainedModel], config: PreTrainedConfig) -> _Expected:
-    key = (base, *((name, repr(value)) for name, value in vars(config).items() if name not in _LABELS))
-    if key not in _twins:
-        if len(_twins) >= _MAX_TWINS:
-            _twins.clear()
-        # A model sets attributes of the config that it is given.
-        own = copy.deepcopy(config)
-        try:
-            with torch.device("meta"):
-                twin = base(own).eval()
-        except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-            raise ValueError(f"model.config must build a {base.__name__}, got {error}") from error
-        _twins[key] = _expectation(twin)
-    return _twins[key]
+def _expected(base: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[object, _Expected]:
+    """What a class builds of a config, and its key among those that are kept."""
+    key = (base, *((name, repr(value)) for name, value in vars(config).items() if name not in _NOT_BUILT))
+    if key in _twins:
+        return key, _twins[key]
+    # A model sets attributes of the config that it is given.
+    own = copy.deepcopy(config)
+    try:
+        with torch.device("meta"):
+            twin = base(own).eval()
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"model.config must build a {base.__name__}, got {error}") from error
+    return key, _expectation(twin)
+
+
+def _keep(key: object, expected: _Expected) -> None:
+    if key not in _twins and len(_twins) >= _MAX_TWINS:
+        _twins.clear()
+    _twins[key] = expected
 
 
 def _expectation(module: nn.Module) -> _Expected:
@@ -426,135 +404,4 @@ def _expectation(module: nn.Module) -> _Expected:
 
 def _reads_training(module_class: type[nn.Module]) -> bool:
     """Whether a module computes something else in training mode, as one that drops out does."""
-    return any("training" in function.__code__.co_names for function in _unwrapped(module_class.forward))
-
-
-def _check_subclass(found: type[PreTrainedModel], base: type[PreTrainedModel]) -> None:
-    """A subclass may add to the model, and replace what ``forward`` does not reach."""
-    if found is base:
-        return
-    for each in found.__mro__:
-        if each in base.__mro__:
-            continue
-        for name, value in vars(each).items():
-            theirs = getattr(base, name, None)
-            is_method = callable(value) or isinstance(value, (property, classmethod, staticmethod))
-            if (
-                theirs is not None
-                and value is not theirs
-                and is_method
-                and not isinstance(value, type)
-                and getattr(found, name, None) is not theirs
-                and not any(part in name for part in _NOT_IN_FORWARD)
-            ):
-                raise ValueError(
-                    f"model must compute as {base.__name__} does, got {each.__qualname__} with a {name} of its own: "
-                    f"{_advice(each.__qualname__)}"
-                )
-
-
-# Functions that were found to be transformers' own.
-_known: set[FunctionType] = set()
-
-
-def _check_object(name: str, value: object) -> None:
-    """The same of an object that may stand in a function's place: what calling it runs."""
-    if isinstance(value, type) or not callable(value):
-        return
-    # Of a method, its function.
-    for function in (getattr(value, "__func__", None), *(getattr(type(value), each, None) for each in _CALLED)):
-        if type(function) is FunctionType and function not in _known:
-            _check_own(name, function)
-
-
-def _check_code(classes: set[type]) -> None:
-    """The code that the classes run is transformers' and torch's own: neither they nor their modules were patched."""
-    modules = set()
-    for each in classes:
-        place = f"{each.__module__}.{each.__qualname__}"
-        for name, value in vars(each).items():
-            function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-            if type(function) is FunctionType:
-                if function not in _known:
-                    _check_own(f"{place}.{name}", function)
-            elif name == "forward":
-                raise ValueError(f"{place}.forward must be transformers' own, got {value!r}: fastcls would pass it by")
-            else:
-                _check_object(f"{place}.{name}", function)
-        for above in each.__mro__[1:]:
-            for name in (*_CALLS, "forward"):
-                function = vars(above).get(name)
-                if type(function) is FunctionType and function not in _known:
-                    _check_own(f"{above.__module__}.{above.__qualname__}.{name}", function)
-        modules.add(each.__module__)
-    for module in modules:
-        if module.startswith("transformers.models."):
-            for name, value in vars(sys.modules[module]).items():
-                if type(value) is FunctionType:
-                    if value not in _known:
-                        _check_own(f"{module}.{name}", value)
-                elif isinstance(value, functools.partial):
-                    raise ValueError(f"{module}.{name} must be transformers' own, got {value!r}")
-                else:
-                    _check_object(f"{module}.{name}", value)
-    for name in _FUNCTIONS:
-        value = getattr(torch.nn.functional, name)
-        if type(value) is FunctionType:
-            if value not in _known:
-                _check_own(f"torch.nn.functional.{name}", value)
-        elif value is not getattr(torch._C._nn, name, None):
-            raise ValueError(f"torch.nn.functional.{name} must be torch's own, got {value!r}: fastcls would pass it by")
-
-
-def _check_own(name: str, function: FunctionType) -> None:
-    stranger = _stranger(function)
-    if stranger is not None:
-        raise ValueError(
-            f"{name} must be transformers' own, got {stranger.__qualname__} from {stranger.__code__.co_filename}: "
-            "fastcls would pass it by"
-        )
-    _known.add(function)
-
-
-def _stranger(function: Any) -> FunctionType | None:
-    """The function, or the one that it wraps, whose code is neither transformers', torch's nor Python's."""
-    return next((each for each in _unwrapped(function) if not _is_in(each, _TRUSTED) and not _is_pythons(each)), None)
-
-
-def _is_in(function: FunctionType, folders: str | tuple[str, ...]) -> bool:
-    file = function.__code__.co_filename
-    return file.startswith(folders) or os.path.realpath(file).startswith(folders)
-
-
-def _is_pythons(function: FunctionType) -> bool:
-    file = os.path.realpath(function.__code__.co_filename)
-    return file.startswith(_STANDARD_LIBRARY) and "-packages" not in file
-
-
-def _unwrapped(function: Any) -> Iterator[FunctionType]:
-    while isinstance(function, FunctionType):
-        yield function
-        function = getattr(function, "__wrapped__", None)
-
-
-def _check_attention(model: PreTrainedModel) -> None:
-    name = model.config._attn_implementation
-    if name in (None, OUR_ATTENTION):
-        return
-    functions = [
-        registered.get(name)
-        for registered in (modeling_utils.ALL_ATTENTION_FUNCTIONS, masking_utils.ALL_MASK_ATTENTION_FUNCTIONS)
-    ]
-    # The eager one is a function of the model's own module.
-    is_missing = functions[0] is None and name != "eager"
-    strangers = [
-        each
-        for each in functions
-        if each is not None and (type(each) is not FunctionType or _stranger(each) is not None)
-    ]
-    if is_missing or strangers:
-        found = ", ".join(getattr(each, "__qualname__", str(each)) for each in strangers) or "nothing"
-        raise ValueError(
-            f"model.config._attn_implementation must be one of transformers' own, got {name!r} ({found}): "
-            'fastcls would pass it by. Use model.set_attn_implementation("sdpa")'
-        )
+    return any("training" in function.__code__.co_names for function in unwrapped(module_class.forward))

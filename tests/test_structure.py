@@ -7,6 +7,7 @@ import functools
 import types
 from collections.abc import Callable
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from test_original import IDS, answer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
-from transformers import AttentionInterface, BertForSequenceClassification, modeling_utils
+from transformers import AttentionInterface, BertForSequenceClassification, masking_utils, modeling_utils
+from transformers.activations import ACT2FN
 from transformers.models.bert import modeling_bert
 from transformers.models.bert.modeling_bert import BertPooler, BertSelfAttention
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
@@ -54,6 +56,23 @@ class Doubled(nn.Module):
         output = super().__call__(*args, **kwargs)
         output.logits = output.logits * 2
         return output
+
+
+class DropoutOfItsOwn(BertForSequenceClassification):
+    """A method that stands before the module of that name."""
+
+    def dropout(self, rows: Tensor) -> Tensor:  # type: ignore[override]
+        return rows * 2
+
+
+class ClassifierOfItsOwn(BertForSequenceClassification):
+    @property
+    def classifier(self) -> Any:
+        return nn.Identity()
+
+    @classifier.setter
+    def classifier(self, module: nn.Module) -> None:
+        self._modules["classifier"] = module
 
 
 class CalledOtherwise(BertForSequenceClassification, Doubled):
@@ -327,6 +346,8 @@ def test_what_computes_something_else_is_refused_by_its_path(change: Callable[[A
         (ModelOfItsOwn, "got a .*HalfAttention"),
         (LossOfItsOwn, "a loss_function of its own"),
         (CalledOtherwise, "Doubled with a __call__ of its own"),
+        (DropoutOfItsOwn, "DropoutOfItsOwn with a dropout of its own"),
+        (ClassifierOfItsOwn, "ClassifierOfItsOwn with a classifier of its own"),
     ],
 )
 def test_a_subclass_that_computes_something_else_is_refused(model_class: Any, message: str) -> None:
@@ -379,15 +400,55 @@ class Called:
         (torch.nn.functional, "linear", Called),
         (torch.nn.functional, "gelu", lambda _old: torch.relu),
         (torch.nn.functional, "embedding", Called),
+        (torch, "bmm", Called),
+        (modeling_bert, "eager_attention_forward", lambda old: functools.lru_cache(lambda *args: old(*args))),
+        (modeling_bert, "eager_attention_forward", lambda old: Mock(side_effect=old)),
+        (modeling_bert, "eager_attention_forward", lambda _old: torch.nn.functional.dropout),
+        (modeling_bert, "eager_attention_forward", lambda _old: torch.neg),
+        (masking_utils, "and_masks", lambda _old: masking_utils.or_masks),
+        (modeling_bert.BertLayer, "feed_forward_chunk", lambda old: functools.partialmethod(old)),
+        (nn.LayerNorm, "forward", lambda _old: nn.Identity.forward),
+        (modeling_bert.BertOutput, "forward", lambda _old: modeling_bert.BertSelfOutput.forward),
+        (modeling_bert.BertLayer, "chunk_size", lambda _old: property(lambda _self: 0)),
     ],
-    ids=["object", "method_of_one", "in_a_class", "builtin", "for_a_builtin", "gelu", "for_a_function"],
+    ids=[
+        *("object", "method_of_one", "in_a_class", "builtin", "for_a_builtin", "gelu", "for_a_function"),
+        *("of_torch", "cached", "mocked", "another_function", "another_builtin", "mask", "partial_method"),
+        *("another_forward", "another_blocks_forward", "property"),
+    ],
 )
 def test_objects_in_place_of_functions_are_refused(
     place: Any, name: str, replaced: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_bert()
-    monkeypatch.setattr(place, name, replaced(getattr(place, name)))
-    with pytest.raises(ValueError, match=rf"{name} must be (transformers|torch)'s? own, got"):
+    monkeypatch.setattr(place, name, replaced(getattr(place, name, None)), raising=False)
+    with pytest.raises(ValueError, match=rf"{name} must be (transformers'|torch's) own, got"):
+        fastcls.optimize(model)
+
+
+def test_a_model_is_taken_once_what_was_patched_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_bert(max_position_embeddings=77)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "gelu", functools.partial(torch.nn.functional.gelu, approximate="tanh"))
+        with pytest.raises(ValueError, match="gelu must be torch's own"):
+            fastcls.optimize(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(modeling_bert.BertLayer, "__init__", Called(modeling_bert.BertLayer.__init__))
+        with pytest.raises(ValueError, match=r"BertLayer.__init__ must be|must build a Bert"):
+            fastcls.optimize(model)
+    assert float((answer(fastcls.optimize(model)) - answer(model)).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model_class", "family"),
+    [("ElectraForSequenceClassification", "electra"), ("ElectraForMaskedLM", "electra"), ("BertModel", "bert")],
+)
+def test_names_of_activations_that_stand_for_others_are_refused(
+    model_class: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cast("Any", ACT2FN), "gelu", nn.ReLU)
+    model = tiny_model(model_class, family)
+    with pytest.raises(ValueError, match=r"ACT2FN\['gelu'\] must be transformers' own, got torch.nn.*ReLU"):
         fastcls.optimize(model)
 
 
@@ -478,7 +539,21 @@ def attributes_of_ones_own(model: Any) -> None:
     model.note, model.bert.note = "a note", object()
 
 
+def config_of_another_use(model: Any) -> None:
+    # As an encoder has that was loaded from another checkpoint.
+    model.bert.config = copy.deepcopy(model.config)
+    model.bert.config.architectures = ["BertModel"]
+    model.bert.config.problem_type = "regression"
+
+
+def described_otherwise(model: Any) -> None:
+    model.config = copy.deepcopy(model.config)
+    model.config.problem_type = "multi_label_classification"
+    model.config.task_specific_params = {"a": 1}
+
+
 TAKEN = [
+    *(config_of_another_use, described_otherwise),
     *(every_activation, every_eps, fewer_layers, other_order, other_words, other_labels, no_dropout),
     *(activation_of_torch, modules_in_training, compiled_in_place, called_for_hidden_states),
     *(attributes_of_ones_own,),

@@ -6,9 +6,19 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import albert, bert, deberta_v2, distilbert, electra, modernbert, mpnet, roberta
-from ._family import Family
+from ._family import ACTIVATION_CLASSES, ACTIVATION_NAMES, Family, activation_in
 
-__all__ = ["FAMILIES", "Family", "class_for_task", "family_of", "family_of_class", "supported"]
+__all__ = [
+    "ACTIVATION_CLASSES",
+    "ACTIVATION_NAMES",
+    "FAMILIES",
+    "Family",
+    "activation_in",
+    "class_for_task",
+    "family_of",
+    "family_of_class",
+    "supported",
+]
 
 FAMILIES = (
     bert.FAMILY,

@@ -9,7 +9,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
 from fastcls_kernels import Activation
 
@@ -25,7 +24,7 @@ Built = Mapping[str, Callable[[Any, Any], Any]]
 Head = HeadSpec | Callable[[Any], HeadSpec]
 
 # Names in transformers of what the kernels compute.
-_ACTIVATIONS: dict[str, Activation] = {
+ACTIVATION_NAMES: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
@@ -37,8 +36,16 @@ _ACTIVATIONS: dict[str, Activation] = {
     "tanh": "tanh",
 }
 
-# The modules that transformers makes of those names.
-_ACTIVATION_CLASSES = {type(ACT2FN[name]).__name__: activation for name, activation in _ACTIVATIONS.items()}
+# The modules that transformers makes of those names, in written form, since a name may be given to another one.
+ACTIVATION_CLASSES: dict[str, Activation] = {
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "Tanh": "tanh",
+}
 
 
 @dataclass(frozen=True)
@@ -129,9 +136,9 @@ def activation_of(config: PreTrainedConfig, name: str) -> Activation:
         ValueError: it is none that is computed.
     """
     found = getattr(config, name)
-    if found not in _ACTIVATIONS:
-        raise ValueError(f"config.{name} must be one of {', '.join(_ACTIVATIONS)}, got {found!r}")
-    return _ACTIVATIONS[found]
+    if found not in ACTIVATION_NAMES:
+        raise ValueError(f"config.{name} must be one of {', '.join(ACTIVATION_NAMES)}, got {found!r}")
+    return ACTIVATION_NAMES[found]
 
 
 def activation_in(module: nn.Module) -> Activation | None:
@@ -149,15 +156,15 @@ def activation_in(module: nn.Module) -> Activation | None:
         return None
     if name == "GELU":
         return "gelu" if getattr(module, "approximate", None) == "none" else "gelu_tanh"
-    return _ACTIVATION_CLASSES.get(name)
+    return ACTIVATION_CLASSES.get(name)
 
 
 def activation_built(module: nn.Module, current: object) -> str | None:
     """What a config calls a module's activation: ``current`` where that is it, None where it has no name."""
     found = activation_in(module)
-    if isinstance(current, str) and _ACTIVATIONS.get(current) == found:
+    if isinstance(current, str) and ACTIVATION_NAMES.get(current) == found:
         return current
-    return next((name for name, activation in _ACTIVATIONS.items() if activation == found), None)
+    return next((name for name, activation in ACTIVATION_NAMES.items() if activation == found), None)
 
 
 def rows_of(table: nn.Embedding) -> int:
