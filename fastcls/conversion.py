@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from .original import release as release_weights
 from .own_code import advice_for
 from .sentence_models import check_computes_nothing_else, is_sentence_model, optimize_sentence_model
 from .structure import check_structure, config_as_built
-from .tasks import TASKS, FastEncoder, FastMaskedLM
+from .tasks import TASKS, FastEncoder, FastMaskedLM, Labelled
 from .weights import made_of, map_weights
 
 register_auto_classes()
@@ -97,18 +98,22 @@ def optimize(
     weight_map = map_weights(model, family, config, head)
     sources = {**weight_map.sources, **{own: (name,) for own, name in weight_map.buffers.items()}}
     original = Original(model, sources, weight_map.aliases)
-    weights = {
-        own: made_of(parts) if own in weight_map.buffers else nn.Parameter(made_of(parts), requires_grad=False)
-        for own, parts in original.tensors().items()
-    }
-    fast: FastModel = task(
-        *(type(model), model.config, spec, head, weight_map, weights), last_layer, cuda_graphs, batch_invariant
-    )
+    # A copy that is made in inference mode could not be written to again outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        weights = {
+            own: made_of(parts) if own in weight_map.buffers else nn.Parameter(made_of(parts), requires_grad=False)
+            for own, parts in original.tensors().items()
+        }
+        fast: FastModel = task(
+            *(type(model), model.config, spec, head, weight_map, weights), last_layer, cuda_graphs, batch_invariant
+        )
     if release:
         settle_all(model)
         release_weights(model)
     else:
         fast.follow(original)
+    if isinstance(fast, Labelled):
+        fast.loss_labels = getattr(model, "num_labels", None)
     if isinstance(fast, FastMaskedLM):
         fast.mask_token_id, fast.dense = mask_token_id, dense
     if isinstance(fast, FastEncoder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import functools
 import inspect
@@ -23,7 +24,7 @@ from .encoder import Encoder, How, LastLayer, check_last_layer, has_hooks
 from .graphs import Graphs, being_captured, bucket_of, max_graph_tokens
 from .heads import Head
 from .inputs import Batch, Reader
-from .original import Original, set_weight
+from .original import UNSURE, Original, has_weights, put_weights, set_weight
 from .packing import PackedTokens, PackShape, Source, fill_rows, pack
 from .relative import BiasTable
 from .spec import EncoderSpec, HeadSpec, WeightMap
@@ -98,6 +99,8 @@ class FastModel(nn.Module):
         self.last_layer = last_layer
         self.cuda_graphs = cuda_graphs
         self._original: Original | None = None
+        # What was loaded as a part of a larger module, and is not compared with the original yet.
+        self._loaded: dict[str, Tensor] | None = None
         self.encoder = Encoder(spec, under("encoder.", weights))
         self.head = Head(head, under("head.", weights))
         self.register_state_dict_pre_hook(_follow_first)
@@ -115,6 +118,10 @@ class FastModel(nn.Module):
         self._follow()
         state = {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_hooks", "_inside")}
         return {**state, "_original": None}
+
+    def __copy__(self) -> FastModel:
+        # One that shares modules would be left with some weights of before, and others of after, the original's change.
+        return copy.deepcopy(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -195,18 +202,22 @@ class FastModel(nn.Module):
         original = self._original
         if original is None:
             return
+        loaded, self._loaded = self._loaded, None
         with contextlib.suppress(RuntimeError):
             # What is not followed any more is what the fast model had last.
             self._follow()
         self._original = None
         # By their place, so that weights that are tied go on being one.
         own: dict[int, Tensor] = {}
-        for name, weight in [*self.weights()]:
-            place = weight.data_ptr()
-            if place not in own:
-                # Through ``data``, which counts changes of its own: those of ours are not the original's any more.
-                own[place] = weight.data.clone() if original.holds(weight) else weight.data
-            set_weight(self, name, own[place])
+        with torch.inference_mode(False), torch.no_grad():
+            for name, weight in [*self.weights()]:
+                place = weight.data_ptr()
+                if place not in own:
+                    # Through ``data``, which counts changes of its own: those of ours are not the original's any more.
+                    own[place] = weight.data.clone() if original.holds(weight) else weight.data
+                set_weight(self, name, own[place])
+        if loaded is not None:
+            put_weights(self, loaded)
         self._forget_made()
 
     def follow(self, original: Original) -> None:
@@ -217,7 +228,11 @@ class FastModel(nn.Module):
     def _follow(self) -> None:
         """Brings the weights up to the original's, where those have changed."""
         original = self._original
-        if original is None or original.is_current():
+        if original is None:
+            return
+        if self._loaded is not None and not original.has_failed:
+            self._settle_loaded()
+        if original.is_current():
             return
         is_doubted = original.is_doubted
         if original.update(self):
@@ -228,6 +243,22 @@ class FastModel(nn.Module):
         if is_doubted:
             self.encoder.doubt()
             traced.forget(next(self.parameters()))
+
+    def _settle_loaded(self) -> None:
+        """Goes on following an original that has the same weights as were loaded, else with those that were."""
+        original, loaded, self._loaded = self._original, self._loaded, None
+        assert original is not None
+        assert loaded is not None
+        is_changed = not original.is_current()
+        self._follow()
+        if has_weights(loaded, original):
+            return
+        self._loaded = loaded
+        if is_changed:
+            # As it may have been by being loaded, and then by being trained.
+            original.fail(UNSURE)
+            return
+        self.stop_following()
 
     def _made_known(self) -> None:
         """Tells graphs where the weights are, once they are elsewhere."""
@@ -619,11 +650,28 @@ def _from_checkpoint_names(
     error_msgs: list[str],
 ) -> None:
     assert isinstance(module, FastModel)
-    # What is loaded is this model's own: the original keeps its weights.
-    module.stop_following()
+    try:
+        module._follow()
+    except RuntimeError:
+        # What is loaded stands for what cannot be followed any more.
+        module.stop_following()
+    if not prefix:
+        # What is loaded is this model's own: the original keeps its weights.
+        module.stop_following()
     from_checkpoint_names(module.weight_map, module, state_dict, prefix, missing_keys, error_msgs)
+    if module._original is not None:
+        # In a larger module the original may be loaded in the same go, before or after, as by a trainer that goes on
+        # where it was. With the same weights it is followed on.
+        loaded = {name: state_dict[prefix + name] for name in module.weight_map.sources}
+        module._loaded = None if has_weights(loaded, module._original) else loaded
+        for name in loaded:
+            state_dict[prefix + name] = module.get_parameter(name)
 
 
 def _forget_caches(module: nn.Module, _incompatible_keys: object) -> None:
     assert isinstance(module, FastModel)
-    module.clear_caches()
+    if module._loaded is None:
+        module.clear_caches()
+    elif module._original is not None:
+        # Its weights were written over by themselves, which is no change.
+        module._original.update(module)

@@ -207,8 +207,8 @@ class Original:
             # Before anything is copied: what is written meanwhile is another change.
             is_doubted, self.is_doubted = self.is_doubted, False
             try:
-                for slot, tensor in zip(seen.slots, seen.tensors, strict=True):
-                    self._check(slot, slot.place.get(slot.key), tensor)
+                for slot in seen.slots:
+                    self._check(slot, slot.place.get(slot.key))
             except RuntimeError:
                 # What was doubted still is, once this is mended.
                 self.is_doubted = is_doubted
@@ -235,7 +235,10 @@ class Original:
             for own, parts in now.items():
                 # What was moved to where there are no numbers, or is gone in part, leaves ours as they are.
                 is_whole = len(parts) == len(self._names[own]) and not any(part.is_meta for part in parts)
-                if is_written[own] and is_whole:
+                if is_written[own] and not _is_ours(model, own):
+                    # Another one stands there for one call (`torch.func.functional_call`): ours is seen to afterwards.
+                    self.is_doubted = True
+                elif is_written[own] and is_whole:
                     moved |= _bring(model, own, parts, pointers[own], is_other=is_other[own])
             self._seen = fresh
             return moved
@@ -256,6 +259,15 @@ class Original:
     def reads(self, tensors: set[int]) -> bool:
         """Whether a weight is among tensors, by their ids."""
         return any(id(tensor) in tensors for tensor in self._seen.tensors)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether every `update` raises the same error from now on."""
+        return self._failure is not None
+
+    def fail(self, message: str) -> None:
+        """Has every `update` raise a RuntimeError from now on."""
+        self._failure = RuntimeError(message)
 
     def before_it_goes(self) -> None:
         """What the original was when it went is what the fast model goes on with."""
@@ -280,15 +292,14 @@ class Original:
             if len(place) != size:
                 _refuse(name, "it has more or fewer modules beside it")
 
-    def _check(self, slot: _Slot, found: Tensor | None, before: Tensor | None) -> None:
-        assert before is not None
+    def _check(self, slot: _Slot, found: Tensor | None) -> None:
         if found is None:
             _refuse(slot.name, "it is None")
-        if found is not before:
-            try:
-                check_plain(f"model.{slot.name}", found)
-            except ValueError as error:
-                _refuse(slot.name, str(error))
+        # Of the same tensor, too: `torch.utils.swap_tensors` gives it another class.
+        try:
+            check_plain(f"model.{slot.name}", found)
+        except ValueError as error:
+            _refuse(slot.name, str(error))
         if found.shape != slot.shape:
             _refuse(slot.name, f"its shape was {tuple(slot.shape)} and is {tuple(found.shape)}")
         if not found.is_floating_point():
@@ -381,6 +392,36 @@ def _tensors_of(module: nn.Module, key: str) -> Any:
     return module._parameters if key in module._parameters else module._buffers
 
 
+# What a model that is loaded as a part of a larger module, and follows another, may be left in.
+UNSURE = (
+    "the fast model was loaded, as a part of another module, with weights that the model which it was made of has not: "
+    "load both with the same, and the fast one last; or call stop_following() to go on with what was loaded"
+)
+
+
+def has_weights(weights: Mapping[str, Tensor], original: Original) -> bool:
+    """Whether these weights are an original's, bit for bit, but for their dtype and device."""
+    with torch.no_grad():
+        return all(
+            torch.equal(weights[own], (parts[0] if len(parts) == 1 else torch.cat(parts)).to(weights[own]))
+            for own, parts in original.tensors().items()
+            if own in weights
+        )
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Writes these weights into a model's."""
+    with torch.inference_mode(False), torch.no_grad():
+        for name, weight in weights.items():
+            place, key = _place_of(model, name)
+            place[key].copy_(weight)
+
+
+def _is_ours(model: nn.Module, name: str) -> bool:
+    place, key = _place_of(model, name)
+    return isinstance(place[key], nn.Parameter) or key in model.get_submodule(name.rpartition(".")[0])._buffers
+
+
 def set_weight(model: nn.Module, name: str, weight: Tensor) -> None:
     """Puts a tensor in the place of a parameter or buffer."""
     place, key = _place_of(model, name)
@@ -402,7 +443,9 @@ def _bring(model: nn.Module, own: str, parts: list[Tensor], pointer: int, *, is_
             return True
         # In the same memory, which graphs may read.
         target = ours.detach()
-        for rows, part in zip(target.split([part.shape[0] for part in parts]), parts, strict=True):
+        # One may be a number without dimensions.
+        all_rows = [target] if len(parts) == 1 else target.split([part.shape[0] for part in parts])
+        for rows, part in zip(all_rows, parts, strict=True):
             rows.copy_(part.detach())
     return False
 

@@ -6,13 +6,16 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .encoder import has_hooks
 from .model import FastModel
+from .original import UNSURE, Original, has_weights, put_weights
+from .own_code import folder_of, stranger_in
 from .tasks import FastEncoder
 
 # What the library has of them depends on its version.
@@ -39,11 +42,10 @@ def optimize_sentence_model(
         optimize: what makes a transformers model fast.
         select: "all" computes every token's embedding even where [CLS] alone is pooled; None computes what is pooled.
 
-    The fast models share what ``optimize`` shares. The parameters and buffers of all other modules lie in the memory of
-    the given model's, and count the same versions: what is written into either is read by both. Moving or converting
-    one of the two models gives it memory of its own. All else is the copy's own, as `copy.deepcopy` makes it: settings,
-    configs, tokenizers, and hooks and patched forwards of those modules, which run in the copy, too. The copy is in
-    evaluation mode.
+    The fast models share what ``optimize`` shares. All else is the copy's own, as `copy.deepcopy` makes it: settings,
+    configs, tokenizers, the weights of all other modules, and hooks and patched forwards of those, which run in the
+    copy, too. These weights follow the given model's as the fast models' do: they are looked at whenever a module that
+    has some is called or saved. The copy is in evaluation mode.
 
     What is pooled is looked at in each call, so that a pooling that is changed later is followed.
 
@@ -68,18 +70,13 @@ def optimize_sentence_model(
             "select must be 'all' or left out for a model that pools more than the first token of right-padded texts, "
             "got 'first'"
         )
-    # What a deep copy finds here stands in the copy: the fast models, and the weights of all other modules.
+    # What a deep copy finds here stands in the copy.
     memo: dict[int, Any] = {}
     for each in inner:
         fast_inner = optimize(each)
         # The library writes settings of its own into it.
         fast_inner.config = copy.deepcopy(each.config, memo)
         memo[id(each)] = fast_inner
-    for parameter in model.parameters():
-        # A parameter of its own over the same memory: moving or converting the copy leaves the given one as it is.
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer
     card = getattr(model, "model_card_data", None)
     for name in ("trainer", "code_carbon_callback"):
         if getattr(card, name, None) is not None:
@@ -89,6 +86,7 @@ def optimize_sentence_model(
         _adapt(module)
     if "forward" not in vars(fast):
         fast.forward = _Forward(fast, may_select=select != "all")
+    _Following(model, fast)
     return fast
 
 
@@ -121,7 +119,10 @@ def _is_librarys_own(module: nn.Module, *names: str) -> bool:
 
 def _is_plain(module: nn.Module, *names: str) -> bool:
     """Whether a module is the library's own, and nobody else reads or writes what it does."""
-    return _is_librarys_own(module, *names) and not has_hooks(module)
+    if not _is_librarys_own(module, *names) or has_hooks(module):
+        return False
+    folder = folder_of(sys.modules["sentence_transformers"])
+    return stranger_in(type(module).forward, (folder,)) is None
 
 
 def _adapt(module: Any) -> None:
@@ -173,6 +174,68 @@ def _check_reads_no_padding(model: nn.Module) -> None:
                 f"the modules must leave out {type(module).__name__}, which reads what a model computes at padding: "
                 "fastcls computes nothing there"
             )
+
+
+class _Following:
+    """Brings the weights of a copy's modules, but for the fast models' own, up to the given model's.
+
+    Hooks of the modules that have some call it. A copy of the copy follows nothing.
+
+    Args:
+        model: the given one.
+        fast: its copy.
+    """
+
+    def __init__(self, model: nn.Module, fast: nn.Module) -> None:
+        inside = {id(module) for inner in _transformers_models(model) for module in inner.modules()}
+        names = [
+            f"{path}.{key}" if path else key
+            for path, module in model.named_modules()
+            if id(module) not in inside
+            for key, weight in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            if weight.is_floating_point()
+        ]
+        if not names:
+            return
+        self._fast = fast
+        self._names = names
+        self._original: Original | None = Original(model, {name: (name,) for name in names}, {})
+        # What was loaded, where the given model had other weights then.
+        self._loaded: dict[str, Tensor] | None = None
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
+            module = fast.get_submodule(path)
+            module.register_forward_pre_hook(self._before)
+            module.register_state_dict_pre_hook(self._before)
+            module.register_load_state_dict_pre_hook(self._before_loading)
+            module.register_load_state_dict_post_hook(self._after_loading)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._before()
+        return {**vars(self), "_original": None}
+
+    def _before(self, *_: object) -> None:
+        original, loaded = self._original, self._loaded
+        if original is None or (loaded is None and original.is_current()):
+            return
+        is_changed = not original.is_current()
+        original.update(self._fast)
+        if loaded is not None and not has_weights(loaded, original):
+            if is_changed:
+                original.fail(UNSURE)
+                original.update(self._fast)
+            put_weights(self._fast, loaded)
+            self._original = None
+        self._loaded = None
+
+    def _before_loading(self, *_: object) -> None:
+        if self._loaded is None:
+            self._before()
+
+    def _after_loading(self, *_: object) -> None:
+        if self._original is not None:
+            ours = dict(chain(self._fast.named_parameters(), self._fast.named_buffers()))
+            loaded = {name: ours[name].detach().clone() for name in self._names}
+            self._loaded = None if has_weights(loaded, self._original) else loaded
 
 
 class _Forward:

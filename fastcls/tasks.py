@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,10 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, modeling_outputs
-from transformers.loss.loss_utils import (
-    ForMaskedLMLoss,
-    ForQuestionAnsweringLoss,
-    ForSequenceClassificationLoss,
-    ForTokenClassification,
-)
+from transformers.loss.loss_utils import ForMaskedLMLoss, ForQuestionAnsweringLoss
 from transformers.modeling_outputs import (
     BaseModelOutput,
     MaskedLMOutput,
@@ -31,17 +26,17 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import ModelOutput
 
 from . import traced
-from .encoder import How
+from .encoder import How, has_hooks
 from .families import family_of_class
 from .inputs import Batch
 from .model import FastModel
 from .packing import unpack_rows, unpack_selected, unpack_tokens
 from .spec import HeadSpec, Pooling, Task, WeightMap
+from .targets import IGNORED, checked_labels, checked_positions, classification_loss, deberta_loss, token_loss
 from .traced import Rows
 
 # What `FastEncoder` gives of its last layer: a boolean mask of tokens stands for "rows".
 Select: TypeAlias = "Literal['all', 'first'] | Tensor"
-_IGNORED = -100
 
 _Output = TypeVar("_Output", bound=ModelOutput)
 
@@ -147,12 +142,26 @@ class TaskModel(FastModel):
             return unpack_rows(self._run(source, how))
 
 
-class FastClassifier(TaskModel):
-    """A sequence classifier: see `FastModel`."""
+class Labelled(TaskModel):
+    """What has a logit for each label.
+
+    Attributes:
+        loss_labels: how many labels the loss counts with: the given model's ``num_labels``, which transformers takes
+            for it, whatever its head gives. None is as many as there are logits.
+    """
+
+    loss_labels: int | None = None
 
     @property
     def num_labels(self) -> int:
         return self._out_features()
+
+    def _labels_of_loss(self) -> int:
+        return self.num_labels if self.loss_labels is None else self.loss_labels
+
+
+class FastClassifier(Labelled):
+    """A sequence classifier: see `FastModel`."""
 
     @property
     def _how(self) -> How:
@@ -200,10 +209,9 @@ class FastClassifier(TaskModel):
         logits = self._text_rows(batch)
         loss = None
         if labels is not None and self.config.model_type == "deberta-v2" and self.config.problem_type is None:
-            loss, logits = _deberta_loss(labels, logits)
+            loss, logits = deberta_loss(logits, labels, self._labels_of_loss())
         elif labels is not None:
-            # Into a copy of the config it writes which kind of labels it took these for.
-            loss = ForSequenceClassificationLoss(labels, logits, copy.copy(self.config))
+            loss = classification_loss(logits, labels, self._labels_of_loss(), self.config.problem_type)
         return self._given(SequenceClassifierOutput(loss=loss, logits=logits), return_dict)
 
     def logits_of(
@@ -312,12 +320,8 @@ class FastMultipleChoice(TaskModel):
         return self._given(MultipleChoiceModelOutput(loss=loss, logits=logits), return_dict)
 
 
-class FastTokenClassifier(TaskModel):
+class FastTokenClassifier(Labelled):
     """A label for each token: see `FastModel`."""
-
-    @property
-    def num_labels(self) -> int:
-        return self._out_features()
 
     @property
     def _how(self) -> How:
@@ -344,9 +348,11 @@ class FastTokenClassifier(TaskModel):
             TokenClassifierOutput with ``logits`` (batch, seqlen, num_labels), without gradient; zeros for padding.
         """
         batch = Batch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        _check_token_labels(labels, self._checked(batch, kwargs), attention_mask)
+        shape = self._checked(batch, kwargs)
+        if labels is not None:
+            labels = checked_labels(labels, shape, attention_mask)
         logits = self._token_rows(batch)
-        loss = None if labels is None else ForTokenClassification(logits, labels, self.config)
+        loss = None if labels is None else token_loss(logits, labels, self._labels_of_loss())
         return self._given(TokenClassifierOutput(loss=loss, logits=logits), return_dict)
 
 
@@ -385,7 +391,10 @@ class FastQuestionAnswerer(TaskModel):
         for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
             if positions is not None and positions.numel() != texts:
                 raise ValueError(f"{name} must be one for each of the {texts} texts, got {tuple(positions.shape)}")
-            _check_positions(name, positions, attention_mask)
+        if start_positions is not None:
+            start_positions = checked_positions("start_positions", start_positions, attention_mask)
+        if end_positions is not None:
+            end_positions = checked_positions("end_positions", end_positions, attention_mask)
         if self._out_features() != 2:
             raise ValueError(f"config.num_labels must be 2 for question answering, got {self._out_features()}")
         start, end = self._token_rows(batch, torch.finfo(self.dtype).min).unbind(2)
@@ -458,10 +467,10 @@ class FastMaskedLM(TaskModel):
         """
         batch = Batch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         shape = self._checked(batch, kwargs)
-        _check_token_labels(labels, shape, attention_mask)
         wanted: Tensor | None = None
         if labels is not None:
-            wanted = labels != _IGNORED
+            labels = checked_labels(labels, shape, attention_mask)
+            wanted = labels != IGNORED
         elif self.mask_token_id is not None and input_ids is not None:
             wanted = input_ids == self.mask_token_id
         if torch.compiler.is_compiling():
@@ -540,6 +549,28 @@ class FastEncoder(TaskModel):
         encoder._whole = (model,)
         return encoder
 
+    def register_forward_hook(self, *arguments: Any, **options: Any) -> RemovableHandle:
+        self._check_is_called()
+        return super().register_forward_hook(*arguments, **options)
+
+    def register_forward_pre_hook(self, *arguments: Any, **options: Any) -> RemovableHandle:
+        self._check_is_called()
+        return super().register_forward_pre_hook(*arguments, **options)
+
+    def _check_is_called(self) -> None:
+        """A whole model does not call what its ``base_model`` gives, where transformers' does."""
+        if self._whole:
+            raise RuntimeError(
+                "the base_model of a fast model must have no forward hooks, which would not run when the model is "
+                "called: register them on its encoder, which gives packed rows"
+            )
+
+    def _never_called(self, name: str, module: nn.Module, how: How) -> str | None:
+        pools = self.gives_pooler_output and self.head.dense_weight is not None
+        if name == "head" and (not pools or how.pools or how.selection == "rows"):
+            return "no pooler's output is computed here"
+        return super()._never_called(name, module, how)
+
     @property
     def base_model(self) -> FastEncoder:
         return self
@@ -555,7 +586,7 @@ class FastEncoder(TaskModel):
         """Of the whole model, whose encoder this is, too."""
         for whole in self._whole:
             whole.stop_following()
-        self._follow()
+            self._follow()
         super().stop_following()
 
     @property
@@ -650,6 +681,8 @@ class FastEncoder(TaskModel):
         """
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
+        if has_hooks(self.head):
+            raise RuntimeError("head must have no forward hooks, which would not run: embeddings are made without it")
         return self._list_rows(token_ids, token_type_ids, self._pooled if pooling == "first" else self._averaged)
 
     def _selected_states(self, batch: Batch, wanted: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -673,21 +706,6 @@ class FastEncoder(TaskModel):
             return unpack_selected(self._run(self._source(batch, how, wanted), how))[0]
 
 
-def _deberta_loss(labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """DeBERTa's own loss where its config names no kind of labels, and the logits as it gives them then."""
-    labels = labels.to(logits.device)
-    if logits.shape[1] == 1:
-        logits = logits.view(-1).to(labels.dtype)
-        return F.mse_loss(logits, labels.view(-1)), logits
-    if labels.ndim > 1 and labels.shape[-1] > 1:
-        return -(logits.log_softmax(-1) * labels).sum(-1).mean(), logits
-    labels = labels.view(-1)
-    known = labels >= 0
-    if not bool(known.any()):
-        return torch.tensor(0).to(logits), logits
-    return F.cross_entropy(logits[known].float(), labels[known].long()), logits
-
-
 def _output_class(model_class: type[PreTrainedModel]) -> type[BaseModelOutput]:
     """What the transformers model of an encoder gives."""
     if model_class is PreTrainedModel:
@@ -696,32 +714,6 @@ def _output_class(model_class: type[PreTrainedModel]) -> type[BaseModelOutput]:
     family, _ = family_of_class(model_class)
     found: type[BaseModelOutput] = getattr(modeling_outputs, family.output)
     return found
-
-
-def _check_positions(name: str, positions: Tensor | None, attention_mask: Tensor | None) -> None:
-    """Answers stand where tokens are; beyond the end they are left out, as transformers does."""
-    if positions is None or attention_mask is None or torch.compiler.is_compiling():
-        return
-    mask, places = attention_mask.cpu() != 0, positions.cpu().view(-1)
-    inside = (places >= 0) & (places < mask.shape[1])
-    wrong = inside & ~mask.gather(1, places.clamp(0, mask.shape[1] - 1)[:, None].long())[:, 0]
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{name} must point to a token, got {int(places[row])} for text {row}, where attention_mask is 0"
-        )
-
-
-def _check_token_labels(labels: Tensor | None, shape: torch.Size, attention_mask: Tensor | None) -> None:
-    if labels is None:
-        return
-    if labels.shape != shape:
-        raise ValueError(f"labels must have the batch's shape {tuple(shape)}, got {tuple(labels.shape)}")
-    if torch.compiler.is_compiling():
-        # A graph cannot stop at values.
-        return
-    if attention_mask is not None and bool(((labels != _IGNORED).cpu() & (attention_mask.cpu() == 0)).any()):
-        raise ValueError(f"labels must be {_IGNORED} where attention_mask is 0, got others there")
 
 
 TASKS: Mapping[Task, type[TaskModel]] = {

@@ -338,6 +338,33 @@ def test_hooks_on_the_encoder_of_a_model_run_or_are_refused() -> None:
         encoder(IDS, select="first")
 
 
+def test_hooks_on_a_base_model_that_is_not_called_are_refused() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    for register in (fast.base_model.register_forward_hook, fast.base_model.register_forward_pre_hook):
+        with pytest.raises(RuntimeError, match="base_model of a fast model must have no forward hooks"):
+            register(lambda *_: None)
+    encoder = fastcls.optimize(tiny_model("BertModel", "bert"))
+    encoder.register_forward_hook(lambda *_: None).remove()
+
+
+def test_a_hook_on_a_head_that_is_not_called_is_refused() -> None:
+    for model_class, family in (("BertModel", "bert"), ("DistilBertModel", "distilbert")):
+        encoder = fastcls.optimize(tiny_model(model_class, family))
+        calls: list[str] = []
+        unhook = hooked_after(encoder.head, calls)
+        with pytest.raises(RuntimeError, match="head must have no forward hooks"):
+            encoder.embeddings_of(IDS.tolist())
+        with pytest.raises(RuntimeError, match="head must have no forward hooks"):
+            encoder(IDS, select=torch.ones_like(IDS, dtype=torch.bool))
+        if family == "distilbert":
+            with pytest.raises(RuntimeError, match="head must have no forward hooks"):
+                encoder(IDS)
+        else:
+            encoder(IDS)
+            assert calls
+        unhook()
+
+
 @pytest.mark.covering(alone=["model_class"])
 @every_class
 def test_arguments_without_names_are_taken_in_the_classs_own_order(model_class: str, family: str) -> None:
@@ -431,6 +458,59 @@ def test_losses_are_the_classs_own_and_leave_the_config_alone(num_labels: int, l
         expected = model(IDS, labels=labels)
     assert float((actual.loss - expected.loss).abs()) <= 1e-4
     assert actual.logits.shape == expected.logits.shape
+
+
+def seven_labels(model: Any) -> None:
+    model.classifier, model.num_labels = nn.Linear(64, 7), 7
+
+
+def config_of_one_label(model: Any) -> None:
+    model.config.num_labels = 1
+
+
+def one_label(model: Any) -> None:
+    model.num_labels = 1
+
+
+@pytest.mark.parametrize("change", [seven_labels, config_of_one_label, one_label])
+@pytest.mark.parametrize(
+    "model_class",
+    ["BertForSequenceClassification", "DebertaV2ForSequenceClassification", "BertForTokenClassification"],
+)
+def test_a_loss_counts_with_as_many_labels_as_the_model(model_class: str, change: Callable[[Any], None]) -> None:
+    model = tiny_model(model_class, "deberta-v2" if "Deberta" in model_class else "bert")
+    change(model)
+    fast = fastcls.optimize(model)
+    given = {"labels": IDS % 3 if "Token" in model_class else torch.tensor([2, 1, 0])}
+    try:
+        with torch.no_grad():
+            expected = model(IDS, **given).loss
+    except (ValueError, RuntimeError, IndexError):
+        with pytest.raises((ValueError, RuntimeError, IndexError)):
+            fast(IDS, **given)
+        return
+    assert float((fast(IDS, **given).loss - expected).abs()) <= 1e-4
+
+
+def test_labels_in_the_padding_are_refused_in_graphs_too() -> None:
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0], [1] * 6])
+    good, bad = torch.where(mask == 1, IDS % 2, -100), IDS % 2
+    for model_class in ("BertForTokenClassification", "BertForMaskedLM"):
+        fast = fastcls.optimize(tiny_model(model_class, "bert"))
+        compiled = torch.compile(fast, backend="eager")
+        assert torch.equal(compiled(IDS, mask, labels=good).loss, fast(IDS, mask, labels=good).loss)
+        with pytest.raises(ValueError, match="labels must be -100 where attention_mask is 0"):
+            compiled(IDS, mask, labels=bad)
+        torch.compiler.reset()
+    fast = fastcls.optimize(tiny_model("BertForQuestionAnswering", "bert"))
+    starts, ends = torch.tensor([1, 1, 1]), torch.tensor([2, 2, 9])
+    program = torch.export.export(
+        fast, (IDS, mask), kwargs={"start_positions": starts, "end_positions": ends}, strict=False
+    ).module()
+    expected = fast(IDS, mask, start_positions=starts, end_positions=ends).loss
+    assert torch.equal(program(IDS, mask, start_positions=starts, end_positions=ends).loss, expected)
+    with pytest.raises(ValueError, match="start_positions must point to a token, got 4 for text 1"):
+        program(IDS, mask, start_positions=torch.tensor([1, 4, 1]), end_positions=ends)
 
 
 def test_debertas_loss_leaves_out_what_has_no_label() -> None:

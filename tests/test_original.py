@@ -373,6 +373,97 @@ def test_copies_have_weights_of_their_own(copied: Callable[[Any], Any]) -> None:
     assert_follows(fast, model)
 
 
+class Both(nn.Module):
+    """As a trainer's module has it: what is trained, and what evaluates it."""
+
+    def __init__(self, model: nn.Module, *, fast_first: bool) -> None:
+        super().__init__()
+        self.fast: Any
+        self.model: Any
+        fast = fastcls.optimize(model)
+        for name, module in (
+            reversed([("model", model), ("fast", fast)]) if fast_first else [("model", model), ("fast", fast)]
+        ):
+            self.add_module(name, module)
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+@pytest.mark.parametrize("fast_first", [False, True], ids=["model_first", "fast_first"])
+@pytest.mark.parametrize("is_called", [False, True], ids=["trained_first", "called_first"])
+def test_a_module_that_holds_both_is_loaded_and_the_fast_one_follows_on(
+    fast_first: bool, assign: bool, is_called: bool
+) -> None:
+    both = Both(tiny_bert(), fast_first=fast_first)
+    state = {name: weight.clone() for name, weight in both.state_dict().items()}
+    in_place(both.model)
+    both.load_state_dict(state, assign=assign)
+    if is_called:
+        assert_follows(both.fast, both.model, "as loaded")
+    by_an_optimizer(both.model)
+    if fast_first and not is_called:
+        # What it was loaded with is what the model had for a moment, which nobody has seen.
+        for _ in range(2):
+            with pytest.raises(
+                RuntimeError, match="the fast model was loaded, as a part of another module, with weights"
+            ):
+                both.fast(IDS)
+        both.fast.stop_following()
+        assert torch.equal(both.fast.state_dict()["classifier.weight"], state["fast.classifier.weight"])
+    else:
+        assert_follows(both.fast, both.model, "trained on")
+
+
+def test_other_weights_loaded_into_a_part_are_its_own() -> None:
+    model, other = tiny_bert(), tiny_bert()
+    in_place(other)
+    part = nn.ModuleList([fastcls.optimize(model)])
+    before = answer(model)
+    part.load_state_dict({f"0.{name}": weight for name, weight in other.state_dict().items()})
+    assert torch.equal(part.state_dict()["0.classifier.weight"], other.classifier.weight)
+    assert_follows(part[0], other)
+    assert torch.equal(answer(model), before)
+    in_place(model)
+    assert_follows(part[0], other)
+
+
+def test_a_model_that_is_optimized_in_inference_mode_is_trained_on() -> None:
+    for name, family, options in FOLLOWING.values():
+        model = tiny_model(name, family, **options)
+        with torch.inference_mode():
+            fast = fastcls.optimize(model)
+            fast(IDS)
+        in_place(model)
+        assert_follows(fast, model)
+
+
+class Tagged(Tensor):
+    """Of a class of its own."""
+
+
+def test_a_tensor_that_became_one_of_another_class_is_named() -> None:
+    model = tiny_bert()
+    fast = fastcls.optimize(model)
+    swapped = nn.Parameter(torch.zeros(64, 64).as_subclass(Tagged))
+    torch.utils.swap_tensors(model.bert.encoder.layer[0].attention.self.query.weight, swapped)
+    with pytest.raises(
+        RuntimeError, match=r"layer.0.attention.self.query.weight .*must be a plain tensor, got a .*Tagged"
+    ):
+        fast(IDS)
+
+
+def test_tensors_that_stand_in_for_one_call_stay_as_they_are() -> None:
+    model = tiny_bert()
+    fast = fastcls.optimize(model)
+    given = {"head.out_weight": torch.zeros(3, 64), "head.out_bias": torch.ones(3)}
+    with torch.no_grad():
+        model.classifier.weight.mul_(2)
+        model.bert.encoder.layer[0].attention.self.query.weight.mul_(2)
+    found = torch.func.functional_call(fast, given, (IDS,)).logits
+    assert torch.equal(found, torch.ones(2, 3))
+    assert not given["head.out_weight"].any()
+    assert_follows(fast, model)
+
+
 def test_the_copy_of_query_key_and_value_is_all_that_it_costs() -> None:
     model = tiny_bert(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, vocab_size=2000)
     size = sum(weight.numel() * 4 for weight in model.parameters())
