@@ -6,7 +6,7 @@ cannot stop at values while it is traced, so that the check is a node of it, whi
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,14 @@ from transformers.loss.loss_utils import ForSequenceClassificationLoss, ForToken
 
 # What a token has for a label that has none.
 IGNORED = -100
+
+
+@dataclass
+class _Config:
+    """What a loss reads of a config, and writes into it: which kind of labels it took these for."""
+
+    num_labels: int
+    problem_type: str | None = None
 
 
 def classification_loss(logits: Tensor, labels: Tensor, num_labels: int, problem_type: str | None) -> Tensor:
@@ -26,9 +34,7 @@ def classification_loss(logits: Tensor, labels: Tensor, num_labels: int, problem
         num_labels: how many there are, as the model says, which a head of one's own need not go by.
         problem_type: the config's.
     """
-    # Not the config itself, into which it writes which kind of labels it took these for.
-    config = SimpleNamespace(num_labels=num_labels, problem_type=problem_type)
-    loss: Tensor = ForSequenceClassificationLoss(labels, logits, config)
+    loss: Tensor = ForSequenceClassificationLoss(labels, logits, _Config(num_labels, problem_type))
     return loss
 
 
@@ -49,7 +55,7 @@ def deberta_loss(logits: Tensor, labels: Tensor, num_labels: int) -> tuple[Tenso
 
 def token_loss(logits: Tensor, labels: Tensor, num_labels: int) -> Tensor:
     """A token classifier's loss, of tokens whose label is not `IGNORED`."""
-    loss: Tensor = ForTokenClassification(logits, labels, SimpleNamespace(num_labels=num_labels))
+    loss: Tensor = ForTokenClassification(logits, labels, _Config(num_labels))
     return loss
 
 

@@ -81,6 +81,11 @@ CASES: dict[str, Case] = {
             *PACKING,
         ),
     ),
+    "attention_varlen-bias": Case(
+        [TEXTS] * 3,
+        lambda *t: operation("attention_varlen")(*t, *PACKING, bias=t[0].new_zeros(HEADS, 5)),
+        lambda *t: reference.attention_varlen_reference(*t, *PACKING, bias=t[0].new_zeros(HEADS, 5)),
+    ),
     "attention_varlen-window": Case(
         # Not of values: what lies outside of the window has no part in a row.
         [TEXTS, TEXTS, (HEADS, 5)],
@@ -103,6 +108,11 @@ CASES: dict[str, Case] = {
         ),
     ),
     "cls_attention_kv": case("cls_attention_kv", [(3, HEADS, HEAD_DIM), TEXTS, TEXTS], lambda *t: (*t, *PACKING)),
+    "cls_attention_kv-bias": Case(
+        [(3, HEADS, HEAD_DIM), TEXTS, TEXTS, (TOKENS, HEADS)],
+        lambda q, k, v, b: operation("cls_attention_kv")(q, k, v, *PACKING, bias=b.float()),
+        lambda q, k, v, b: reference.cls_attention_kv_reference(q, k, v, *PACKING, bias=b),
+    ),
     "cls_output": case(
         "cls_output",
         [(3, HEADS, WIDTH), (SIZE, WIDTH), (SIZE,), (WIDTH, SIZE), VECTOR, ROWS, VECTOR, VECTOR],
@@ -176,9 +186,7 @@ def test_nan_stays_nan_in_kernels(kernels: str, dtype: torch.dtype, name: str) -
 
 @pytest.mark.covering(alone=["value"])
 @pytest.mark.parametrize("value", [float("inf"), -float("inf")])
-@pytest.mark.parametrize(
-    "name", ["attention_padded", "attention_varlen", "attention_varlen-views_of_one", "cls_attention_kv"]
-)
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("attention", "cls_attention_kv"))])
 def test_infinity_less_infinity_is_nan(torch_path: str, dtype: torch.dtype, name: str, value: float) -> None:
     # In texts of all lengths, and several times: of which sign scores are is chance.
     for element in (0, -1) * 4:

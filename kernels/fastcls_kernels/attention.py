@@ -399,7 +399,11 @@ def _attention_runs(
     longest_short = SHORT if q.dtype.itemsize >= 4 else FEW_KEYS - 1
     unused = q.new_empty(1, 1, 1, dtype=torch.promote_types(q.dtype, torch.float32))
     # Looked at once for all; but where no text may change another's bits, once a run.
-    is_finite = None if q.dtype.itemsize >= 4 or is_batch_invariant() else _is_finite(*_in_one_piece(q, k, v))
+    is_finite = None
+    if bias is not None and not is_finite_all(bias):
+        is_finite = False
+    elif (q.dtype.itemsize < 4 or terms is not None) and not is_batch_invariant():
+        is_finite = is_finite_all(*_in_one_piece(q, k, v))
     for run in layout.runs:
         if run.length <= longest_short and (terms is None or (bias is None and _all_in_window(run, window, layout))):
             _attend_short(q, k, v, out, run, scale, unused)
@@ -524,7 +528,7 @@ def attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_s
     if not runs_triton(q) and is_batch_invariant():
         return _attention_rows(q, k, v, seqlens, scale)
     if not runs_triton(q):
-        if not _is_finite(q, k):
+        if not is_finite_all(q, k):
             return _attention_rows(q, k, v, seqlens, scale)
         # A row of nothing but padding would be a softmax over nothing: it attends everywhere, and is zeroed below.
         mask = (real | (seqlens[:, None] == 0))[:, None, None, :]
@@ -560,20 +564,24 @@ def attend_batch(
 ) -> Tensor:
     """Attention of (batch, nheads, rows, headdim) on a CPU; ``bias`` is added to the scores.
 
-    ``is_finite`` says what is known of queries and keys; None has them looked at, where that matters.
+    ``is_finite`` says whether queries, keys and what the bias is made of are; None has the first two looked at, where
+    that matters.
     """
     few, dtype = bias is None and keys.shape[2] < FEW_KEYS, queries.dtype
-    if dtype.itemsize < 4 and not few and is_finite is None:
-        is_finite = _is_finite(queries, keys)
+    is_narrow = dtype.itemsize < 4
+    if is_finite is None and not few and (is_narrow or bias is not None):
+        is_finite = is_finite_all(queries, keys)
     # The exponential of the fused attention in 16 bits makes a number of inf - inf.
-    if dtype.itemsize < 4 and (few or not is_finite):
+    if is_narrow and (few or not is_finite):
         queries, keys, values = (tensor.float() for tensor in (queries, keys, values))
-    if not few:
+    # With a mask it takes a row whose scores are all -inf for one that is left out.
+    if not few and (bias is None or is_finite):
         return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale).to(dtype)
-    return ((queries @ keys.transpose(2, 3) * scale).softmax(-1) @ values).to(dtype)
+    scores = queries @ keys.transpose(2, 3) * scale
+    return ((scores if bias is None else scores + bias).softmax(-1) @ values).to(dtype)
 
 
-def _is_finite(*tensors: Tensor) -> bool:
+def is_finite_all(*tensors: Tensor) -> bool:
     """Whether all their numbers are; a sum that overflows is taken for one that is not."""
     # A sum in its own dtype is the faster one, and bfloat16 overflows no earlier than float32.
     return math.isfinite(

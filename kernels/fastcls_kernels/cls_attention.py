@@ -32,7 +32,7 @@ from ._layout import PackedLayout
 from ._pair import as_pair, pair_dot
 from ._tracing import traceable
 from ._triton import cdiv, jit, next_power_of_2, tl
-from .attention import LOG2_E, attend_batch
+from .attention import LOG2_E, attend_batch, is_finite_all
 from .layer_norm import AddNorm, add_layer_norm, check_add_norm
 from .tuning import arch_of, cls_tile, unsqueezed
 
@@ -730,7 +730,8 @@ def _cls_attention_kv_windows(
         )
         # [num_windows, nheads, 1, length]
         biases = None if bias is None else windows.batch(bias).transpose(1, 2).unsqueeze(2)
-        attended = attend_batch(queries, keys, values, scale, biases)
+        is_finite = None if biases is None else is_finite_all(queries, keys, biases)
+        attended = attend_batch(queries, keys, values, scale, biases, is_finite=is_finite)
         out[windows.rows] = attended.transpose(1, 2).flatten(0, 1).to(out.dtype)
     return out
 
