@@ -128,7 +128,23 @@ class FastModel(nn.Module):
         self._graphs = self._new_graphs()
         self._watch_hooks()
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            known = self.__dict__.get("model_class")
+            if name.startswith("__") or known is None:
+                raise
+            if name == known.base_model_prefix:
+                hint = "its encoder is base_model"
+            elif hasattr(known, name) or name in ("classifier", "lm_head", "pooler", "qa_outputs"):
+                hint = f"the transformers model has, whose weights it follows; here is {type(self).__name__} alone"
+            else:
+                raise
+            raise AttributeError(f"{error}: {hint}", name=name, obj=self) from None
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _check_not_traced()
         # Each class of transformers has an order of its own, some without token types, some with positions later.
         if self._order is not None and len(args) > 1:
             if len(args) > len(self._order):
@@ -311,6 +327,16 @@ class FastModel(nn.Module):
         return 0 if only_trainable else sum(counts.values())
 
     @property
+    def main_input_name(self) -> str:
+        """Of `forward`; transformers' Trainer asks, for how many floating point operations it counts."""
+        return self.model_class.main_input_name
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights, those that are shared with the original included."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    @property
     def name_or_path(self) -> str:
         """Where the transformers model came from."""
         return str(getattr(self.config, "name_or_path", ""))
@@ -454,11 +480,6 @@ class FastModel(nn.Module):
             raise RuntimeError("fastcls runs inference only: call .eval() first, or train the transformers model")
         if torch.compiler.is_compiling():
             self._check_no_hooks_inside()
-        elif torch._C._get_tracing_state() is not None:
-            raise RuntimeError(
-                "torch.jit.trace, and torch.onnx.export with dynamo=False, must be left out: a trace would hold the "
-                "lengths of its example for all texts. Use torch.export.export, or trace the transformers model"
-            )
         if torch.is_grad_enabled():
             _check_no_gradients(self, batch)
         for name in ("output_attentions", "output_hidden_states"):
@@ -520,6 +541,8 @@ class FastModel(nn.Module):
         return None
 
     def _source(self, batch: Batch, how: How, selected: Tensor | None = None) -> Source:
+        # First, so that an original that has become another model is named, and not what no longer fits it.
+        self._follow()
         return self._reader.source_of_batch(
             batch,
             needs_first=how.selection == "first",
@@ -528,7 +551,6 @@ class FastModel(nn.Module):
         )
 
     def _run(self, source: Source, how: How) -> Parts:
-        self._follow()
         return [(self._run_packed(part, how), part) for part in self._pack(source)]
 
     def _pack(self, source: Source) -> Iterator[PackedTokens]:
@@ -586,6 +608,14 @@ class FastModel(nn.Module):
         """What is left of a pass behind the encoder."""
         out: Tensor = self.head(states)
         return out
+
+
+def _check_not_traced() -> None:
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace, and torch.onnx.export with dynamo=False, must be left out: a trace would hold the "
+            "lengths of its example for all texts. Use torch.export.export, or trace the transformers model"
+        )
 
 
 def _settled(model: weakref.ref[FastModel]) -> Callable[[], None]:

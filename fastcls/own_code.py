@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 import sysconfig
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from types import FunctionType, ModuleType
 from typing import Any, NoReturn
 
@@ -229,6 +229,9 @@ def check_subclass(found: type[PreTrainedModel], base: type[PreTrainedModel], pa
 
 def advice_for(module: object) -> str:
     """What to do about a module, or a wrapper, that is not transformers' own."""
+    adapters = getattr(module, "peft_config", None)
+    if isinstance(adapters, Mapping) and any(getattr(each, "is_prompt_learning", False) for each in adapters.values()):
+        return "prompts and prefixes that were learnt are not taken, and cannot be merged: stay with the PEFT model"
     return advice(class_name(module))
 
 
@@ -245,6 +248,10 @@ def advice(name: str) -> str:
         return "layers that were quantised are not taken: optimize the model as it was, in bfloat16 or float32"
     if "fsdp" in name or "distributed" in name or "dataparallel" in name:
         return "give the model that it wraps, whole and on one device (often its attribute module)"
+    if name.startswith("fastcls."):
+        return "it is a fast model already: give the transformers model that it was made of"
+    if "multivectorencoder" in name:
+        return 'stay with it, and call fastcls.register_attention() and set_attn_implementation("fastcls") on its model'
     if "optimizedmodule" in name:
         return "give the model that was compiled (_orig_mod), and compile what optimize returns"
     return "fastcls does not compute what other code than transformers' own does"

@@ -135,6 +135,7 @@ class TaskModel(FastModel):
     ) -> Tensor:
         """(num_texts, width), in the texts' order."""
         self._check_no_hooks_of_its_own("a method that takes lists of ids")
+        self._follow()
         source = self._reader.source_of_lists(token_ids, token_type_ids)
         if source is None:
             return self._empty(0, self._out_features())

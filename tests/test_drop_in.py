@@ -209,6 +209,32 @@ def test_tensors_are_made_where_they_belong_whatever_the_default_device() -> Non
     assert all(each.device.type == "cpu" for each in (*lists, made))
 
 
+def test_what_a_fast_model_lacks_is_said() -> None:
+    model = tiny_bert()
+    fast = fastcls.optimize(model)
+    assert fast.main_input_name == model.main_input_name
+    assert fast.get_memory_footprint() == model.get_memory_footprint(return_buffers=False)
+    with pytest.raises(AttributeError, match="no attribute 'bert': its encoder is base_model"):
+        _ = fast.bert
+    for name in ("resize_token_embeddings", "gradient_checkpointing_enable", "tie_weights", "classifier"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}': the transformers model has, whose weights"):
+            getattr(fast, name)
+    assert not hasattr(fast, "anything")
+    with pytest.raises(AttributeError, match=r"no attribute 'anything'$"):
+        _ = fast.anything
+    with pytest.raises(TypeError, match="it is a fast model already"):
+        fastcls.optimize(fast)
+
+
+def test_an_original_that_was_resized_is_named_before_ids_that_do_not_fit() -> None:
+    model = tiny_bert()
+    fast = fastcls.optimize(model)
+    model.resize_token_embeddings(250, mean_resizing=False)
+    for call in (lambda: fast(torch.tensor([[5, 210]])), lambda: fast.logits_of([[5, 210]])):
+        with pytest.raises(RuntimeError, match=r"word_embeddings.weight of the model .*was replaced since"):
+            call()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_trace_that_would_hold_its_examples_lengths_is_refused(dtype: torch.dtype) -> None:
     fast = fastcls.optimize(tiny_bert().to(dtype))
@@ -216,6 +242,9 @@ def test_a_trace_that_would_hold_its_examples_lengths_is_refused(dtype: torch.dt
         warnings.simplefilter("ignore")
         with pytest.raises(RuntimeError, match=r"torch.jit.trace.* must be left out"):
             torch.jit.trace(fast, (IDS, torch.ones_like(IDS)), strict=False)
+        with pytest.raises(RuntimeError, match=r"torch.onnx.export with dynamo=False, must be left out"):
+            # What is more than its arguments is the exporter's own.
+            torch.jit.trace(fast, (IDS, *[torch.ones_like(IDS)] * 9), strict=False)
 
 
 # Hooks on the fast model

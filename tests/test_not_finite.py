@@ -83,8 +83,8 @@ CASES: dict[str, Case] = {
     ),
     "attention_varlen-bias": Case(
         [TEXTS] * 3,
-        lambda *t: operation("attention_varlen")(*t, *PACKING, bias=t[0].new_zeros(HEADS, 5)),
-        lambda *t: reference.attention_varlen_reference(*t, *PACKING, bias=t[0].new_zeros(HEADS, 5)),
+        lambda q, k, v: operation("attention_varlen")(q, k, v, *PACKING, bias=q.new_zeros(HEADS, 5)),
+        lambda q, k, v: reference.attention_varlen_reference(q, k, v, *PACKING, bias=q.new_zeros(HEADS, 5)),
     ),
     "attention_varlen-window": Case(
         # Not of values: what lies outside of the window has no part in a row.
