@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import optimize
@@ -17,6 +17,9 @@ from .encoder import LastLayer
 from .inputs import BadText
 from .labels import label_names
 from .loading import load_model, load_tokenizer, parse_device, parse_dtype, sorted_options
+from .model import FastModel
+from .own_code import advice_for
+from .sentence_models import is_sentence_model
 from .tasks import FastClassifier
 from .texts import (
     Cut,
@@ -108,8 +111,10 @@ class Classifier:
         read_truncation(truncation)
         self.model: FastClassifier = optimize(model) if isinstance(model, PreTrainedModel) else model
         if not isinstance(self.model, FastClassifier):
-            found = type(model).__name__
-            raise TypeError(f"model must be a sequence classifier of transformers' or a FastClassifier, got {found}")
+            raise TypeError(
+                "model must be a sequence classifier of transformers' or a FastClassifier, "
+                f"got {type(model).__name__}{_remedy_for(model)}"
+            )
         label_names(self.model.config.id2label, self.model.num_labels)
         self.tokenizer = own_copy(tokenizer) if copy_tokenizer else tokenizer
         self.truncation = truncation
@@ -139,7 +144,7 @@ class Classifier:
         Args:
             name_or_path: a folder, or a name on the hub.
             device: None is the GPU where there is one, else the CPU.
-            dtype: "float32", "float16", "bfloat16" or a torch.dtype; None keeps the checkpoint's own.
+            dtype: "float32", "float16", "bfloat16" or a torch.dtype; None, or "auto", keeps the checkpoint's own.
             truncation: see `Classifier`.
             last_layer, batch_invariant: see `FastClassifier`.
             options: for transformers, each where it belongs: ``revision``, ``token``, ``cache_dir``,
@@ -149,15 +154,29 @@ class Classifier:
 
         Raises:
             FileNotFoundError, OSError: the checkpoint cannot be found.
-            ValueError: it is damaged, has no trained classifier or a config that fastcls does not compute; an unknown
-                device, dtype or last_layer; an option with a value that does not fit it.
-            TypeError: its model class is not supported; an option that is not taken.
+            ValueError: it is damaged, quantised or an adapter, has no trained classifier or a config that fastcls does
+                not compute; an unknown device, dtype or last_layer; an option with a value that does not fit it.
+            TypeError: its model class is not supported; an option that is not taken, or with a value of another type;
+                what is neither a folder nor a name.
         """
         target, torch_dtype, given = parse_device(device), parse_dtype(dtype), sorted_options(options)
         tokenizer = load_tokenizer(name_or_path, **given.hub, **given.tokenizer)
         model = load_model(name_or_path, target, torch_dtype, config_options=given.config, **given.hub, **given.model)
         fast = optimize(model, last_layer=last_layer, batch_invariant=batch_invariant, release=True)
         return cls(fast, tokenizer, truncation=truncation, copy_tokenizer=False)
+
+    # A mapping is one pair, though it could be iterated over, too.
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self,
+        texts: Mapping[str, str],
+        *,
+        function_to_apply: ScoreFunction | None = None,
+        truncation: Truncation | None = None,
+        max_length: int | None = None,
+        padding: bool | str | None = None,
+        batch_size: int | None = None,
+    ) -> Label: ...
 
     @overload
     def __call__(
@@ -194,12 +213,16 @@ class Classifier:
         max_length: int | None = None,
         padding: bool | str | None = None,
         batch_size: int | None = None,
-    ) -> list[Any]:
+    ) -> list[Any] | Label:
         """Labels with their scores, in the order of the texts, as transformers' text-classification pipeline gives.
 
         Args:
             texts: one text, or a list (or any iterable) of texts. A text is a string, a pair of strings, or a mapping
                 with "text" and "text_pair". Columns of pandas, polars, pyarrow and datasets are taken, tables are not.
+                An empty second text is still a pair, with a [SEP] of its own, as ``tokenizer(firsts, seconds)`` makes
+                the batches that models are trained with. (The pipeline tokenizes one text at a time, where tokenizers
+                in Rust drop an empty second one: it gives the answer for the first alone. For that one leave
+                "text_pair" out.)
             top_k: how many labels to give for each text, best first, None for all. By default the best one alone.
             function_to_apply: "softmax", "sigmoid" or "none"; by default as the config's problem type and number of
                 labels say.
@@ -210,8 +233,9 @@ class Classifier:
                 that what calls a pipeline runs.
 
         Returns:
-            A list of ``{"label": ..., "score": ...}``, one a text; with ``top_k`` given, a list of such lists. For one
-            text that is not in a list, with ``top_k``, the list for it.
+            A list of ``{"label": ..., "score": ...}``, one a text; with ``top_k`` given, a list of such lists. Of what
+            is not in a list, as the pipeline does: for one string a list of its label, for one mapping the label
+            itself, and with ``top_k`` for both the list of labels.
 
         Raises:
             TypeError: something that is not a text, before any of them is computed.
@@ -223,7 +247,7 @@ class Classifier:
         single = isinstance(given, (str, Mapping))
         items = list(items_of([given] if single else checked_texts(given)))
         results = list(self._stream(items, call))
-        return results[0] if single and top_k != "best" else results
+        return results[0] if isinstance(given, Mapping) or (single and top_k != "best") else results
 
     def stream(
         self,
@@ -240,6 +264,9 @@ class Classifier:
 
         Reads ahead by one window of texts (256 on a CPU, 4,096 on a GPU, fewer where they are long), on a GPU by two:
         one is tokenized while the other is computed.
+
+        Errors are those of a call. They are raised after the results of all texts before the one that is named, and so
+        is what the iterable itself raises.
         """
         call = self._read_call(top_k, function_to_apply, truncation, max_length, padding, batch_size)
         return self._stream(items_of(checked_texts(texts)), call)
@@ -256,7 +283,12 @@ class Classifier:
         """(num_texts, num_labels), on the model's device. Arguments and errors are those of a call."""
         call = self._read_call(None, "none", truncation, max_length, padding, batch_size)
         items = items_of(checked_texts(texts))
-        parts = [self._window_logits(window, first, call.cut) for first, window in self._windows(items)]
+        parts = []
+        for first, window in self._windows(items):
+            logits, problem = self._window_logits(window, first, call.cut)
+            if problem is not None:
+                raise problem
+            parts.append(logits)
         return torch.cat(parts) if parts else self.model.logits_of([])
 
     def _read_call(
@@ -282,11 +314,14 @@ class Classifier:
         underway: deque[_Underway] = deque()
         try:
             for first, window in self._windows(items):
-                underway.append(_Underway.of(self._window_logits(window, first, call.cut)))
+                logits, problem = self._window_logits(window, first, call.cut)
+                underway.append(_Underway.of(logits))
+                if problem is not None:
+                    raise problem
                 if len(underway) > _WINDOWS_UNDERWAY[self._place]:
                     yield from _labels(underway.popleft(), call)
         except Exception:
-            # A text that cannot be classified loses nothing of those before it.
+            # Neither a text that cannot be classified nor the end of a source that fails loses what was before it.
             for window_before in underway:
                 yield from _labels(window_before, call)
             raise
@@ -301,16 +336,33 @@ class Classifier:
         max_texts, max_characters = _WINDOW[self._place]
         window: list[Item] = []
         first = characters = 0
-        for index, item in enumerate(items):
-            window.append(item)
-            characters += len(item.text) + len(item.pair or "")
-            if len(window) == max_texts or characters >= max_characters:
+        try:
+            for index, item in enumerate(items):
+                window.append(item)
+                characters += len(item.text) + len(item.pair or "")
+                if len(window) == max_texts or characters >= max_characters:
+                    yield first, window
+                    window, first, characters = [], index + 1, 0
+        except Exception:
+            # Their source failed, or gave what is no text.
+            if window:
                 yield first, window
-                window, first, characters = [], index + 1, 0
+            raise
         if window:
             yield first, window
 
-    def _window_logits(self, window: list[Item], first: int, cut: Cut) -> Tensor:
+    def _window_logits(self, window: list[Item], first: int, cut: Cut) -> tuple[Tensor, TextError | None]:
+        """Logits of the texts before the first one that cannot be classified, and what is wrong with that one."""
+        problem = None
+        while window:
+            try:
+                return self._logits(window, first, cut), problem
+            except TextError as error:
+                # Texts are not checked in their order: another one may stand before this one.
+                window, problem = window[: error.index - first], error
+        return self.model.logits_of([]), problem
+
+    def _logits(self, window: list[Item], first: int, cut: Cut) -> Tensor:
         # Calls with other options may come from other threads, and options are the tokenizer's state.
         with self._tokenizing:
             token_ids, types = token_lists(self.tokenizer, window, first, cut)
@@ -358,6 +410,16 @@ def _scores(logits: Tensor, apply: ScoreFunction) -> Tensor:
     if apply == "softmax":
         return logits.softmax(-1)
     return logits.sigmoid() if apply == "sigmoid" else logits
+
+
+def _remedy_for(model: object) -> str:
+    """What to do about what is no classifier."""
+    if isinstance(model, (str, os.PathLike)):
+        return ": to load it by name use Classifier.from_pretrained"
+    if is_sentence_model(model):
+        return ": pass it to fastcls.optimize, which gives a fast copy of the same class"
+    is_wrapper = isinstance(model, nn.Module) and not isinstance(model, (FastModel, PreTrainedModel))
+    return f": {advice_for(model)}" if is_wrapper else ""
 
 
 def _check_tokenizer(tokenizer: object) -> None:

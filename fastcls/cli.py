@@ -89,7 +89,8 @@ def classify(
 ) -> None:
     """Classify lines of text: one JSON object a line on standard output, in the order of the input.
 
-    Progress goes to standard error. Every input line gives one output line, an empty one too.
+    Progress goes to standard error. Every input line gives one output line, an empty one too. An error names the line
+    that cannot be classified, after all lines before it were written.
 
     Scores that are infinite or no number, as those of a model whose training
     diverged, are written as null, and so is a label that no number chose. Standard

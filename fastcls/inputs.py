@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import ItemsView, Iterable, KeysView, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .labels import shortened
 from .packing import Source, flat_integers, kept_tokens
 from .spec import EncoderSpec
 
@@ -157,26 +159,26 @@ class Reader(NamedTuple):
         )
 
     def source_of_lists(
-        self, token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None
+        self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None
     ) -> Source | None:
         """What is to be packed of sequences of token ids, or None of none. All of it is checked.
 
         Raises:
-            TypeError: something that is not an integer.
+            TypeError: something that is not an integer, or that has no order.
             ValueError: an empty or too long sequence, an id outside its table, or shapes that differ.
         """
-        for each in token_ids:
-            if not hasattr(each, "__len__"):
-                raise TypeError(f"token_ids must hold a sequence of ids for each text, got {each!r}")
+        token_ids = _listed("token_ids", token_ids)
         lengths = [len(ids) for ids in token_ids]
+        if token_type_ids is not None:
+            token_type_ids = _listed("token_type_ids", token_type_ids)
+            if [len(types) for types in token_type_ids] != lengths:
+                raise ValueError("token_type_ids must have the lengths of token_ids")
         if not lengths:
             return None
         if min(lengths) == 0:
             raise BadText(lengths.index(0), "has no tokens")
         spec = self.spec
         self._check_longest(max(lengths))
-        if token_type_ids is not None and [len(types) for types in token_type_ids] != lengths:
-            raise ValueError("token_type_ids must have the lengths of token_ids")
         ids = flat_integers("token_ids", token_ids)
         low, high = _bounds(ids)
         if low < 0 or high >= spec.vocab_size:
@@ -302,6 +304,38 @@ def _padded_positions(ids: Tensor, padding_id: int) -> Tensor:
     """RoBERTa's positions: those behind padding_id counted, without counting tokens that are padding."""
     real = ids != padding_id
     return real.cumsum(1) * real + padding_id
+
+
+def _listed(name: str, lists: Iterable[Iterable[int]]) -> list[Any]:
+    """Each text's ids, as something with a length: what can be read only once is read here.
+
+    Raises:
+        TypeError: something that is no sequence of ids, or that has no order.
+    """
+    texts = _with_length(name, lists, "hold a sequence of ids for each text")
+    return [
+        ids if isinstance(ids, (list, tuple)) else _with_length(f"{name}[{row}]", ids, "be a sequence of ids")
+        for row, ids in enumerate(texts)
+    ]
+
+
+def _with_length(name: str, values: Any, wanted: str) -> Any:
+    """The values, listed where they have no length.
+
+    Raises:
+        TypeError: they cannot be iterated over, or not in an order of theirs.
+    """
+    problem = f"{name} must {wanted}, got {type(values).__name__}"
+    if isinstance(values, Mapping):
+        raise TypeError(f'{problem}: pass what it holds as "input_ids"')
+    if isinstance(values, AbstractSet) and not isinstance(values, (KeysView, ItemsView)):
+        raise TypeError(f"{problem}, which has no order: pass a list")
+    try:
+        # What has a length and no dimension, as one number of numpy's or torch's, has an iterator that says no.
+        once = iter(values)
+    except TypeError:
+        raise TypeError(f"{problem}: {shortened(values)}") from None
+    return values if hasattr(values, "__len__") else list(once)
 
 
 def _check_is_tensor(name: str, value: Tensor) -> None:

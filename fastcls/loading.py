@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,9 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .families import FAMILIES, Family, class_for_task, supported
-from .labels import label_names
+from .labels import label_names, shortened
 from .spec import Task
 from .texts import first_line, read_count
 
@@ -33,7 +35,6 @@ _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_clas
 _HUB_OPTIONS = frozenset(
     (
         "cache_dir",
-        "code_revision",
         "force_download",
         "local_files_only",
         "proxies",
@@ -43,6 +44,15 @@ _HUB_OPTIONS = frozenset(
         "trust_remote_code",
     )
 )
+# Of those that are not only asked whether they are true: transformers would fail on others far from here.
+_OPTION_TYPES: dict[str, tuple[type, ...]] = {
+    "cache_dir": (str, os.PathLike),
+    "proxies": (Mapping,),
+    "revision": (str,),
+    "subfolder": (str, os.PathLike),
+    "token": (str, bool),
+    "variant": (str,),
+}
 _CONFIG_OPTIONS = frozenset(("id2label", "label2id", "num_labels", "problem_type"))
 _MODEL_OPTIONS = frozenset(("use_safetensors", "variant", "weights_only"))
 _TOKENIZER_OPTIONS = frozenset(
@@ -84,6 +94,7 @@ _OWN_DTYPES = "pass dtype=: fastcls computes in float32, float16 or bfloat16"
 _AT_EACH_CALL = "pass it to each call"
 _INSTEAD = {
     "torch_dtype": "pass dtype=",
+    "code_revision": "leave it out: fastcls runs transformers' own code alone",
     "device_map": _ONE_DEVICE,
     "max_memory": _ONE_DEVICE,
     "tp_plan": _ONE_DEVICE,
@@ -116,11 +127,18 @@ def sorted_options(options: Mapping[str, Any]) -> LoadingOptions:
     """Options as callers give them to one function for all that is loaded, shared out.
 
     Raises:
-        TypeError: an option that nothing takes.
+        TypeError: an option that nothing takes, or a value of a type that it has never.
     """
     found = LoadingOptions({}, {}, {}, {})
     known = (_HUB_OPTIONS, _CONFIG_OPTIONS, _MODEL_OPTIONS, _TOKENIZER_OPTIONS)
     for name, value in options.items():
+        if value is None and name in _HUB_OPTIONS | _MODEL_OPTIONS:
+            # Not all of them take None for what they do without it.
+            continue
+        types = _OPTION_TYPES.get(name, (object,))
+        if not isinstance(value, types):
+            wanted = " or ".join(each.__name__ for each in types)
+            raise TypeError(f"{name} must be a {wanted}, got {type(value).__name__}: {shortened(value)}")
         takers = [taken for taken, names in zip(found, known, strict=True) if name in names]
         if takers:
             takers[0][name] = value
@@ -137,14 +155,17 @@ def _asks_for_nothing(name: str, value: object) -> bool:
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """ "bfloat16" and the like as a torch.dtype; None stays None.
+    """ "bfloat16" and the like as a torch.dtype; None, or "auto", is None.
 
     Raises:
-        ValueError: any other name.
+        ValueError: anything else.
     """
-    if dtype is None or isinstance(dtype, torch.dtype):
+    # On a CPU a model may be computed in float64, to prove exactness with.
+    if dtype in (*_DTYPES.values(), torch.float64):
         return dtype
-    if dtype not in _DTYPES:
+    if dtype in (None, "auto"):
+        return None
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     return _DTYPES[dtype]
 
@@ -160,7 +181,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     try:
         parsed = torch.device(device)
         torch.empty(0, device=parsed)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device must be one that torch can use here, got {device!r}: {first_line(error)}") from error
     return parsed
 
@@ -186,22 +207,28 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        TypeError: its model class is not supported.
-        ValueError: the checkpoint is damaged, or its config asks for what fastcls does not compute, or it holds no
-            trained head, so that its answers would be random, or its config names no class where it is asked, or a
-            config option does not fit it.
+        TypeError: its model class is not supported, or ``name_or_path`` is none.
+        ValueError: the checkpoint is damaged, quantised or an adapter, or its config asks for what fastcls does not
+            compute, or it holds no trained head, so that its answers would be random, or its config names no class
+            where it is asked, or a config option does not fit it.
         OSError: the hub has no such model, or cannot be reached.
     """
-    _check_folder(name_or_path, hub_options.get("subfolder"))
-    with quiet_transformers(), _readable_errors(name_or_path):
+    _check_place(name_or_path, hub_options.get("subfolder"))
+    with quiet_transformers(), _readable_errors(name_or_path, hub_options):
         config = AutoConfig.from_pretrained(name_or_path, **hub_options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{name_or_path} must be a checkpoint in bfloat16, float16 or float32, got a quantised one "
+            "(quantization_config in its config.json), which is not taken: load the model as it was before"
+        )
     of_checkpoint = config.num_labels
     _set_options(config, config_options or {})
     # An unsupported model is refused before its weights are fetched and read.
     family, model_class = _class_in_config(name_or_path, config) if task is None else class_for_task(config, task)
     family.spec(config)
     found_task = family.head(model_class, config).task
-    with quiet_transformers(), _readable_errors(name_or_path):
+    # Without the context a device that torch was told to make all tensors on would count, the meta device too.
+    with quiet_transformers(), _readable_errors(name_or_path, hub_options), torch.device("cpu"):
         model, info = getattr(transformers, model_class).from_pretrained(
             name_or_path,
             config=config,
@@ -253,6 +280,8 @@ def _set_options(config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
             # Names of some types cannot be keys.
             config.label2id = {name: index for index, name in enumerate(names)}
     if label2id is not None:
+        if not isinstance(label2id, Mapping):
+            raise ValueError(f"label2id must be a mapping from names to ids, got {shortened(label2id)}")
         config.label2id = dict(label2id)
 
 
@@ -277,13 +306,14 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> PreT
 
     Raises:
         ValueError: there is no tokenizer, it is damaged, or it does not take an option's value.
-        FileNotFoundError, OSError: as `load_model`.
+        FileNotFoundError, OSError, TypeError: as `load_model`.
     """
-    _check_folder(name_or_path, options.get("subfolder"))
+    _check_place(name_or_path, options.get("subfolder"))
     if options.get("model_max_length") is not None:
         options["model_max_length"] = read_count("model_max_length", options["model_max_length"])
     own = sorted(_TOKENIZER_OPTIONS.intersection(options))
-    with quiet_transformers(), _readable_errors(name_or_path, own):
+    of_hub = {name: value for name, value in options.items() if name in _HUB_OPTIONS}
+    with quiet_transformers(), _readable_errors(name_or_path, of_hub, own):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
     # Without its files transformers makes a tokenizer that knows no words, and every text becomes the same.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -291,7 +321,13 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> PreT
     return tokenizer
 
 
-def _check_folder(name_or_path: str | os.PathLike[str], subfolder: str | None) -> None:
+def _check_place(name_or_path: object, subfolder: str | os.PathLike[str] | None) -> None:
+    if not isinstance(name_or_path, (str, os.PathLike)) or not os.fspath(name_or_path):
+        remedy = ""
+        if isinstance(name_or_path, nn.Module):
+            remedy = ": pass a model that is loaded already to fastcls.Classifier, with its tokenizer"
+        found = "an empty name" if name_or_path == "" else type(name_or_path).__name__
+        raise TypeError(f"name_or_path must be a folder or a name on the hub, got {found}{remedy}")
     path = Path(name_or_path)
     # Names on the hub are "model" or "owner/model"; anything else can only be a path.
     looks_like_path = path.is_absolute() or len(path.parts) > 2 or str(path).startswith((".", "~"))
@@ -299,25 +335,61 @@ def _check_folder(name_or_path: str | os.PathLike[str], subfolder: str | None) -
         raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
     if path.exists() and not path.is_dir():
         raise ValueError(f"a checkpoint must be a folder with config.json and weights, got the file {path}")
-    if path.is_dir() and not subfolder and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: the folder has no config.json")
+    if not path.is_dir():
+        return
+    place = path / (subfolder or "")
+    if not place.is_dir():
+        raise FileNotFoundError(f"subfolder must be a folder in {path}, got {str(subfolder)!r}: there is none")
+    if (place / "adapter_config.json").is_file():
+        # Beside a whole model, too: transformers would put it on top, or without PEFT leave it out.
+        raise _adapter(str(place))
+    if not (place / "config.json").is_file():
+        raise FileNotFoundError(f"no checkpoint at {place}: the folder has no config.json")
+
+
+def _adapter(place: str) -> ValueError:
+    return ValueError(
+        f"{place} must hold a whole model, got an adapter of PEFT (adapter_config.json): load it with PEFT's "
+        "AutoPeftModelForSequenceClassification, and save what merge_and_unload() gives, with save_pretrained, "
+        "in another folder"
+    )
 
 
 @contextlib.contextmanager
-def _readable_errors(name_or_path: str | os.PathLike[str], options: Iterable[str] = ()) -> Iterator[None]:
+def _readable_errors(
+    name_or_path: str | os.PathLike[str], hub_options: Mapping[str, Any], options: Iterable[str] = ()
+) -> Iterator[None]:
     """Errors in one line. ``options`` are those that may be to blame, and not the checkpoint."""
     try:
         yield
-    except OSError as error:
-        nowhere = "" if Path(name_or_path).exists() else " There is no folder of that name either."
-        raise OSError(f"cannot load {name_or_path}: {first_line(error)}{nowhere}") from error
     except Exception as error:
+        is_folder = Path(name_or_path).exists()
+        # A folder was looked into before.
+        if not is_folder and _is_adapter_on_hub(name_or_path, hub_options, error):
+            raise _adapter(str(name_or_path)) from error
+        subfolder = hub_options.get("subfolder")
+        place = f"{name_or_path} with subfolder={str(subfolder)!r}" if subfolder else str(name_or_path)
+        if isinstance(error, OSError):
+            nowhere = "" if is_folder else " There is no folder of that name either."
+            raise OSError(f"cannot load {place}: {first_line(error)}{nowhere}") from error
         if names := ", ".join(options):
-            raise ValueError(f"cannot load {name_or_path} with the options {names}: {first_line(error)}") from error
+            raise ValueError(f"cannot load {place} with the options {names}: {first_line(error)}") from error
         # Damaged files surface as whatever their parser raises (JSON, safetensors, pickle, shape mismatches).
         raise ValueError(
-            f"cannot load {name_or_path}, the checkpoint is damaged or incomplete: {first_line(error)}"
+            f"cannot load {place}, the checkpoint is damaged or incomplete: {first_line(error)}"
         ) from error
+
+
+def _is_adapter_on_hub(name: str | os.PathLike[str], hub_options: Mapping[str, Any], error: Exception) -> bool:
+    """Whether what could not be loaded for ``error`` is an adapter."""
+    options = {option: value for option, value in hub_options.items() if option != "trust_remote_code"}
+    if isinstance(error.__cause__, LocalEntryNotFoundError):
+        # The hub was not reached, and trying once more would take half a minute.
+        options["local_files_only"] = True
+    with contextlib.suppress(Exception):
+        # Where it cannot be asked, the error that is underway says why.
+        return find_adapter_config_file(os.fspath(name), **options) is not None
+    return False
 
 
 @contextlib.contextmanager

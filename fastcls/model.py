@@ -9,7 +9,7 @@ import functools
 import inspect
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -361,7 +361,7 @@ class FastModel(nn.Module):
         return self.model_class.input_modalities
 
     def pack(
-        self, token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None
+        self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None = None
     ) -> list[PackedTokens]:
         """Packs sequences of token ids on the model's device, for `forward_packed`.
 

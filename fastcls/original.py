@@ -474,7 +474,7 @@ def _follow_optimizers() -> None:
 def release(model: nn.Module) -> None:
     """Takes a model's weights out of it, so that their memory is given back, but for what others read.
 
-    Tensors without memory, on the device "meta", take their place: the model raises an error where it is called.
+    Tensors without memory, on the device "meta", take their place, and what the model makes of them has no numbers.
     """
     empty: dict[int, nn.Parameter] = {}
     for module in model.modules():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
@@ -131,7 +131,7 @@ class TaskModel(FastModel):
             return unpack_rows(self._run(source, self._pooled), batch.shape[0], self._of_empty_text)
 
     def _list_rows(
-        self, token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None, how: How
+        self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None, how: How
     ) -> Tensor:
         """(num_texts, width), in the texts' order."""
         self._check_no_hooks_of_its_own("a method that takes lists of ids")
@@ -216,7 +216,7 @@ class FastClassifier(Labelled):
         return self._given(SequenceClassifierOutput(loss=loss, logits=logits), return_dict)
 
     def logits_of(
-        self, token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None
+        self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None = None
     ) -> Tensor:
         """Classifies sequences of token ids as they come from a tokenizer without padding.
 
@@ -662,8 +662,8 @@ class FastEncoder(TaskModel):
 
     def embeddings_of(
         self,
-        token_ids: Sequence[Sequence[int]],
-        token_type_ids: Sequence[Sequence[int]] | None = None,
+        token_ids: Iterable[Iterable[int]],
+        token_type_ids: Iterable[Iterable[int]] | None = None,
         *,
         pooling: Pooling = "first",
     ) -> Tensor:

@@ -6,6 +6,7 @@ import operator
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from copy import deepcopy
+from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
@@ -94,10 +95,15 @@ def checked_texts(texts: object) -> Iterable[Any]:
     if columns is not None:
         library = type(texts).__module__.partition(".")[0]
         shown = ", ".join(map(str, columns[:8])) + (", ..." if len(columns) > 8 else "")
-        column = _COLUMNS.get(library, _COLUMN).format("text" if "text" in columns or not columns else columns[0])
+        column = _COLUMNS.get(library, _COLUMN)
+        if "text" in columns and "text_pair" in columns:
+            remedy = f"pass its pairs, list(zip({column.format('text')}, {column.format('text_pair')}))"
+        else:
+            name = "text" if "text" in columns or not columns else columns[0]
+            remedy = f"pass one of its columns, {column.format(name)}"
         raise TypeError(
             f"texts must be an iterable of texts, got a table ({library} {found}, columns: {shown or 'unknown'}): "
-            f"pass one of its columns, {column}"
+            f"{remedy}"
         )
     if isinstance(texts, AbstractSet) and not isinstance(texts, (KeysView, ItemsView)):
         raise TypeError(f"texts must have an order, which a {found} has not: pass a list")
@@ -344,14 +350,51 @@ def found_text(text: object) -> str:
 
 
 def _remedy(text: object) -> str:
-    # Each library has a missing value of its own.
-    if text is None or type(text).__name__ in ("NAType", "NaTType") or (isinstance(text, float) and text != text):
+    if _is_missing(text):
         return ", a missing text: drop or fill such texts first"
     if isinstance(text, (bytes, bytearray)):
         return ": decode it first"
     if isinstance(text, Mapping):
-        is_row = all(isinstance(value, (str, int, float, type(None))) for value in text.values())
-        return (
-            ': pass [row["text"] for row in rows]' if is_row else ": pass a list of texts, as one of its values may be"
-        )
+        return _remedy_of_row(text)
+    if isinstance(text, (tuple, list)) and len(text) == 2:
+        if any(map(_is_missing, map(plain, text))):
+            return ", with a missing text: drop or fill such pairs, or pass a text alone"
+        if any(isinstance(plain(part), (bytes, bytearray)) for part in text):
+            return ": decode its texts first"
     return ""
+
+
+def _remedy_of_row(row: Mapping[Any, Any]) -> str:
+    """What to do about a mapping that has other keys or values than a text's or a pair's."""
+    values = {key: plain(value) for key, value in row.items()}
+    keys = [key for key in ("text", "text_pair") if key in values]
+    if "text" not in keys:
+        keys = [key for key, value in values.items() if isinstance(value, str)]
+    for key in keys:
+        value = values[key]
+        # A pair may say that it is none.
+        if _is_missing(value) and (key == "text" or value is not None):
+            return f", whose {key} is missing: drop or fill such texts first"
+        if isinstance(value, (bytes, bytearray)):
+            return f": decode its {key} first"
+        if isinstance(value, Real):
+            return f": its {key} must be a string"
+    if not keys and any(map(_is_missing, values.values())):
+        return ", a missing text: drop or fill such texts first"
+    if not keys or not all(isinstance(values[key], (str, type(None))) for key in keys):
+        if len(keys) > 1:
+            return ': pass its pairs, list(zip(columns["text"], columns["text_pair"]))'
+        return ": pass a list of texts, as one of its values may be"
+    first, *others = (f'row["{key}"]' for key in keys)
+    single = f"[{first} for row in rows]"
+    if not others:
+        return f": pass {single}"
+    pair = f"[({first}, {others[0]}) for row in rows]"
+    return f": pass {pair}" if "text" in keys else f": pass {single}, or of pairs {pair}"
+
+
+def _is_missing(value: object) -> bool:
+    # Each library has a missing value of its own.
+    return (
+        value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, Real) and value != value)
+    )

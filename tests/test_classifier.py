@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import fastcls
+import fastcls.classifier
 from fastcls.demo import sample_texts, sample_tokenizer
 from fastcls.texts import Cut, length_limit
 
@@ -61,8 +62,8 @@ def classifier(checkpoint: Path, device: str) -> fastcls.Classifier:
 
 def assert_same(actual: Any, expected: Any) -> None:
     """Equal labels in equal structure, scores to float32's rounding in a softmax."""
+    assert isinstance(actual, type(expected))
     if isinstance(expected, list):
-        assert isinstance(actual, list)
         assert len(actual) == len(expected)
         for one, other in zip(actual, expected, strict=True):
             assert_same(one, other)
@@ -92,6 +93,10 @@ def test_answers_are_those_of_the_pipeline(tokenizer: PreTrainedTokenizerBase, o
     assert_same(ours(TEXTS, top_k=2), theirs(TEXTS, top_k=2))
     assert_same(ours(PAIRS), theirs(as_mappings))
     assert_same(ours(as_mappings), theirs(as_mappings))
+    # Of one mapping the pipeline gives the label itself, of one string a list of it.
+    assert_same(ours(as_mappings[0]), theirs(as_mappings[0]))
+    assert_same(ours({"text": TEXTS[0]}), theirs({"text": TEXTS[0]}))
+    assert_same(ours(as_mappings[0], top_k=2), theirs(as_mappings[0], top_k=2))
     assert_same(ours(TEXTS, function_to_apply="none"), theirs(TEXTS, function_to_apply="none"))
 
 
@@ -102,6 +107,35 @@ def test_a_tokenizer_without_types_means_type_0(tokenizer: PreTrainedTokenizerBa
     as_mappings = [{"text": text, "text_pair": pair} for text, pair in PAIRS]
     assert_same(fastcls.Classifier(model, plain)(PAIRS), theirs(as_mappings))
     assert fastcls.Classifier(model, plain)(PAIRS) != fastcls.Classifier(model, tokenizer)(PAIRS)
+
+
+class PeftModelForSequenceClassification(torch.nn.Module):
+    """What PEFT calls its wrapper."""
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            PeftModelForSequenceClassification(),
+            "got PeftModelForSequenceClassification: merge adapters .*merge_and_unload",
+        ),
+        (torch.nn.DataParallel(torch.nn.Linear(1, 1)), "got DataParallel: give the model that it wraps"),
+        ("your/bert-classifier", "got str: to load it by name use Classifier.from_pretrained"),
+        (None, "got NoneType$"),
+    ],
+    ids=["peft", "data_parallel", "name", "none"],
+)
+def test_a_wrapped_model_says_what_to_do(tokenizer: PreTrainedTokenizerBase, model: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"model must be a sequence classifier of transformers' .*, {message}"):
+        fastcls.Classifier(model, tokenizer)
+
+
+def test_a_model_of_sentence_transformers_goes_to_optimize(tokenizer: PreTrainedTokenizerBase) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    reranker = library.CrossEncoder.__new__(library.CrossEncoder)
+    with pytest.raises(TypeError, match=r"got CrossEncoder: pass it to fastcls\.optimize"):
+        fastcls.Classifier(reranker, tokenizer)
 
 
 @pytest.mark.parametrize("make", [lambda: tiny_bert().bert, lambda: fastcls.optimize(tiny_bert().bert)])
@@ -132,8 +166,21 @@ def test_texts_and_pairs_may_be_mixed(classifier: fastcls.Classifier) -> None:
 
 def test_a_pair_is_not_its_first_text(classifier: fastcls.Classifier) -> None:
     assert classifier([PAIRS[0]]) != classifier([PAIRS[0][0]])
-    # An empty second text is still a pair: it brings a separator of its own.
-    assert classifier([("ok", "")]) != classifier(["ok"])
+
+
+def test_an_empty_second_text_is_a_pair_as_in_batches(tokenizer: PreTrainedTokenizerBase) -> None:
+    # Models are trained with batches. The pipeline takes one text at a time, where the tokenizer drops an empty one.
+    model = sample_bert(tokenizer)
+    classifier = fastcls.Classifier(model, tokenizer)
+    trained_with = tokenizer(["ok", "where"], ["", "here"], padding=True, return_tensors="pt")
+    pairs: list[Any] = [("ok", ""), {"text": "where", "text_pair": "here"}]
+    torch.testing.assert_close(classifier.logits(pairs), model(**trained_with).logits, rtol=0, atol=1e-5)
+    empty = {"text": "ok", "text_pair": ""}
+    assert classifier([empty]) == classifier([("ok", "")]) == [classifier(empty)] != classifier(["ok"])
+    theirs = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
+    # If this changes, so does what the docs say of it.
+    assert_same(theirs([empty, empty], batch_size=2), classifier(["ok"] * 2))
+    assert_same(theirs(empty), classifier({"text": "ok"}))
 
 
 def test_nothing_in_nothing_out(classifier: fastcls.Classifier) -> None:
@@ -158,16 +205,60 @@ def test_windows_come_in_order(classifier: fastcls.Classifier) -> None:
     assert_same(list(classifier.stream(iter(texts))), classifier(texts[:300]) + classifier(texts[300:]))
 
 
+class BrokenSourceError(Exception):
+    """What a source of texts may raise."""
+
+
+def texts_with_fault(bad: int | None, found: Any) -> Iterator[Any]:
+    """40 texts of several lengths, singles and pairs, one of them replaced."""
+    for index in range(40):
+        if index == bad and found is BrokenSourceError:
+            raise BrokenSourceError("the disk is gone")
+        text = "very " * (index % 5) + TEXTS[index % 2]
+        yield found if index == bad else (text, "ok") if index % 3 else text
+
+
+FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
+    "no_text": (7, TypeError, r"texts\[{}\] must be a string"),
+    "missing": (None, TypeError, r"texts\[{}\] .*a missing text"),
+    "too_long": ("word " * 200, ValueError, r"texts\[{}\] is \d+ tokens long"),
+    "too_long_pair": (("word " * 200, "ok"), ValueError, r"texts\[{}\] is \d+ tokens long"),
+    "surrogate": ("good \ud800", ValueError, r"texts\[{}\] holds half a character"),
+    "broken_source": (BrokenSourceError, BrokenSourceError, "the disk is gone"),
+}
+
+
 @pytest.mark.usefixtures("windows")
-@pytest.mark.parametrize("bad", [0, 300, 599])
-def test_what_stands_in_windows_before_a_bad_text_is_not_lost(classifier: fastcls.Classifier, bad: int) -> None:
-    texts: list[Any] = ["ok"] * 600
-    texts[bad] = 7
+@pytest.mark.parametrize("bad", [0, 7, 25, 39])
+@pytest.mark.parametrize(("found", "error", "message"), list(FAULTS.values()), ids=list(FAULTS))
+def test_what_stands_before_a_fault_is_not_lost(
+    classifier: fastcls.Classifier,
+    bad: int,
+    found: Any,
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for place in ("cpu", "cuda"):
+        monkeypatch.setitem(fastcls.classifier._WINDOW, place, (16, 32_768))
     results: list[Any] = []
-    stream = classifier.stream(iter(texts))
-    with pytest.raises(TypeError, match=rf"texts\[{bad}\] must be a string"):
+    stream = classifier.stream(texts_with_fault(bad, found))
+    with pytest.raises(error, match=message.format(bad)):
         results.extend(stream)
-    assert len(results) == bad // 256 * 256
+    assert_same(results, classifier(list(texts_with_fault(None, None))[:bad]))
+
+
+def test_of_several_faults_the_first_is_named(classifier: fastcls.Classifier) -> None:
+    # Singles are tokenized before pairs, and lengths are looked at last.
+    texts: list[Any] = ["ok", "ok", "word " * 200, ("ok", "\ud800"), "\ud800"]
+    results: list[Any] = []
+    stream = classifier.stream(texts)
+    with pytest.raises(ValueError, match=r"texts\[2\] is \d+ tokens long"):
+        results.extend(stream)
+    assert len(results) == 2
+    for call in (classifier, classifier.logits):
+        with pytest.raises(ValueError, match=r"texts\[2\] is \d+ tokens long"):
+            call(texts)
 
 
 def test_stream_reads_ahead_by_as_many_windows_as_it_says(classifier: fastcls.Classifier, windows: int) -> None:
@@ -313,6 +404,32 @@ NO_TEXTS: dict[str, tuple[Any, str]] = {
     "missing": (["a", float("nan")], r"texts\[1\] must be .*got float: nan, a missing text: drop or fill"),
     "null": ([Scalar(None)], r"texts\[0\] must be .*got NoneType: None, a missing text"),
     "encoded": (["a", b"b"], r"texts\[1\] must be .*got bytes: b'b': decode it first"),
+    "missing_second": ([("a", None)], r"texts\[0\] must be .*got tuple: .*, with a missing text: drop or fill"),
+    "missing_first": ([[float("nan"), "b"]], r"got list: .*, with a missing text: drop or fill"),
+    "null_in_a_pair": ([(Scalar("a"), Scalar(None))], "got tuple: .*, with a missing text"),
+    "encoded_pair": ([("a", b"b")], "got tuple: .*: decode its texts first"),
+    "missing_pair": ([{"text": "a", "text_pair": np.float32("nan")}], "got dict: .*, whose text_pair is missing: drop"),
+    "missing_text": ([{"text": None, "text_pair": "b"}], "got dict: .*, whose text is missing: drop"),
+    "missing_everywhere": ([{"sentence": None, "label": 1}], "got dict: .*, a missing text"),
+    "number_for_a_pair": ([{"text": "a", "text_pair": 3}], "got dict: .*: its text_pair must be a string$"),
+    "encoded_text": ([{"text": b"a"}], "got dict: .*: decode its text first"),
+    "rows_of_pairs": (
+        [{"text": "a", "text_pair": "b", "idx": 3}],
+        r'got dict: .*: pass \[\(row\["text"\], row\["text_pair"\]\) for row in rows\]$',
+    ),
+    "rows_of_other_pairs": (
+        [{"premise": "a", "hypothesis": "b", "label": np.int64(1)}],
+        r'pass \[row\["premise"\] for row in rows\], or of pairs \[\(row\["premise"\], row\["hypothesis"\]\) for',
+    ),
+    "rows_of_other_texts": ([{"label": 1, "sentence": "a"}], r': pass \[row\["sentence"\] for row in rows\]$'),
+    "columns": (
+        {"text": ["a"], "text_pair": ["b"]},
+        r'pass its pairs, list\(zip\(columns\["text"\], columns\["text_pair"\]',
+    ),
+    "frame_of_pairs": (
+        Rows("idx", "text", "text_pair"),
+        r'pass its pairs, list\(zip\(frame\["text"\]\.tolist\(\), frame\["text_pair"\]\.tolist\(\)\)\)',
+    ),
 }
 
 
@@ -644,6 +761,18 @@ OTHER_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "problem": ({"problem_type": "guess"}, ValueError, "problem_type must be one of regression, .*got 'guess'"),
     "length": ({"model_max_length": "long"}, ValueError, "model_max_length must be a positive int.*got 'long'"),
     "side": ({"padding_side": "up"}, ValueError, "with the options padding_side: .*up"),
+    "no_subfolder": (
+        {"subfolder": "nope"},
+        FileNotFoundError,
+        "subfolder must be a folder in .*, got 'nope': there is",
+    ),
+    "number_as_subfolder": ({"subfolder": 3}, TypeError, "subfolder must be a str or PathLike, got int: 3"),
+    "number_as_revision": ({"revision": 3}, TypeError, "revision must be a str, got int: 3"),
+    "code": ({"code_revision": "main"}, TypeError, "no option code_revision: leave it out"),
+    "ids_of_names": ({"label2id": 3}, ValueError, "label2id must be a mapping from names to ids, got 3"),
+    "int8": ({"dtype": torch.int8}, ValueError, "dtype must be one of float32, float16, bfloat16, got torch.int8"),
+    "float8": ({"dtype": torch.float8_e5m2}, ValueError, "dtype must be one of float32, .*got torch.float8_e5m2"),
+    "list_as_dtype": ({"dtype": ["float32"]}, ValueError, r"dtype must be one of float32, .*got \['float32'\]"),
 }
 
 
@@ -673,6 +802,9 @@ def test_bad_loading_options_are_named(checkpoint: Path) -> None:
         fastcls.Classifier.from_pretrained(checkpoint, dtype="int8")
     with pytest.raises(ValueError, match="device must be one that torch can use here, got 'gpu'"):
         fastcls.Classifier.from_pretrained(checkpoint, device="gpu")
+    device: Any = ["cpu"]
+    with pytest.raises(ValueError, match=r"device must be one that torch can use here, got \['cpu'\]"):
+        fastcls.Classifier.from_pretrained(checkpoint, device=device)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16], ids=["name", "dtype"])
@@ -680,6 +812,21 @@ def test_dtype_may_be_chosen(checkpoint: Path, dtype: Any) -> None:
     classifier = fastcls.Classifier.from_pretrained(checkpoint, device="cpu", dtype=dtype)
     assert classifier.model.dtype == torch.bfloat16
     assert classifier(TEXTS)[0]["label"] in ("bad", "fair", "good")
+
+
+def test_a_dtype_of_auto_and_options_of_none_are_what_is_without_them(checkpoint: Path) -> None:
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("subfolder", "revision", "token", "variant", "use_safetensors", "weights_only")
+    )
+    classifier = fastcls.Classifier.from_pretrained(checkpoint, device="cpu", dtype="auto", **nothing)
+    assert classifier.model.dtype == torch.float32
+    assert classifier(TEXTS) == fastcls.Classifier.from_pretrained(checkpoint, device="cpu")(TEXTS)
+
+
+def test_torchs_default_device_does_not_count(checkpoint: Path, classifier: fastcls.Classifier, device: str) -> None:
+    with torch.device("meta"):
+        loaded = fastcls.Classifier.from_pretrained(checkpoint, device=device)
+        assert loaded(TEXTS) == classifier(TEXTS)
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -713,6 +860,11 @@ def drop_classifier(folder: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def as_adapter(folder: Path) -> None:
+    drop("config", "model")(folder)
+    (folder / "adapter_config.json").write_text("{}")
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no_config": (drop("config"), FileNotFoundError, "the folder has no config.json"),
     "no_weights": (drop("model"), OSError, "no file named model.safetensors"),
@@ -730,6 +882,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         lambda folder: edit_config(folder, model_type="gpt2"),
         TypeError,
         "family bert, .*got a config of 'gpt2' for sequence classification",
+    ),
+    "quantised": (
+        lambda folder: edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        ValueError,
+        "must be a checkpoint in bfloat16, .*got a quantised one .*not taken",
+    ),
+    "adapter_alone": (as_adapter, ValueError, "must hold a whole model, got an adapter of PEFT .*merge_and_unload"),
+    "adapter_beside_a_model": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        ValueError,
+        "must hold a whole model, got an adapter of PEFT .*save_pretrained",
     ),
     "decoder": (lambda folder: edit_config(folder, is_decoder=True), ValueError, "config.is_decoder must be False"),
     "relative_positions": (
@@ -760,3 +923,38 @@ def test_missing_checkpoints_are_named(tmp_path: Path) -> None:
     file.write_text("x")
     with pytest.raises(ValueError, match=r"must be a folder with config\.json and weights, got the file"):
         fastcls.Classifier.from_pretrained(file)
+
+
+def test_an_adapter_on_the_hub_is_named(tmp_path: Path) -> None:
+    # As a download leaves it.
+    repository = tmp_path / "models--your--adapter"
+    (repository / "snapshots" / "0").mkdir(parents=True)
+    (repository / "snapshots" / "0" / "adapter_config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0")
+    with pytest.raises(ValueError, match=r"your/adapter must hold a whole model, got an adapter of PEFT"):
+        fastcls.Classifier.from_pretrained("your/adapter", cache_dir=tmp_path, local_files_only=True)
+    with pytest.raises(OSError, match=r"cannot load your/model with subfolder='two': .*no folder of that name either"):
+        fastcls.Classifier.from_pretrained("your/model", cache_dir=tmp_path, local_files_only=True, subfolder="two")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (None, "got NoneType$"),
+        (3, "got int$"),
+        (b"your/model", "got bytes$"),
+        ("", "got an empty name$"),
+        (torch.nn.Linear(1, 1), "got Linear: pass a model that is loaded already to fastcls.Classifier"),
+    ],
+    ids=["none", "number", "bytes", "empty", "model"],
+)
+def test_what_is_no_name_is_named(place: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"name_or_path must be a folder or a name on the hub, {message}"):
+        fastcls.Classifier.from_pretrained(place)
+
+
+def test_a_checkpoint_may_lie_in_a_subfolder(checkpoint: Path) -> None:
+    for subfolder in (checkpoint.name, Path(checkpoint.name)):
+        loaded = fastcls.Classifier.from_pretrained(checkpoint.parent, device="cpu", subfolder=subfolder)
+        assert loaded(TEXTS) == fastcls.Classifier.from_pretrained(checkpoint, device="cpu")(TEXTS)

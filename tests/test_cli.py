@@ -150,6 +150,26 @@ def test_bad_input_is_one_line_on_stderr(model: Path, tmp_path: Path, monkeypatc
     assert inside("classify", model, long, "--truncate").stdout.count("\n") == 2
 
 
+@pytest.mark.parametrize(
+    ("bad", "options", "message"),
+    [
+        ("x " * 600, (), "line 301 is 602 tokens long"),
+        ("caf\udce9", (), "line 301: not UTF-8 at byte 4"),
+        ("no tab", ("--pairs",), "line 301: --pairs needs a tab"),
+    ],
+    ids=["too_long", "not_utf8", "no_tab"],
+)
+def test_all_lines_before_a_bad_one_are_written(model: Path, bad: str, options: tuple[str, ...], message: str) -> None:
+    good = [f"some words{chr(9) if options else ' '}{index}" for index in range(300)]
+    stdin = "\n".join([*good, bad, "ok"]).encode(errors="surrogateescape")
+    done = inside("classify", model, *options, stdin=stdin)
+    assert done.exit_code == 2
+    assert message in done.stderr.replace("\n", " ")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    written = ["\t".join(row[key] for key in ("text", "text_pair") if key in row) for row in rows]
+    assert written == good
+
+
 def saved_copy(model: Path, folder: Path, **config: object) -> Path:
     """The model in another folder, where its config says something else."""
     shutil.copytree(model, folder)
