@@ -248,7 +248,7 @@ class FastModel(nn.Module):
             return
         if self._loaded is not None and not original.has_failed:
             self._settle_loaded()
-        if original.is_current():
+        if self._original is None or original.is_current():
             return
         is_doubted = original.is_doubted
         if original.update(self):

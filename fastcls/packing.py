@@ -31,10 +31,11 @@ FillUp = Callable[[int, int], PackShape]
 
 # oneDNN keeps two thirds of a MiB for each shape of a product, whatever its size, so that there must be few. Reading
 # the weights takes as long as some 32 rows do; at most a sixteenth of both is filled up, which costs 1 to 2 % of the
-# time. Never 64 rows or more: a CPU's passes are bounded, and on a GPU there is nothing to gain.
+# time, and of many rows a thirty-second: few processes see all sizes of large batches. Never 64 rows or more: a CPU's
+# passes are bounded, and on a GPU there is nothing to gain.
 _WEIGHTS_AS_ROWS = 32
-_FILL_ROWS_PART = 16
-_MAX_STEP = 64
+_FILL_ROWS_PART, _FILL_MANY_ROWS_PART = 16, 32
+_MANY_ROWS_STEP, _MAX_STEP = 16, 64
 # Sequences have rows in the last layer alone, so that they are filled up further. Up to 8 they stay as they are.
 _FILL_SEQUENCES_PART = 4
 # Each array starts at a multiple of 64 bytes, so that no kernel is compiled once more for a pointer that is less
@@ -47,7 +48,9 @@ def fill_rows(tokens: int, sequences: int) -> PackShape:
     num_sequences = sequences + -sequences % _power_of_two((sequences - 1) // _FILL_SEQUENCES_PART)
     # An empty sequence after the last one is read at its first token, which must be a row that exists.
     tokens += num_sequences > sequences
-    step = min(_power_of_two((tokens + _WEIGHTS_AS_ROWS) // _FILL_ROWS_PART), _MAX_STEP)
+    rows = tokens + _WEIGHTS_AS_ROWS
+    many = max(_power_of_two(rows // _FILL_MANY_ROWS_PART), _MANY_ROWS_STEP)
+    step = min(_power_of_two(rows // _FILL_ROWS_PART), many, _MAX_STEP)
     return PackShape(tokens + -tokens % step, num_sequences)
 
 

@@ -86,7 +86,8 @@ def optimize_sentence_model(
         _adapt(module)
     if "forward" not in vars(fast):
         fast.forward = _Forward(fast, may_select=select != "all")
-    _Following(model, fast)
+    if names := _other_weights(model):
+        _Following(model, fast, names)
     return fast
 
 
@@ -176,6 +177,18 @@ def _check_reads_no_padding(model: nn.Module) -> None:
             )
 
 
+def _other_weights(model: nn.Module) -> list[str]:
+    """The names of parameters and buffers that belong to none of the transformers models in a model."""
+    inside = {id(module) for inner in _transformers_models(model) for module in inner.modules()}
+    return [
+        f"{path}.{key}" if path else key
+        for path, module in model.named_modules()
+        if id(module) not in inside
+        for key, weight in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        if weight.is_floating_point()
+    ]
+
+
 class _Following:
     """Brings the weights of a copy's modules, but for the fast models' own, up to the given model's.
 
@@ -184,19 +197,10 @@ class _Following:
     Args:
         model: the given one.
         fast: its copy.
+        names: the weights.
     """
 
-    def __init__(self, model: nn.Module, fast: nn.Module) -> None:
-        inside = {id(module) for inner in _transformers_models(model) for module in inner.modules()}
-        names = [
-            f"{path}.{key}" if path else key
-            for path, module in model.named_modules()
-            if id(module) not in inside
-            for key, weight in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            if weight.is_floating_point()
-        ]
-        if not names:
-            return
+    def __init__(self, model: nn.Module, fast: nn.Module, names: list[str]) -> None:
         self._fast = fast
         self._names = names
         self._original: Original | None = Original(model, {name: (name,) for name in names}, {})

@@ -361,7 +361,9 @@ def test_what_is_loaded_is_the_fast_models_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda fast: pickle.loads(pickle.dumps(fast))], ids=["copy", "pickle"]
+    "copied",
+    [copy.copy, copy.deepcopy, lambda fast: pickle.loads(pickle.dumps(fast))],
+    ids=["copy", "deep_copy", "pickle"],
 )
 def test_copies_have_weights_of_their_own(copied: Callable[[Any], Any]) -> None:
     model = tiny_bert()

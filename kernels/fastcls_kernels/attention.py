@@ -36,7 +36,7 @@ NO_WINDOW = (-1, -1)
 # bookkeeping outweighs the scores that it never stores. In 16 bits the plain form would round the scores.
 SHORT = 64
 # Of fewer keys than a vector has places the fused attention takes a row whose scores are all NaN for one without keys,
-# and gives zero: these are plain products in every dtype, in 16 bits in float32.
+# and gives zero: these are plain products, in 16 bits in float32, unless all numbers are known to be finite.
 FEW_KEYS = 16
 # Queries that a CPU takes at once: in a window few, so that few keys are read in vain; without one many, which bounds
 # the memory that a bias takes.
@@ -396,7 +396,6 @@ def _attention_runs(
     out = q.new_empty(q.shape)
     end_token = 0
     terms = None if bias is None and window == NO_WINDOW else _ScoreTerms(layout, window, bias, q)
-    longest_short = SHORT if q.dtype.itemsize >= 4 else FEW_KEYS - 1
     unused = q.new_empty(1, 1, 1, dtype=torch.promote_types(q.dtype, torch.float32))
     # Looked at once for all; but where no text may change another's bits, once a run.
     is_finite = None
@@ -404,6 +403,9 @@ def _attention_runs(
         is_finite = False
     elif (q.dtype.itemsize < 4 or terms is not None) and not is_batch_invariant():
         is_finite = is_finite_all(*_in_one_piece(q, k, v))
+    longest_short = 0 if is_finite else FEW_KEYS - 1
+    if q.dtype.itemsize >= 4:
+        longest_short = SHORT
     for run in layout.runs:
         if run.length <= longest_short and (terms is None or (bias is None and _all_in_window(run, window, layout))):
             _attend_short(q, k, v, out, run, scale, unused)
@@ -567,7 +569,8 @@ def attend_batch(
     ``is_finite`` says whether queries, keys and what the bias is made of are; None has the first two looked at, where
     that matters.
     """
-    few, dtype = bias is None and keys.shape[2] < FEW_KEYS, queries.dtype
+    # Where nothing is NaN the fused attention may have few keys, too.
+    few, dtype = bias is None and keys.shape[2] < FEW_KEYS and not is_finite, queries.dtype
     is_narrow = dtype.itemsize < 4
     if is_finite is None and not few and (is_narrow or bias is not None):
         is_finite = is_finite_all(queries, keys)
