@@ -3,7 +3,7 @@
 #
 # Expected: the same ids, since a batch of one is one pair; and so the same answer from a pipeline, which tokenizes one at
 # a time, as from a batch as models are trained with.
-# Seen (transformers 5.23.0 with tokenizers 0.23.2; 5.8.0 and 5.24.0 do the same): tokenizer("good film", "") takes "" for
+# Seen (transformers 5.23.0 with tokenizers 0.23.3; 5.8.0 and 5.24.0 do the same): tokenizer("good film", "") takes "" for
 # no second text and gives [CLS] good film [SEP], tokenizer(["good film"], [""]) ends with a second [SEP], of type 1. So
 # pipeline("text-classification") answers otherwise than the model does for the batch, whatever its batch_size, while a
 # blank, " ", is a second text in both.
