@@ -149,7 +149,9 @@ def _check_activations() -> None:
     """Names of activations stand for those that they stood for."""
     for name, activation in ACTIVATION_NAMES.items():
         # The entry as it is: what is asked for by its name is made anew.
-        entry = dict.__getitem__(ACT2FN, name)
+        entry = dict.get(ACT2FN, name)
+        if entry is None:
+            continue
         found = entry[0] if isinstance(entry, tuple) else entry
         own = isinstance(found, type) and found.__module__.startswith(("torch.", "transformers."))
         if not own or ACTIVATION_CLASSES.get(found.__name__) != activation:
@@ -200,7 +202,7 @@ def check_subclass(found: type[PreTrainedModel], base: type[PreTrainedModel], pa
     Args:
         found: the model's class.
         base: transformers' class that it is of.
-        parts: what a model holds of its own, which an attribute of the class would stand before.
+        parts: its modules, which attributes of the class would stand before.
 
     Raises:
         ValueError: it replaces something else.

@@ -124,7 +124,7 @@ def check_structure(
     """
     check_functions()
     key, expected = _expected(base, config)
-    check_subclass(type(model), base, expected.attributes | expected.children.keys())
+    check_subclass(type(model), base, expected.children.keys())
     classes: set[type] = {base}
     out = head.names.get("out", "")
     # A stack and no recursion, which Python is slow at.
