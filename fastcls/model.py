@@ -8,6 +8,7 @@ import difflib
 import functools
 import inspect
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -24,7 +25,7 @@ from .encoder import Encoder, How, LastLayer, check_last_layer, has_hooks
 from .graphs import Graphs, being_captured, bucket_of, max_graph_tokens
 from .heads import Head
 from .inputs import Batch, Reader
-from .original import UNSURE, Original, has_weights, put_weights, set_weight
+from .original import NO_LONGER_FOLLOWED, Companion, Original, has_weights, set_weight
 from .packing import PackedTokens, PackShape, Source, fill_rows, pack
 from .relative import BiasTable
 from .spec import EncoderSpec, HeadSpec, WeightMap
@@ -99,8 +100,8 @@ class FastModel(nn.Module):
         self.last_layer = last_layer
         self.cuda_graphs = cuda_graphs
         self._original: Original | None = None
-        # What was loaded as a part of a larger module, and is not compared with the original yet.
-        self._loaded: dict[str, Tensor] | None = None
+        # What follows weights along with this one, of the modules around it.
+        self._companion: Companion | None = None
         self.encoder = Encoder(spec, under("encoder.", weights))
         self.head = Head(head, under("head.", weights))
         self.register_state_dict_pre_hook(_follow_first)
@@ -117,7 +118,7 @@ class FastModel(nn.Module):
         # A copy makes graphs of its own, over its own weights.
         self._follow()
         state = {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_hooks", "_inside")}
-        return {**state, "_original": None}
+        return {**state, "_original": None, "_companion": None}
 
     def __copy__(self) -> FastModel:
         # One that shares modules would be left with some weights of before, and others of after, the original's change.
@@ -207,6 +208,8 @@ class FastModel(nn.Module):
         self._forget_made()
         if self._original is not None:
             self._original.doubt()
+        if self._companion is not None:
+            self._companion.doubt()
 
     def _forget_made(self) -> None:
         self._graphs.clear()
@@ -215,10 +218,12 @@ class FastModel(nn.Module):
 
     def stop_following(self) -> None:
         """Goes on with the weights as they are, in memory of its own, whatever becomes of the original's."""
+        companion, self._companion = self._companion, None
+        if companion is not None:
+            companion.stop()
         original = self._original
         if original is None:
             return
-        loaded, self._loaded = self._loaded, None
         with contextlib.suppress(RuntimeError):
             # What is not followed any more is what the fast model had last.
             self._follow()
@@ -232,8 +237,6 @@ class FastModel(nn.Module):
                     # Through ``data``, which counts changes of its own: those of ours are not the original's any more.
                     own[place] = weight.data.clone() if original.holds(weight) else weight.data
                 set_weight(self, name, own[place])
-        if loaded is not None:
-            put_weights(self, loaded)
         self._forget_made()
 
     def follow(self, original: Original) -> None:
@@ -241,14 +244,21 @@ class FastModel(nn.Module):
         self._original = original
         original.settle = _settled(weakref.ref(self))
 
+    def follow_along(self, companion: Companion) -> None:
+        """Has weights around this model follow whenever it does."""
+        self._companion = companion
+
+    @property
+    def follows(self) -> bool:
+        """Whether the weights of another model are followed."""
+        return self._original is not None
+
     def _follow(self) -> None:
         """Brings the weights up to the original's, where those have changed."""
+        if self._companion is not None:
+            self._companion.bring()
         original = self._original
-        if original is None:
-            return
-        if self._loaded is not None and not original.has_failed:
-            self._settle_loaded()
-        if self._original is None or original.is_current():
+        if original is None or original.is_current():
             return
         is_doubted = original.is_doubted
         if original.update(self):
@@ -259,22 +269,6 @@ class FastModel(nn.Module):
         if is_doubted:
             self.encoder.doubt()
             traced.forget(next(self.parameters()))
-
-    def _settle_loaded(self) -> None:
-        """Goes on following an original that has the same weights as were loaded, else with those that were."""
-        original, loaded, self._loaded = self._original, self._loaded, None
-        assert original is not None
-        assert loaded is not None
-        is_changed = not original.is_current()
-        self._follow()
-        if has_weights(loaded, original):
-            return
-        self._loaded = loaded
-        if is_changed:
-            # As it may have been by being loaded, and then by being trained.
-            original.fail(UNSURE)
-            return
-        self.stop_following()
 
     def _made_known(self) -> None:
         """Tells graphs where the weights are, once they are elsewhere."""
@@ -685,23 +679,19 @@ def _from_checkpoint_names(
     except RuntimeError:
         # What is loaded stands for what cannot be followed any more.
         module.stop_following()
-    if not prefix:
-        # What is loaded is this model's own: the original keeps its weights.
-        module.stop_following()
     from_checkpoint_names(module.weight_map, module, state_dict, prefix, missing_keys, error_msgs)
-    if module._original is not None:
-        # In a larger module the original may be loaded in the same go, before or after, as by a trainer that goes on
-        # where it was. With the same weights it is followed on.
-        loaded = {name: state_dict[prefix + name] for name in module.weight_map.sources}
-        module._loaded = None if has_weights(loaded, module._original) else loaded
-        for name in loaded:
+    names = module.weight_map.sources
+    if prefix and has_weights(module, {name: state_dict[prefix + name] for name in names}):
+        # A larger module holds the original, too, and has loaded it before: a trainer's that goes on where it was.
+        for name in names:
             state_dict[prefix + name] = module.get_parameter(name)
+        return
+    # What is loaded is this model's own: the original keeps its weights.
+    if prefix and module._original is not None and module._original.is_there:
+        warnings.warn(NO_LONGER_FOLLOWED, RuntimeWarning, stacklevel=2)
+    module.stop_following()
 
 
 def _forget_caches(module: nn.Module, _incompatible_keys: object) -> None:
     assert isinstance(module, FastModel)
-    if module._loaded is None:
-        module.clear_caches()
-    elif module._original is not None:
-        # Its weights were written over by themselves, which is no change.
-        module._original.update(module)
+    module.clear_caches()

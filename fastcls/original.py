@@ -8,6 +8,7 @@ of them are looked at before each pass: some 20 microseconds for BERT-base.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -47,12 +48,15 @@ class _Lock:
 _updating = _Lock()
 # All that are followed, for optimizers to be told.
 _followed: weakref.WeakSet[Original] = weakref.WeakSet()
+_companions: weakref.WeakSet[Companion] = weakref.WeakSet()
 
 
 def _doubt_after_step(optimizer: Optimizer, *_: object) -> None:
     stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     for original in list(_followed):
         original.doubt_if(stepped)
+    for companion in list(_companions):
+        companion.doubt_if(stepped)
 
 
 class _Slot(NamedTuple):
@@ -261,13 +265,9 @@ class Original:
         return any(id(tensor) in tensors for tensor in self._seen.tensors)
 
     @property
-    def has_failed(self) -> bool:
-        """Whether every `update` raises the same error from now on."""
-        return self._failure is not None
-
-    def fail(self, message: str) -> None:
-        """Has every `update` raise a RuntimeError from now on."""
-        self._failure = RuntimeError(message)
+    def is_there(self) -> bool:
+        """Whether there is anything left to be followed."""
+        return bool(self._seen.slots)
 
     def before_it_goes(self) -> None:
         """What the original was when it went is what the fast model goes on with."""
@@ -320,6 +320,9 @@ def _forgets(me: weakref.ref[Original], owner: nn.Module) -> Any:
         original = me()
         # At the very end what this would call is gone, too.
         if original is not None and not is_finalizing():
+            # Parts of a model that is collected with all it holds may go before it does.
+            with contextlib.suppress(RuntimeError):
+                original.settle()
             original._forget(places)
 
     return gone
@@ -392,29 +395,87 @@ def _tensors_of(module: nn.Module, key: str) -> Any:
     return module._parameters if key in module._parameters else module._buffers
 
 
-# What a model that is loaded as a part of a larger module, and follows another, may be left in.
-UNSURE = (
-    "the fast model was loaded, as a part of another module, with weights that the model which it was made of has not: "
-    "load both with the same, and the fast one last; or call stop_following() to go on with what was loaded"
+NO_LONGER_FOLLOWED = (
+    "the fast model was loaded, as a part of another module, with other weights than those of the model that it was "
+    "made of: it goes on with these, and follows that model no longer. To load both, let the module hold the model "
+    "before the fast one"
 )
 
 
-def has_weights(weights: Mapping[str, Tensor], original: Original) -> bool:
-    """Whether these weights are an original's, bit for bit, but for their dtype and device."""
-    with torch.no_grad():
-        return all(
-            torch.equal(weights[own], (parts[0] if len(parts) == 1 else torch.cat(parts)).to(weights[own]))
-            for own, parts in original.tensors().items()
-            if own in weights
-        )
+def has_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a model has these weights, bit for bit once they are in its dtype."""
+    for name, weight in weights.items():
+        place, key = _place_of(model, name)
+        ours = place[key]
+        if weight.is_meta or ours.is_meta or not torch.equal(ours, weight.to(ours.device, ours.dtype)):
+            return False
+    return True
 
 
-def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Writes these weights into a model's."""
-    with torch.inference_mode(False), torch.no_grad():
-        for name, weight in weights.items():
-            place, key = _place_of(model, name)
-            place[key].copy_(weight)
+class Companion:
+    """Brings weights of a module, around fast models, up to those of another one's, along with the fast models.
+
+    A copy of the fast models does without it. What somebody else writes into the weights, by loading or training them,
+    ends it, and the fast models' following, unless the other module has the same.
+
+    Args:
+        model: the module that is followed.
+        fast: the one that follows.
+        names: the weights, which both have.
+        stop: ends the fast models' following.
+    """
+
+    def __init__(self, model: nn.Module, fast: nn.Module, names: Sequence[str], stop: Callable[[], None]) -> None:
+        self._fast = fast
+        self._names = names
+        self._stop = stop
+        self._original: Original | None = Original(model, {name: (name,) for name in names}, {})
+        me = weakref.ref(self)
+
+        def settle() -> None:
+            companion = me()
+            if companion is not None:
+                companion.bring()
+
+        self._original.settle = settle
+        self._own = self._look()
+        _companions.add(self)
+
+    def bring(self) -> None:
+        """Raises RuntimeError as `Original.update` does."""
+        original = self._original
+        if original is None:
+            return
+        if self._look() != self._own:
+            theirs = {name: parts[0] for name, parts in original.tensors().items()}
+            if len(theirs) < len(self._names) or not has_weights(self._fast, theirs):
+                self.stop()
+                return
+        elif original.is_current():
+            return
+        original.update(self._fast)
+        self._own = self._look()
+
+    def doubt(self) -> None:
+        """Takes every weight for changed, as one may be without a count."""
+        if self._original is not None:
+            self._original.doubt()
+
+    def doubt_if(self, stepped: set[int]) -> None:
+        """Takes ours for written to by somebody else where one of them is among tensors, by their ids."""
+        if any(place in stepped for place, _ in self._own):
+            self._own = []
+
+    def stop(self) -> None:
+        """Goes on with the weights as they are, and so do the fast models."""
+        if self._original is not None:
+            self._original = None
+            self._stop()
+
+    def _look(self) -> list[tuple[int, int]]:
+        """Which tensors ours are, and how often they have changed."""
+        places = (_place_of(self._fast, name) for name in self._names)
+        return [(id(place[key]), _version(place[key])) for place, key in places]
 
 
 def _is_ours(model: nn.Module, name: str) -> bool:

@@ -9,12 +9,13 @@ from functools import partial
 from itertools import chain
 from typing import Any, Literal, NoReturn
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .encoder import has_hooks
 from .model import FastModel
-from .original import UNSURE, Original, has_weights, put_weights
+from .original import Companion
 from .own_code import folder_of, stranger_in
 from .tasks import FastEncoder
 
@@ -44,8 +45,7 @@ def optimize_sentence_model(
 
     The fast models share what ``optimize`` shares. All else is the copy's own, as `copy.deepcopy` makes it: settings,
     configs, tokenizers, the weights of all other modules, and hooks and patched forwards of those, which run in the
-    copy, too. These weights follow the given model's as the fast models' do: they are looked at whenever a module that
-    has some is called or saved. The copy is in evaluation mode.
+    copy, too. These weights follow the given model's along with the fast models'. The copy is in evaluation mode.
 
     What is pooled is looked at in each call, so that a pooling that is changed later is followed.
 
@@ -81,13 +81,18 @@ def optimize_sentence_model(
     for name in ("trainer", "code_carbon_callback"):
         if getattr(card, name, None) is not None:
             memo[id(getattr(card, name))] = getattr(card, name)
-    fast = copy.deepcopy(model, memo).eval()
+    # What is made in inference mode could not be written to again outside of it.
+    with torch.inference_mode(False):
+        fast = copy.deepcopy(model, memo).eval()
     for module in fast.modules():
         _adapt(module)
     if "forward" not in vars(fast):
         fast.forward = _Forward(fast, may_select=select != "all")
-    if names := _other_weights(model):
-        _Following(model, fast, names)
+    fast_models = [module for module in fast.modules() if isinstance(module, FastModel)]
+    if all(one.follows for one in fast_models) and (names := _other_weights(model)):
+        companion = Companion(model, fast, names, stop=partial(_stop_following, fast_models))
+        for one in fast_models:
+            one.follow_along(companion)
     return fast
 
 
@@ -177,6 +182,11 @@ def _check_reads_no_padding(model: nn.Module) -> None:
             )
 
 
+def _stop_following(models: list[FastModel]) -> None:
+    for each in models:
+        each.stop_following()
+
+
 def _other_weights(model: nn.Module) -> list[str]:
     """The names of parameters and buffers that belong to none of the transformers models in a model."""
     inside = {id(module) for inner in _transformers_models(model) for module in inner.modules()}
@@ -187,59 +197,6 @@ def _other_weights(model: nn.Module) -> list[str]:
         for key, weight in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
         if weight.is_floating_point()
     ]
-
-
-class _Following:
-    """Brings the weights of a copy's modules, but for the fast models' own, up to the given model's.
-
-    Hooks of the modules that have some call it. A copy of the copy follows nothing.
-
-    Args:
-        model: the given one.
-        fast: its copy.
-        names: the weights.
-    """
-
-    def __init__(self, model: nn.Module, fast: nn.Module, names: list[str]) -> None:
-        self._fast = fast
-        self._names = names
-        self._original: Original | None = Original(model, {name: (name,) for name in names}, {})
-        # What was loaded, where the given model had other weights then.
-        self._loaded: dict[str, Tensor] | None = None
-        for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
-            module = fast.get_submodule(path)
-            module.register_forward_pre_hook(self._before)
-            module.register_state_dict_pre_hook(self._before)
-            module.register_load_state_dict_pre_hook(self._before_loading)
-            module.register_load_state_dict_post_hook(self._after_loading)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._before()
-        return {**vars(self), "_original": None}
-
-    def _before(self, *_: object) -> None:
-        original, loaded = self._original, self._loaded
-        if original is None or (loaded is None and original.is_current()):
-            return
-        is_changed = not original.is_current()
-        original.update(self._fast)
-        if loaded is not None and not has_weights(loaded, original):
-            if is_changed:
-                original.fail(UNSURE)
-                original.update(self._fast)
-            put_weights(self._fast, loaded)
-            self._original = None
-        self._loaded = None
-
-    def _before_loading(self, *_: object) -> None:
-        if self._loaded is None:
-            self._before()
-
-    def _after_loading(self, *_: object) -> None:
-        if self._original is not None:
-            ours = dict(chain(self._fast.named_parameters(), self._fast.named_buffers()))
-            loaded = {name: ours[name].detach().clone() for name in self._names}
-            self._loaded = None if has_weights(loaded, self._original) else loaded
 
 
 class _Forward:

@@ -263,8 +263,14 @@ def _check_shadows(path: str, module: nn.Module) -> None:
 def _check_config(path: str, own: PreTrainedConfig, shared: PreTrainedConfig) -> None:
     """What a module reads from a config of its own is what the model's says."""
     for name, value in vars(shared).items():
-        found = getattr(own, name, None)
-        if name not in _NOT_BUILT and not name.startswith("_") and found is not value and repr(found) != repr(value):
+        found = getattr(own, name, value)
+        if (
+            name not in _NOT_BUILT
+            and name not in _NOT_COMPUTED
+            and not name.startswith("_")
+            and found is not value
+            and repr(found) != repr(value)
+        ):
             _refuse(_join(path, f"config.{name}"), repr(value), repr(found))
     if own._attn_implementation != shared._attn_implementation:
         _refuse(_join(path, "config"), f"for {shared._attn_implementation}", own._attn_implementation)
@@ -350,6 +356,17 @@ _NOT_BUILT = frozenset(
     {
         *("architectures", "dtype", "finetuning_task", "id2label", "label2id", "model_name", "name_or_path"),
         *("problem_type", "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version"),
+    }
+)
+
+
+# What a module reads of a config of its own while it is built or trained, and not in a pass in eval mode.
+_NOT_COMPUTED = frozenset(
+    {
+        *("attention_dropout", "attention_probs_dropout_prob", "classifier_dropout", "classifier_dropout_prob"),
+        *("cls_dropout", "dropout", "embedding_dropout", "hidden_dropout_prob", "mlp_dropout", "pooler_dropout"),
+        *("qa_dropout", "seq_classif_dropout", "initializer_cutoff_factor", "initializer_range", "use_cache"),
+        *("gradient_checkpointing",),
     }
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
@@ -551,33 +552,93 @@ def test_all_modules_follow_the_given_model(change: Callable[[Any], None], first
     assert torch.equal(fast.state_dict()["2.linear.weight"], model[2].linear.weight)
 
 
-def test_what_is_loaded_into_a_copy_is_its_own(first_token: Any) -> None:
+def _with_dense(first_token: Any) -> Any:
     torch.manual_seed(0)
     model = copy.deepcopy(first_token)
     model.append(models.Dense(384, 32))
-    fast, before, state = fastcls.optimize(model), model.encode(TEXTS), model.state_dict()
-    # The same weights change nothing: it goes on following.
-    fast.load_state_dict(state)
-    _by_an_optimizer(model)
-    _close(fast.encode(TEXTS), model.encode(TEXTS))
-    fast.load_state_dict({name: weight * 1.5 for name, weight in state.items()})
-    assert not np.allclose(before, model.encode(TEXTS))
+    return model
+
+
+def test_what_is_loaded_into_a_copy_is_its_own(first_token: Any) -> None:
+    model = _with_dense(first_token)
+    fast, state = fastcls.optimize(model), {name: weight.clone() for name, weight in model.state_dict().items()}
+    kept = model.encode(TEXTS)
+    with pytest.warns(RuntimeWarning, match="goes on with these"):
+        fast.load_state_dict({name: weight * 1.1 for name, weight in state.items()})
+    assert np.array_equal(model.encode(TEXTS), kept)
     expected = fast.encode(TEXTS)
-    _by_an_optimizer(model)
+    assert np.abs(expected - kept).max() > 0.01
+    _by_assigning(model)
     assert np.array_equal(fast.encode(TEXTS), expected)
-    copied = copy.deepcopy(fastcls.optimize(model))
-    expected = model.encode(TEXTS)
+
+
+def test_the_same_weights_loaded_change_nothing(first_token: Any) -> None:
+    model = _with_dense(first_token)
+    fast = fastcls.optimize(model)
+    both = torch.nn.ModuleList([model, fast])
+    state = {name: weight.clone() for name, weight in both.state_dict().items()}
     _by_an_optimizer(model)
-    _close(copied.encode(TEXTS), expected)
+    both.load_state_dict(state)
+    _by_assigning(model)
+    _close(fast.encode(TEXTS), model.encode(TEXTS))
+
+
+def test_what_is_trained_in_a_copy_is_its_own(first_token: Any) -> None:
+    model = _with_dense(first_token)
+    fast = fastcls.optimize(model)
+    _by_an_optimizer(fast)
+    expected = fast.encode(TEXTS)
+    _by_assigning(model)
+    assert np.array_equal(fast.encode(TEXTS), expected)
+
+
+def _deep_copy(_model: list[Any], fast: Any) -> Any:
+    return copy.deepcopy(fast)
+
+
+def _pickle(_model: list[Any], fast: Any) -> Any:
+    return pickle.loads(pickle.dumps(fast))
+
+
+def _drop(model: list[Any], fast: Any) -> Any:
+    model.clear()
+    gc.collect()
+    return fast
+
+
+@pytest.mark.parametrize("end", [_deep_copy, _pickle, _drop])
+def test_a_change_just_before_a_copy_follows_no_more_is_in_all_modules(
+    end: Callable[..., Any], first_token: Any
+) -> None:
+    model = [_with_dense(first_token)]
+    fast = fastcls.optimize(model[0])
+    _by_assigning(model[0])
+    _by_an_optimizer(model[0])
+    expected = model[0].encode(TEXTS)
+    ended = end(model, fast)
+    if model:
+        _by_an_optimizer(model[0])
+    _close(ended.encode(TEXTS), expected)
+
+
+def test_what_counts_no_changes_is_seen_in_all_modules_after_clear_caches(first_token: Any) -> None:
+    model = _with_dense(first_token)
+    fast = fastcls.optimize(model)
+    model[2].linear.weight.data.mul_(2)
+    fast[0].auto_model.clear_caches()
+    _close(fast.encode(TEXTS), model.encode(TEXTS))
 
 
 def test_a_module_that_was_replaced_in_the_given_model_is_named(first_token: Any) -> None:
     model = copy.deepcopy(first_token)
     model.append(models.Dense(384, 32))
     fast = fastcls.optimize(model)
+    expected = fast.encode(TEXTS)
     model[2] = models.Dense(384, 32)
     with pytest.raises(RuntimeError, match="2 of the model that this one was made of was replaced since"):
         fast.encode(TEXTS)
+    fast[0].auto_model.stop_following()
+    assert np.array_equal(fast.encode(TEXTS), expected)
 
 
 @pytest.mark.parametrize("place", ["Pooling", "Normalize"])

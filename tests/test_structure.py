@@ -426,6 +426,14 @@ def test_objects_in_place_of_functions_are_refused(
         fastcls.optimize(model)
 
 
+def test_mocks_of_what_loads_and_saves_are_no_other_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_bert()
+    for place, name in ((BertForSequenceClassification, "from_pretrained"), (modeling_bert, "logger")):
+        monkeypatch.setattr(place, name, Mock(return_value=model))
+    monkeypatch.setattr(nn.Linear, "reset_parameters", Mock())
+    assert float((answer(fastcls.optimize(model)) - answer(model)).abs().max()) <= 1e-5
+
+
 def test_a_model_is_taken_once_what_was_patched_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_bert(max_position_embeddings=77)
     with monkeypatch.context() as patched:
@@ -544,6 +552,9 @@ def config_of_another_use(model: Any) -> None:
     model.bert.config = copy.deepcopy(model.config)
     model.bert.config.architectures = ["BertModel"]
     model.bert.config.problem_type = "regression"
+    model.bert.config.hidden_dropout_prob = 0.3
+    model.bert.config.initializer_range = 0.1
+    model.config.directionality = "bidi"
 
 
 def described_otherwise(model: Any) -> None:
