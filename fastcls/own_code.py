@@ -66,8 +66,9 @@ _FUNCTIONS: tuple[tuple[Any, str, Any, tuple[str, ...]], ...] = (
     ),
     (torch, "torch", torch._C._VariableFunctions, ("bmm", "matmul", "tanh")),
 )
-# Functions that were found to be transformers' own.
+# Functions that were found to be transformers' own, and all that classes and modules held then.
 _known: set[FunctionType] = set()
+_before: dict[type | ModuleType, dict[str, Any]] = {}
 
 
 def check_code(classes: Collection[type]) -> None:
@@ -76,24 +77,24 @@ def check_code(classes: Collection[type]) -> None:
     Raises:
         ValueError: it is not, with the name of what was found in its place.
     """
-    modules = set()
     for each in classes:
+        if _is_as_before(each):
+            continue
         place = f"{each.__module__}.{each.__qualname__}"
         for name, value in vars(each).items():
             _check_value(place, name, value.__func__ if isinstance(value, (staticmethod, classmethod)) else value)
         own = vars(each).get("forward")
         if own is not None and getattr(own, "__qualname__", None) != f"{each.__qualname__}.forward":
             _refuse(f"{place}.forward", own)
-        for above in each.__mro__[1:]:
-            for name in (*_CALLS, "forward"):
-                function = vars(above).get(name)
-                if type(function) is FunctionType and function not in _known:
-                    _check_own(f"{above.__module__}.{above.__qualname__}.{name}", function)
-        modules.add(each.__module__)
-    for module in modules:
+        _before[each] = dict(vars(each))
+    for above in {above for each in classes for above in each.__mro__[1:]}:
+        for name in (*_CALLS, "forward"):
+            function = vars(above).get(name)
+            if type(function) is FunctionType and function not in _known:
+                _check_own(f"{above.__module__}.{above.__qualname__}.{name}", function)
+    for module in {each.__module__ for each in classes}:
         if module.startswith("transformers.models."):
-            for name, value in vars(sys.modules[module]).items():
-                _check_value(module, name, value)
+            _check_module(sys.modules[module])
 
 
 def check_functions() -> None:
@@ -102,8 +103,7 @@ def check_functions() -> None:
     Raises:
         ValueError: as `check_code`.
     """
-    for name, value in vars(masking_utils).items():
-        _check_value(masking_utils.__name__, name, value)
+    _check_module(masking_utils)
     for place, called, builtins, names in _FUNCTIONS:
         for name in names:
             value = getattr(place, name)
@@ -112,6 +112,19 @@ def check_functions() -> None:
             elif value is not getattr(builtins, name, None):
                 _refuse(f"{called}.{name}", value, "torch's")
     _check_activations()
+
+
+def _is_as_before(place: type | ModuleType) -> bool:
+    """Whether all that a class or a module holds is what it was when it was looked at, which takes a microsecond."""
+    before = _before.get(place)
+    return before is not None and before == vars(place)
+
+
+def _check_module(module: ModuleType) -> None:
+    if not _is_as_before(module):
+        for name, value in vars(module).items():
+            _check_value(module.__name__, name, value)
+        _before[module] = dict(vars(module))
 
 
 def _check_value(place: str, name: str, value: object) -> None:
