@@ -319,6 +319,11 @@ def _listed(name: str, lists: Iterable[Iterable[int]]) -> list[Any]:
     ]
 
 
+def has_no_order(values: object) -> bool:
+    """Whether values come in any order, as a set's do."""
+    return isinstance(values, AbstractSet) and not isinstance(values, (KeysView, ItemsView))
+
+
 def _with_length(name: str, values: Any, wanted: str) -> Any:
     """The values, listed where they have no length.
 
@@ -328,7 +333,7 @@ def _with_length(name: str, values: Any, wanted: str) -> Any:
     problem = f"{name} must {wanted}, got {type(values).__name__}"
     if isinstance(values, Mapping):
         raise TypeError(f'{problem}: pass what it holds as "input_ids"')
-    if isinstance(values, AbstractSet) and not isinstance(values, (KeysView, ItemsView)):
+    if has_no_order(values):
         raise TypeError(f"{problem}, which has no order: pass a list")
     try:
         # What has a length and no dimension, as one number of numpy's or torch's, has an iterator that says no.

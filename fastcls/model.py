@@ -25,7 +25,7 @@ from .encoder import Encoder, How, LastLayer, check_last_layer, has_hooks
 from .graphs import Graphs, being_captured, bucket_of, max_graph_tokens
 from .heads import Head
 from .inputs import Batch, Reader
-from .original import NO_LONGER_FOLLOWED, Companion, Original, has_weights, set_weight
+from .original import NO_LONGER_FOLLOWED, Companion, Original, has_weights, set_weight, weakly
 from .packing import PackedTokens, PackShape, Source, fill_rows, pack
 from .relative import BiasTable
 from .spec import EncoderSpec, HeadSpec, WeightMap
@@ -242,7 +242,7 @@ class FastModel(nn.Module):
     def follow(self, original: Original) -> None:
         """Follows the weights of a model from now on, that those of this one were made of."""
         self._original = original
-        original.settle = _settled(weakref.ref(self))
+        original.settle = weakly(self._follow)
 
     def follow_along(self, companion: Companion) -> None:
         """Has weights around this model follow whenever it does."""
@@ -610,15 +610,6 @@ def _check_not_traced() -> None:
             "torch.jit.trace, and torch.onnx.export with dynamo=False, must be left out: a trace would hold the "
             "lengths of its example for all texts. Use torch.export.export, or trace the transformers model"
         )
-
-
-def _settled(model: weakref.ref[FastModel]) -> Callable[[], None]:
-    def settle() -> None:
-        fast = model()
-        if fast is not None:
-            fast._follow()
-
-    return settle
 
 
 @functools.lru_cache(maxsize=64)

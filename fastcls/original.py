@@ -412,6 +412,18 @@ def has_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
     return True
 
 
+def weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Calls a method while what it is one of is alive, and does not keep it alive."""
+    found = weakref.WeakMethod(method)
+
+    def call() -> None:
+        method = found()
+        if method is not None:
+            method()
+
+    return call
+
+
 class Companion:
     """Brings weights of a module, around fast models, up to those of another one's, along with the fast models.
 
@@ -430,14 +442,7 @@ class Companion:
         self._names = names
         self._stop = stop
         self._original: Original | None = Original(model, {name: (name,) for name in names}, {})
-        me = weakref.ref(self)
-
-        def settle() -> None:
-            companion = me()
-            if companion is not None:
-                companion.bring()
-
-        self._original.settle = settle
+        self._original.settle = weakly(self.bring)
         self._own = self._look()
         _companions.add(self)
 

@@ -29,6 +29,7 @@ NOT_IN_FORWARD = (
 )
 
 
+@functools.cache
 def folder_of(module: ModuleType) -> str:
     """Where the files of a package lie."""
     assert module.__file__ is not None
@@ -78,23 +79,19 @@ def check_code(classes: Collection[type]) -> None:
         ValueError: it is not, with the name of what was found in its place.
     """
     for each in classes:
-        if _is_as_before(each):
-            continue
         place = f"{each.__module__}.{each.__qualname__}"
-        for name, value in vars(each).items():
-            _check_value(place, name, value.__func__ if isinstance(value, (staticmethod, classmethod)) else value)
         own = vars(each).get("forward")
         if own is not None and getattr(own, "__qualname__", None) != f"{each.__qualname__}.forward":
+            _check_own(f"{place}.forward", own)
             _refuse(f"{place}.forward", own)
-        _before[each] = dict(vars(each))
+        _check_values(place, each)
     for above in {above for each in classes for above in each.__mro__[1:]}:
         for name in (*_CALLS, "forward"):
-            function = vars(above).get(name)
-            if type(function) is FunctionType and function not in _known:
-                _check_own(f"{above.__module__}.{above.__qualname__}.{name}", function)
+            if name in vars(above):
+                _check_own(f"{above.__module__}.{above.__qualname__}.{name}", vars(above)[name])
     for module in {each.__module__ for each in classes}:
         if module.startswith("transformers.models."):
-            _check_module(sys.modules[module])
+            _check_values(module, sys.modules[module])
 
 
 def check_functions() -> None:
@@ -103,7 +100,7 @@ def check_functions() -> None:
     Raises:
         ValueError: as `check_code`.
     """
-    _check_module(masking_utils)
+    _check_values(masking_utils.__name__, masking_utils)
     for place, called, builtins, names in _FUNCTIONS:
         for name in names:
             value = getattr(place, name)
@@ -114,31 +111,25 @@ def check_functions() -> None:
     _check_activations()
 
 
-def _is_as_before(place: type | ModuleType) -> bool:
-    """Whether all that a class or a module holds is what it was when it was looked at, which takes a microsecond."""
-    before = _before.get(place)
-    return before is not None and before == vars(place)
-
-
-def _check_module(module: ModuleType) -> None:
-    if not _is_as_before(module):
-        for name, value in vars(module).items():
-            _check_value(module.__name__, name, value)
-        _before[module] = dict(vars(module))
+def _check_values(place: str, holder: type | ModuleType) -> None:
+    """All that a class or a module holds; to see that it is what it was when it was looked at takes a microsecond."""
+    if _before.get(holder) == vars(holder):
+        return
+    for name, value in vars(holder).items():
+        _check_value(place, name, value.__func__ if isinstance(value, (staticmethod, classmethod)) else value)
+    _before[holder] = dict(vars(holder))
 
 
 def _check_value(place: str, name: str, value: object) -> None:
     """What stands under a name in a class or a module."""
     if type(value) is FunctionType:
-        if value not in _known:
-            _check_own(f"{place}.{name}", value)
+        _check_own(f"{place}.{name}", value)
         # Constructors may be wrapped without a name.
         if value.__name__ != name and not name.startswith("__"):
             _refuse(f"{place}.{name}", value)
     elif isinstance(value, property):
         for function in (value.fget, value.fset):
-            if type(function) is FunctionType and function not in _known:
-                _check_own(f"{place}.{name}", function)
+            _check_own(f"{place}.{name}", function)
     elif isinstance(value, functools.partialmethod) or (callable(value) and not isinstance(value, type)):
         _check_object(place, name, value)
 
@@ -156,9 +147,7 @@ def _check_object(place: str, own: str, value: object) -> None:
         _refuse(name, value)
     else:
         for each in _CALLED:
-            function = getattr(type(value), each, None)
-            if type(function) is FunctionType and function not in _known:
-                _check_own(name, function)
+            _check_own(name, getattr(type(value), each, None))
 
 
 def _check_activations() -> None:
@@ -179,7 +168,10 @@ def _refuse(name: str, found: object, whose: str = "transformers'") -> NoReturn:
     raise ValueError(f"{name} must be {whose} own, got {shown}: fastcls would pass it by")
 
 
-def _check_own(name: str, function: FunctionType) -> None:
+def _check_own(name: str, function: object) -> None:
+    """Whose code a function is; what is none, as a builtin, has no code to be asked."""
+    if type(function) is not FunctionType or function in _known:
+        return
     found = stranger_in(function)
     if found is not None:
         raise ValueError(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from .inputs import has_no_order
 from .labels import shortened
 
 Text: TypeAlias = "str | Sequence[str] | Mapping[str, str]"
@@ -105,7 +105,7 @@ def checked_texts(texts: object) -> Iterable[Any]:
             f"texts must be an iterable of texts, got a table ({library} {found}, columns: {shown or 'unknown'}): "
             f"{remedy}"
         )
-    if isinstance(texts, AbstractSet) and not isinstance(texts, (KeysView, ItemsView)):
+    if has_no_order(texts):
         raise TypeError(f"texts must have an order, which a {found} has not: pass a list")
     if isinstance(texts, (str, Mapping)) or not _is_iterable(texts):
         raise TypeError(f"texts must be an iterable of texts, got {found}")

@@ -403,9 +403,7 @@ def _attention_runs(
         is_finite = False
     elif (q.dtype.itemsize < 4 or terms is not None) and not is_batch_invariant():
         is_finite = is_finite_all(*_in_one_piece(q, k, v))
-    longest_short = 0 if is_finite else FEW_KEYS - 1
-    if q.dtype.itemsize >= 4:
-        longest_short = SHORT
+    longest_short = SHORT if q.dtype.itemsize >= 4 else 0 if is_finite else FEW_KEYS - 1
     for run in layout.runs:
         if run.length <= longest_short and (terms is None or (bias is None and _all_in_window(run, window, layout))):
             _attend_short(q, k, v, out, run, scale, unused)
