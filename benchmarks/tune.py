@@ -43,8 +43,8 @@ from fastcls_benchmarks.results import AGAIN, Case
 from fastcls_benchmarks.tables import NONE, duration, plain_table
 from fastcls_benchmarks.tile_candidates import OPERATIONS, Arguments, Facts, Problem, Random, Tile, suits
 from fastcls_benchmarks.workloads import SEED
-from fastcls_kernels import tuning
-from fastcls_kernels.tuning import Rule
+from fastcls_kernels.runtime import tile_tables
+from fastcls_kernels.runtime.tile_tables import Rule
 
 Winner = tuple[Facts, Tile]
 
@@ -73,7 +73,7 @@ class Point(NamedTuple):
 
     def candidates(self, arch: str) -> dict[str, Tile]:
         """By their labels, the table's present choice first."""
-        present = tuning._first_fitting(arch, self.operation, {**BITS, **self.facts})
+        present = tile_tables._first_fitting(arch, self.operation, {**BITS, **self.facts})
         has_tma = arch.startswith("sm_") and int(arch[3:]) >= 90
         tiles = (tile for tile in OPERATIONS[self.operation].tiles if suits(tile, self.problems[0], has_tma))
         return {label(tile): tile for tile in (present, *tiles)}
@@ -121,7 +121,7 @@ def _source(device: str, dtype: torch.dtype, seed: int) -> Random:
 
 
 def _run(problem: Problem, tile: Tile, arguments: Arguments) -> Tensor:
-    with tuning.use_tile(problem.operation, tile):
+    with tile_tables.use_tile(problem.operation, tile):
         return OPERATIONS[problem.operation].run(*arguments)
 
 
@@ -344,8 +344,8 @@ def rules_from(winners: Sequence[Winner]) -> list[Rule]:
 
 def table_with(arch: str, winners: Mapping[str, Sequence[Winner]], measured: dict[str, Any]) -> dict[str, Any]:
     """The chip's table with new rules for some operations. What it says of others, or of wider numbers, stays."""
-    file = tuning.config_file(arch)
-    own = file != tuning.CONFIGS / "default.json"
+    file = tile_tables.config_file(arch)
+    own = file != tile_tables.CONFIGS / "default.json"
     table = json.loads(file.read_text(encoding="utf-8")) if own else {"measured": None, "rules": {}}
     rules = {name: table["rules"].get(name, []) for name in dict.fromkeys([*OPERATIONS, *table["rules"]])}
     for name, each in winners.items():
@@ -422,7 +422,7 @@ def chip() -> tuple[str | None, str]:
     if not torch.cuda.is_available():
         return None, "there is no GPU that torch can use"
     backend, why = ours.explain_backend("cuda")
-    return (tuning.arch_of(torch.device("cuda")) if backend == "triton" else None), why
+    return (tile_tables.arch_of(torch.device("cuda")) if backend == "triton" else None), why
 
 
 def main(
@@ -450,7 +450,7 @@ def main(
         raise typer.Exit(2)
     device = torch.device("cuda")
     measured = provenance_of(device)
-    out = out or tuning.CONFIGS / f"{arch}.json"
+    out = out or tile_tables.CONFIGS / f"{arch}.json"
     choices: list[Choice] = []
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("", total=seconds)

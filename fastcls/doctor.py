@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastcls_kernels
-from fastcls_kernels.tuning import arch_of, explain_tiles
+from fastcls_kernels.runtime.tile_tables import arch_of, explain_tiles
 
 from . import __version__
 

@@ -27,22 +27,23 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fastcls_kernels import AddNorm, PackedLayout, _backend, batch_invariant, tuning
-from fastcls_kernels._activation import Activation
+from fastcls_kernels import AddNorm, PackedLayout, batch_invariant
 from fastcls_kernels.absorb_query import _launch_absorb_query
 from fastcls_kernels.attention import _choose_tile, _launch_attention
 from fastcls_kernels.cls_attention import _launch_cls_attention, _launch_cls_attention_kv
 from fastcls_kernels.cls_output import _launch_cls_output
 from fastcls_kernels.disentangled_attention import Buckets, _launch_disentangled_attention
 from fastcls_kernels.embedding import _launch_embedding_layer_norm
-from fastcls_kernels.gated import _launch_gated_activation
+from fastcls_kernels.gated_activation import _launch_gated_activation
 from fastcls_kernels.layer_norm import launch_sum_add_layer_norm
 from fastcls_kernels.linear import _launch_linear
+from fastcls_kernels.linear.split import launch_split_linear
 from fastcls_kernels.mean_pool import _launch_mean_pool
 from fastcls_kernels.pooler_classifier import _launch_pooler_classifier
 from fastcls_kernels.rotary import _launch_rotary
-from fastcls_kernels.split_linear import launch_split_linear
-from fastcls_kernels.tuning import (
+from fastcls_kernels.runtime import backend, tile_tables
+from fastcls_kernels.runtime.activations import Activation
+from fastcls_kernels.runtime.tile_tables import (
     disentangled_tile,
     invariant_linear_tile,
     linear_gelu_tile,
@@ -142,7 +143,7 @@ def launch_cls_attention_with_norm(_arch: str, model: Model, dtype: torch.dtype)
     x, vector = tensor(4096, model.hidden, dtype=dtype), tensor(model.hidden, dtype=dtype)
     query = tensor(SEQUENCES, model.heads, model.hidden, dtype=torch.float32)
     tile = {"NORM": True, "BLOCK_H": 16, "BLOCK_N": 16, "MAX_BLOCK_W": 256, "num_warps": 8, "num_stages": 2}
-    with tuning.use_tile("cls_attention", tile):
+    with tile_tables.use_tile("cls_attention", tile):
         _launch_cls_attention(query, x, packing(4096), 0.125, 1, AddNorm(vector, x, vector, vector, 1e-12))
 
 
@@ -406,7 +407,7 @@ def compile_only(arch: str) -> list[Any]:
         if name.startswith("fastcls_kernels.") and hasattr(module, "arch_of"):
             vars(module)["arch_of"] = lambda _device: arch
     # Tensors without memory stand for a GPU's.
-    _backend._override.set("triton")
+    backend._override.set("triton")
     compiled: list[Any] = []
 
     def launch(kernel: Any, grid: Any, **arguments: Any) -> None:
@@ -471,14 +472,14 @@ def report(arch: str, names: Sequence[str]) -> dict[str, Any]:
     """Each named case's kernels, or the error in their place; and the rules that they follow."""
     compiled = compile_only(arch)
     rules: list[Any] = []
-    choose = tuning._first_fitting
+    choose = tile_tables._first_fitting
 
     def recorded(arch: str, operation: str, facts: Mapping[str, int]) -> dict[str, Any]:
         tile = choose(arch, operation, facts)
         rules.append([operation, dict(tile)])
         return tile
 
-    tuning._first_fitting = recorded
+    tile_tables._first_fitting = recorded
     cases: dict[str, Any] = {}
     every = launches(arch)
     for name in names or every:

@@ -23,7 +23,7 @@ from support import tiny_bert
 import fastcls
 from fastcls.graphs import bucket_of
 from fastcls.packing import fill_rows, pack
-from fastcls_kernels import _backend
+from fastcls_kernels.runtime import backend
 
 WIDTHS = {
     "tiny": {},
@@ -34,7 +34,7 @@ WIDTHS = {
 
 def count(arch: str, num_batches: int, model: str = "tiny") -> dict[str, float]:
     compiled: list[Any] = compile_only(arch)
-    _backend._override.set("triton")
+    backend._override.set("triton")
     fast = fastcls.optimize(
         tiny_bert(max_position_embeddings=512, num_hidden_layers=2, **WIDTHS[model]).to(torch.bfloat16)
     )

@@ -20,7 +20,7 @@ from aot_worker import ARCHS, launches, run_worker
 from short_run import parameters_of
 
 import fastcls_kernels
-from fastcls_kernels import tuning
+from fastcls_kernels.runtime import tile_tables
 
 pytestmark = pytest.mark.skipif(not fastcls_kernels.HAS_TRITON, reason="triton is not installed")
 
@@ -102,7 +102,7 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[dict[st
 
 def chips_of(file: Path) -> list[str]:
     """The chips whose choices a table's rules are, without twins, which take the same."""
-    return [arch for arch in ARCHS if arch not in TWINS and tuning.config_file(arch) == file]
+    return [arch for arch in ARCHS if arch not in TWINS and tile_tables.config_file(arch) == file]
 
 
 @pytest.mark.covering(by=parts_of, alone=["tile", "variant"])
@@ -135,7 +135,7 @@ def test_every_kernel_is_compiled(reports: dict[str, Future[dict[str, Any]]], ar
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("file", sorted(tuning.CONFIGS.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(tile_tables.CONFIGS.glob("*.json")), ids=lambda file: file.stem)
 def test_every_rule_is_compiled(reports: dict[str, Future[dict[str, Any]]], file: Path) -> None:
     chips = chips_of(file)
     assert chips, f"none of {ARCHS} takes {file.name}"

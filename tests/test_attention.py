@@ -17,7 +17,7 @@ from torch import Tensor
 from fastcls_kernels import PackedLayout, attention_padded, attention_varlen
 from fastcls_kernels.attention import BIAS_BLOCK, WINDOW_BLOCK, _blocks, _choose_tile, _fits_tma
 from fastcls_kernels.reference import attention_padded_reference, attention_varlen_reference
-from fastcls_kernels.tuning import AttentionTile, use_tile
+from fastcls_kernels.runtime.tile_tables import AttentionTile, use_tile
 
 HEADS = [pytest.param(3, 16, id="3x16"), pytest.param(2, 48, id="2x48"), pytest.param(1, 64, id="1x64")]
 

@@ -17,7 +17,7 @@ from fastcls_kernels.reference import (
     cls_attention_kv_reference,
     cls_attention_reference,
 )
-from fastcls_kernels.tuning import use_tile
+from fastcls_kernels.runtime.tile_tables import use_tile
 
 SCALE = 0.125
 # Few float32 numbers make an RMS that varies by more than the bound's tenth; the PyTorch path can afford many.

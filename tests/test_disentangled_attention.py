@@ -18,7 +18,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfA
 
 from fastcls_kernels import Buckets, PackedLayout, disentangled_attention
 from fastcls_kernels.reference import disentangled_attention_reference
-from fastcls_kernels.tuning import use_tile
+from fastcls_kernels.runtime.tile_tables import use_tile
 
 HEADS = [pytest.param(3, 16, id="3x16"), pytest.param(1, 64, id="1x64")]
 TERMS = [

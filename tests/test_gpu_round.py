@@ -12,7 +12,7 @@ import typer
 from gpu_round import ROOT, STEPS, Step
 from typer.testing import CliRunner
 
-from fastcls_kernels.tuning import CONFIGS, explain_tiles
+from fastcls_kernels.runtime.tile_tables import CONFIGS, explain_tiles
 
 
 @pytest.fixture
@@ -72,6 +72,6 @@ def test_tables_say_whether_they_were_measured(monkeypatch: pytest.MonkeyPatch, 
     table = json.loads(default.read_text())
     for name, measured in (("default", None), ("sm_90", {"attention": {"chip": "a chip"}})):
         (tmp_path / f"{name}.json").write_text(json.dumps({**table, "measured": measured}))
-    monkeypatch.setattr("fastcls_kernels.tuning.CONFIGS", tmp_path)
+    monkeypatch.setattr("fastcls_kernels.runtime.tile_tables.CONFIGS", tmp_path)
     assert explain_tiles("sm_90") == "sm_90.json, measured for attention"
     assert explain_tiles("sm_80") == "default.json, chosen by compiling, not measured yet"

@@ -122,7 +122,7 @@ def test_another_version_gets_another_namespace(tmp_path: Path) -> None:
     namespaces = []
     for out in ("first", "again", "changed"):
         if out == "changed":
-            with (package / "tuning.py").open("a", encoding="utf-8") as file:
+            with (package / "layout.py").open("a", encoding="utf-8") as file:
                 file.write("# Another version.\n")
         [cpu, *_] = assemble(tmp_path / out, package=package)
         namespaces.append((cpu / "_ops.py").read_text(encoding="utf-8"))

@@ -18,7 +18,6 @@ import fastcls
 from fastcls.encoder import LastLayer
 from fastcls_kernels import (
     Activation,
-    _invariance,
     attention_padded,
     batch_invariant,
     cls_attention,
@@ -26,8 +25,9 @@ from fastcls_kernels import (
     linear,
     use_backend,
 )
-from fastcls_kernels._invariance import in_blocks
-from fastcls_kernels.tuning import attention_tile, rows_tile
+from fastcls_kernels.runtime import invariance
+from fastcls_kernels.runtime.invariance import in_blocks
+from fastcls_kernels.runtime.tile_tables import attention_tile, rows_tile
 
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 40, 47, 64, 65, 80, 94, 5, 9, 12, 21, 26)
 # Each kind of encoder, through kernels of its own.
@@ -288,8 +288,8 @@ def test_sizes_that_differ_are_not_mixed() -> None:
         return rows + rows.shape[0]
 
     found = in_blocks(by_size, torch.zeros(300, 2), name="by size")
-    assert bool((found == _invariance._BLOCKS[0]).all())
-    assert sizes == set(_invariance._BLOCKS)
+    assert bool((found == invariance._BLOCKS[0]).all())
+    assert sizes == set(invariance._BLOCKS)
 
 
 def test_other_devices_are_refused() -> None:
@@ -299,7 +299,7 @@ def test_other_devices_are_refused() -> None:
 
 def test_it_ends_with_its_block() -> None:
     with batch_invariant():
-        assert _invariance.is_batch_invariant()
+        assert invariance.is_batch_invariant()
         with batch_invariant(enabled=False):
-            assert not _invariance.is_batch_invariant()
-    assert not _invariance.is_batch_invariant()
+            assert not invariance.is_batch_invariant()
+    assert not invariance.is_batch_invariant()

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import fastcls
 from fastcls.encoder import LastLayer
 from fastcls_kernels import use_backend
-from fastcls_kernels.tuning import use_tile
+from fastcls_kernels.runtime.tile_tables import use_tile
 
 RUNGS = get_args(LastLayer)
 

@@ -16,7 +16,6 @@ from fastcls_kernels import (
     AddNorm,
     Buckets,
     PackedLayout,
-    _invariance,
     absorb_query,
     add_layer_norm,
     apply_rotary_,
@@ -39,6 +38,7 @@ from fastcls_kernels import (
     pooler_classifier,
 )
 from fastcls_kernels._tracing import TRACED
+from fastcls_kernels.runtime import invariance
 
 HEADS, HEAD_DIM, SIZE = 2, 16, 32
 LENGTHS = (5, 1, 9)
@@ -230,7 +230,7 @@ def test_what_belongs_together_is_given_together() -> None:
 @pytest.mark.parametrize(("case", "invariant"), [*((case, False) for case in CASES), ("linear", True)])
 def test_the_default_device_has_no_say(monkeypatch: pytest.MonkeyPatch, case: str, invariant: bool) -> None:
     # What was tried of blocks already would not be tried again.
-    monkeypatch.setattr(_invariance, "_agreeing", {})
+    monkeypatch.setattr(invariance, "_agreeing", {})
     (operation, args, kwargs), (_, same_args, same) = (CASES[case](Inputs(LENGTHS)) for _ in range(2))
     with batch_invariant(invariant):
         with torch.device("meta"):

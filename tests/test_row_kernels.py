@@ -36,7 +36,7 @@ from fastcls_kernels.reference import (
     linear_activation_reference,
     linear_gelu_reference,
 )
-from fastcls_kernels.tuning import GeluTile, SplitTile, linear_gelu_tile, use_tile
+from fastcls_kernels.runtime.tile_tables import GeluTile, SplitTile, linear_gelu_tile, use_tile
 
 EPS = 1e-12
 

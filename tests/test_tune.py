@@ -24,8 +24,9 @@ from typer.testing import CliRunner
 from fastcls_benchmarks import tile_candidates
 from fastcls_benchmarks.results import AGAIN, Case
 from fastcls_benchmarks.tile_candidates import OPERATIONS, Facts, Operation, Problem, Tile
-from fastcls_kernels import HAS_TRITON, tuning, use_backend
-from fastcls_kernels.tuning import Rule
+from fastcls_kernels import HAS_TRITON, use_backend
+from fastcls_kernels.runtime import tile_tables
+from fastcls_kernels.runtime.tile_tables import Rule
 
 CPU = torch.device("cpu")
 HALF = torch.float16
@@ -96,7 +97,7 @@ def test_neighbours_that_agree_are_one_rule_and_the_largest_has_no_limit() -> No
 # The file
 
 
-@pytest.mark.parametrize("file", sorted(tuning.CONFIGS.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(tile_tables.CONFIGS.glob("*.json")), ids=lambda file: file.stem)
 def test_a_table_is_written_as_it_was_read(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert tune.written(json.loads(text)) == text
@@ -105,14 +106,14 @@ def test_a_table_is_written_as_it_was_read(file: Path) -> None:
 @pytest.fixture
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of tables of its own, with the shipped ones in it."""
-    for file in tuning.CONFIGS.glob("*.json"):
+    for file in tile_tables.CONFIGS.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
-    tuning.rules_of.cache_clear()
+    monkeypatch.setattr(tile_tables, "CONFIGS", tmp_path)
+    tile_tables.rules_of.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    tuning.rules_of.cache_clear()
-    tuning._forget_choices()
+    tile_tables.rules_of.cache_clear()
+    tile_tables._forget_choices()
 
 
 def choices_at(points: list[Point], tile: Callable[[Point], Tile]) -> list[Choice]:
@@ -122,7 +123,7 @@ def choices_at(points: list[Point], tile: Callable[[Point], Tile]) -> list[Choic
 def gelu_tile(point: Point) -> Tile:
     """Another one for each width and for few rows."""
     few = point.facts["rows"] <= 64
-    return tuning.GeluTile("triton", False, 16 if few else 64, 64, point.facts["in_features"], 4, 3)._asdict()
+    return tile_tables.GeluTile("triton", False, 16 if few else 64, 64, point.facts["in_features"], 4, 3)._asdict()
 
 
 def test_the_table_chooses_what_was_measured(configs: Path) -> None:
@@ -131,14 +132,14 @@ def test_the_table_chooses_what_was_measured(configs: Path) -> None:
     before = json.loads((configs / "sm_90.json").read_text(encoding="utf-8"))
     table = tune.table_with("sm_90", {"linear_gelu": winners}, {"chip": "a chip"})
     (configs / "sm_90.json").write_text(tune.written(table), encoding="utf-8")
-    tuning.rules_of.cache_clear()
-    tuning._forget_choices()
+    tile_tables.rules_of.cache_clear()
+    tile_tables._forget_choices()
     for dtype in (torch.bfloat16, torch.float16):
         for point in points:
-            chosen = tuning.linear_gelu_tile("sm_90", dtype, **{name: point.facts[name] for name in point.facts})
+            chosen = tile_tables.linear_gelu_tile("sm_90", dtype, **{name: point.facts[name] for name in point.facts})
             assert chosen._asdict() == gelu_tile(point)
-    assert tuning.linear_gelu_tile("sm_90", torch.bfloat16, 10**6, 10**4, 10**4).BLOCK_K == 1024
-    assert tuning.linear_gelu_tile("sm_90", torch.float32, 64, 768, 3072).BY == "torch"
+    assert tile_tables.linear_gelu_tile("sm_90", torch.bfloat16, 10**6, 10**4, 10**4).BLOCK_K == 1024
+    assert tile_tables.linear_gelu_tile("sm_90", torch.float32, 64, 768, 3072).BY == "torch"
     after = json.loads((configs / "sm_90.json").read_text(encoding="utf-8"))
     assert after["rules"].keys() == before["rules"].keys()
     assert after["rules"]["attention"] == before["rules"]["attention"]
@@ -208,7 +209,7 @@ TIMES = {"1": 10.0, "2": 6.0, "3": 4.0, "4": 8.0, "5": 1.0, "6": 2.0}
 
 
 def scale(x: Tensor) -> Tensor:
-    tile = tuning._first_fitting("interpreter", "scale", {"bits": 16, "rows": len(x)})["BLOCK_N"]
+    tile = tile_tables._first_fitting("interpreter", "scale", {"bits": 16, "rows": len(x)})["BLOCK_N"]
     if tile == 5:
         return x * 2.01
     if tile == 6:
@@ -269,7 +270,7 @@ def test_what_is_wrong_or_breaks_is_skipped_and_named(doubling: list[Point]) -> 
 def test_where_the_present_choice_breaks_another_is_chosen(doubling: list[Point], configs: Path) -> None:
     text = (configs / "default.json").read_text(encoding="utf-8")
     (configs / "default.json").write_text(text.replace('{"BLOCK_N": 1}', '{"BLOCK_N": 6}'), encoding="utf-8")
-    tuning.rules_of.cache_clear()
+    tile_tables.rules_of.cache_clear()
     choice, _ = Tuner("interpreter", CPU, FOREVER, here, HALF).choices(doubling)
     assert (choice.former, choice.chosen) == ("6", "3")
 
@@ -322,11 +323,11 @@ def test_a_kernel_that_spills_is_refused(doubling: list[Point], monkeypatch: pyt
     problem = doubling[0].problems[0]
     compiled: dict[int, Any] = {}
     kernel = SimpleNamespace(device_caches={0: (compiled, "and more")})
-    monkeypatch.setattr(tuning, "_stand_in_kernel", kernel, raising=False)
+    monkeypatch.setattr(tile_tables, "_stand_in_kernel", kernel, raising=False)
     spills = {1: 0, 2: 4}
 
     def compiles(x: Tensor) -> Tensor:
-        number = tuning._first_fitting("interpreter", "scale", {"bits": 16, "rows": 0})["BLOCK_N"]
+        number = tile_tables._first_fitting("interpreter", "scale", {"bits": 16, "rows": 0})["BLOCK_N"]
         # The third needs more memory than there is: it was never loaded, and does not know.
         loaded = {"n_spills": spills[number]} if number in spills else {}
         compiled[number] = SimpleNamespace(hash=str(number), **loaded)
@@ -355,7 +356,7 @@ def test_a_tile_that_ends_its_process_harms_no_other() -> None:
 def test_candidates_begin_with_the_present_choice(name: str, arch: str) -> None:
     for point in points_of(name):
         tiles = point.candidates(arch)
-        present = tuning._first_fitting(arch, name, {"bits": 16, **point.facts})
+        present = tile_tables._first_fitting(arch, name, {"bits": 16, **point.facts})
         assert next(iter(tiles.values())) == present
         assert 4 <= len(tiles) <= 25
         assert not any(tile.get("TMA") for tile in tiles.values()) or arch in ("sm_90", "sm_100")
@@ -382,20 +383,20 @@ interpreter = pytest.mark.skipif(
 @pytest.mark.parametrize("name", list(OPERATIONS))
 def test_operations_ask_the_table_by_the_facts_of_the_problem(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, int]] = []
-    choose = tuning._first_fitting
+    choose = tile_tables._first_fitting
 
     def recorded(arch: str, operation: str, facts: Mapping[str, int]) -> dict[str, Any]:
         assert operation == name
         asked.append(dict(facts))
         return choose(arch, operation, facts)
 
-    monkeypatch.setattr(tuning, "_first_fitting", recorded)
+    monkeypatch.setattr(tile_tables, "_first_fitting", recorded)
     problem = SMALL[name]
     arguments = OPERATIONS[name].make(tune._source("cpu", HALF, 0), problem)
-    tuning._forget_choices()
+    tile_tables._forget_choices()
     with use_backend("triton"):
         found = OPERATIONS[name].run(*arguments)
-    tuning._forget_choices()
+    tile_tables._forget_choices()
     assert asked[0] == {"bits": 16, **OPERATIONS[name].facts(problem)}
     # And the definition takes the same arguments.
     exact = tune._define(problem, arguments, torch.float64)
@@ -420,7 +421,7 @@ def test_real_kernels_are_checked_timed_and_chosen(configs: Path, monkeypatch: p
     monkeypatch.setattr("fastcls_benchmarks.runner.INPUT_BYTES", 0)
     table = {"about": "", "measured": None, "rules": {"pooler_classifier": [{"tile": tile}]}}
     (configs / "default.json").write_text(json.dumps(table), encoding="utf-8")
-    tuning.rules_of.cache_clear()
+    tile_tables.rules_of.cache_clear()
     tuner = Tuner("interpreter", CPU, time.monotonic() + 10, here, HALF)
     with use_backend("triton"):
         (choice,) = tuner.choices(points_of("pooler_classifier"))

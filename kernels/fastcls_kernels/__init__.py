@@ -5,23 +5,23 @@ definition in `fastcls_kernels.reference`. Importing this package needs torch al
 """
 
 from . import operators
-from ._activation import Activation
-from ._backend import Backend, explain_backend, use_backend
-from ._invariance import batch_invariant, is_batch_invariant
-from ._layout import PackedLayout
-from ._triton import HAS_TRITON
 from .absorb_query import absorb_query
 from .attention import attention_padded, attention_varlen
 from .cls_attention import cls_attention, cls_attention_kv, takes_norm
 from .cls_output import cls_output
 from .disentangled_attention import Buckets, disentangled_attention
 from .embedding import embedding_layer_norm
-from .gated import gated_activation
+from .gated_activation import gated_activation
 from .layer_norm import AddNorm, add_layer_norm, layer_norm
+from .layout import PackedLayout
 from .linear import linear, linear_activation, linear_add_layer_norm, linear_gelu, linear_per_head, uses_onednn
 from .mean_pool import mean_pool
 from .pooler_classifier import pooler_classifier
 from .rotary import apply_rotary_
+from .runtime.activations import Activation
+from .runtime.backend import Backend, explain_backend, use_backend
+from .runtime.invariance import batch_invariant, is_batch_invariant
+from .runtime.triton import HAS_TRITON
 from .warming import warming_shapes
 
 __all__ = [

@@ -1,12 +1,118 @@
-"""The namespace of this package's operators in ``torch.ops``.
+"""This package's operators in ``torch.ops``: their namespace, and the decorator that makes a function one of them.
 
-A copy for the Hugging Face hub has another one, which ``kernels/assemble_hub.py`` writes here: two copies can then be
-loaded in one process.
+A copy for the Hugging Face hub has another namespace, which ``kernels/assemble_hub.py`` writes here, so that two copies
+can be loaded in one process.
 """
 
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
 NAMESPACE = "fastcls_kernels"
+
+_Operation = TypeVar("_Operation", bound=Callable[..., Any])
 
 
 def add_op_namespace_prefix(name: str) -> str:
     """The name by which ``torch.library`` knows this package's operator ``name``."""
     return f"{NAMESPACE}::{name}"
+
+
+class Members(NamedTuple):
+    """An argument of a function that no schema can hold, and what its operator takes instead.
+
+    Attributes:
+        argument: the function's name for it.
+        split: the argument to its members, by the operator's names.
+        join: all of the operator's arguments, by name, to the argument.
+    """
+
+    argument: str
+    split: Callable[[Any], Mapping[str, Any]]
+    join: Callable[[Mapping[str, Any]], Any]
+
+
+def operator(
+    schema: str, fake: Callable[..., Any], members: Sequence[Members] = ()
+) -> Callable[[_Operation], _Operation]:
+    """Registers a function as the operator of its name: one node of a graph that torch.compile or torch.export traces.
+
+    The function runs when the node does, since it checks and chooses by values, which no graph can hold. Outside of a
+    graph a call goes to the function itself.
+
+    Args:
+        schema: the operator's, without its name. A list of tensors is what a function gives that gives one or several;
+            where nothing is returned, the function gives the argument that it writes to.
+        fake: takes the operator's arguments, and makes what it gives, unfilled.
+        members: of the arguments that the schema cannot hold.
+    """
+
+    def register(function: _Operation) -> _Operation:
+        parsed = torch._C.parse_schema(add_op_namespace_prefix(function.__name__) + schema)
+        taken = tuple(argument.name for argument in parsed.arguments)
+        written = tuple(each.name for each in parsed.arguments if each.alias_info and each.alias_info.is_write)
+        gives_list = not written and str(parsed.returns[0].type) == "List[Tensor]"
+        parameters = inspect.signature(function).parameters.values()
+        names = tuple(each.name for each in parameters)
+        by_place = tuple(each.name for each in parameters if each.kind is not inspect.Parameter.KEYWORD_ONLY)
+        defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+
+        def run(*arguments: Any) -> Any:
+            given = dict(zip(taken, arguments, strict=True))
+            given.update({each.argument: each.join(given) for each in members})
+            made = function(**{name: given[name] for name in names if name in given})
+            if written:
+                return None
+            # As a graph was told that it lies in memory.
+            tensors = [each.contiguous() for each in ((made,) if isinstance(made, Tensor) else made)]
+            return tensors if gives_list else tensors[0]
+
+        run.__name__ = function.__name__
+        name = add_op_namespace_prefix(function.__name__)
+        registered = torch.library.custom_op(name, run, mutates_args=written, schema=schema)
+        registered.register_fake(fake)
+        if not written:
+            registered.register_autograd(_refuse_gradients)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            given = {**defaults, **dict(zip(by_place, args, strict=False)), **kwargs}
+            if len(args) > len(by_place) or set(given) != set(names):
+                raise TypeError(f"{function.__name__}() takes {', '.join(names)}, got {', '.join(given)}")
+            for each in members:
+                given.update(each.split(given[each.argument]))
+            made = registered(*[given[name] for name in taken])
+            if written:
+                return given[written[0]]
+            return made if not gives_list else made[0] if len(made) == 1 else tuple(made)
+
+        return call  # type: ignore[return-value]
+
+    return register
+
+
+def check_together(**tensors: Tensor | None) -> bool:
+    """Whether the members of an argument are there.
+
+    Raises:
+        ValueError: some are, and others are not.
+    """
+    given = [name for name, tensor in tensors.items() if tensor is not None]
+    if given and len(given) < len(tensors):
+        raise ValueError(f"{', '.join(tensors)} must all be given or none, got {', '.join(given)}")
+    return bool(given)
+
+
+def _refuse_gradients(_context: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        f"{NAMESPACE} computes no gradients: detach what goes in, or call it inside torch.no_grad() or "
+        "torch.inference_mode()"
+    )

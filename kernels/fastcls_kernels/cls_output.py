@@ -14,14 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import device_guard, runs_triton
-from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_rows, check_tensor, num_rows_of
-from ._pair import as_pair, pair_dot
 from ._tracing import traceable
-from ._triton import cdiv, head_block, jit, tl
 from .layer_norm import check_norm, check_vector, launch_sum_add_layer_norm
 from .linear import linear, linear_per_head
-from .tuning import RowsTile, arch_of, rows_tile
+from .runtime.backend import device_guard, runs_triton
+from .runtime.checks import (
+    check_device,
+    check_head_dim,
+    check_last_dim_contiguous,
+    check_rows,
+    check_tensor,
+    num_rows_of,
+)
+from .runtime.split_precision import as_pair, pair_dot
+from .runtime.tile_tables import RowsTile, arch_of, rows_tile
+from .runtime.triton import cdiv, head_block, jit, tl
 
 
 @jit(do_not_specialize=["num_rows"])

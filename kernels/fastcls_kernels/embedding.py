@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import device_guard, runs_triton
-from ._checks import check_device, check_integers, check_range, check_tensor
 from ._tracing import traceable
-from ._triton import jit, next_power_of_2, tl
 from .layer_norm import check_norm, norm_warps, normalise_row
+from .runtime.backend import device_guard, runs_triton
+from .runtime.checks import check_device, check_integers, check_range, check_tensor
+from .runtime.triton import jit, next_power_of_2, tl
 
 
 @jit()

@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple, overload
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import device_guard, runs_triton
-from ._checks import check_last_dim_contiguous, check_rows, check_tensor
 from ._tracing import traceable
-from ._triton import jit, next_power_of_2, tl
+from .runtime.backend import device_guard, runs_triton
+from .runtime.checks import check_last_dim_contiguous, check_rows, check_tensor
+from .runtime.triton import jit, next_power_of_2, tl
 
 MAX_WIDTH = 16384
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._backend import device_guard, runs_triton
-from ._checks import check_last_dim_contiguous, check_tensor
-from ._layout import PackedLayout
-from ._tracing import traceable
-from ._triton import cdiv, jit, tl
+from ._ops import operator
+from .layout import PackedLayout
+from .runtime.backend import device_guard, runs_triton
+from .runtime.checks import check_last_dim_contiguous, check_tensor
+from .runtime.triton import cdiv, jit, tl
 
 BLOCK_T = 32
 BLOCK_W = 64
@@ -70,7 +70,11 @@ def _mean_pool_runs(hidden_states: Tensor, layout: PackedLayout) -> Tensor:
     return out
 
 
-@traceable
+@operator(
+    "(Tensor hidden_states, Tensor cu_seqlens, SymInt max_seqlen) -> Tensor",
+    fake=lambda hidden_states, cu_seqlens, _: hidden_states.new_empty(cu_seqlens.shape[0] - 1, hidden_states.shape[1]),
+    members=(PackedLayout.members("hidden_states"),),
+)
 def mean_pool(
     hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, layout: PackedLayout | None = None
 ) -> Tensor:

@@ -14,8 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ._activation import Activation
-from ._layout import PackedLayout
 from ._ops import add_op_namespace_prefix
 from ._tracing import TRACED
 from .absorb_query import absorb_query
@@ -24,12 +22,13 @@ from .cls_attention import cls_attention, cls_attention_kv
 from .cls_output import cls_output
 from .disentangled_attention import Buckets, disentangled_attention
 from .embedding import embedding_layer_norm
-from .gated import gated_activation
+from .gated_activation import gated_activation
 from .layer_norm import AddNorm, add_layer_norm, layer_norm
+from .layout import PackedLayout
 from .linear import linear, linear_activation, linear_add_layer_norm, linear_gelu, linear_per_head
-from .mean_pool import mean_pool
 from .pooler_classifier import pooler_classifier
 from .rotary import apply_rotary_
+from .runtime.activations import Activation
 
 
 def _operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -501,24 +500,6 @@ def _fake_gated_activation(hidden_states: Tensor, *_: Any) -> Tensor:
 @_operator(_fake_gated_activation)
 def _gated_activation(hidden_states: Tensor, activation: str = "gelu") -> Tensor:
     return gated_activation(hidden_states, cast(Activation, activation))
-
-
-def _fake_mean_pool(hidden_states: Tensor, cu_seqlens: Tensor, *_: Any) -> Tensor:
-    return hidden_states.new_empty(cu_seqlens.shape[0] - 1, hidden_states.shape[1])
-
-
-@_operator(_fake_mean_pool)
-def _mean_pool(hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    return mean_pool(hidden_states, cu_seqlens, max_seqlen)
-
-
-@_traced
-def _trace_mean_pool(
-    hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, layout: PackedLayout | None = None
-) -> Tensor:
-    # Positions have no part in it.
-    del layout
-    return _mean_pool(hidden_states, cu_seqlens, max_seqlen)
 
 
 def _fake_pooler_classifier(

@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._activation import Activation, activated, check_activation
-from ._backend import device_guard, runs_triton
-from ._checks import check_last_dim_contiguous, check_tensor
-from ._pair import as_pair, pair_dot
 from ._tracing import traceable
-from ._triton import cdiv, jit, next_power_of_2, tl
 from .layer_norm import check_vector
 from .linear import linear, linear_activation
-from .tuning import RowsTile, arch_of, rows_tile
+from .runtime.activations import Activation, activated, check_activation
+from .runtime.backend import device_guard, runs_triton
+from .runtime.checks import check_last_dim_contiguous, check_tensor
+from .runtime.split_precision import as_pair, pair_dot
+from .runtime.tile_tables import RowsTile, arch_of, rows_tile
+from .runtime.triton import cdiv, jit, next_power_of_2, tl
 
 
 @jit(do_not_specialize=["num_rows"])

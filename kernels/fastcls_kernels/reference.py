@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._activation import Activation
+from .runtime.activations import Activation
 
 
 def attention_varlen_reference(

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._backend import device_guard, runs_triton
-from ._checks import (
+from ._tracing import traceable
+from .runtime.backend import device_guard, runs_triton
+from .runtime.checks import (
     check_device,
     check_head_dim,
     check_integers,
@@ -17,8 +18,7 @@ from ._checks import (
     check_range,
     check_tensor,
 )
-from ._tracing import traceable
-from ._triton import cdiv, jit, next_power_of_2, tl
+from .runtime.triton import cdiv, jit, next_power_of_2, tl
 
 MAX_BLOCK_H = 32
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ._triton import cdiv
-from .tuning import arch_of, limits_of
+from .runtime.tile_tables import arch_of, limits_of
+from .runtime.triton import cdiv
 
 # A pass of more is nothing that lengths of texts lead to.
 _MAX_SEQUENCES = 4096

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ._backend import device_guard, runs_triton
-from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
-from ._invariance import is_batch_invariant
-from ._layout import PackedLayout, Run
-from ._tma import descriptor, is_aligned
-from ._tracing import traceable
-from ._triton import cdiv, head_block, jit, tl
-from .tuning import AttentionTile, arch_of, attention_tile, unsqueezed
+from .._tracing import traceable
+from ..layout import PackedLayout, Run
+from ..runtime.backend import device_guard, runs_triton
+from ..runtime.checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
+from ..runtime.invariance import is_batch_invariant
+from ..runtime.tile_tables import AttentionTile, arch_of, attention_tile, unsqueezed
+from ..runtime.tma import descriptor, is_aligned
+from ..runtime.triton import cdiv, head_block, jit, tl
 
 LOG2_E = 1.4426950408889634
 NO_WINDOW = (-1, -1)

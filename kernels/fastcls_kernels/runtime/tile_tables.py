@@ -19,10 +19,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from ._invariance import ANY_ROWS, is_batch_invariant
-from ._triton import cdiv, next_power_of_2
+from .invariance import ANY_ROWS, is_batch_invariant
+from .triton import cdiv, next_power_of_2
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class AttentionTile(NamedTuple):

@@ -25,15 +25,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._backend import device_guard, runs_triton
-from ._checks import check_device, check_last_dim_contiguous, check_tensor
-from ._invariance import is_batch_invariant
-from ._layout import PackedLayout, Run
-from ._tracing import traceable
-from ._triton import cdiv, head_block, jit, tl
-from .attention import LOG2_E, check_keys_values, load_rows
-from .linear import linear_per_head
-from .tuning import DisentangledTile, arch_of, disentangled_tile, unsqueezed
+from .._tracing import traceable
+from ..attention import LOG2_E, check_keys_values, load_rows
+from ..layout import PackedLayout, Run
+from ..linear import linear_per_head
+from ..runtime.backend import device_guard, runs_triton
+from ..runtime.checks import check_device, check_last_dim_contiguous, check_tensor
+from ..runtime.invariance import is_batch_invariant
+from ..runtime.tile_tables import DisentangledTile, arch_of, disentangled_tile, unsqueezed
+from ..runtime.triton import cdiv, head_block, jit, tl
 
 # Numbers in a product with positions that a CPU's caches hold from one step to the next.
 CACHED = 1 << 18

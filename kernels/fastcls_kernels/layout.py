@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._checks import check_device
-from ._invariance import is_batch_invariant
-from .tile_map import launch_sequence_tiles, row_bounds
+from ._ops import Members
+from .runtime.checks import check_device
+from .runtime.invariance import is_batch_invariant
+from .runtime.tile_map import launch_sequence_tiles, row_bounds
 
 # More than any position, so that a sequence's first row and a position in it make one 64-bit key.
 _MAX_POSITIONS = 1 << 31
@@ -94,6 +95,20 @@ class PackedLayout:
             raise ValueError("cu_seqlens and max_seqlen must be the layout's own where a layout is given")
         check_device("cu_seqlens", layout.cu_seqlens, tokens)
         return layout
+
+    @staticmethod
+    def members(tokens: str) -> Members:
+        """A layout in an operator's schema: its positions, beside the lengths, which are arguments of their own.
+
+        Args:
+            tokens: the operator's argument that has total_tokens rows.
+        """
+
+        def join(given: Mapping[str, Any]) -> PackedLayout:
+            total_tokens = given[tokens].shape[0]
+            return PackedLayout(given["cu_seqlens"], given["max_seqlen"], total_tokens, given.get("positions"))
+
+        return Members("layout", lambda layout: {"positions": None if layout is None else layout.positions}, join)
 
     def _check_values(self) -> None:
         lengths = self.cu_seqlens.diff()

@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._activation import Activation, activate_, activated, check_activation
-from ._backend import device_guard, runs_triton
-from ._checks import check_last_dim_contiguous, check_tensor
-from ._invariance import in_blocks, in_pieces_, is_batch_invariant
-from ._tma import descriptor, is_aligned
-from ._tracing import traceable
-from ._triton import cdiv, jit, tl
-from .layer_norm import check_norm, check_vector, launch_sum_add_layer_norm
-from .split_linear import launch_split_linear
-from .tuning import GeluTile, arch_of, invariant_linear_tile, linear_gelu_tile, linear_norm_tile
+from .._tracing import traceable
+from ..layer_norm import check_norm, check_vector, launch_sum_add_layer_norm
+from ..runtime.activations import Activation, activate_, activated, check_activation
+from ..runtime.backend import device_guard, runs_triton
+from ..runtime.checks import check_last_dim_contiguous, check_tensor
+from ..runtime.invariance import in_blocks, in_pieces_, is_batch_invariant
+from ..runtime.tile_tables import GeluTile, arch_of, invariant_linear_tile, linear_gelu_tile, linear_norm_tile
+from ..runtime.tma import descriptor, is_aligned
+from ..runtime.triton import cdiv, jit, tl
+from .split import launch_split_linear
 
 
 @jit(do_not_specialize=["num_rows"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._triton import jit, tl
+from .triton import jit, tl
 
 
 @jit()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._backend import device_guard
-from ._triton import cdiv, jit, tl
-from .tuning import SplitTile
+from ..runtime.backend import device_guard
+from ..runtime.tile_tables import SplitTile
+from ..runtime.triton import cdiv, jit, tl
 
 
 @jit(do_not_specialize=["num_rows"])

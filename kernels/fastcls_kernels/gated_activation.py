@@ -10,12 +10,12 @@ import functools
 import torch
 from torch import Tensor
 
-from ._activation import Activation, activate_, activated, check_activation
-from ._backend import device_guard, runs_triton
-from ._checks import check_last_dim_contiguous, check_tensor
-from ._invariance import in_pieces_, is_batch_invariant
 from ._tracing import traceable
-from ._triton import cdiv, jit, tl
+from .runtime.activations import Activation, activate_, activated, check_activation
+from .runtime.backend import device_guard, runs_triton
+from .runtime.checks import check_last_dim_contiguous, check_tensor
+from .runtime.invariance import in_pieces_, is_batch_invariant
+from .runtime.triton import cdiv, jit, tl
 
 # Eight numbers a thread, and widths of models are multiples of 128.
 BLOCK_M = 8

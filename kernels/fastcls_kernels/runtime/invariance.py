@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._triton import cdiv
+from .triton import cdiv
 
 _invariant: ContextVar[bool] = ContextVar("fastcls_kernels_batch_invariant", default=False)
 
@@ -50,6 +51,33 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
 def is_batch_invariant() -> bool:
     """Whether `batch_invariant` is on."""
     return _invariant.get()
+
+
+class Choices(NamedTuple):
+    """What an operation may choose by the amount of what it computes at once.
+
+    Attributes:
+        tiles_by_rows: the tile, by the number of rows.
+        shared_tiles: tiles that hold several sequences, which begin anywhere in them.
+        split_sequences: how many programs share a sequence.
+        library_products: products are a library's, which chooses for itself.
+        joined_texts: texts are one call on a CPU, and one look at whether their numbers are finite.
+    """
+
+    tiles_by_rows: bool
+    shared_tiles: bool
+    split_sequences: bool
+    library_products: bool
+    joined_texts: bool
+
+
+_ALL = Choices(*(True,) * 5)
+_NONE = Choices(*(False,) * 5)
+
+
+def choices() -> Choices:
+    """The choices that are free: all of them, or none with `batch_invariant`."""
+    return _NONE if _invariant.get() else _ALL
 
 
 def in_blocks(product: Callable[..., Tensor], rows: Tensor, *weights: Tensor | None, name: str) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ._triton import HAS_TRITON, INTERPRETED
+from .triton import HAS_TRITON, INTERPRETED
 
 Backend = Literal["triton", "torch"]
 

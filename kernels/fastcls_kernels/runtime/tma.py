@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._triton import HAS_TRITON
+from .triton import HAS_TRITON
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor

@@ -25,16 +25,16 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ._backend import device_guard, multiprocessor_count, runs_triton
-from ._checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
-from ._invariance import is_batch_invariant
-from ._layout import PackedLayout
-from ._pair import as_pair, pair_dot
-from ._tracing import traceable
-from ._triton import cdiv, jit, next_power_of_2, tl
-from .attention import LOG2_E, attend_batch, is_finite_all
-from .layer_norm import AddNorm, add_layer_norm, check_add_norm
-from .tuning import arch_of, cls_tile, unsqueezed
+from .._tracing import traceable
+from ..attention import LOG2_E, attend_batch, is_finite_all
+from ..layer_norm import AddNorm, add_layer_norm, check_add_norm
+from ..layout import PackedLayout
+from ..runtime.backend import device_guard, multiprocessor_count, runs_triton
+from ..runtime.checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
+from ..runtime.invariance import is_batch_invariant
+from ..runtime.split_precision import as_pair, pair_dot
+from ..runtime.tile_tables import arch_of, cls_tile, unsqueezed
+from ..runtime.triton import cdiv, jit, next_power_of_2, tl
 
 # For each query row the first of the tokens that it reads, and the end of them.
 RowBounds = tuple[Tensor, Tensor]

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._backend import device_guard, runs_triton
-from ._triton import cdiv, jit, tl
+from .backend import device_guard, runs_triton
+from .triton import cdiv, jit, tl
 
 BLOCK = 128
 

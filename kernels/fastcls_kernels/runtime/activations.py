@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import jit, tl
+from .triton import jit, tl
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
 
