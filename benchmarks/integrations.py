@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastcls
-from fastcls.demo import sample_texts
+from fastcls.tools.demo import sample_texts
 from fastcls_benchmarks import provenance, timing
 from fastcls_benchmarks.results import Case, Row
 from fastcls_benchmarks.tables import duration, plain_table

@@ -97,7 +97,7 @@ def _commands() -> str:
     """Every command with its options, as Markdown."""
     paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")))
     done = subprocess.run(
-        [sys.executable, "-m", "typer", "fastcls.cli", "utils", "docs", "--name", "fastcls"],
+        [sys.executable, "-m", "typer", "fastcls.tools.cli", "utils", "docs", "--name", "fastcls"],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,

@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention_interface import register_attention
     from .classifier import Classifier
     from .conversion import optimize
-    from .tasks import (
+    from .integrations.transformers_attention import register_attention
+    from .models import (
         FastClassifier,
         FastEncoder,
         FastMaskedLM,
@@ -35,7 +35,7 @@ __all__ = [
 _HOMES = {
     "Classifier": ".classifier",
     "optimize": ".conversion",
-    "register_attention": ".attention_interface",
+    "register_attention": ".integrations.transformers_attention",
 }
 
 
@@ -43,6 +43,6 @@ def __getattr__(name: str) -> Any:
     # transformers takes seconds to import: only what is used pays for it, so that `fastcls --help` answers at once.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES.get(name, ".tasks"), __name__), name)
+    value = getattr(import_module(_HOMES.get(name, ".models"), __name__), name)
     globals()[name] = value
     return value

@@ -1,5 +1,5 @@
 """``python -m fastcls``: the command line without the installed script."""
 
-from .cli import app
+from .tools.cli import app
 
 app()

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import optimize
-from .encoder import LastLayer
-from .inputs import BadText
+from .engine.batch import BadText
+from .engine.spec import LastLayer
+from .integrations.sentence_transformers import is_sentence_model
 from .labels import label_names
 from .loading import load_model, load_tokenizer, parse_device, parse_dtype, sorted_options
-from .model import FastModel
-from .own_code import advice_for
-from .sentence_models import is_sentence_model
-from .tasks import FastClassifier
+from .models import FastClassifier, FastModel
+from .original.own_code import advice_for
 from .texts import (
     Cut,
     Item,

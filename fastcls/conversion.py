@@ -10,17 +10,16 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from .auto_classes import register_auto_classes
-from .encoder import LastLayer, check_last_layer
+from .engine.spec import LastLayer, check_last_layer
 from .families import family_of, supported
-from .model import FastModel
-from .original import Original, settle_all
-from .original import release as release_weights
-from .own_code import advice_for
-from .sentence_models import check_computes_nothing_else, is_sentence_model, optimize_sentence_model
-from .structure import check_structure, config_as_built
-from .tasks import TASKS, FastEncoder, FastMaskedLM, Labelled
-from .weights import made_of, map_weights
+from .families.checkpoint import made_of, map_weights
+from .integrations.auto_classes import register_auto_classes
+from .integrations.sentence_transformers import check_computes_nothing_else, is_sentence_model, optimize_sentence_model
+from .models import TASKS, FastEncoder, FastMaskedLM, FastModel, Labelled
+from .original.following import Original, settle_all
+from .original.own_code import advice_for
+from .original.places import release as release_weights
+from .original.structure import check_structure, config_as_built
 
 register_auto_classes()
 

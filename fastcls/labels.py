@@ -6,6 +6,8 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+from .engine.batch import shortened
+
 
 def label_names(id2label: Any, num_labels: int) -> list[Any]:
     """A name for each label: LABEL_0 and so on where a config has no names, as transformers calls them.
@@ -36,12 +38,6 @@ def label_names(id2label: Any, num_labels: int) -> list[Any]:
     if missing:
         raise ValueError(f"{problem}, which does not name {missing[0]}")
     return [names[index] for index in range(num_labels)]
-
-
-def shortened(value: object, limit: int = 60) -> str:
-    """How a value is shown in a message, in one line."""
-    shown = repr(value).replace("\n", " ")
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
 def _label_id(key: object) -> int | None:

@@ -22,9 +22,10 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .engine.batch import shortened
+from .engine.spec import Task
 from .families import FAMILIES, Family, class_for_task, supported
-from .labels import label_names, shortened
-from .spec import Task
+from .labels import label_names
 from .texts import first_line, read_count
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -10,8 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from .inputs import has_no_order
-from .labels import shortened
+from .engine.batch import has_no_order, shortened
 
 Text: TypeAlias = "str | Sequence[str] | Mapping[str, str]"
 Truncation: TypeAlias = "bool | Literal['longest_first', 'only_first', 'only_second', 'do_not_truncate']"

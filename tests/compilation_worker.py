@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from aot_worker import compile_only
-from support import tiny_bert
+from support import pack_parts, tiny_bert
 
 import fastcls
-from fastcls.graphs import bucket_of
-from fastcls.packing import fill_rows, pack
+from fastcls.engine.cuda_graphs import bucket_of
+from fastcls.engine.packing import fill_rows
 from fastcls_kernels.runtime import backend
 
 WIDTHS = {
@@ -46,12 +46,12 @@ def count(arch: str, num_batches: int, model: str = "tiny") -> dict[str, float]:
     for number in range(num_batches):
         longest = draw.choice((2, 20, 60, 200, 512))
         texts = [[5] * draw.randint(1, longest) for _ in range(draw.randint(1, 70))]
-        source = fast._reader.source_of_lists(texts, [[0] * len(text) for text in texts] if number % 3 else None)
+        source = fast._reader.flatten_lists(texts, [[0] * len(text) for text in texts] if number % 3 else None)
         assert source is not None
         with torch.no_grad():
             # As they are, and filled up to the shape that a graph has.
-            for packed in pack(source, 65536, fill_rows if number % 2 else bucket_of):
-                fast._compute(packed, fast._how)
+            for packed in pack_parts(source, 65536, fill_rows if number % 2 else bucket_of):
+                fast._compute(packed, "first", fast.last_layer)
     return {
         "warming_seconds": round(seconds, 1),
         "after_warming": after_warming,

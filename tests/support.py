@@ -18,7 +18,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcls.packing import fill_rows
+from fastcls.engine.packing import FlatBatch, PackedTokens, PackShape, fill_rows, pack, parts_of
+
+# The shape that some tokens in some sequences are filled up to.
+FillUp = Callable[[int, int], PackShape]
+
+
+def pack_parts(
+    batch: FlatBatch, max_tokens: int, fill_up: FillUp = fill_rows, *, sort: bool = False
+) -> list[PackedTokens]:
+    """All of a batch, packed part by part."""
+    parts = parts_of(batch, max_tokens, sort=sort)
+    return [pack(batch, part, fill_up(part.num_tokens, part.num_texts)) for part in parts]
+
 
 # Each list is one packing. Zeros are empty sequences; the odd ones straddle every tile size.
 PACKINGS = {

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.masking_utils import bidirectional_mask_function
 
 import fastcls
-from fastcls import attention_interface
+from fastcls.integrations import transformers_attention as attention_interface
 from fastcls_kernels import batch_invariant
 
 SIZES: dict[str, Any] = {

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from fastcls.cli import app
 from fastcls.families import FAMILIES
+from fastcls.tools.cli import app
 from fastcls_benchmarks import comparison, first_call, runner, suites
 from fastcls_benchmarks.kernels import KERNELS, KernelProvider, Prepared
 from fastcls_benchmarks.provenance import slug, source_digest
@@ -1255,7 +1255,7 @@ def test_code_tells_the_commit_where_there_was_no_git(publish: ModuleType, monke
     assert publish.reason_not_to_publish(report) is None
     assert report.provenance["commit"] == "abc123"
     report.provenance["commit"] = None
-    answers["status"] = " M fastcls/model.py"
+    answers["status"] = " M fastcls/models/base.py"
     assert "had changes" in publish.reason_not_to_publish(report)
 
 

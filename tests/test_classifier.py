@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import fastcls
 import fastcls.classifier
-from fastcls.demo import sample_texts, sample_tokenizer
 from fastcls.texts import Cut, length_limit
+from fastcls.tools.demo import sample_texts, sample_tokenizer
 
 # Its overloads know no model but transformers' own.
 pipeline: Any = transformers.pipeline

@@ -21,10 +21,10 @@ from support import tiny_bert
 from typer.testing import CliRunner, Result
 
 import fastcls_kernels
-from fastcls import doctor
-from fastcls.cli import app
-from fastcls.demo import sample_texts, sample_tokenizer
 from fastcls.loading import parse_device
+from fastcls.tools import doctor
+from fastcls.tools.cli import app
+from fastcls.tools.demo import sample_texts, sample_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

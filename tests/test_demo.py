@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from support import tiny_model
 
-from fastcls.demo import _saved, run_demo, sample_texts, sample_tokenizer
+from fastcls.tools.demo import _saved, run_demo, sample_texts, sample_tokenizer
 
 
 @pytest.mark.parametrize(

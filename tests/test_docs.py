@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 import fastcls
 import fastcls_kernels
-from fastcls.cli import app
-from fastcls.demo import sample_texts, sample_tokenizer
+from fastcls.tools.cli import app
+from fastcls.tools.demo import sample_texts, sample_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -17,8 +17,8 @@ from test_families import CLASSES, every_class, shaped_for
 from torch import Tensor, nn
 
 import fastcls
-from fastcls.encoder import LastLayer
-from fastcls.tasks import TASKS
+from fastcls.engine.spec import LastLayer
+from fastcls.models import TASKS
 
 IDS = torch.tensor([[5, 17, 33, 8, 90, 12], [7, 7, 150, 21, 3, 66], [9, 8, 7, 6, 5, 4]])
 
@@ -290,7 +290,7 @@ def test_hooks_on_the_fast_model_run_or_are_refused(
             continue
         calls: list[str] = []
         unhook = hook(module, calls)
-        if fast._never_called(path, module, fast._pooled) is None:
+        if fast.never_called(path, module, fast.head.spec.rows) is None:
             fast(IDS)
             assert calls, f"a hook on {path} was passed by"
             ran.append(path)

@@ -14,7 +14,7 @@ from support import MANY_LABELS, TINY_FAMILIES, CountTokenProducts, assert_as_ex
 from torch import Tensor
 
 import fastcls
-from fastcls.encoder import LastLayer
+from fastcls.engine.spec import LastLayer
 from fastcls.families import FAMILIES
 from fastcls_kernels import use_backend
 
@@ -392,7 +392,7 @@ def test_the_pass_reads_no_value(model_class: str, family: str, launches: list[A
     for fast.last_layer in RUNGS:
         with torch.no_grad():
             fast.encoder.prepare()
-            logits = fast._compute(packed.to(torch.device("meta")), fast._how)
+            logits = fast._compute(packed.to(torch.device("meta")), fast.head.spec.rows, fast.last_layer)
         assert logits.shape == (3, 3)
     assert len(launches) >= 3
 

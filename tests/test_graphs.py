@@ -23,11 +23,10 @@ from transformers import BertConfig
 
 import fastcls
 from fastcls import FastClassifier
-from fastcls.encoder import LastLayer
+from fastcls.engine.cuda_graphs import CudaGraphs, bucket_of, max_graph_tokens
+from fastcls.engine.packing import PackedTokens
+from fastcls.engine.spec import EncoderSpec, LastLayer
 from fastcls.families import bert
-from fastcls.graphs import Graphs, bucket_of, max_graph_tokens
-from fastcls.packing import PackedTokens
-from fastcls.spec import EncoderSpec
 from fastcls_kernels import Backend, batch_invariant, use_backend
 
 
@@ -62,8 +61,8 @@ class StandInGraph:
         return self.run(self.packed.over(self.packed.integers))
 
 
-def graphs_of(fast: FastClassifier, capture: Any, **limits: int) -> Graphs:
-    return Graphs(fast._compute, fast.spec.max_positions, new_capture=lambda: capture, **limits)
+def graphs_of(fast: FastClassifier, capture: Any, **limits: int) -> CudaGraphs:
+    return CudaGraphs(fast.spec.max_positions, new_capture=lambda: capture, **limits)
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def fast(capture: StandIn, monkeypatch: pytest.MonkeyPatch) -> FastClassifier:
     """A small classifier that replays as on a GPU, by stand-ins, over plain PyTorch."""
     fast = fastcls.optimize(tiny_bert(num_hidden_layers=2))
     monkeypatch.setattr(FastClassifier, "_may_replay", lambda self, _shape: self.cuda_graphs)
-    monkeypatch.setattr("fastcls.model.explain_backend", lambda _device: ("triton", "for a test"))
+    monkeypatch.setattr("fastcls.engine.engine.explain_backend", lambda _device: ("triton", "for a test"))
     # A build of torch without CUDA cannot be asked.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     fast._graphs = graphs_of(fast, capture)
@@ -219,7 +218,7 @@ def test_memory_is_given_back_when_graphs_take_too_much(fast: FastClassifier) ->
         made.append(StandIn(bytes_each=40))
         return made[-1]
 
-    fast._graphs = Graphs(fast._compute, 96, new_capture=new_capture, max_pool_bytes=100)
+    fast._graphs = CudaGraphs(96, new_capture=new_capture, max_pool_bytes=100)
     for count in (1, 2, 3):
         for _ in range(2):
             fast.logits_of(texts_of(*[5] * count))
@@ -325,7 +324,7 @@ def test_where_a_replay_would_not_fit_the_pass_runs_plainly(
     elif reason == "embeddings":
         inputs = {"inputs_embeds": torch.randn(2, 9, 64)}
     else:
-        monkeypatch.setattr(FastClassifier, "_fill_up", lambda _self, *shape: fastcls.packing.PackShape(*shape))
+        monkeypatch.setattr(FastClassifier, "_shape", lambda _self, *shape: fastcls.engine.packing.PackShape(*shape))
     for _ in range(3):
         logits = fast(**inputs).logits
     with no_graphs(fast):

@@ -53,7 +53,9 @@ def test_triton_backend_without_triton_says_so() -> None:
     assert "triton missing" in run(code)
 
 
-@pytest.mark.parametrize("module", ["fastcls_kernels", "fastcls, fastcls.model, fastcls.classifier, fastcls.cli"])
+@pytest.mark.parametrize(
+    "module", ["fastcls_kernels", "fastcls, fastcls.models.base, fastcls.classifier, fastcls.tools.cli"]
+)
 def test_import_asks_for_no_device(module: str) -> None:
     code = (
         "import torch\n"

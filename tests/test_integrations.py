@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 import fastcls
-from fastcls.demo import sample_texts
+from fastcls.tools.demo import sample_texts
 
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 

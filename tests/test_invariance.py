@@ -15,7 +15,7 @@ from test_families import ANSWERS, CLASSIFIERS, every_class, every_classifier, f
 from torch import Tensor
 
 import fastcls
-from fastcls.encoder import LastLayer
+from fastcls.engine.spec import LastLayer
 from fastcls_kernels import (
     Activation,
     attention_padded,

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastcls
-from fastcls.encoder import LastLayer
+from fastcls.engine.spec import LastLayer
 from fastcls_kernels import use_backend
 from fastcls_kernels.runtime.tile_tables import use_tile
 
@@ -156,8 +156,8 @@ def test_one_token_and_the_longest_text() -> None:
 
 
 def test_a_large_batch_in_several_passes(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setattr("fastcls.model.CPU_TOKENS_PER_PASS", 100)
-    monkeypatch.setattr("fastcls.model.GPU_TOKENS_PER_PASS", 100)
+    monkeypatch.setattr("fastcls.engine.engine.CPU_TOKENS_PER_PASS", 100)
+    monkeypatch.setattr("fastcls.engine.engine.GPU_TOKENS_PER_PASS", 100)
     model = tiny_bert().to(device)
     lengths = torch.randint(1, 60, (40,))
     inputs = {**batch(40, 60, device), "attention_mask": (torch.arange(60) < lengths[:, None]).long().to(device)}
@@ -541,7 +541,7 @@ def test_a_model_in_training_mode_comes_out_in_eval_mode() -> None:
 
 
 def test_the_last_part_is_checked_before_the_first_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastcls.model.CPU_TOKENS_PER_PASS", 2)
+    monkeypatch.setattr("fastcls.engine.engine.CPU_TOKENS_PER_PASS", 2)
     fast = fastcls.optimize(tiny_bert())
     monkeypatch.setattr(fast.encoder.embeddings, "forward", lambda *_: pytest.fail("computed before it was checked"))
     with pytest.raises(ValueError, match=r"token_ids\[2\] holds the id 199, outside the vocabulary of 199"):

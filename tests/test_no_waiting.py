@@ -15,7 +15,7 @@ from support import tiny_bert
 
 import fastcls
 from fastcls import FastClassifier
-from fastcls.encoder import LastLayer
+from fastcls.engine.spec import LastLayer
 
 RUNGS = get_args(LastLayer)
 TEXTS = [[5, 6, 7], [8] * 20, [9]]
@@ -28,7 +28,7 @@ def test_the_pass_reads_no_value(launches: list[Any], last_layer: LastLayer, dty
     (packed,) = fast.pack(TEXTS)
     fast = fast.to("meta")
     with torch.no_grad():
-        logits = fast._compute(packed.to(torch.device("meta")), fast._how)
+        logits = fast._compute(packed.to(torch.device("meta")), "first", last_layer)
     assert logits.shape == (3, 3)
     assert len(launches) >= 3
 

@@ -9,21 +9,20 @@ from typing import Any
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import FillUp, pack_parts
 from torch import Tensor
 
-from fastcls.graphs import bucket_of
-from fastcls.model import CPU_TOKENS_PER_PASS
-from fastcls.packing import (
-    FillUp,
+from fastcls.engine.cuda_graphs import bucket_of
+from fastcls.engine.engine import CPU_TOKENS_PER_PASS
+from fastcls.engine.packing import (
+    FlatBatch,
     PackedTokens,
-    Source,
     fill_rows,
     flat_integers,
     kept_tokens,
-    pack,
     true_indices,
+    unpack_chosen,
     unpack_rows,
-    unpack_selected,
     unpack_tokens,
 )
 
@@ -61,12 +60,12 @@ def pack_mask(
     ids = torch.arange(mask.numel())
     positions = torch.arange(mask.shape[1]).expand(mask.shape).flatten()
     lengths = mask.sum(1)
-    source = Source(lengths, kept_tokens(mask, lengths), ids, ids % 2, positions, None, **more)
-    return list(pack(source, max_tokens, fill_up, sort=sort))
+    source = FlatBatch(lengths, kept_tokens(mask, lengths), ids, ids % 2, positions, None, **more)
+    return pack_parts(source, max_tokens, fill_up, sort=sort)
 
 
-def source_of(texts: list[list[int]], types: list[list[int]] | None = None) -> Source:
-    return Source(
+def source_of(texts: list[list[int]], types: list[list[int]] | None = None) -> FlatBatch:
+    return FlatBatch(
         torch.tensor([len(text) for text in texts]),
         None,
         flat_integers("token_ids", texts),
@@ -122,7 +121,7 @@ def test_rows_come_back_in_order(pattern: list[list[bool]], max_tokens: int, sor
 )
 def test_lists_pack_like_padded_rows(texts: list[list[int]], max_tokens: int, sort: bool, fill_up: FillUp) -> None:
     types = [[token % 2 for token in text] for text in texts]
-    parts = list(pack(source_of(texts, types), max_tokens, fill_up, sort=sort))
+    parts = pack_parts(source_of(texts, types), max_tokens, fill_up, sort=sort)
     assert sequences(parts, "token_ids") == dict(enumerate(texts))
     assert sequences(parts, "token_type_ids") == dict(enumerate(types))
     assert sequences(parts, "position_ids") == {row: list(range(len(text))) for row, text in enumerate(texts)}
@@ -147,7 +146,7 @@ def test_wanted_rows_are_found_and_come_back_in_order(
 ) -> None:
     mask = torch.tensor(pattern)
     wanted = mask & torch.tensor([[random.random() < 0.4 for _ in row] for row in pattern])
-    parts = pack_mask(mask, max_tokens, sort, fill_up, keeps_origins=True, selected=wanted.flatten())
+    parts = pack_mask(mask, max_tokens, sort, fill_up, keeps_origins=True, chosen=wanted.flatten())
     results = []
     for part in parts:
         assert part.token_ids is not None
@@ -157,7 +156,7 @@ def test_wanted_rows_are_found_and_come_back_in_order(
         assert bool((bounds[part.row_sequences] <= part.rows).all())
         assert bool((part.rows < bounds[part.row_sequences + 1]).all())
         results.append((part.token_ids[part.rows, None].double(), part))
-    rows, origins = unpack_selected(results)
+    rows, origins = unpack_chosen(results)
     assert origins.tolist() == wanted.flatten().nonzero().squeeze(1).tolist()
     assert rows[:, 0].tolist() == origins.tolist()
 
@@ -175,7 +174,7 @@ def test_places_are_kept_where_a_mask_has_holes(
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), fills)
 def test_filling_belongs_to_no_text(lengths: list[int], fill_up: FillUp) -> None:
-    (part,) = pack(source_of([[7] * length for length in lengths]), 10_000, fill_up)
+    (part,) = pack_parts(source_of([[7] * length for length in lengths]), 10_000, fill_up)
     total, texts = sum(lengths), len(lengths)
     assert part.shape == fill_up(total, texts)
     assert part.layout.cu_seqlens[texts:].tolist() == [total] * (part.shape.sequences - texts + 1)
@@ -213,8 +212,8 @@ def test_there_are_few_shapes() -> None:
 def test_arrays_start_where_wide_loads_may(lengths: list[int], with_types: bool) -> None:
     texts = [[7] * length for length in lengths]
     ones = torch.ones(sum(lengths), dtype=torch.long)
-    source = source_of(texts, texts if with_types else None)._replace(selected=ones.bool(), places=ones.cumsum(0))
-    (part,) = pack(source, 10_000)
+    source = source_of(texts, texts if with_types else None)._replace(chosen=ones.bool(), places=ones.cumsum(0))
+    (part,) = pack_parts(source, 10_000)
     start = part.integers.data_ptr()
     arrays = (part.layout.cu_seqlens, part.token_ids, part.position_ids, part.token_type_ids, part.layout.positions)
     for array in (*arrays, part.rows, part.row_sequences):

@@ -119,8 +119,8 @@ def test_nothing_to_predict(dense: bool) -> None:
 
 @pytest.mark.parametrize("last_layer", ["full", "selected", "absorbed"])
 def test_many_masks_in_many_passes(last_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastcls.model.CPU_TOKENS_PER_PASS", 50)
-    monkeypatch.setattr("fastcls.model.GPU_TOKENS_PER_PASS", 50)
+    monkeypatch.setattr("fastcls.engine.engine.CPU_TOKENS_PER_PASS", 50)
+    monkeypatch.setattr("fastcls.engine.engine.GPU_TOKENS_PER_PASS", 50)
     model = bert("ForMaskedLM")
     lengths = torch.randint(1, 30, (40,))
     inputs = batch((torch.arange(30) < lengths[:, None]).long())

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.export import Dim
 
 import fastcls
-from fastcls import traced
+from fastcls.engine import operator
 
 # Every head, and every family.
 CHOSEN = [pair for pair in CLASSES if pair[1] == "bert" or pair[0].endswith("ForSequenceClassification")]
@@ -130,7 +130,7 @@ def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
     torch.save({"inputs": other, "logits": fast(**other).logits}, tmp_path / "expected.pt")
     script = """
 import sys, torch
-import fastcls.traced
+import fastcls.engine
 expected = torch.load(sys.argv[2])
 logits = torch.export.load(sys.argv[1]).module()(**expected["inputs"]).logits
 torch.testing.assert_close(logits, expected["logits"])
@@ -254,7 +254,7 @@ def test_a_graph_forgets_with_its_model() -> None:
 def test_old_weights_are_not_kept(device: str) -> None:
     fast = fastcls.optimize(tiny_bert().to(device))
     torch.compile(fast, fullgraph=True, backend="eager")(**batch(3, 7, device))
-    old = weakref.ref(traced._built[next(fast.parameters())][fast.description, fast.options].model)
+    old = weakref.ref(operator._built[next(fast.parameters())][fast.description, fast.options].engine)
     fast.to(torch.bfloat16)
     torch._dynamo.reset()
     gc.collect()
@@ -268,9 +268,9 @@ def test_two_graphs_of_one_model_do_not_take_turns_in_making_it() -> None:
     fast.last_layer = "full"
     compiled = torch.compile(fast, fullgraph=True, backend="eager")
     program(**inputs), compiled(**inputs)
-    made = {key: built.model for models in traced._built.values() for key, built in models.items()}
+    made = {key: built.engine for models in operator._built.values() for key, built in models.items()}
     program(**inputs), compiled(**inputs)
-    again = {key: built.model for models in traced._built.values() for key, built in models.items()}
+    again = {key: built.engine for models in operator._built.values() for key, built in models.items()}
     assert all(again[key] is model for key, model in made.items())
 
 
@@ -278,7 +278,7 @@ def test_what_runs_in_graphs_is_gone_with_its_model() -> None:
     fast = fastcls.optimize(tiny_bert())
     torch.compile(fast, fullgraph=True, backend="eager")(**batch(3, 7))
     twin = copy.deepcopy(fast)
-    gone = weakref.ref(traced._built[next(fast.parameters())][fast.description, fast.options].model)
+    gone = weakref.ref(operator._built[next(fast.parameters())][fast.description, fast.options].engine)
     del fast
     torch._dynamo.reset()
     gc.collect()

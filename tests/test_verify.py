@@ -23,10 +23,10 @@ from typer.testing import CliRunner, Result
 
 import fastcls
 import fastcls.loading
-import fastcls.verify
-from fastcls.cli import app
-from fastcls.demo import sample_texts, sample_tokenizer
-from fastcls.verify import Verification, verify
+import fastcls.tools.verify
+from fastcls.tools.cli import app
+from fastcls.tools.demo import sample_texts, sample_tokenizer
+from fastcls.tools.verify import Verification, verify
 
 TEXTS = [text for text in sample_texts() if len(text) < 160][:24]
 TWO_NAMES: dict[str, Any] = {"num_labels": 2, "id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
@@ -340,7 +340,7 @@ def test_a_model_whose_numbers_are_not_finite_is_never_fine(
     assert math.isnan(comparison.cosines[2]) is (model_class == "BertModel")
     json.dumps(found.to_json(), allow_nan=False)
     out = io.StringIO()
-    fastcls.verify.show(found, Console(file=out, width=300), strict=False)
+    fastcls.tools.verify.show(found, Console(file=out, width=300), strict=False)
     assert "Fine" not in out.getvalue()
     assert "what 2 of 4 texts get in float32 is not finite, the first in line 2; the original gives" in out.getvalue()
 
@@ -571,7 +571,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def compare(model: Any, *arguments: Any, **options: Any) -> Verification:
         return verify(model, *arguments, **options, fast=damaged(model, negate))
 
-    monkeypatch.setattr(fastcls.verify, "verify", compare)
+    monkeypatch.setattr(fastcls.tools.verify, "verify", compare)
 
 
 @pytest.mark.usefixtures("wrong")
@@ -596,7 +596,7 @@ def test_logits_that_are_off_are_status_1(checkpoint: Path, file: Path, monkeypa
         fast = damaged(model, lambda fast: fast.head.out_bias.add_(1.0))
         return verify(model, *arguments, **options, fast=fast)
 
-    monkeypatch.setattr(fastcls.verify, "verify", compare)
+    monkeypatch.setattr(fastcls.tools.verify, "verify", compare)
     done = run(checkpoint, file, "--reduced", "none")
     assert done.exit_code == 1
     told = f"Differs: logits are off by more than 10 times what rounding explains: {len(TEXTS) + 2} in float32"
@@ -710,7 +710,7 @@ def test_ctrl_c_is_status_130_with_a_report(
     def compare(model: Any, tokenizer: Any, texts: Any, **options: Any) -> Verification:
         return verify(model, tokenizer, broken_off(iter(texts), after), **options)
 
-    monkeypatch.setattr(fastcls.verify, "verify", compare)
+    monkeypatch.setattr(fastcls.tools.verify, "verify", compare)
     done = run(checkpoint, file, "--batch-size", 4, "--reduced", "none")
     assert (done.exit_code, done.stderr) == (130, "Interrupted: 8 texts compared.\n")
     assert "8 texts" in done.stdout

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedModel
 
 import fastcls
-from fastcls.encoder import LastLayer
+from fastcls.engine.spec import LastLayer
 
 from .packed_torch import Packed, PackedTorchBert
 from .workloads import MASK_ID, Batch, fills_masks, masked_rows

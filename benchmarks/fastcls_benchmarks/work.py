@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fastcls.engine.spec import Disentangled, EncoderSpec, HeadSpec
 from fastcls.families import FAMILIES
-from fastcls.spec import Disentangled, EncoderSpec, HeadSpec
 
 from .workloads import Batch, class_of, config_of, lengths_of, masked_rows
 

@@ -6,7 +6,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import albert, bert, deberta_v2, distilbert, electra, modernbert, mpnet, roberta
-from ._family import ACTIVATION_CLASSES, ACTIVATION_NAMES, Family, activation_in
+from .family import ACTIVATION_CLASSES, ACTIVATION_NAMES, Family, activation_in
 
 __all__ = [
     "ACTIVATION_CLASSES",

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import AlbertConfig
 
-from ..spec import EncoderSpec, HeadSpec
+from ..engine.spec import EncoderSpec, HeadSpec
 from . import bert
-from ._family import Built, Family, Head, Names, activation_built, activation_of, layer_modules
+from .family import Built, Family, Head, Names, activation_built, activation_of, layer_modules
 
 _LAYER: Names = {
     "qkv": ("attention.query", "attention.key", "attention.value"),

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import BertConfig
 
-from ..spec import EncoderSpec, HeadSpec
-from ._family import (
+from ..engine.spec import EncoderSpec, HeadSpec
+from .family import (
     Built,
     Family,
     Head,

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import DebertaV2Config
 
-from ..spec import Convolution, Disentangled, EncoderSpec, HeadSpec, Task
+from ..engine.spec import Convolution, Disentangled, EncoderSpec, HeadSpec, Task
 from . import bert
-from ._family import Built, Family, Head, Names, activation_of, check_options, layer_modules
+from .family import Built, Family, Head, Names, activation_of, check_options, layer_modules
 
 _LAYER: Names = {
     **bert.LAYER,

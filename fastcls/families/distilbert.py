@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import DistilBertConfig
 
-from ..spec import EncoderSpec, HeadSpec
-from ._family import (
+from ..engine.spec import EncoderSpec, HeadSpec
+from .family import (
     Built,
     Family,
     Head,

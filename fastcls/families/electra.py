@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from transformers import ElectraConfig
 
-from ..spec import EncoderSpec, HeadSpec
+from ..engine.spec import EncoderSpec, HeadSpec
 from . import bert
-from ._family import Family, Head, Names, activation_of, check_options
+from .family import Family, Head, Names, activation_of, check_options
 
 
 def _spec(config: ElectraConfig) -> EncoderSpec:

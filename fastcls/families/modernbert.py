@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import ModernBertConfig
 
-from ..spec import EncoderSpec, HeadSpec, Pooling, Task
-from ._family import (
+from ..engine.spec import EncoderSpec, HeadSpec, Pooling, Task
+from .family import (
     Built,
     Family,
     Head,

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from transformers import MPNetConfig
 
-from ..spec import BucketBias, EncoderSpec, HeadSpec
+from ..engine.spec import BucketBias, EncoderSpec, HeadSpec
 from . import bert
-from ._family import Built, Family, Head, Names, check_options, layer_modules
+from .family import Built, Family, Head, Names, check_options, layer_modules
 
 # transformers knows no other, whatever the config says.
 _PADDING_ID, _BUCKETS, _REACH = 1, 32, 128

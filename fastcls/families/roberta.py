@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..spec import EncoderSpec, HeadSpec
+from ..engine.spec import EncoderSpec, HeadSpec
 from . import bert
-from ._family import Built, Family, Head
+from .family import Built, Family, Head
 
 _BUILT: Built = {**bert.BUILT, "pad_token_id": lambda encoder, _: encoder.embeddings.padding_idx}
 

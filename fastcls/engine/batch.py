@@ -1,0 +1,363 @@
+"""What callers hand in: padded batches and lists of token ids, checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Iterable, KeysView, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .packing import FlatBatch, flat_integers, kept_tokens
+from .spec import EncoderSpec
+
+
+class BadText(ValueError):  # noqa: N818  # it is the text that is bad
+    """One of many texts that cannot be computed.
+
+    Attributes:
+        row: which one.
+        problem: what is wrong with it, as a sentence about it goes on.
+    """
+
+    def __init__(self, row: int, problem: str) -> None:
+        super().__init__(f"token_ids[{row}] {problem}")
+        self.row = row
+        self.problem = problem
+
+
+class PaddedBatch(NamedTuple):
+    """A padded batch as callers pass it, see `FastClassifier.forward`."""
+
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
+    token_type_ids: Tensor | None
+    position_ids: Tensor | None
+    inputs_embeds: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """(batch, seqlen), of a checked batch."""
+        if self.input_ids is not None:
+            return self.input_ids.shape
+        assert self.inputs_embeds is not None
+        return self.inputs_embeds.shape[:2]
+
+
+class BatchReader(NamedTuple):
+    """Checks batches for one encoder, and flattens them.
+
+    Attributes:
+        spec: the encoder's shape.
+        device, dtype: the weights'.
+    """
+
+    spec: EncoderSpec
+    device: torch.device
+    dtype: torch.dtype
+
+    def check(self, batch: PaddedBatch) -> None:
+        """Checks types, shapes and devices, but no values.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a shape or device that does not fit.
+        """
+        shape = self._shape_of(batch.input_ids, batch.inputs_embeds)
+        if batch.attention_mask is not None:
+            _check_is_tensor("attention_mask", batch.attention_mask)
+            if batch.attention_mask.shape != shape:
+                raise ValueError(
+                    f"attention_mask must have the batch's shape {tuple(shape)}, "
+                    f"got {tuple(batch.attention_mask.shape)}"
+                )
+            self._check_place("attention_mask", batch.attention_mask)
+        if batch.token_type_ids is not None:
+            self.check_integers("token_type_ids", batch.token_type_ids)
+            if batch.token_type_ids.shape != shape:
+                raise ValueError(
+                    f"token_type_ids must have shape {tuple(shape)}, got {tuple(batch.token_type_ids.shape)}"
+                )
+        if batch.position_ids is not None:
+            self.check_integers("position_ids", batch.position_ids)
+            if batch.position_ids.shape not in (shape, (1, shape[1])):
+                raise ValueError(
+                    f"position_ids must have shape {tuple(shape)} or (1, {shape[1]}), "
+                    f"got {tuple(batch.position_ids.shape)}"
+                )
+
+    def check_integers(self, name: str, tensor: Tensor) -> None:
+        """Checks that ``tensor`` holds integers, on the CPU or on the weights' device."""
+        if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int64, torch.int32):
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be an int64 or int32 tensor, got {found}")
+        self._check_place(name, tensor)
+
+    def flatten(
+        self, batch: PaddedBatch, *, needs_first: bool, chosen: Tensor | None = None, keeps_origins: bool = False
+    ) -> FlatBatch:
+        """The texts of a checked batch, of which there is at least one.
+
+        Args:
+            batch: a batch that `check` has passed.
+            needs_first: whether the first column must be kept, where [CLS] is.
+            chosen: (batch, seqlen) bool, the tokens whose rows are wanted, or None.
+            keeps_origins: see `FlatBatch`.
+
+        Raises:
+            ValueError: a value that does not fit.
+        """
+        given = (batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.position_ids)
+        # One of them on a GPU has to be waited for anyway, so the rest follow it there.
+        on_cpu = all(tensor is None or tensor.device.type == "cpu" for tensor in given)
+        place = torch.device("cpu") if on_cpu else self.device
+
+        def placed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(place, non_blocking=True)
+
+        ids, values, types, positions = map(placed, given)
+        shape, spec = batch.shape, self.spec
+        if not spec.token_types:
+            # Tokenizers make them for models that have none, too.
+            types = None
+        if not spec.position_rows and not spec.rotary:
+            positions = None
+        mask = torch.ones(shape, dtype=torch.bool, device=place) if values is None else values.bool()
+        if positions is not None:
+            positions = positions.expand(shape)
+        elif ids is not None and spec.padding_id is not None:
+            positions = _padded_positions(ids, spec.padding_id)
+        columns = torch.arange(shape[1], device=place)
+        facts = self._facts(mask, values, ids, types, positions, columns)
+        self._check_values(facts, types, positions, ids, needs_first=needs_first)
+        if positions is None and facts.has_holes:
+            positions = (columns + spec.first_position).expand(shape)
+
+        def flat(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.flatten(0, 1)
+
+        # What the mask leaves out as a whole is no text.
+        lengths = torch.tensor([length for length in facts.lengths if length], dtype=torch.int64, device="cpu")
+        texts = None
+        if 0 in facts.lengths:
+            there = [row for row, length in enumerate(facts.lengths) if length]
+            texts = torch.tensor(there, dtype=torch.int64, device="cpu")
+        return FlatBatch(
+            lengths,
+            kept_tokens(mask, lengths),
+            flat(ids),
+            flat(types),
+            flat(positions),
+            flat(batch.inputs_embeds),
+            spec.first_position,
+            flat(columns.expand(shape)) if facts.has_holes and spec.needs_places else None,
+            flat(placed(chosen)),
+            keeps_origins,
+            texts,
+        )
+
+    def flatten_lists(
+        self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None
+    ) -> FlatBatch | None:
+        """Sequences of token ids, all of them checked; None where there is none.
+
+        Raises:
+            TypeError: something that is not an integer, or that has no order.
+            ValueError: an empty or too long sequence, an id outside its table, or shapes that differ.
+        """
+        token_ids = _listed("token_ids", token_ids)
+        lengths = [len(ids) for ids in token_ids]
+        if token_type_ids is not None:
+            token_type_ids = _listed("token_type_ids", token_type_ids)
+            if [len(types) for types in token_type_ids] != lengths:
+                raise ValueError("token_type_ids must have the lengths of token_ids")
+        if not lengths:
+            return None
+        if min(lengths) == 0:
+            raise BadText(lengths.index(0), "has no tokens")
+        spec = self.spec
+        self._check_longest(max(lengths))
+        ids = flat_integers("token_ids", token_ids)
+        low, high = _bounds(ids)
+        if low < 0 or high >= spec.vocab_size:
+            wrong = next(iter(((ids < 0) | (ids >= spec.vocab_size)).nonzero()))
+            row = int(torch.searchsorted(torch.tensor(lengths, device="cpu").cumsum(0), wrong, right=True))
+            raise BadText(row, f"holds the id {int(ids[wrong])}, outside the vocabulary of {spec.vocab_size}")
+        types = None
+        if token_type_ids is not None and spec.token_types:
+            types = flat_integers("token_type_ids", token_type_ids)
+            low, high = _bounds(types)
+            _check_range("token_type_ids", int(low), int(high), spec.token_types, "type_vocab_size")
+        positions = None
+        if spec.padding_id is not None and bool((ids == spec.padding_id).any()):
+            split = ids.split(lengths)
+            positions = torch.cat([_padded_positions(each[None], spec.padding_id)[0] for each in split])
+        lengths_ = torch.tensor(lengths, device="cpu")
+        return FlatBatch(lengths_, None, ids, types, positions, None, spec.first_position)
+
+    def _shape_of(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> torch.Size:
+        """(batch, seqlen)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if input_ids is not None:
+            self.check_integers("input_ids", input_ids)
+            if input_ids.ndim != 2:
+                raise ValueError(f"input_ids must have shape (batch, seqlen), got {tuple(input_ids.shape)}")
+            shape = input_ids.shape
+        else:
+            assert inputs_embeds is not None
+            _check_is_tensor("inputs_embeds", inputs_embeds)
+            size = self.spec.embedding_size
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != size:
+                raise ValueError(
+                    f"inputs_embeds must have shape (batch, seqlen, {size}), got {tuple(inputs_embeds.shape)}"
+                )
+            if inputs_embeds.dtype != self.dtype:
+                raise TypeError(f"inputs_embeds must be {self.dtype} like the model, got {inputs_embeds.dtype}")
+            if inputs_embeds.device != self.device:
+                raise ValueError(f"inputs_embeds must be on {self.device} like the model, got {inputs_embeds.device}")
+            shape = inputs_embeds.shape[:2]
+        if shape[0] and not shape[1]:
+            raise ValueError(f"a batch of {shape[0]} texts must hold at least one token each, got shape {tuple(shape)}")
+        return shape
+
+    def _facts(
+        self,
+        mask: Tensor,
+        values: Tensor | None,
+        ids: Tensor | None,
+        types: Tensor | None,
+        positions: Tensor | None,
+        columns: Tensor,
+    ) -> _Facts:
+        """All that is to be known of the values, at once: it waits for a GPU that they are on one time."""
+        binary = mask.new_ones(1) if values is None else (mask.to(values.dtype) == values).all()[None]
+        lengths = mask.sum(1)
+        last = torch.where(mask, columns, -1).amax(1)
+        ranges = [_bounds(torch.where(mask, tensor, 0)) for tensor in (ids, types, positions) if tensor is not None]
+        found = [lengths, mask[:, 0], last, binary, *(bound[None] for bounds in ranges for bound in bounds)]
+        numbers = torch.cat([fact.long() for fact in found]).tolist()
+        texts = mask.shape[0]
+        lengths_, first, last_ = (numbers[start : start + texts] for start in (0, texts, 2 * texts))
+        is_binary, *bounds = numbers[3 * texts :]
+        return _Facts(lengths_, first, last_, bool(is_binary), bounds)
+
+    def _check_values(
+        self,
+        facts: _Facts,
+        types: Tensor | None,
+        positions: Tensor | None,
+        ids: Tensor | None,
+        *,
+        needs_first: bool,
+    ) -> None:
+        if not facts.is_binary:
+            raise ValueError("attention_mask must hold 1 (token) and 0 (padding) only, got other values")
+        if needs_first and 0 in facts.first_column:
+            for row, (first, length) in enumerate(zip(facts.first_column, facts.lengths, strict=True)):
+                if length and not first:
+                    raise ValueError(
+                        f"attention_mask must be 1 in its first column, where [CLS] is; it is 0 in row {row}. "
+                        'For left-padded batches set tokenizer.padding_side = "right"'
+                    )
+        spec, bounds = self.spec, iter(facts.bounds)
+        if ids is not None:
+            _check_range("input_ids", next(bounds), next(bounds), spec.vocab_size, "vocab_size")
+        if types is not None:
+            _check_range("token_type_ids", next(bounds), next(bounds), spec.token_types, "type_vocab_size")
+        if positions is None or spec.padding_id is not None:
+            # Where positions follow from ids, the farthest is bounded by the last column.
+            self._check_longest(max(facts.last_column) + 1)
+        if positions is not None:
+            rows = spec.position_rows or spec.max_positions
+            assert rows is not None
+            _check_range("position_ids", next(bounds), next(bounds), rows, "max_position_embeddings")
+
+    def _check_longest(self, longest: int) -> None:
+        if self.spec.max_positions is not None and longest > self.spec.max_positions:
+            raise ValueError(
+                f"a text of {longest} tokens is longer than the model's {self.spec.max_positions} positions: "
+                f"pass truncation=True, max_length={self.spec.max_positions} to the tokenizer"
+            )
+
+    def _check_place(self, name: str, tensor: Tensor) -> None:
+        if tensor.device.type != "cpu" and tensor.device != self.device:
+            raise ValueError(f"{name} must be on the CPU or on {self.device} like the model, got {tensor.device}")
+
+
+class _Facts(NamedTuple):
+    lengths: list[int]
+    first_column: list[int]
+    last_column: list[int]
+    is_binary: bool
+    # Lowest and highest of ids, types and positions, of those that there are.
+    bounds: list[int]
+
+    @property
+    def has_holes(self) -> bool:
+        return any(last + 1 != length for last, length in zip(self.last_column, self.lengths, strict=True))
+
+
+def _padded_positions(ids: Tensor, padding_id: int) -> Tensor:
+    """RoBERTa's positions: those behind padding_id counted, without counting tokens that are padding."""
+    real = ids != padding_id
+    return real.cumsum(1) * real + padding_id
+
+
+def _listed(name: str, lists: Iterable[Iterable[int]]) -> list[Any]:
+    """Each text's ids, as something with a length: what can be read only once is read here.
+
+    Raises:
+        TypeError: something that is no sequence of ids, or that has no order.
+    """
+    texts = _with_length(name, lists, "hold a sequence of ids for each text")
+    return [
+        ids if isinstance(ids, (list, tuple)) else _with_length(f"{name}[{row}]", ids, "be a sequence of ids")
+        for row, ids in enumerate(texts)
+    ]
+
+
+def has_no_order(values: object) -> bool:
+    """Whether values come in any order, as a set's do."""
+    return isinstance(values, AbstractSet) and not isinstance(values, (KeysView, ItemsView))
+
+
+def _with_length(name: str, values: Any, wanted: str) -> Any:
+    """The values, listed where they have no length.
+
+    Raises:
+        TypeError: they cannot be iterated over, or not in an order of theirs.
+    """
+    problem = f"{name} must {wanted}, got {type(values).__name__}"
+    if isinstance(values, Mapping):
+        raise TypeError(f'{problem}: pass what it holds as "input_ids"')
+    if has_no_order(values):
+        raise TypeError(f"{problem}, which has no order: pass a list")
+    try:
+        # What has a length and no dimension, as one number of numpy's or torch's, has an iterator that says no.
+        once = iter(values)
+    except TypeError:
+        raise TypeError(f"{problem}: {shortened(values)}") from None
+    return values if hasattr(values, "__len__") else list(once)
+
+
+def _check_is_tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _bounds(integers: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = torch.aminmax(integers)
+    return low, high
+
+
+def _check_range(name: str, low: int, high: int, size: int, config_name: str) -> None:
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must lie from 0 to {size - 1} (config.{config_name} = {size}), got {low} to {high}")
+
+
+def shortened(value: object, limit: int = 60) -> str:
+    """How a value is shown in a message, in one line."""
+    shown = repr(value).replace("\n", " ")
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -1,0 +1,74 @@
+"""DeBERTa's convolution: neighbouring embeddings of a text, added to what the first layer makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastcls_kernels import PackedLayout
+from fastcls_kernels.unchecked import add_layer_norm, linear_activation
+
+from .spec import EncoderSpec
+from .weights import Weighted, weight_version
+
+
+class EmbeddingConvolution(Weighted):
+    """LayerNorm(first layer + activation(convolution of the embeddings)), the convolution within each text alone."""
+
+    kernel_weight: Tensor
+    kernel_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+    def __init__(self, spec: EncoderSpec, weights: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(weights)
+        assert spec.convolution is not None
+        self.spec = spec.convolution
+        self.eps = spec.layer_norm_eps
+        self._matrix: Tensor | None = None
+        self._made_of: tuple[int, int] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_matrix": None, "_made_of": None}
+
+    def refresh(self) -> None:
+        """Makes the kernel's matrix anew where the weight has changed since; in the same memory, if it fits."""
+        made_of = weight_version(self.kernel_weight)
+        if made_of == self._made_of:
+            return
+        # [out, in, taps] to [out, taps * in], as neighbours stand side by side in a row.
+        matrix = self.kernel_weight.transpose(1, 2).flatten(1)
+        old = self._matrix
+        if old is not None and (old.dtype, old.device) == (matrix.dtype, matrix.device):
+            old.copy_(matrix)
+        else:
+            self._matrix = matrix
+        self._made_of = made_of
+
+    def doubt(self) -> None:
+        """Has the matrix made anew, in its place."""
+        self._made_of = None
+
+    def clear(self) -> None:
+        """Forgets the matrix."""
+        self._matrix = self._made_of = None
+
+    def forward(self, embedded: Tensor, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
+        """(total_tokens, hidden_size), of the embeddings and of the first layer's result, to the same."""
+        assert self._matrix is not None
+        half = self.spec.kernel_size // 2
+        taps = [neighbours(embedded, layout, offset) for offset in range(-half, half + 1)]
+        convolved = linear_activation(torch.cat(taps, 1), self._matrix, self.kernel_bias, self.spec.activation)
+        return add_layer_norm(convolved, None, hidden_states, self.norm_weight, self.norm_bias, self.eps)
+
+
+def neighbours(tokens: Tensor, layout: PackedLayout, offset: int) -> Tensor:
+    """For each row the one that stands ``offset`` places further in its text; zeros where there is none."""
+    starts, ends = layout.window_bounds(max(-offset, 0), max(offset, 0))
+    # The farthest row within reach is that neighbour, unless a mask has left it out.
+    found = starts if offset < 0 else (ends - 1).clamp(min=0)
+    places = layout.token_positions
+    there = (places[found] == places + offset) & (ends > 0)
+    return torch.where(there[:, None], tokens[found], 0.0)

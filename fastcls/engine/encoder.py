@@ -1,0 +1,194 @@
+"""Packed tokens to hidden states: the embeddings, the layers, and of the last layer the rows that are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastcls_kernels.unchecked import embedding_layer_norm, linear
+
+from .attention import ChosenRows, LayerAttention, TokenPositions
+from .convolution import EmbeddingConvolution
+from .layer import EncoderLayer, HiddenStates
+from .packing import PackedTokens
+from .positions import BiasTable, DisentangledTables, RotaryPositions
+from .spec import BucketBias, Disentangled, EncoderSpec, LastLayer, Rows
+from .weights import Weighted, has_hooks, under
+
+
+class Embeddings(Weighted):
+    """The sum of word, token type and position embeddings, as far as the encoder has them, and its layer norm."""
+
+    word_weight: Tensor
+    position_weight: Tensor | None
+    token_type_weight: Tensor | None
+    norm_weight: Tensor
+    norm_bias: Tensor | None
+    projection_weight: Tensor | None
+    projection_bias: Tensor | None
+
+    def __init__(self, spec: EncoderSpec, weights: Mapping[str, nn.Parameter]) -> None:
+        optional = ("position_weight", "token_type_weight", "norm_bias", "projection_weight", "projection_bias")
+        super().__init__(weights, optional)
+        self.eps = spec.layer_norm_eps
+
+    def forward(self, packed: PackedTokens) -> Tensor:
+        """(total_tokens, hidden_size)."""
+        if packed.inputs_embeds is not None:
+            # The caller's embeddings stand in for the table of words: one row a token.
+            token_ids = torch.arange(packed.inputs_embeds.shape[0], device=packed.inputs_embeds.device)
+            word_table = packed.inputs_embeds
+        else:
+            assert packed.token_ids is not None
+            token_ids, word_table = packed.token_ids, self.word_weight
+        embedded = embedding_layer_norm(
+            token_ids,
+            None if self.position_weight is None else packed.position_ids,
+            packed.token_type_ids,
+            word_table,
+            self.position_weight,
+            self.token_type_weight,
+            self.norm_weight,
+            self.norm_bias,
+            self.eps,
+        )
+        if self.projection_weight is None:
+            return embedded
+        return linear(embedded, self.projection_weight, self.projection_bias)
+
+
+class Encoder(nn.Module):
+    """Embeddings and layers.
+
+    Args:
+        spec: the encoder's shape.
+        weights: its parameters, and the frequencies of its rotary positions, by our names.
+    """
+
+    def __init__(self, spec: EncoderSpec, weights: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embeddings = Embeddings(spec, under("embeddings.", weights))
+        by_layer: list[dict[str, nn.Parameter]] = [{} for _ in range(spec.num_layer_weights)]
+        for name, weight in under("layers.", weights).items():
+            layer, _, rest = name.partition(".")
+            by_layer[int(layer)][rest] = weight
+        self.layers = nn.ModuleList(EncoderLayer(spec, each) for each in by_layer)
+        self.relative: BiasTable | DisentangledTables | None = None
+        if isinstance(spec.relative, BucketBias):
+            self.relative = BiasTable(spec.relative, under("relative.", weights))
+        elif isinstance(spec.relative, Disentangled):
+            layers = cast(Sequence[Weighted], self.layers)
+            self.relative = DisentangledTables(spec, spec.relative, layers, under("relative.", weights))
+        self.convolution = (
+            None if spec.convolution is None else EmbeddingConvolution(spec, under("convolution.", weights))
+        )
+        self.rotary = RotaryPositions(spec, under("rotary.", weights)) if spec.rotary else None
+        # A tuple, so that no module is registered twice.
+        self._attentions = tuple(map(self._attention_of, range(spec.num_layers)))
+
+    def _attention_of(self, index: int) -> LayerAttention:
+        spec = self.spec
+        terms = spec.relative.num_terms if isinstance(spec.relative, Disentangled) else 1
+        window = spec.windows[index] if spec.windows else None
+        return LayerAttention(
+            scale=(spec.head_dim * terms) ** -0.5,
+            window_size=(-1, -1) if window is None else (window, window),
+            turns=self.rotary,
+            kind=spec.rotary[index] if spec.rotary else "",
+            bias=self.relative if isinstance(self.relative, BiasTable) else None,
+            tables=self.relative if isinstance(self.relative, DisentangledTables) else None,
+            layer=spec.layers[index],
+        )
+
+    def _derived(self) -> list[RotaryPositions | DisentangledTables | EmbeddingConvolution]:
+        """The modules that keep what follows from weights alone."""
+        kinds = (RotaryPositions, DisentangledTables, EmbeddingConvolution)
+        return [each for each in (self.rotary, self.relative, self.convolution) if isinstance(each, kinds)]
+
+    def prepare(self) -> None:
+        """Makes what follows from weights alone, where weights have changed since.
+
+        To be called before a pass, and not while a graph is captured, since the graph reads what was made.
+        """
+        derived = self._derived()
+        if derived:
+            with torch.inference_mode(False), torch.no_grad():
+                for each in derived:
+                    each.refresh()
+
+    def doubt(self) -> None:
+        """Has `prepare` make everything anew, in its place: weights may have changed without a count."""
+        for each in self._derived():
+            each.doubt()
+
+    def clear(self) -> None:
+        """Forgets what `prepare` makes."""
+        for each in self._derived():
+            each.clear()
+
+    def forward(self, packed: PackedTokens, rows: Rows, last_layer: LastLayer) -> Tensor:
+        """Packed tokens to rows of the last layer, (num_rows, hidden_size): all of them for "mean", too."""
+        embedded = self.embeddings(packed)
+        if has_hooks(self.embeddings):
+            hidden = (packed.layout.total_tokens, self.spec.hidden_size)
+            _check_states("encoder.embeddings", embedded, self.embeddings.word_weight.new_empty(hidden, device="meta"))
+        bias = self.relative() if isinstance(self.relative, BiasTable) else None
+        positions = TokenPositions(packed.layout, packed.position_ids, bias)
+        states = HiddenStates(embedded, embedded)
+        chosen = _chosen(packed, rows)
+        norm = None
+        last = len(self.spec.layers) - 1
+        for index, weights in enumerate(self.spec.layers[:last]):
+            layer, attention = cast(EncoderLayer, self.layers[weights]), self._attentions[index]
+            if index == last - 1 and chosen is not None and self._leaves_norm(layer, states, chosen, last_layer):
+                # Only the last layer's pass reads these rows, so it takes their norm on its way.
+                hidden_states, norm = layer.before_norm(states, positions, attention)
+                states = HiddenStates(hidden_states, hidden_states)
+                break
+            states = layer(states, positions, attention)
+            if has_hooks(layer):
+                _check_states(f"encoder.layers.{weights}", states.normed, embedded)
+                _check_states(f"encoder.layers.{weights}", states.residual, embedded)
+            if index == 0 and self.convolution is not None:
+                convolved = self.convolution(embedded, states.normed, packed.layout)
+                states = HiddenStates(convolved, convolved)
+        layer, attention = cast(EncoderLayer, self.layers[self.spec.layers[last]]), self._attentions[last]
+        if chosen is None:
+            return cast(HiddenStates, layer(states, positions, attention)).normed
+        return layer.chosen(states, positions, attention, chosen, last_layer, norm)
+
+    def _leaves_norm(
+        self, layer: EncoderLayer, states: HiddenStates, chosen: ChosenRows, last_layer: LastLayer
+    ) -> bool:
+        convolved = len(self.spec.layers) == 2 and self.convolution is not None
+        return (
+            not has_hooks(layer)
+            and not convolved
+            and layer.takes_norm_inside(states.normed, self._attentions[-1], chosen, last_layer)
+        )
+
+
+def _chosen(packed: PackedTokens, rows: Rows) -> ChosenRows | None:
+    """The rows that are computed of the last layer; None for all."""
+    layout = packed.layout
+    if rows in ("all", "mean"):
+        return None
+    if rows == "first":
+        return ChosenRows(layout.cu_seqlens[:-1], None)
+    assert packed.rows is not None
+    assert packed.row_sequences is not None
+    bounds = (layout.cu_seqlens[packed.row_sequences], layout.cu_seqlens[packed.row_sequences + 1])
+    return ChosenRows(packed.rows, bounds)
+
+
+def _check_states(name: str, states: Tensor, like: Tensor) -> None:
+    """Checks what hooks have made of a module's rows, which the kernels trust."""
+    if states.shape != like.shape or states.dtype != like.dtype or not states.is_contiguous():
+        raise ValueError(
+            f"{name} must give contiguous rows of shape {tuple(like.shape)} in {like.dtype} when it has hooks, got "
+            f"{tuple(states.shape)} in {states.dtype} with strides {states.stride()}"
+        )

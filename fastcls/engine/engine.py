@@ -1,0 +1,383 @@
+"""Padded batches or lists of token ids to the rows that a head gives: checked, packed, and computed in passes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastcls_kernels import batch_invariant, explain_backend, is_batch_invariant, warming_shapes
+from fastcls_kernels.unchecked import mean_pool
+
+from .batch import BatchReader, PaddedBatch
+from .convolution import EmbeddingConvolution
+from .cuda_graphs import CudaGraphs, being_captured, bucket_of, max_graph_tokens
+from .encoder import Encoder
+from .head import Head
+from .packing import (
+    FlatBatch,
+    PackedTokens,
+    PackShape,
+    fill_rows,
+    pack,
+    parts_of,
+    unpack_chosen,
+    unpack_rows,
+    unpack_tokens,
+)
+from .positions import BiasTable
+from .spec import EncoderSpec, HeadSpec, LastLayer, Rows, check_last_layer
+from .weights import has_hooks, under
+
+# On a CPU a pass over about this many tokens keeps its activations in cache; larger batches run in several passes.
+CPU_TOKENS_PER_PASS = 2048
+# On a GPU this many fill the largest chip, and bound the memory of a pass: some 1.6 GB for BERT-base in float32.
+GPU_TOKENS_PER_PASS = 65536
+
+# Longer texts are rare, and compile their kernels when they come.
+_WARM_TOKENS = 512
+
+
+class Options(NamedTuple):
+    """What may be set on an engine at any time: see `FastModel`."""
+
+    last_layer: LastLayer
+    cuda_graphs: bool
+    batch_invariant: bool
+
+
+class Engine(nn.Module):
+    """An encoder and the head on it, over packed tokens. Inference only.
+
+    Args:
+        spec, head: their shapes.
+        weights: their parameters, and the frequencies of rotary positions, by our names.
+        last_layer, cuda_graphs, batch_invariant: see `FastModel`.
+    """
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        head: HeadSpec,
+        weights: Mapping[str, Tensor],
+        last_layer: LastLayer = "absorbed",
+        cuda_graphs: bool = True,
+        batch_invariant: bool = False,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.last_layer = last_layer
+        self.cuda_graphs = cuda_graphs
+        self.batch_invariant = batch_invariant
+        self.encoder = Encoder(spec, under("encoder.", weights))
+        self.head = Head(head, under("head.", weights))
+        self._graphs = CudaGraphs(spec.max_positions)
+        self._watch_modules()
+        self.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes graphs of its own, over its own weights.
+        own = ("_graphs", "_hooks", "_states", "_parameters_of", "_shapes")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._graphs = CudaGraphs(self.spec.max_positions)
+        self._watch_modules()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Engine:
+        # Every way of moving or converting the weights comes through here.
+        self.forget_made()
+        return super()._apply(fn, recurse)
+
+    def forget_made(self) -> None:
+        """Forgets the CUDA graphs, and what was made from weights."""
+        self._graphs.clear()
+        self.encoder.clear()
+
+    @property
+    def last_layer(self) -> LastLayer:
+        return self._last_layer
+
+    @last_layer.setter
+    def last_layer(self, last_layer: LastLayer) -> None:
+        check_last_layer(last_layer)
+        self._last_layer = last_layer
+
+    @property
+    def options(self) -> Options:
+        """What may be set at any time."""
+        return Options(self.last_layer, self.cuda_graphs, self.batch_invariant)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.embeddings.word_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights and of the computation."""
+        return self.encoder.embeddings.word_weight.dtype
+
+    @property
+    def width(self) -> int:
+        """How many numbers a row has behind the head."""
+        weight = self.head.out_weight
+        return self.spec.hidden_size if weight is None else weight.shape[0]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights by our names: parameters, and the rotary frequencies, which no state dict holds."""
+        yield from self.named_parameters()
+        yield from self.named_rotary()
+
+    def named_rotary(self) -> Iterator[tuple[str, Tensor]]:
+        """The rotary frequencies by our names."""
+        if self.encoder.rotary is not None:
+            yield from self.encoder.rotary.named_buffers("encoder.rotary")
+
+    def rows(
+        self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True
+    ) -> Tensor:
+        """Rows of a padded batch behind the head; of an encoder without one, of its last layer.
+
+        Args:
+            batch: a batch that `check` has passed.
+            rows: "first" or "mean" for one row a text, "all" for one a token, "chosen" for the tokens of a mask.
+            fill: stands where the attention mask leaves out a token, or a text as a whole.
+            chosen: (batch, seqlen) bool, the tokens that are chosen as far as the attention mask keeps them.
+            dense: whether the rows of tokens stand at their places in the batch, or one after the other.
+
+        Returns:
+            (batch, width) for "first" and "mean", (batch, seqlen, width) for "all" and "chosen", or, not dense,
+            (num_rows, width).
+
+        Raises:
+            ValueError: a value of the batch does not fit.
+        """
+        if chosen is not None and batch.attention_mask is not None:
+            chosen = chosen & batch.attention_mask.to(chosen.device).bool()
+        per_text = rows in ("first", "mean")
+        empty = batch.shape[:1] if per_text else batch.shape if dense else (0,)
+        if not batch.shape[0] or (chosen is not None and not bool(chosen.any())):
+            return self._filled(empty, fill)
+        with self.inference():
+            flat = self._reader.flatten(batch, needs_first=rows == "first", chosen=chosen, keeps_origins=not per_text)
+            if not flat.num_texts:
+                return self._filled(empty, fill)
+            parts = [(self._pass(packed, rows), packed) for packed in self._packed(flat)]
+            if per_text:
+                return unpack_rows(parts, batch.shape[0], fill)
+            return unpack_tokens(parts, batch.shape, fill) if dense else unpack_chosen(parts)[0]
+
+    def rows_of_lists(
+        self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None, rows: Rows
+    ) -> Tensor:
+        """(num_texts, width), one row of "first" or "mean" for each sequence of token ids, in their order."""
+        flat = self._reader.flatten_lists(token_ids, token_type_ids)
+        if flat is None:
+            return self._filled((0,), 0.0)
+        with self.inference():
+            return unpack_rows([(self._pass(packed, rows), packed) for packed in self._packed(flat)])
+
+    def pack(
+        self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None = None
+    ) -> list[PackedTokens]:
+        """Packs sequences of token ids on the model's device, for `forward_packed`.
+
+        Args:
+            token_ids: for each text its ids, special tokens included; at most the model's positions each.
+            token_type_ids: the same shape, or None for type 0; a model without types ignores them.
+
+        Many texts make several parts.
+
+        Raises:
+            TypeError: something that is not an integer.
+            ValueError: an empty or too long sequence, an id outside its table, or shapes that differ.
+        """
+        flat = self._reader.flatten_lists(token_ids, token_type_ids)
+        return [] if flat is None else [part.to(self.device) for part in self._packed(flat)]
+
+    def rows_of_packed(self, packed: PackedTokens, rows: Rows) -> Tensor:
+        """Rows of packed tokens, in packed order, without waiting for a GPU."""
+        with self.inference():
+            return self._pass(packed, rows)
+
+    def head_of(self, states: Tensor) -> Tensor:
+        """The head over (num_texts, hidden_size); of an encoder its pooler."""
+        with self.inference():
+            rows: Tensor = self.head(states)
+            return rows
+
+    def check(self, batch: PaddedBatch) -> None:
+        """Checks types, shapes and devices, but no values.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a shape or device that does not fit.
+        """
+        self._reader.check(batch)
+
+    def warm_up(self) -> None:
+        """Compiles every kernel that a batch of token ids may need, so that none waits for it; on a CPU, nothing.
+
+        It is for the present `last_layer`. Compiled kernels are kept on disk by triton, for other processes too. CUDA
+        graphs are made as batches come.
+        """
+        if not self._runs_triton:
+            return
+        with self.inference():
+            self.encoder.prepare()
+            longest = self.spec.max_positions or _WARM_TOKENS
+            for lengths in warming_shapes(self.device, longest, GPU_TOKENS_PER_PASS):
+                token_ids = [[0] * length for length in lengths]
+                for types in (None, token_ids) if self.spec.token_types else (None,):
+                    flat = self._reader.flatten_lists(token_ids, types)
+                    assert flat is not None
+                    self._warm(flat)
+
+    def _warm(self, flat: FlatBatch) -> None:
+        first = torch.zeros(int(flat.lengths.sum()), dtype=torch.bool, device="cpu")
+        first[flat.lengths.cumsum(0) - flat.lengths] = True
+        for rows in self.head.spec.possible_rows:
+            batch = flat._replace(chosen=first if rows == "chosen" else None)
+            for part in parts_of(batch, GPU_TOKENS_PER_PASS, sort=False):
+                packed = pack(batch, part, fill_rows(part.num_tokens, part.num_texts))
+                self._compute(packed.to(self.device), rows, self.last_layer)
+
+    @property
+    def _reader(self) -> BatchReader:
+        return BatchReader(self.spec, self.device, self.dtype)
+
+    @property
+    def _runs_triton(self) -> bool:
+        return explain_backend(self.device)[0] == "triton"
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradients, and no autocast, which would change the dtype between one operation and the next."""
+        invariant = self.batch_invariant or is_batch_invariant()
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), batch_invariant(invariant):
+            yield
+
+    def _filled(self, shape: Iterable[int], fill: float) -> Tensor:
+        return self.encoder.embeddings.word_weight.new_full((*shape, self.width), fill)
+
+    def _packed(self, flat: FlatBatch) -> Iterator[PackedTokens]:
+        device, triton = self.device, self._runs_triton
+        max_tokens = CPU_TOKENS_PER_PASS if device.type == "cpu" else GPU_TOKENS_PER_PASS
+        for part in parts_of(flat, max_tokens, sort=not triton):
+            shape = self._shape(part.num_tokens, part.num_texts)
+            yield pack(flat, part, shape, pin=device.type == "cuda")
+
+    def _shape(self, tokens: int, sequences: int) -> PackShape:
+        """The shape of a pass: a graph's, where it may be replayed."""
+        if self._runs_triton:
+            bucket = bucket_of(tokens, sequences)
+            if self._may_replay(bucket):
+                return bucket
+        return fill_rows(tokens, sequences)
+
+    def _may_replay(self, shape: PackShape) -> bool:
+        return self.cuda_graphs and self.device.type == "cuda" and shape.tokens <= max_graph_tokens(self.spec)
+
+    def _replays(self, packed: PackedTokens) -> bool:
+        return (
+            self._may_replay(packed.shape)
+            and packed.inputs_embeds is None
+            # How many rows are chosen differs from batch to batch.
+            and packed.rows is None
+            and packed.shape == bucket_of(*packed.shape)
+            and self._runs_triton
+            # A replay would not run hooks.
+            and not self.is_hooked()
+            and not being_captured()
+        )
+
+    def _pass(self, packed: PackedTokens, rows: Rows) -> Tensor:
+        """One pass, without the rows that fill it up."""
+        if self.is_hooked():
+            self._check_hooks(rows)
+        self.encoder.prepare()
+        last_layer, device = self.last_layer, self.device
+        if self._replays(packed):
+            compute = functools.partial(self._compute, rows=rows, last_layer=last_layer)
+            computed = self._graphs(compute, packed, rows, last_layer, device)
+        else:
+            if self._runs_triton:
+                self._check_weights()
+            computed = self._compute(packed.to(device), rows, last_layer)
+        if rows == "chosen":
+            return computed
+        return computed[: packed.num_tokens if rows == "all" else packed.num_texts]
+
+    def _compute(self, packed: PackedTokens, rows: Rows, last_layer: LastLayer) -> Tensor:
+        """Packed tokens on the device to rows behind the head."""
+        states: Tensor = self.encoder(packed, rows, last_layer)
+        if rows == "mean":
+            states = mean_pool(states, packed.layout)
+        # An encoder's pooler runs over first rows only, behind the pass: see `head_of`.
+        return states if self.head.spec.task == "encoder" else self.head(states)
+
+    def _check_weights(self) -> None:
+        """Checks weights that were put in place by hand, since the kernels trust them and PyTorch does not."""
+        device, dtype = self.device, self.dtype
+        for (name, parameters), shapes in zip(self._parameters_of, self._shapes, strict=True):
+            for (key, weight), shape in zip(parameters.items(), shapes, strict=True):
+                if weight is None:
+                    continue
+                found = (weight.shape, weight.dtype, weight.device)
+                if found != (shape, dtype, device) or not weight.is_contiguous():
+                    raise ValueError(
+                        f"{name}.{key} must be contiguous, of shape {shape and tuple(shape)}, {dtype} on {device}, got "
+                        f"{tuple(weight.shape)} with strides {weight.stride()}, {weight.dtype} on {weight.device}"
+                    )
+
+    def _watch_modules(self) -> None:
+        """Notes where modules keep hooks, parameters and attributes: each call looks there, in microseconds."""
+        modules = list(self.modules())
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._states = [vars(module) for module in modules[1:]]
+        self._parameters_of = [(name, module._parameters) for name, module in self.named_modules()]
+        self._shapes = [
+            [None if weight is None else weight.shape for weight in parameters.values()]
+            for _, parameters in self._parameters_of
+        ]
+
+    def is_hooked(self) -> bool:
+        """Whether a module has hooks, or one inside has another ``forward`` set on it."""
+        return any(self._hooks) or any("forward" in state for state in self._states)
+
+    def asking_gradients(self) -> str | None:
+        """The name of a parameter that requires gradients, if one does."""
+        for name, parameters in self._parameters_of:
+            for key, weight in parameters.items():
+                if weight is not None and weight.requires_grad:
+                    return f"{name}.{key}"
+        return None
+
+    def hooked_inside(self) -> list[tuple[str, nn.Module]]:
+        """The modules below this one that have forward hooks, or another ``forward``, by their names."""
+        return [(name, module) for name, module in self.named_modules() if name and has_hooks(module)]
+
+    def _check_hooks(self, rows: Rows) -> None:
+        """Refuses hooks on modules that a pass does not call as a whole."""
+        for name, module in self.hooked_inside():
+            reason = self.never_called(name, module, rows)
+            if reason is not None:
+                raise RuntimeError(
+                    f"{name} must have no forward hooks, and no other forward, which would not run: {reason}"
+                )
+
+    def never_called(self, name: str, module: nn.Module, rows: Rows) -> str | None:
+        """Why a pass does not call a module as a whole, or None where it does."""
+        last = f"encoder.layers.{self.spec.layers[-1]}"
+        if name == last and rows in ("first", "chosen") and self.last_layer != "full":
+            return f'only some rows of it are computed. Set last_layer = "full", got {self.last_layer!r}'
+        if name not in ("encoder", "head") and not name.startswith(("encoder.layers.", "encoder.embeddings")):
+            called = isinstance(module, (BiasTable, EmbeddingConvolution))
+            return None if called else "it holds tables that others read"
+        return None

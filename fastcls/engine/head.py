@@ -1,0 +1,46 @@
+"""Hidden rows to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from fastcls_kernels.unchecked import layer_norm, linear, linear_activation, pooler_classifier
+
+from .spec import HeadSpec
+from .weights import Weighted
+
+
+class Head(Weighted):
+    """A dense layer, an activation and a layer norm, each if there is one, and a product: see `HeadSpec`."""
+
+    dense_weight: Tensor | None
+    dense_bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    out_weight: Tensor | None
+    out_bias: Tensor | None
+
+    def __init__(self, spec: HeadSpec, weights: Mapping[str, nn.Parameter]) -> None:
+        names = ("dense_weight", "dense_bias", "norm_weight", "norm_bias", "out_weight", "out_bias")
+        super().__init__(weights, names)
+        self.spec = spec
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(num_rows, hidden_size) to (num_rows, out_features)."""
+        dense_weight, dense_bias = self.dense_weight, self.dense_bias
+        out_weight, out_bias = self.out_weight, self.out_bias
+        if (
+            dense_weight is not None
+            and dense_bias is not None
+            and out_weight is not None
+            and out_bias is not None
+            and self.norm_weight is None
+        ):
+            return pooler_classifier(rows, dense_weight, dense_bias, out_weight, out_bias, self.spec.activation)
+        if dense_weight is not None:
+            rows = linear_activation(rows, dense_weight, dense_bias, self.spec.activation)
+        if self.norm_weight is not None:
+            rows = layer_norm(rows, self.norm_weight, self.norm_bias, self.spec.eps)
+        return rows if out_weight is None else linear(rows, out_weight, out_bias)

@@ -1,0 +1,228 @@
+"""One layer of an encoder over packed tokens: all rows, or in the last layer only the rows that are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastcls_kernels import AddNorm, takes_norm
+from fastcls_kernels.unchecked import (
+    absorb_query,
+    add_layer_norm,
+    apply_rotary_,
+    attention_varlen,
+    cls_attention,
+    cls_attention_kv,
+    cls_output,
+    disentangled_attention,
+    gated_activation,
+    linear,
+    linear_activation,
+    linear_add_layer_norm,
+)
+
+from .attention import ChosenRows, LayerAttention, TokenPositions
+from .spec import EncoderSpec, LastLayer
+from .weights import Weighted
+
+
+class HiddenStates(NamedTuple):
+    """Rows between two layers, (num_rows, hidden_size) each.
+
+    Attributes:
+        normed: what the next projection reads.
+        residual: what its result is added to: the same rows behind a norm that ends a layer, and in a pre-norm encoder
+            the sum before the norm.
+    """
+
+    normed: Tensor
+    residual: Tensor
+
+
+class EncoderLayer(Weighted):
+    """One layer. In a pre-norm encoder its second norm is the one that begins the next layer."""
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+    attention_norm_weight: Tensor
+    attention_norm_bias: Tensor | None
+    up_weight: Tensor
+    up_bias: Tensor | None
+    down_weight: Tensor
+    down_bias: Tensor | None
+    output_norm_weight: Tensor
+    output_norm_bias: Tensor | None
+
+    def __init__(self, spec: EncoderSpec, weights: Mapping[str, nn.Parameter]) -> None:
+        biases = ("qkv_bias", "out_bias", "attention_norm_bias", "up_bias", "down_bias", "output_norm_bias")
+        positions = ("position_key_weight", "position_key_bias", "position_query_weight", "position_query_bias")
+        super().__init__(weights, (*biases, *positions))
+        self.spec = spec
+
+    def forward(self, states: HiddenStates, positions: TokenPositions, attention: LayerAttention) -> HiddenStates:
+        """All rows: (total_tokens, hidden_size) to the same."""
+        # No name holds the queries, keys and values when the feed-forward needs their memory.
+        return self._feed_forward(
+            self._add_attended(self._attend(states.normed, positions, attention), states.residual)
+        )
+
+    def before_norm(
+        self, states: HiddenStates, positions: TokenPositions, attention: LayerAttention
+    ) -> tuple[Tensor, AddNorm]:
+        """All rows of the last product, and the layer norm that would end the layer, not yet taken."""
+        attended = self._add_attended(self._attend(states.normed, positions, attention), states.residual).normed
+        down = linear(self._up(attended), self.down_weight)
+        assert self.output_norm_bias is not None
+        norm = (self.output_norm_weight, self.output_norm_bias, self.spec.layer_norm_eps)
+        return down, AddNorm(self.down_bias, attended, *norm)
+
+    def chosen(
+        self,
+        states: HiddenStates,
+        positions: TokenPositions,
+        attention: LayerAttention,
+        chosen: ChosenRows,
+        last_layer: LastLayer,
+        norm: AddNorm | None = None,
+    ) -> Tensor:
+        """The chosen rows: (total_tokens, hidden_size) to (num_rows, hidden_size).
+
+        ``norm`` is a layer norm that is still to be taken of the states, where `takes_norm_inside` holds.
+        """
+        if last_layer == "full":
+            return self(states, positions, attention).normed[chosen.rows]
+        if last_layer == "absorbed" and attention.reads_rows(chosen):
+            return self._feed_forward(self._attend_absorbed(states, positions, attention, chosen, norm)).normed
+        if attention.reads_rows(chosen):
+            context = self._attend_rows(states.normed, positions, attention, chosen)
+        else:
+            context = self._attend(states.normed, positions, attention)[chosen.rows]
+        return self._feed_forward(self._add_attended(context, states.residual[chosen.rows])).normed
+
+    def takes_norm_inside(
+        self, hidden_states: Tensor, attention: LayerAttention, chosen: ChosenRows, last_layer: LastLayer
+    ) -> bool:
+        """Whether this layer can take the norm that ends the layer before."""
+        absorbed = last_layer == "absorbed" and attention.reads_rows(chosen) and not attention.needs_keys
+        return absorbed and chosen.bounds is None and not self.spec.pre_norm and takes_norm(hidden_states)
+
+    def _project(
+        self, hidden_states: Tensor, positions: TokenPositions, attention: LayerAttention
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (total_tokens, num_heads, head_dim) each."""
+        qkv = linear(hidden_states, self.qkv_weight, self.qkv_bias)
+        heads, head_dim = self.spec.num_heads, self.spec.head_dim
+        if attention.rotary is not None:
+            turned = qkv.unflatten(1, (3 * heads, head_dim))[:, : 2 * heads]
+            apply_rotary_(turned, positions.position_ids, *attention.rotary)
+        q, k, v = qkv.view(qkv.shape[0], 3, heads, head_dim).unbind(1)
+        return q, k, v
+
+    def _attend(self, hidden_states: Tensor, positions: TokenPositions, attention: LayerAttention) -> Tensor:
+        q, k, v = self._project(hidden_states, positions, attention)
+        if attention.tables is not None:
+            tables = (*attention.positions, attention.tables.buckets)
+            return disentangled_attention(q, k, v, *tables, positions.layout, attention.scale).flatten(1)
+        scoring = (attention.scale, attention.window_size, positions.bias)
+        return attention_varlen(q, k, v, positions.layout, *scoring).flatten(1)
+
+    def _attend_rows(
+        self, hidden_states: Tensor, positions: TokenPositions, attention: LayerAttention, chosen: ChosenRows
+    ) -> Tensor:
+        """The chosen rows' queries over the keys and values of every token."""
+        size, bias = self.spec.hidden_size, self.qkv_bias
+        heads = (self.spec.num_heads, self.spec.head_dim)
+        query = self._query(hidden_states, positions, attention, chosen)
+        kv = linear(hidden_states, self.qkv_weight[size:], None if bias is None else bias[size:])
+        k, v = kv.unflatten(1, (2, *heads)).unbind(1)
+        if attention.rotary is not None:
+            apply_rotary_(k, positions.position_ids, *attention.rotary)
+        context = cls_attention_kv(
+            *(query, k, v, positions.layout, attention.scale),
+            bias=attention.seen_from_first(query, k, positions),
+            row_bounds=attention.bounds(chosen, positions.layout),
+        )
+        return context.flatten(1)
+
+    def _query(
+        self, hidden_states: Tensor, positions: TokenPositions, attention: LayerAttention, chosen: ChosenRows
+    ) -> Tensor:
+        """(num_rows, num_heads, head_dim)."""
+        size, bias = self.spec.hidden_size, self.qkv_bias
+        query = linear(hidden_states[chosen.rows], self.qkv_weight[:size], None if bias is None else bias[:size])
+        query = query.unflatten(1, (self.spec.num_heads, self.spec.head_dim))
+        if attention.rotary is not None:
+            apply_rotary_(query, positions.position_ids[chosen.rows], *attention.rotary)
+        return query
+
+    def _attend_absorbed(
+        self,
+        states: HiddenStates,
+        positions: TokenPositions,
+        attention: LayerAttention,
+        chosen: ChosenRows,
+        norm: AddNorm | None,
+    ) -> HiddenStates:
+        """Attention without values, which are projected after the sum, and without keys where the query absorbs them.
+
+        The few rows that carry the answer are computed in at least float32, so that absorbing costs no accuracy.
+        """
+        query_weight, key_weight, value_weight = self.qkv_weight.chunk(3)
+        query_bias, key_bias, value_bias = (None,) * 3 if self.qkv_bias is None else self.qkv_bias.chunk(3)
+        source, residual = states
+        rows: Tensor | None = chosen.rows
+        keys = None
+        if attention.needs_keys:
+            query = self._query(source, positions, attention, chosen)
+            keys = linear(source, key_weight, key_bias).unflatten(1, (self.spec.num_heads, self.spec.head_dim))
+            if attention.rotary is not None:
+                apply_rotary_(keys, positions.position_ids, *attention.rotary)
+        else:
+            normed = source
+            if norm is not None:
+                residual = normed = add_layer_norm(source, *norm, rows)
+                rows = None
+            # Encoders without biases have rotary positions.
+            assert query_bias is not None
+            if key_bias is not None:
+                # The key bias adds one number to all scores of a row, which changes no weight; but NaN must stay NaN.
+                query_bias = torch.add(query_bias, key_bias, alpha=0)
+            query = absorb_query(normed, rows, query_weight, query_bias, key_weight, self.spec.num_heads)
+        summed = cls_attention(
+            *(query, source, positions.layout, attention.scale),
+            norm=norm,
+            keys=keys,
+            bias=attention.seen_from_first(query, keys, positions),
+            row_bounds=attention.bounds(chosen, positions.layout),
+        )
+        projections = (value_weight, value_bias, self.out_weight, self.out_bias)
+        norms = (self.attention_norm_weight, self.attention_norm_bias, self.spec.layer_norm_eps)
+        return HiddenStates(*cls_output(summed, *projections, residual, rows, *norms, keep_sum=self.spec.pre_norm))
+
+    def _add_attended(self, context: Tensor, residual: Tensor) -> HiddenStates:
+        norm = (self.attention_norm_weight, self.attention_norm_bias, self.spec.layer_norm_eps)
+        return HiddenStates(
+            *linear_add_layer_norm(
+                context, self.out_weight, self.out_bias, residual, *norm, keep_sum=self.spec.pre_norm
+            )
+        )
+
+    def _feed_forward(self, attended: HiddenStates) -> HiddenStates:
+        norm = (self.output_norm_weight, self.output_norm_bias, self.spec.layer_norm_eps)
+        weight, bias, residual = self.down_weight, self.down_bias, attended.residual
+        # No name holds the widest rows of the layer, so that their memory is free once they are multiplied.
+        return HiddenStates(
+            *linear_add_layer_norm(
+                self._up(attended.normed), weight, bias, residual, *norm, keep_sum=self.spec.pre_norm
+            )
+        )
+
+    def _up(self, hidden_states: Tensor) -> Tensor:
+        if self.spec.gated:
+            return gated_activation(linear(hidden_states, self.up_weight, self.up_bias), self.spec.activation)
+        return linear_activation(hidden_states, self.up_weight, self.up_bias, self.spec.activation)

@@ -1,0 +1,40 @@
+"""Weights that modules are handed, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Weighted(nn.Module):
+    """A module whose parameters are handed to it; an optional one that is not there is None.
+
+    Args:
+        weights: the parameters by name.
+        optional: names of those that may be missing.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], optional: Iterable[str] = ()) -> None:
+        super().__init__()
+        for name in optional:
+            self.register_parameter(name, None)
+        for name, weight in weights.items():
+            self.register_parameter(name, weight)
+
+
+def under(prefix: str, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Those whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def weight_version(weight: Tensor) -> tuple[int, int]:
+    """What changes when a weight is replaced or written to; writing through ``.data`` goes unseen."""
+    # What was made in inference mode counts no changes.
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call runs more than the class's ``forward``: hooks, or another ``forward`` set on the module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

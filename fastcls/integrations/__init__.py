@@ -1,0 +1,1 @@
+"""Other libraries that call fast models, or are called by them."""

@@ -1,0 +1,365 @@
+"""What transformers sees of every fast model: arguments, outputs, weights under a checkpoint's names."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from ..engine import Engine, operator
+from ..engine.batch import PaddedBatch
+from ..engine.packing import PackedTokens
+from ..engine.spec import EncoderSpec, HeadSpec, LastLayer, Rows
+from ..engine.weights import has_hooks
+from ..families.family import WeightMap
+from ..original.companion import Companion
+from ..original.following import Original, weakly
+from ..original.places import set_weight
+from .arguments import check_extras, check_not_traced, order_of
+from .state_dict import register_hooks
+
+# Tables of embeddings, by the ends of their names.
+_TABLES = ("word_weight", "position_weight", "token_type_weight", "relative.table_weight")
+
+_Output = TypeVar("_Output", bound=ModelOutput)
+
+
+class FastModel(Engine):
+    """An encoder and its head that compute only what their answer needs. Made by `optimize`; runs inference only.
+
+    It follows the weights of the model that it was made of, see `optimize`; a copy of it, or what a pickle gives back,
+    has weights of its own. It stays in eval mode, whatever module it is part of.
+
+    Attributes:
+        config: the transformers config.
+        spec: the encoder's shape.
+        last_layer: how the last layer is computed: "absorbed" (no values, and no keys where they do not depend on
+            positions, for the wanted rows alone), "selected" (keys and values for all tokens, the rest for the wanted
+            rows alone) or "full" (every row). The results are the same up to rounding. May be set at any time.
+        cuda_graphs: whether small passes are replayed as CUDA graphs, on a GPU with the Triton kernels. A graph is made
+            at the second use of a shape and reads the weights where they were then: whoever puts others in their place
+            by hand (``parameter.data = ...``) calls `clear_caches`. May be set at any time.
+        batch_invariant: whether a text's answer is the same bit for bit whatever batch it comes in, on one machine with
+            one number of threads: see `fastcls_kernels.batch_invariant`. It costs speed. May be set at any time.
+    """
+
+    # transformers' Trainer asks. Losses are means over a batch's labels, whatever number the Trainer would divide by.
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self,
+        model_class: type[PreTrainedModel],
+        config: PreTrainedConfig,
+        spec: EncoderSpec,
+        head: HeadSpec,
+        weight_map: WeightMap,
+        weights: Mapping[str, Tensor],
+        last_layer: LastLayer = "absorbed",
+        cuda_graphs: bool = True,
+        batch_invariant: bool = False,
+    ) -> None:
+        super().__init__(spec, head, weights, last_layer, cuda_graphs, batch_invariant)
+        self.model_class = model_class
+        self.config = config
+        self.weight_map = weight_map
+        self._original: Original | None = None
+        # Follows the weights of the modules around this one.
+        self._companion: Companion | None = None
+        self._order = order_of(cast("Any", model_class), cast("Any", type(self)))
+        register_hooks(self)
+        self.description = operator.describe(self)
+        self._announce_weights()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.catch_up()
+        return {**super().__getstate__(), "_original": None, "_companion": None}
+
+    def __copy__(self) -> FastModel:
+        # A copy that shared modules would keep some weights as they were when the original changes, and not others.
+        return copy.deepcopy(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            known = self.__dict__.get("model_class")
+            if name.startswith("__") or known is None:
+                raise
+            if name == known.base_model_prefix:
+                hint = "its encoder is base_model"
+            elif hasattr(known, name) or name in ("classifier", "lm_head", "pooler", "qa_outputs"):
+                hint = f"the transformers model has, whose weights it follows; here is {type(self).__name__} alone"
+            else:
+                raise
+            raise AttributeError(f"{error}: {hint}", name=name, obj=self) from None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        check_not_traced()
+        # Each class of transformers has an order of its own, some without token types, some with positions later.
+        if self._order is not None and len(args) > 1:
+            if len(args) > len(self._order):
+                raise TypeError(f"forward() takes {len(self._order)} arguments without names, got {len(args)}")
+            args, kwargs = args[:1], {**dict(zip(self._order[1:], args[1:], strict=False)), **kwargs}
+        return super().__call__(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> FastModel:  # noqa: ARG002  # its name is torch's
+        """Stays in eval mode, so that a module that trains can hold a frozen encoder; see `requires_grad_`."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> FastModel:
+        """Gradients are not computed, and so may not be asked for.
+
+        Raises:
+            RuntimeError: ``requires_grad`` is True.
+        """
+        if requires_grad:
+            raise RuntimeError("fastcls computes no gradients: train the transformers model, which this follows")
+        return super().requires_grad_(requires_grad)
+
+    def _replicate_for_data_parallel(self) -> FastModel:
+        raise RuntimeError(
+            "nn.DataParallel must be left out: it copies the model to every GPU at each call. "
+            "Give each GPU a process, or a copy.deepcopy(fast).to(device), of its own"
+        )
+
+    def clear_caches(self) -> None:
+        """Forgets the CUDA graphs and all else that was made from the weights, and their memory.
+
+        To be called after writing to weights in a way that counts no changes, ``weight.data.mul_(2)`` or weights made
+        in inference mode: copies of them, and what was made of them, are made anew.
+        """
+        self.forget_made()
+        if self._original is not None:
+            self._original.doubt()
+        if self._companion is not None:
+            self._companion.doubt()
+
+    def forget_made(self) -> None:
+        """Forgets what was made from weights, here and in graphs."""
+        super().forget_made()
+        operator.forget(next(self.parameters()))
+
+    def follow(self, original: Original) -> None:
+        """Follows the weights of a model from now on, those that this one's were made of."""
+        self._original = original
+        original.settle = weakly(self.catch_up)
+
+    def follow_along(self, companion: Companion) -> None:
+        """Has weights around this model follow whenever it does."""
+        self._companion = companion
+
+    @property
+    def follows(self) -> bool:
+        """Whether the weights of another model are followed."""
+        return self._original is not None
+
+    @property
+    def follows_on(self) -> bool:
+        """Whether the model whose weights are followed still holds some."""
+        return self._original is not None and self._original.is_there
+
+    def stop_following(self) -> None:
+        """Goes on with the weights as they are, in memory of its own, whatever becomes of the original's."""
+        companion, self._companion = self._companion, None
+        if companion is not None:
+            companion.stop()
+        original = self._original
+        if original is None:
+            return
+        with contextlib.suppress(RuntimeError):
+            # An original that can no longer be followed leaves the weights that the fast model had last.
+            self.catch_up()
+        self._original = None
+        # By their place, so that tied weights stay one.
+        own: dict[int, Tensor] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for name, weight in [*self.weights()]:
+                place = weight.data_ptr()
+                if place not in own:
+                    # ``data`` counts changes of its own: changes of ours are no longer the original's.
+                    own[place] = weight.data.clone() if original.holds(weight) else weight.data
+                set_weight(self, name, own[place])
+        self.forget_made()
+
+    def catch_up(self) -> None:
+        """Brings the weights up to the original's, where those have changed."""
+        if self._companion is not None:
+            self._companion.bring()
+        original = self._original
+        if original is None or original.is_current():
+            return
+        is_doubted = original.is_doubted
+        if original.update(self):
+            # What was made from weights is made anew where it is needed: other threads may be reading it.
+            self._graphs.clear()
+            operator.forget(next(self.parameters()))
+            self._announce_weights()
+        if is_doubted:
+            self.encoder.doubt()
+            operator.forget(next(self.parameters()))
+
+    def _announce_weights(self) -> None:
+        """Has graphs of this process take the weights from here, where they are up to the original's."""
+        operator.take_weights_from(next(self.parameters()), self.description, weakly(self._current_weights))
+
+    def _current_weights(self) -> list[Tensor]:
+        if self.is_hooked():
+            self._check_no_hooks_inside()
+        self.catch_up()
+        return [weight for _, weight in self.weights()]
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the weights are, as transformers counts them.
+
+        Args:
+            only_trainable: count those that require gradients: none.
+            exclude_embeddings: leave out the tables of embeddings.
+        """
+        # By their place, since tied weights share one.
+        counts = {weight.data_ptr(): weight.numel() for weight in self.parameters()}
+        if exclude_embeddings:
+            for name, weight in self.named_parameters():
+                if name.endswith(_TABLES):
+                    counts.pop(weight.data_ptr(), None)
+        return 0 if only_trainable else sum(counts.values())
+
+    @property
+    def main_input_name(self) -> str:
+        """Of `forward`; transformers' Trainer asks, to count floating point operations."""
+        return self.model_class.main_input_name
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights, those that are shared with the original included."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the transformers model came from."""
+        return str(getattr(self.config, "name_or_path", ""))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of words, over the same memory: for ``inputs_embeds``."""
+        self.catch_up()
+        return nn.Embedding.from_pretrained(self.encoder.embeddings.word_weight.detach(), freeze=True)
+
+    def can_generate(self) -> bool:
+        """False; transformers' pipelines ask."""
+        return False
+
+    @property
+    def base_model_prefix(self) -> str:
+        """The encoder's name in the transformers model; transformers' pipelines ask, for their messages."""
+        return self.model_class.base_model_prefix
+
+    @property
+    def input_modalities(self) -> Any:
+        """What the transformers model takes; transformers' pipelines ask, for their messages."""
+        return self.model_class.input_modalities
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes a transformers checkpoint, which ``from_pretrained`` of the original class reads back.
+
+        Args:
+            save_directory: a folder, made if need be.
+            kwargs: passed on to transformers' ``save_pretrained``.
+        """
+        with torch.device("meta"):
+            model = nn.Module.to(self.model_class(self.config), self.dtype)
+        # The weights are given apart, in the shapes that they have here, which the config may contradict.
+        model.save_pretrained(save_directory, **{"state_dict": self.state_dict(), **kwargs})
+
+    def forward_packed(self, packed: PackedTokens) -> Tensor:
+        """Packed tokens to the rows that the model's task reads, in packed order, without waiting for a GPU.
+
+        Args:
+            packed: what `pack` gives, or its like in pinned memory of the CPU.
+
+        Returns:
+            One row a text, (num_texts, num_labels), or one a token, (num_tokens, width), as the model's task is.
+        """
+        self._check_no_hooks_of_its_own("forward_packed")
+        self.catch_up()
+        return self.rows_of_packed(packed, self._task_rows)
+
+    def warm_up(self) -> None:
+        self.catch_up()
+        super().warm_up()
+
+    warm_up.__doc__ = Engine.warm_up.__doc__
+
+    @property
+    def _task_rows(self) -> Rows:
+        """The rows that the task reads where a call does not say."""
+        return self.head.spec.rows
+
+    def _rows(
+        self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True
+    ) -> Tensor:
+        """`Engine.rows` of the weights as the original has them, or in a graph one node for it."""
+        if torch.compiler.is_compiling():
+            return operator.forward(self, self.description, batch, rows, fill, chosen)
+        # First, so that an original that has become another model is named, and not the input that does not fit it.
+        self.catch_up()
+        return self.rows(batch, rows, fill, chosen, dense=dense)
+
+    def _list_rows(
+        self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None, rows: Rows
+    ) -> Tensor:
+        """`Engine.rows_of_lists` of the weights as the original has them."""
+        self._check_no_hooks_of_its_own("a method that takes lists of ids")
+        self.catch_up()
+        return self.rows_of_lists(token_ids, token_type_ids, rows)
+
+    def _given(self, output: _Output, return_dict: bool | None) -> _Output | tuple[Any, ...]:
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _checked(self, batch: PaddedBatch, extras: Mapping[str, Any]) -> torch.Size:
+        """The shape of a batch that can be computed, as far as its values need not be read to say so.
+
+        Args:
+            batch: the inputs.
+            extras: the arguments that ``forward`` does not name.
+        """
+        if self.training:
+            raise RuntimeError("fastcls runs inference only: call .eval() first, or train the transformers model")
+        if torch.compiler.is_compiling():
+            self._check_no_hooks_inside()
+        if torch.is_grad_enabled():
+            self._check_no_gradients(batch)
+        check_extras(type(self), self.config, extras)
+        self.check(batch)
+        return batch.shape
+
+    def _check_no_gradients(self, batch: PaddedBatch) -> None:
+        asking = self.asking_gradients()
+        if asking is None and batch.inputs_embeds is not None and batch.inputs_embeds.requires_grad:
+            asking = "inputs_embeds"
+        if asking is not None:
+            raise RuntimeError(
+                f"{asking} must not require gradients, which fastcls does not compute: call this inside "
+                "torch.no_grad(), or train the transformers model"
+            )
+
+    def _check_no_hooks_of_its_own(self, method: str) -> None:
+        """Hooks on the model, or another ``forward`` set on it, run when it is called as a whole."""
+        if has_hooks(self):
+            raise RuntimeError(
+                f"a {type(self).__name__} with forward hooks, or another forward, must be called as a whole: {method} "
+                "would pass them by"
+            )
+
+    def _check_no_hooks_inside(self) -> None:
+        for name, _ in self.hooked_inside():
+            raise RuntimeError(
+                f"{name} must have no forward hooks, and no other forward, in a graph, which would pass them by: "
+                "remove them, or call the model outside of what is compiled or exported"
+            )

@@ -1,0 +1,130 @@
+"""What a batch should give: its labels are checked, and losses are computed as transformers' models compute them.
+
+A label where the mask leaves a token out is refused: transformers' own models count what they compute there. A graph
+cannot stop at values while it is traced, so that the check is a node of it, which raises the same error when it runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.loss.loss_utils import ForSequenceClassificationLoss, ForTokenClassification
+
+# What a token has for a label that has none.
+IGNORED = -100
+
+
+@dataclass
+class _Config:
+    """What a loss reads of a config, and writes into it: which kind of labels it took these for."""
+
+    num_labels: int
+    problem_type: str | None = None
+
+
+def classification_loss(logits: Tensor, labels: Tensor, num_labels: int, problem_type: str | None) -> Tensor:
+    """A sequence classifier's loss, as its problem type asks for it, or what the labels look like.
+
+    Args:
+        logits: (num_texts, width).
+        labels: (num_texts,) or (num_texts, width).
+        num_labels: how many there are, as the model says, which a head of one's own need not go by.
+        problem_type: the config's.
+    """
+    loss: Tensor = ForSequenceClassificationLoss(labels, logits, _Config(num_labels, problem_type))
+    return loss
+
+
+def deberta_loss(logits: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
+    """DeBERTa's own loss where its config names no kind of labels, and the logits as it gives them then."""
+    labels = labels.to(logits.device)
+    if num_labels == 1:
+        logits = logits.view(-1).to(labels.dtype)
+        return F.mse_loss(logits, labels.view(-1)), logits
+    if labels.ndim > 1 and labels.shape[-1] > 1:
+        return -(logits.log_softmax(-1) * labels).sum(-1).mean(), logits
+    labels = labels.view(-1)
+    known = labels >= 0
+    if not bool(known.any()):
+        return torch.tensor(0).to(logits), logits
+    return F.cross_entropy(logits[known].view(-1, num_labels).float(), labels[known].long()), logits
+
+
+def token_loss(logits: Tensor, labels: Tensor, num_labels: int) -> Tensor:
+    """A token classifier's loss, of tokens whose label is not `IGNORED`."""
+    loss: Tensor = ForTokenClassification(logits, labels, _Config(num_labels))
+    return loss
+
+
+def checked_labels(labels: Tensor, shape: torch.Size, attention_mask: Tensor | None) -> Tensor:
+    """Labels of tokens.
+
+    Raises:
+        ValueError: they have not the batch's shape, or a token that the mask leaves out has one.
+    """
+    if labels.shape != shape:
+        raise ValueError(f"labels must have the batch's shape {tuple(shape)}, got {tuple(labels.shape)}")
+    if attention_mask is None:
+        return labels
+    if torch.compiler.is_compiling():
+        return _checked_labels(labels, attention_mask)
+    _check_labels(labels, attention_mask)
+    return labels
+
+
+def checked_positions(name: str, positions: Tensor | None, texts: int, attention_mask: Tensor | None) -> Tensor | None:
+    """Positions of answers, one a text, where tokens are; the loss ignores those beyond the end, as transformers does.
+
+    Raises:
+        ValueError: there are more or fewer than texts, or one stands where the mask leaves a token out.
+    """
+    if positions is not None and positions.numel() != texts:
+        raise ValueError(f"{name} must be one for each of the {texts} texts, got {tuple(positions.shape)}")
+    if positions is None or attention_mask is None:
+        return positions
+    if torch.compiler.is_compiling():
+        return _checked_positions(positions, attention_mask, name)
+    _check_positions(positions, attention_mask, name)
+    return positions
+
+
+def _check_labels(labels: Tensor, attention_mask: Tensor) -> None:
+    if bool(((labels != IGNORED).cpu() & (attention_mask.cpu() == 0)).any()):
+        raise ValueError(f"labels must be {IGNORED} where attention_mask is 0, got others there")
+
+
+def _check_positions(positions: Tensor, attention_mask: Tensor, name: str) -> None:
+    mask, places = attention_mask.cpu() != 0, positions.cpu().view(-1)
+    inside = (places >= 0) & (places < mask.shape[1])
+    wrong = inside & ~mask.gather(1, places.clamp(0, mask.shape[1] - 1)[:, None].long())[:, 0]
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name} must point to a token, got {int(places[row])} for text {row}, where attention_mask is 0"
+        )
+
+
+@torch.library.custom_op("fastcls::checked_labels", mutates_args=())
+def _checked_labels(labels: Tensor, attention_mask: Tensor) -> Tensor:
+    _check_labels(labels, attention_mask)
+    # What an operator gives is no tensor that it was given.
+    return labels.clone()
+
+
+@torch.library.custom_op("fastcls::checked_positions", mutates_args=())
+def _checked_positions(positions: Tensor, attention_mask: Tensor, name: str) -> Tensor:
+    _check_positions(positions, attention_mask, name)
+    return positions.clone()
+
+
+@_checked_labels.register_fake
+def _(labels: Tensor, _attention_mask: Tensor) -> Tensor:
+    return torch.empty_like(labels)
+
+
+@_checked_positions.register_fake
+def _(positions: Tensor, _attention_mask: Tensor, _name: str) -> Tensor:
+    return torch.empty_like(positions)

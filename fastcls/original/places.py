@@ -1,0 +1,50 @@
+"""Where modules keep their tensors, and what is done to these there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def place_of(model: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
+    path, _, key = name.rpartition(".")
+    return tensors_of(model.get_submodule(path), key), key
+
+
+def tensors_of(module: nn.Module, key: str) -> Any:
+    """The dictionary of a module that holds a tensor: its parameters or its buffers."""
+    return module._parameters if key in module._parameters else module._buffers
+
+
+def has_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a model has these weights, bit for bit once they are in its dtype."""
+    for name, weight in weights.items():
+        place, key = place_of(model, name)
+        ours = place[key]
+        if weight.is_meta or ours.is_meta or not torch.equal(ours, weight.to(ours.device, ours.dtype)):
+            return False
+    return True
+
+
+def set_weight(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Puts a tensor in the place of a parameter or buffer."""
+    place, key = place_of(model, name)
+    place[key] = nn.Parameter(weight, requires_grad=False) if isinstance(place[key], nn.Parameter) else weight
+
+
+def release(model: nn.Module) -> None:
+    """Takes a model's weights out of it, so that their memory is given back, but for what others read.
+
+    Tensors without memory, on the device "meta", take their place, and what the model makes of them has no numbers.
+    """
+    empty: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in empty:
+                    without = torch.empty_like(parameter.detach(), device="meta")
+                    empty[id(parameter)] = nn.Parameter(without, parameter.requires_grad)
+                module._parameters[name] = empty[id(parameter)]

@@ -1,0 +1,481 @@
+"""The command line: classify, verify, demo, bench, doctor."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, BinaryIO, NoReturn, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+app = typer.Typer(
+    help="BERT classifiers that compute only what the label needs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_stderr = Console(stderr=True)
+
+_P = ParamSpec("_P")
+
+# What a shell reports of a program that SIGINT or SIGPIPE ended; by number, since not every system has the latter.
+_INTERRUPTED, _CLOSED_PIPE = 130, 141
+
+Device = Annotated[
+    str | None, typer.Option(help="Where to run: cpu, cuda:0 and so on. Default: a GPU if there is one.")
+]
+DType = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's own.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's own choice.")]
+
+
+def _fail(message: str) -> NoReturn:
+    _stderr.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def _expected_errors(command: Callable[_P, None]) -> Callable[_P, None]:
+    """Errors that the user can mend are one line; anything else is a bug and keeps its traceback."""
+
+    @wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except BrokenPipeError:
+            # Whoever read our output has left. Python would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(_CLOSED_PIPE) from None
+        except KeyboardInterrupt:
+            _stderr.print("Interrupted.")
+            raise typer.Exit(_INTERRUPTED) from None
+        except OSError as error:
+            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        except (ValueError, TypeError) as error:
+            if not _is_ours(error):
+                raise
+            _fail(str(error))
+
+    return run
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised by a check of ours, and not by a defect somewhere below."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module: str = frame.f_globals["__name__"]
+    return module.split(".")[0] in ("fastcls", "fastcls_kernels", "fastcls_benchmarks")
+
+
+@app.command()
+@_expected_errors
+def classify(
+    model: Annotated[str, typer.Argument(help="A folder with a fine-tuned checkpoint, or a name on the hub.")],
+    file: Annotated[Path, typer.Argument(help="UTF-8 text, one text a line; - is standard input.")] = Path("-"),
+    pairs: Annotated[bool, typer.Option("--pairs", help="Each line is two texts with a tab between.")] = False,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Give this many labels for each text, best first.")] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long for the model.")] = False,
+    device: Device = None,
+    dtype: DType = None,
+    threads: Threads = None,
+) -> None:
+    """Classify lines of text: one JSON object a line on standard output, in the order of the input.
+
+    Progress goes to standard error. Every input line gives one output line, an empty one too. An error names the line
+    that cannot be classified, after all lines before it were written.
+
+    Scores that are infinite or no number, as those of a model whose training
+    diverged, are written as null, and so is a label that no number chose. Standard
+    error says at the end how many there were; the exit status stays 0.
+    """
+    total = None if str(file) == "-" else _count_lines(file)
+    from ..classifier import Classifier
+    from ..texts import TextError
+
+    _set_threads(threads)
+    with _stderr.status("Loading the model", spinner="dots"):
+        classifier = Classifier.from_pretrained(model, device=device, dtype=dtype, truncation=truncate)
+    _write_utf8()
+    done = not_finite = first_not_finite = 0
+    with _opened(file) as source, _progress() as progress:
+        task = progress.add_task("texts", total=total)
+        texts = _Lines(source, str(file), pairs)
+        try:
+            for result in classifier.stream(texts, top_k="best" if top_k is None else top_k):
+                text, pair = texts.seen.pop(done)
+                row: dict[str, Any] = {"text": text} if pair is None else {"text": text, "text_pair": pair}
+                labels = [result] if top_k is None else result
+                row |= _best_label(result) if top_k is None else {"labels": [_json_label(label) for label in labels]}
+                # A config may name labels by what JSON knows only as a string.
+                sys.stdout.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+                done += 1
+                if not all(math.isfinite(label["score"]) for label in labels):
+                    not_finite, first_not_finite = not_finite + 1, first_not_finite or done
+                progress.update(task, completed=done)
+        except TextError as error:
+            remedy = ": add --truncate to cut such texts" if error.too_long else ""
+            raise ValueError(f"{file}, line {error.index + 1} {error.problem}{remedy}") from error
+        except KeyboardInterrupt:
+            progress.stop()
+            _stderr.print(f"Interrupted: {done} texts classified.")
+            raise typer.Exit(_INTERRUPTED) from None
+        finally:
+            sys.stdout.flush()
+            progress.stop()
+            if not_finite:
+                _stderr.print(
+                    f"[yellow]Not finite:[/] {not_finite} of {done} texts have a score that is infinite or no number, "
+                    f"written as null; the first is line {first_not_finite}.",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+
+
+def _best_label(label: dict[str, Any]) -> dict[str, Any]:
+    """A text's only label, or none where no number is the largest."""
+    found = _json_label(label)
+    return {**found, "label": None} if math.isnan(label["score"]) else found
+
+
+def _json_label(label: dict[str, Any]) -> dict[str, Any]:
+    """A label and its score as JSON has them."""
+    name, score = label["label"], label["score"]
+    is_odd = isinstance(name, float) and not math.isfinite(name)
+    return {"label": str(name) if is_odd else name, "score": score if math.isfinite(score) else None}
+
+
+@app.command()
+@_expected_errors
+def verify(
+    model: Annotated[str, typer.Argument(help="A folder with a checkpoint of any supported head, or a hub name.")],
+    file: Annotated[Path, typer.Argument(help="UTF-8 text, one text a line; - is standard input.")] = Path("-"),
+    pairs: Annotated[bool, typer.Option("--pairs", help="Each line is two texts with a tab between.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 32,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long for the model.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Compare the first so many texts.")] = None,
+    reduced: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="bfloat16 or float16: compare both models in it with the float32 original, too. Can be given "
+            "several times. Default: bfloat16; none leaves it out."
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Labels of fastcls in reduced precision decide the exit status, too.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for machines.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a histogram of the differences: .png, .pdf, .svg.")] = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, for both models.")] = "float32",
+    threads: Threads = None,
+) -> None:
+    """Compare a model with what fastcls makes of it, on your own texts.
+
+    Shows the labels that changed, with both scores; how far logits differ, in
+    reduced precision, too; and the time of each. Of multiple choice each line
+    is a question and its choices, with tabs between. A model that fills masks
+    predicts every token of a text without one.
+
+    Exit status 0 if fastcls gives the original's answers, 1 if not, 2 for a
+    mistake in what was asked, 130 after Ctrl-C (with a report of what was
+    done). Not the original's answer is a label that changed by more than
+    rounding explains, or a logit that is off by more than ten times that.
+    Numbers that are infinite or none are never fine, whosever they are.
+
+    Two computations of a logit may differ by three times the original's own
+    rounding error: once for its own, and twice for fastcls's. It is measured
+    against float64, on the first 64 texts and on each text in question. So
+    rounding explains a changed label where the original preferred its own by
+    at most twice that, since both logits may move. Where a model gives no
+    labels, numbers that differ by more than that count instead.
+    """
+    total = None if str(file) == "-" else _count_lines(file)
+    from ..loading import load_model, load_tokenizer, parse_device, parse_dtype
+    from .verify import check_picture, draw, show, task_of
+    from .verify import verify as compare
+
+    if plot is not None:
+        check_picture(plot)
+    if reduced is not None and "none" in reduced:
+        if len(reduced) > 1:
+            raise ValueError(f"--reduced none must stand alone, got {', '.join(reduced)}")
+        reduced = []
+    _set_threads(threads)
+    place, torch_dtype = parse_device(device), parse_dtype(dtype)
+    with _stderr.status("Loading the model", spinner="dots"):
+        tokenizer = load_tokenizer(model)
+        original = load_model(model, place, torch_dtype, task=None)
+    is_choice = task_of(original) == "multiple choice"
+    if is_choice and pairs:
+        raise ValueError("--pairs is not for multiple choice: each line is a question and its choices, tabs between")
+    with _opened(file) as source, _progress() as progress:
+        lines = _decoded_lines(source, str(file))
+        texts = (line.split("\t") for line in lines) if is_choice else _texts(lines, str(file), pairs)
+        task = progress.add_task("texts", total=total if total is None or limit is None else min(total, limit))
+        found = compare(
+            original,
+            tokenizer,
+            texts,
+            reduced=reduced,
+            batch_size=batch_size,
+            truncation=truncate,
+            limit=limit,
+            source=str(file),
+            progress=lambda done: progress.update(task, completed=done),
+        )
+    _write_utf8()
+    if found.texts and as_json:
+        typer.echo(json.dumps(found.to_json(), ensure_ascii=False, allow_nan=False))
+    elif found.texts:
+        show(found, Console(), strict=strict)
+    if found.texts and plot is not None:
+        draw(found, plot)
+    if found.interrupted:
+        _stderr.print(f"Interrupted: {found.texts} texts compared.")
+        raise typer.Exit(_INTERRUPTED)
+    if not found.fine(strict=strict):
+        raise typer.Exit(1)
+
+
+def _opened(file: Path) -> BinaryIO:
+    return sys.stdin.buffer if str(file) == "-" else file.open("rb")
+
+
+def _write_utf8() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # JSON lines are UTF-8, whatever the terminal's language.
+        sys.stdout.reconfigure(encoding="utf-8")
+
+
+class _Lines:
+    """Lines of a binary stream as texts, remembered until their results are written."""
+
+    def __init__(self, source: BinaryIO, name: str, pairs: bool) -> None:
+        self.texts = _texts(_decoded_lines(source, name), name, pairs)
+        self.seen: dict[int, tuple[str, str | None]] = {}
+
+    def __iter__(self) -> Iterator[str | tuple[str, str]]:
+        for index, text in enumerate(self.texts):
+            self.seen[index] = (text, None) if isinstance(text, str) else text
+            yield text
+
+
+def _texts(lines: Iterator[str], name: str, pairs: bool) -> Iterator[str | tuple[str, str]]:
+    for number, line in enumerate(lines, start=1):
+        if not pairs:
+            yield line
+            continue
+        text, tab, pair = line.partition("\t")
+        if not tab:
+            raise ValueError(f"{name}, line {number}: --pairs needs a tab between two texts, got {line!r}")
+        yield text, pair
+
+
+def _decoded_lines(source: BinaryIO, name: str) -> Iterator[str]:
+    for number, raw in enumerate(source, start=1):
+        try:
+            # The first line may carry a byte order mark, which is no part of the text.
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}, line {number}: not UTF-8 at byte {error.start + 1} of the line (0x{raw[error.start]:02x}). "
+                "Convert the file first, for instance with iconv"
+            ) from error
+        yield line.rstrip("\r\n")
+
+
+def _count_lines(file: Path) -> int | None:
+    """Reads a regular file through once, so that a line that is not UTF-8 is found before the model is loaded."""
+    if file.is_dir():
+        raise ValueError(f"{file} must be a file, it is a folder")
+    if file.exists() and not file.is_file():
+        # A pipe can be read once only.
+        return None
+    with file.open("rb") as source:
+        return sum(1 for _ in _decoded_lines(source, str(file)))
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=_stderr,
+        # A log file wants no animation.
+        disable=not _stderr.is_terminal,
+        transient=True,
+    )
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@app.command()
+@_expected_errors
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="A real checkpoint (folder or hub name) instead of random weights.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant is timed.")] = 5,
+    device: Device = None,
+    dtype: DType = None,
+    threads: Threads = None,
+) -> None:
+    """See transformers and fastcls side by side: agreement, time, and where the time went.
+
+    Needs neither network nor GPU: without --model a BERT-base-shaped classifier with random weights is built.
+    """
+    from .demo import run_demo
+
+    _set_threads(threads)
+    run_demo(model, rounds, device, dtype, Console(), _stderr)
+
+
+@app.command()
+@_expected_errors
+def bench(
+    suite: Annotated[
+        str, typer.Option(help="quick (under 1 minute), default (5) or release (8).", rich_help_panel="What")
+    ] = "default",
+    model: Annotated[
+        list[str] | None, typer.Option(help="This model instead of the suite's cases.", rich_help_panel="What")
+    ] = None,
+    lengths: Annotated[list[str] | None, typer.Option(help="Texts so long, likewise.", rich_help_panel="What")] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batches of so many texts, likewise.", rich_help_panel="What")
+    ] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="By this one and the baseline alone.", rich_help_panel="What")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="float32, float16 or bfloat16. CPU: float32; GPU: bfloat16.", rich_help_panel="What"),
+    ] = None,
+    list_choices: Annotated[
+        bool, typer.Option("--list", help="Show what can be chosen, and leave.", rich_help_panel="What")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of results. Default: one by date in ./fastcls-bench.")
+    ] = None,
+    from_file: Annotated[
+        Path | None, typer.Option("--from", help="Measure nothing: show the results.json of an earlier run.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="The results.json of an earlier run: show what moved beyond noise.")
+    ] = None,
+    fail_above: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --compare: status 1 if anything is slower by more percent, beyond noise."),
+    ] = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Time fastcls and its peers side by side on this machine, after checking each one's answers.
+
+    The options under "What" can be given several times; each of --model, --lengths, --batch-size and --dtype
+    replaces the suite's own cases by all combinations of what is given.
+
+    Writes results.json, samples.csv, plots and report.html. Ctrl-C keeps what was measured.
+    """
+    if fail_above is not None and compare is None:
+        raise ValueError("--fail-above needs --compare: the results.json to compare with")
+    if from_file is not None and (model or lengths or batch_size or provider or dtype):
+        raise ValueError("--from measures nothing: --model, --lengths, --batch-size, --provider and --dtype do not fit")
+    command = _bench_command()
+    from fastcls_benchmarks.results import Report
+
+    from ..loading import parse_device
+
+    _set_threads(threads)
+    place = parse_device(device)
+    if list_choices:
+        command.show_choices(place, Console())
+        return
+    old = Report.read(compare) if compare else None
+    if from_file is not None:
+        report = Report.read(from_file)
+        folder = None if out is None else command.result_folder(out)
+    else:
+        folder = command.result_folder(out)
+        if missing := command.pictures_missing():
+            _stderr.print(missing, style="yellow")
+        choice = command.Choice(suite, model or [], lengths or [], batch_size or [], provider or [], dtype or [], place)
+        report = command.measure(choice, folder, _stderr)
+    console = Console()
+    command.show(report, console)
+    if folder is not None:
+        written = command.write(report, folder)
+        console.print(f"\nWritten to [bold]{escape(str(folder))}[/]: {', '.join(written)}.")
+    fine = old is None or command.show_comparison(old, report, fail_above, console)
+    if report.partial and from_file is None:
+        raise typer.Exit(_INTERRUPTED)
+    if not fine:
+        raise typer.Exit(1)
+
+
+def _bench_command() -> ModuleType:
+    try:
+        from fastcls_benchmarks import command
+    except ModuleNotFoundError as error:
+        if error.name != "fastcls_benchmarks":
+            raise
+        _fail("fastcls_benchmarks is not found: in a checkout that is not installed, add benchmarks/ to PYTHONPATH")
+    return command
+
+
+@app.command()
+@_expected_errors
+def doctor(
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Compile the GPU's kernels now, so that no first batch waits for it.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="With --warm: the checkpoint to compile for. Default: BERT-base's shapes.")
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="With --warm: float32, float16 or bfloat16. Default: the checkpoint's own, or bfloat16."),
+    ] = None,
+) -> None:
+    """Report what was found (torch, triton, GPU) and which path would run, and why."""
+    from . import doctor
+
+    if not warm:
+        for name, given in (("--model", model), ("--device", device), ("--dtype", dtype)):
+            if given is not None:
+                raise ValueError(f"{name} is for --warm: add it, or leave {name} out")
+    doctor.report(Console())
+    if warm:
+        doctor.warm(Console(), model, device, dtype)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from .. import __version__
+
+        typer.echo(f"fastcls {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """BERT classifiers that compute only what the label needs."""
