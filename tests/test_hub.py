@@ -170,6 +170,15 @@ def test_broken_rules_are_told_and_nothing_is_written(tmp_path: Path, line: str,
     assert not (tmp_path / "hub").exists()
 
 
+def test_a_folder_of_the_package_may_import_from_the_package_and_no_higher(tmp_path: Path) -> None:
+    package = tmp_path / "fastcls_kernels"
+    shutil.copytree(PACKAGE, package)
+    (package / "linear" / "more.py").write_text(
+        "from ..runtime import checks\nfrom ... import fastcls\n", encoding="utf-8"
+    )
+    assert broken_rules(package) == ["linear/more.py:2: a relative import leaves the package: from ... import fastcls"]
+
+
 def test_command_replaces_only_what_it_wrote(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(assemble_hub.main)
