@@ -36,7 +36,7 @@ from fastcls_kernels.disentangled_attention import Buckets, _launch_disentangled
 from fastcls_kernels.embedding import _launch_embedding_layer_norm
 from fastcls_kernels.gated_activation import _launch_gated_activation
 from fastcls_kernels.layer_norm import launch_sum_add_layer_norm
-from fastcls_kernels.linear import _launch_linear
+from fastcls_kernels.linear.kernel import launch_linear
 from fastcls_kernels.linear.split import launch_split_linear
 from fastcls_kernels.mean_pool import _launch_mean_pool
 from fastcls_kernels.pooler_classifier import _launch_pooler_classifier
@@ -178,7 +178,7 @@ def launch_linear_gelu(arch: str, model: Model, dtype: torch.dtype, rows: int) -
     tile = linear_gelu_tile(arch, dtype, rows, model.hidden, model.ffn)
     if tile.BY == "triton":
         weight, bias = tensor(model.ffn, model.hidden, dtype=dtype), tensor(model.ffn, dtype=dtype)
-        _launch_linear(tensor(rows, model.hidden, dtype=dtype), weight, bias, "gelu", tile)
+        launch_linear(tensor(rows, model.hidden, dtype=dtype), weight, bias, "gelu", tile)
 
 
 def launch_invariant_linear(arch: str, model: Model, dtype: torch.dtype) -> None:
@@ -187,8 +187,8 @@ def launch_invariant_linear(arch: str, model: Model, dtype: torch.dtype) -> None
     up, down = (tensor(*shape, dtype=dtype) for shape in ((model.ffn, model.hidden), (model.hidden, model.ffn)))
     rows = tensor(4096, model.hidden, dtype=dtype)
     for activation in (None, "gelu"):
-        _launch_linear(rows, up, tensor(model.ffn, dtype=dtype), activation, tile)
-    _launch_linear(tensor(4096, model.ffn, dtype=dtype), down, None, None, tile)
+        launch_linear(rows, up, tensor(model.ffn, dtype=dtype), activation, tile)
+    launch_linear(tensor(4096, model.ffn, dtype=dtype), down, None, None, tile)
 
 
 def launch_linear_add_layer_norm(arch: str, model: Model, dtype: torch.dtype, rows: int) -> None:

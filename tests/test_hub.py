@@ -161,13 +161,22 @@ def test_package_keeps_the_rules_of_the_hub() -> None:
 def test_broken_rules_are_told_and_nothing_is_written(tmp_path: Path, line: str, told: str) -> None:
     package = tmp_path / "fastcls_kernels"
     shutil.copytree(PACKAGE, package)
-    number = len((package / "gated.py").read_text(encoding="utf-8").splitlines()) + 1 + line.count("\n")
-    with (package / "gated.py").open("a", encoding="utf-8") as file:
+    number = len((package / "gated_activation.py").read_text(encoding="utf-8").splitlines()) + 1 + line.count("\n")
+    with (package / "gated_activation.py").open("a", encoding="utf-8") as file:
         file.write(f"{line}\n")
     with pytest.raises(ValueError, match="the hub's rules are broken") as error:
         assemble(tmp_path / "hub", package=package)
-    assert f"gated.py:{number}: {told}" in str(error.value)
+    assert f"gated_activation.py:{number}: {told}" in str(error.value)
     assert not (tmp_path / "hub").exists()
+
+
+def test_a_folder_of_the_package_may_import_from_the_package_and_no_higher(tmp_path: Path) -> None:
+    package = tmp_path / "fastcls_kernels"
+    shutil.copytree(PACKAGE, package)
+    (package / "linear" / "more.py").write_text(
+        "from ..runtime import checks\nfrom ... import fastcls\n", encoding="utf-8"
+    )
+    assert broken_rules(package) == ["linear/more.py:2: a relative import leaves the package: from ... import fastcls"]
 
 
 def test_command_replaces_only_what_it_wrote(tmp_path: Path) -> None:

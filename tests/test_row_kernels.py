@@ -27,6 +27,7 @@ from fastcls_kernels import (
     use_backend,
     uses_onednn,
 )
+from fastcls_kernels.linear import cpu
 from fastcls_kernels.reference import (
     activation_reference,
     add_layer_norm_reference,
@@ -257,6 +258,20 @@ def test_linear(rows: int, width: int, columns: int, dtype: torch.dtype, with_bi
     assert bool(((actual.double() - exact).abs() <= product_bound(x, weight, bias) + rounding).all())
 
 
+def pretend_capability(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    look_at_the_machine_again(monkeypatch)
+
+
+def pretend_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    look_at_the_machine_again(monkeypatch)
+
+
+def look_at_the_machine_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_machine", cpu._machine.__wrapped__)
+
+
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 # The steepest that they get.
 SLOPES = {"gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0, "silu": 1.1, "tanh": 1.0}
@@ -345,7 +360,7 @@ def test_linear_activation_torch_path(
     activation: Activation,
     with_bias: bool,
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    pretend_capability(monkeypatch, capability)
     check_linear_activation(rows, 48, 50, dtype, torch_path, activation, with_bias)
 
 
@@ -356,7 +371,7 @@ def test_an_activation_is_the_one_of_its_name(
     monkeypatch: pytest.MonkeyPatch, activation: Activation, with_onednn: bool
 ) -> None:
     if not with_onednn:
-        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        pretend_no_onednn(monkeypatch)
     x = torch.linspace(-6, 6, 4001)[:, None]
     actual = linear_activation(x, torch.ones(1, 1), None, activation)
     # The two forms of GELU are nearest to each other.
@@ -440,7 +455,7 @@ def test_linear_add_layer_norm_torch_path(torch_path: str, dtype: torch.dtype, b
 def test_products_without_onednn_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = linear_inputs(20, 32, 24, torch.float32, "cpu")
     with_onednn = linear_gelu(*inputs)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    pretend_no_onednn(monkeypatch)
     exact = linear_gelu_reference(*(tensor.double() for tensor in inputs))
     assert_as_exact_as(linear_gelu(*inputs), eager_runs(linear_gelu_reference, *inputs), exact)
     assert torch.allclose(linear_gelu(*inputs), with_onednn, atol=float(product_bound(*inputs).max()) * 2)
@@ -451,7 +466,7 @@ def test_products_without_onednn_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_products_agree_whichever_library_a_cpu_goes_to(
     monkeypatch: pytest.MonkeyPatch, capability: str, rows: int
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    pretend_capability(monkeypatch, capability)
     inputs = linear_inputs(rows, 32, 24, torch.float32, "cpu")
     exact = linear_gelu_reference(*(tensor.double() for tensor in inputs))
     assert bool(((linear_gelu(*inputs).double() - exact).abs() <= 2 * product_bound(*inputs)).all())

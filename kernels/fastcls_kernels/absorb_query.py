@@ -1,9 +1,9 @@
-"""The queries of the [CLS] pass: of each selected row its query, with the key projection absorbed into it,
+"""The queries of the [CLS] pass: for each selected row its query, with the key projection absorbed into it,
 
     q̃_h = W_k,hᵀ (W_q,h x + b_q,h)
 
-(kernels/README.md derives why). A program takes BLOCK_B rows, a head and BLOCK_N columns of the result, and makes the
-head's query on the way: it is small, and its weights lie in the second-level cache.
+(kernels/README.md derives why). A program takes BLOCK_B rows, a head and BLOCK_N columns of the result. Each makes the
+head's query anew, since that is small and its weights lie in the second-level cache.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._tracing import traceable
+from ._ops import operator
 from .layer_norm import check_vector
-from .linear import linear, linear_per_head
+from .linear import linear_per_head_unchecked, linear_unchecked
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import check_head_dim, check_last_dim_contiguous, check_rows, check_tensor, num_rows_of
 from .runtime.split_precision import as_pair, pair_dot
@@ -23,12 +23,12 @@ from .runtime.triton import cdiv, head_block, jit, tl
 
 @jit(do_not_specialize=["num_rows"])
 def _absorb_query_kernel(
-    x_ptr,
-    rows_ptr,
-    query_weight_ptr,
-    query_bias_ptr,
-    key_weight_ptr,
-    out_ptr,
+    x_ptr,  # (total_tokens, WIDTH)
+    rows_ptr,  # (num_rows,) or None
+    query_weight_ptr,  # (NUM_HEADS * HEAD_DIM, WIDTH)
+    query_bias_ptr,  # (NUM_HEADS * HEAD_DIM,)
+    key_weight_ptr,  # (NUM_HEADS * HEAD_DIM, WIDTH)
+    out_ptr,  # (num_rows, NUM_HEADS, WIDTH)
     num_rows,
     stride_xt,
     stride_qw,
@@ -90,14 +90,15 @@ def _absorb_query_kernel(
 
 
 def _launch_absorb_query(
-    hidden_states: Tensor,
-    rows: Tensor | None,
-    query_weight: Tensor,
-    query_bias: Tensor,
-    key_weight: Tensor,
+    hidden_states: Tensor,  # (total_tokens, width)
+    rows: Tensor | None,  # (num_rows,)
+    query_weight: Tensor,  # (num_heads * head_dim, width)
+    query_bias: Tensor,  # (num_heads * head_dim,)
+    key_weight: Tensor,  # (num_heads * head_dim, width)
     num_heads: int,
     tile: RowsTile,
 ) -> Tensor:
+    """(num_rows, num_heads, width) float32."""
     num_rows, width = num_rows_of(hidden_states, rows), hidden_states.shape[1]
     head_dim = query_weight.shape[0] // num_heads
     out = hidden_states.new_empty(num_rows, num_heads, width, dtype=torch.float32)
@@ -131,7 +132,18 @@ def _launch_absorb_query(
     return out
 
 
-@traceable
+def _fake_absorb_query(
+    hidden_states: Tensor, rows: Tensor | None, _query_weight: Tensor, _bias: Tensor, _key_weight: Tensor, heads: int
+) -> Tensor:
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    return hidden_states.new_empty(num_rows_of(hidden_states, rows), heads, hidden_states.shape[1], dtype=dtype)
+
+
+@operator(
+    "(Tensor hidden_states, Tensor? rows, Tensor query_weight, Tensor query_bias, Tensor key_weight, "
+    "SymInt num_heads) -> Tensor",
+    fake=_fake_absorb_query,
+)
 def absorb_query(
     hidden_states: Tensor,
     rows: Tensor | None,
@@ -144,14 +156,14 @@ def absorb_query(
 
     Args:
         hidden_states: (total_tokens, width), float32, float16 or bfloat16, contiguous last dimension.
-        rows: (num_rows,), int32 or int64, contiguous: which rows; of [CLS], ``cu_seqlens[:-1]``. None for all.
+        rows: (num_rows,), int32 or int64, contiguous: which rows; for [CLS], ``cu_seqlens[:-1]``. None for all.
         query_weight, key_weight: (nheads * headdim, width), contiguous last dimension, head sizes from 4 to 128.
         query_bias: (nheads * headdim,). The keys' bias has no part in a softmax.
         num_heads: nheads.
 
     Returns:
-        (num_rows, nheads, width) in float32 (of float64, in float64): rounding it would cost more than rounding the
-        keys that it stands for.
+        (num_rows, nheads, width) in float32 (from float64, in float64): rounding it would cost more than rounding the
+        keys that it replaces.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -172,15 +184,26 @@ def absorb_query(
             )
     if num_heads < 1 or query_weight.shape[0] % num_heads:
         raise ValueError(f"num_heads must divide query_weight's {query_weight.shape[0]} rows, got {num_heads}")
-    head_dim = query_weight.shape[0] // num_heads
-    check_head_dim("query_weight", head_dim)
+    check_head_dim("query_weight", query_weight.shape[0] // num_heads)
     check_vector("query_bias", query_bias, query_weight.shape[0], hidden_states)
+    return absorb_query_unchecked(hidden_states, rows, query_weight, query_bias, key_weight, num_heads)
+
+
+def absorb_query_unchecked(
+    hidden_states: Tensor,
+    rows: Tensor | None,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """`absorb_query` of arguments that are known to fit."""
     if runs_triton(hidden_states):
         num_rows = num_rows_of(hidden_states, rows)
         tile = rows_tile(arch_of(hidden_states.device), "absorb_query", hidden_states.dtype, num_rows)
         return _launch_absorb_query(hidden_states, rows, query_weight, query_bias, key_weight, num_heads, tile)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     x = hidden_states if rows is None else hidden_states[rows]
-    query = linear(x.to(dtype), query_weight.to(dtype), query_bias.to(dtype))
-    heads = (num_heads, head_dim)
-    return linear_per_head(query.unflatten(1, heads), key_weight.to(dtype).unflatten(0, heads))
+    query = linear_unchecked(x.to(dtype), query_weight.to(dtype), query_bias.to(dtype))
+    heads = (num_heads, query_weight.shape[0] // num_heads)
+    return linear_per_head_unchecked(query.unflatten(1, heads), key_weight.to(dtype).unflatten(0, heads))

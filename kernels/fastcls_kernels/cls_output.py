@@ -1,9 +1,9 @@
-"""From the sums of the [CLS] pass to the attention block's output:
+"""The output of the attention block from the sums of the [CLS] pass:
 
     out = LayerNorm(Σ_h W_o,h (W_v,h s_h + b_v,h) + b_o + residual),
 
 where s_h are the weighted sums of rows that `cls_attention` gives. A program takes BLOCK_B rows, a head and BLOCK_N
-columns of the output; what the heads contribute stays apart, in float32, until the layer norm adds it up.
+columns of the output. It stores the head's part in float32, and the layer norm adds the parts up.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._tracing import traceable
-from .layer_norm import check_norm, check_vector, launch_sum_add_layer_norm
-from .linear import linear, linear_per_head
+from ._ops import operator
+from .layer_norm import check_norm, check_vector, fake_norm_and_sum, launch_sum_add_layer_norm
+from .linear import linear_per_head_unchecked, linear_unchecked
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import (
     check_device,
@@ -33,11 +33,11 @@ from .runtime.triton import cdiv, head_block, jit, tl
 
 @jit(do_not_specialize=["num_rows"])
 def _cls_output_kernel(
-    summed_ptr,
-    value_weight_ptr,
-    value_bias_ptr,
-    out_weight_ptr,
-    parts_ptr,
+    summed_ptr,  # (num_rows, NUM_HEADS, WIDTH)
+    value_weight_ptr,  # (NUM_HEADS * HEAD_DIM, WIDTH)
+    value_bias_ptr,  # (NUM_HEADS * HEAD_DIM,) or None
+    out_weight_ptr,  # (OUT_WIDTH, NUM_HEADS * HEAD_DIM)
+    parts_ptr,  # (num_rows, NUM_HEADS, OUT_WIDTH)
     num_rows,
     stride_sb,
     stride_sh,
@@ -103,9 +103,13 @@ def _cls_output_kernel(
 
 
 def _launch_cls_output(
-    summed: Tensor, value_weight: Tensor, value_bias: Tensor | None, out_weight: Tensor, tile: RowsTile
+    summed: Tensor,  # (num_rows, num_heads, width)
+    value_weight: Tensor,  # (num_heads * head_dim, width)
+    value_bias: Tensor | None,  # (num_heads * head_dim,)
+    out_weight: Tensor,  # (out_width, num_heads * head_dim)
+    tile: RowsTile,
 ) -> Tensor:
-    """(num_rows, nheads, out_width) float32, what each head contributes."""
+    """(num_rows, num_heads, out_width) float32, each head's part of the output."""
     num_rows, num_heads, width = summed.shape
     out_width = out_weight.shape[0]
     head_dim = value_weight.shape[0] // num_heads
@@ -175,7 +179,11 @@ def cls_output(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@traceable
+@operator(
+    "(Tensor summed, Tensor value_weight, Tensor? value_bias, Tensor out_weight, Tensor? out_bias, "
+    "Tensor hidden_states, Tensor? rows, Tensor norm_weight, Tensor? norm_bias, float eps, bool keep_sum) -> Tensor[]",
+    fake=lambda summed, *others: fake_norm_and_sum(others[4], summed.shape[0], keep_sum=others[-1]),
+)
 def cls_output(
     summed: Tensor,
     value_weight: Tensor,
@@ -190,24 +198,23 @@ def cls_output(
     *,
     keep_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Value projection, output projection, residual and layer norm behind `cls_attention`.
+    """Value projection, output projection, residual and layer norm after `cls_attention`.
 
     Args:
-        summed: (num_rows, nheads, width), what `cls_attention` gives, in hidden_states' dtype or float32.
+        summed: (num_rows, nheads, width), the result of `cls_attention`, in hidden_states' dtype or float32.
         value_weight: (nheads * headdim, width), contiguous last dimension, head sizes from 4 to 128.
         value_bias: (nheads * headdim,) or None.
         out_weight: (width, nheads * headdim), contiguous last dimension.
         out_bias, norm_bias: (width,) or None.
         norm_weight: (width,).
-        hidden_states: (total_tokens, width), float32, float16 or bfloat16: the layer's input, of which
-            rows are the residual.
-        rows: (num_rows,), int32 or int64, contiguous: which rows; of [CLS], ``cu_seqlens[:-1]``. None for all.
+        hidden_states: (total_tokens, width), float32, float16 or bfloat16: the layer's input, whose rows are the
+            residual.
+        rows: (num_rows,), int32 or int64, contiguous: which rows; for [CLS], ``cu_seqlens[:-1]``. None for all.
         eps: added to the variance.
-        keep_sum: whether the sum before the layer norm is wanted as well, as in a pre-norm encoder.
+        keep_sum: whether to return the sum before the layer norm as well, as a pre-norm encoder needs it.
 
     Returns:
-        (num_rows, width) in hidden_states' dtype; with keep_sum a pair of these, the layer norm and the sum that it was
-        taken of.
+        (num_rows, width) in hidden_states' dtype; with keep_sum a pair of these, the layer norm and the sum before it.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -246,19 +253,44 @@ def cls_output(
         ("hidden_states", hidden_states),
     ):
         check_last_dim_contiguous(name, tensor)
+    normed, attended = cls_output_unchecked(
+        *(summed, value_weight, value_bias, out_weight, out_bias, hidden_states, rows, norm_weight, norm_bias, eps),
+        keep_sum=keep_sum,
+    )
+    return (normed, attended) if keep_sum else normed
+
+
+def cls_output_unchecked(
+    summed: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    hidden_states: Tensor,
+    rows: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    keep_sum: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`cls_output` of arguments that are known to fit: the normed rows, and the rows that the next half adds to.
+
+    Those are the sum where it is kept, else the normed rows again.
+    """
+    num_rows, num_heads, width = summed.shape
     if runs_triton(hidden_states):
         tile = rows_tile(arch_of(hidden_states.device), "cls_output", hidden_states.dtype, num_rows)
         parts = _launch_cls_output(summed, value_weight, value_bias, out_weight, tile)
-        normed, attended = launch_sum_add_layer_norm(
+        return launch_sum_add_layer_norm(
             parts, out_bias, hidden_states, rows, norm_weight, norm_bias, eps, keep_sum=keep_sum
         )
-        return normed if attended is None else (normed, attended)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     per_head = value_weight.to(dtype).unflatten(0, (num_heads, -1)).transpose(1, 2)
-    context = linear_per_head(summed.to(dtype), per_head).flatten(1)
+    context = linear_per_head_unchecked(summed.to(dtype), per_head).flatten(1)
     if value_bias is not None:
         context = context + value_bias.to(dtype)
-    attended = linear(context.to(hidden_states.dtype), out_weight, out_bias)
+    attended = linear_unchecked(context.to(hidden_states.dtype), out_weight, out_bias)
     attended += hidden_states if rows is None else hidden_states[rows]
     normed = F.layer_norm(attended, (width,), norm_weight, norm_bias, eps)
-    return (normed, attended) if keep_sum else normed
+    return normed, attended if keep_sum else normed

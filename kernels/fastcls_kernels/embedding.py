@@ -1,7 +1,7 @@
 """The input of an encoder in one pass: out = LayerNorm(word[id] + type[type_id] + position[position_id]).
 
-One program gathers one token's three rows and normalises their sum in float32. An encoder may have no types and, where
-its attention knows of positions itself, no positions.
+One program gathers the three rows of one token and normalises their sum in float32. Types are optional, and so are
+positions, which some encoders leave to their attention.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._tracing import traceable
+from ._ops import operator
 from .layer_norm import check_norm, norm_warps, normalise_row
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import check_device, check_integers, check_range, check_tensor
@@ -18,15 +18,15 @@ from .runtime.triton import jit, next_power_of_2, tl
 
 @jit()
 def _embedding_layer_norm_kernel(
-    token_ids_ptr,
-    position_ids_ptr,
-    token_type_ids_ptr,
-    word_ptr,
-    position_ptr,
-    token_type_ptr,
-    weight_ptr,
-    norm_bias_ptr,
-    out_ptr,
+    token_ids_ptr,  # (num_tokens,)
+    position_ids_ptr,  # (num_tokens,) or None
+    token_type_ids_ptr,  # (num_tokens,) or None
+    word_ptr,  # (vocab_size, WIDTH)
+    position_ptr,  # (max_positions, WIDTH) or None
+    token_type_ptr,  # (type_vocab_size, WIDTH) or None
+    weight_ptr,  # (WIDTH,)
+    norm_bias_ptr,  # (WIDTH,) or None
+    out_ptr,  # (num_tokens, WIDTH)
     eps,
     HAS_POSITIONS: tl.constexpr,
     HAS_TYPES: tl.constexpr,
@@ -54,16 +54,17 @@ def _embedding_layer_norm_kernel(
 
 
 def _launch_embedding_layer_norm(
-    token_ids: Tensor,
-    position_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    word_table: Tensor,
-    position_table: Tensor | None,
-    token_type_table: Tensor | None,
-    weight: Tensor,
-    norm_bias: Tensor | None,
+    token_ids: Tensor,  # (num_tokens,)
+    position_ids: Tensor | None,  # (num_tokens,)
+    token_type_ids: Tensor | None,  # (num_tokens,)
+    word_table: Tensor,  # (vocab_size, width)
+    position_table: Tensor | None,  # (max_positions, width)
+    token_type_table: Tensor | None,  # (type_vocab_size, width)
+    weight: Tensor,  # (width,)
+    norm_bias: Tensor | None,  # (width,)
     eps: float,
 ) -> Tensor:
+    """(num_tokens, width) in word_table's dtype."""
     num_tokens, width = token_ids.shape[0], word_table.shape[1]
     out = word_table.new_empty(num_tokens, width)
     if out.numel() == 0:
@@ -92,7 +93,13 @@ def _launch_embedding_layer_norm(
     return out
 
 
-@traceable
+@operator(
+    "(Tensor token_ids, Tensor? position_ids, Tensor? token_type_ids, Tensor word_table, Tensor? position_table, "
+    "Tensor? token_type_table, Tensor weight, Tensor? norm_bias, float eps) -> Tensor",
+    fake=lambda token_ids, _positions, _types, word_table, *_: word_table.new_empty(
+        token_ids.shape[0], word_table.shape[1]
+    ),
+)
 def embedding_layer_norm(
     token_ids: Tensor,
     position_ids: Tensor | None,
@@ -108,13 +115,13 @@ def embedding_layer_norm(
 
     Args:
         token_ids: (num_tokens,), int32 or int64.
-        position_ids: the same; may be None where there is no position_table, and is not looked at then.
+        position_ids: the same; not read without a position_table, and may be None then.
         token_type_ids: the same, or None for type 0 everywhere.
         word_table: (vocab_size, width), float32, float16 or bfloat16, contiguous, width up to 16,384.
         position_table: (max_positions, width), in word_table's dtype, or None.
         token_type_table: (type_vocab_size, width), in word_table's dtype, or None.
         weight: (width,), the layer norm's own.
-        norm_bias: (width,), the layer norm's own, or None.
+        norm_bias: (width,) or None, the layer norm's own.
         eps: added to the variance.
 
     Returns:
@@ -127,7 +134,6 @@ def embedding_layer_norm(
             them before they are sent there.
     """
     check_tensor("word_table", word_table, "(vocab_size, width)")
-    width = word_table.shape[1]
     for name, table in (
         ("word_table", word_table),
         ("position_table", position_table),
@@ -145,25 +151,36 @@ def embedding_layer_norm(
             shape = tuple(token_type_ids.shape)
             raise ValueError(f"token_type_ids must be None where there is no token_type_table, got shape {shape}")
         _check_ids("token_type_ids", token_type_ids, token_ids, token_type_table)
-    check_norm(weight, norm_bias, width, word_table)
+    check_norm(weight, norm_bias, word_table.shape[1], word_table)
+    return embedding_layer_norm_unchecked(
+        *(token_ids, position_ids, token_type_ids, word_table, position_table, token_type_table),
+        *(weight, norm_bias, eps),
+    )
+
+
+def embedding_layer_norm_unchecked(
+    token_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    word_table: Tensor,
+    position_table: Tensor | None,
+    token_type_table: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """`embedding_layer_norm` of arguments that are known to fit."""
     if runs_triton(word_table):
         return _launch_embedding_layer_norm(
-            token_ids,
-            position_ids,
-            token_type_ids,
-            word_table,
-            position_table,
-            token_type_table,
-            weight,
-            norm_bias,
-            eps,
+            *(token_ids, position_ids, token_type_ids, word_table, position_table, token_type_table),
+            *(weight, norm_bias, eps),
         )
     summed = F.embedding(token_ids, word_table)
     if token_type_table is not None:
         summed += token_type_table[0] if token_type_ids is None else F.embedding(token_type_ids, token_type_table)
     if position_ids is not None and position_table is not None:
         summed += F.embedding(position_ids, position_table)
-    return F.layer_norm(summed, (width,), weight, norm_bias, eps)
+    return F.layer_norm(summed, (word_table.shape[1],), weight, norm_bias, eps)
 
 
 def _check_table(name: str, table: Tensor, word_table: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Gated activation, what stands in the middle of a GeGLU feed-forward: out = f(x[:, :size]) * x[:, size:].
+"""Gated activation, the middle of a GeGLU feed-forward: out = f(x[:, :size]) * x[:, size:].
 
 A program takes BLOCK_M rows and BLOCK_N columns of both halves, and rounds once, at the store.
 """
@@ -10,22 +10,22 @@ import functools
 import torch
 from torch import Tensor
 
-from ._tracing import traceable
+from ._ops import operator
 from .runtime.activations import Activation, activate_, activated, check_activation
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import check_last_dim_contiguous, check_tensor
-from .runtime.invariance import in_pieces_, is_batch_invariant
+from .runtime.invariance import choices, in_pieces_
 from .runtime.triton import cdiv, jit, tl
 
-# Eight numbers a thread, and widths of models are multiples of 128.
+# Eight numbers a thread; the widths of most models are multiples of 128.
 BLOCK_M = 8
 BLOCK_N = 128
 
 
 @jit(do_not_specialize=["num_tokens"])
 def _gated_activation_kernel(
-    x_ptr,
-    out_ptr,
+    x_ptr,  # (num_tokens, 2 * SIZE)
+    out_ptr,  # (num_tokens, SIZE)
     num_tokens,
     stride_xt,
     SIZE: tl.constexpr,
@@ -44,7 +44,11 @@ def _gated_activation_kernel(
     tl.store(out_ptr + offs_m[:, None] * SIZE + offs_n[None, :], out.to(out_ptr.dtype.element_ty), mask=in_tile)
 
 
-def _launch_gated_activation(hidden_states: Tensor, activation: Activation) -> Tensor:
+def _launch_gated_activation(
+    hidden_states: Tensor,  # (num_tokens, 2 * size)
+    activation: Activation,
+) -> Tensor:
+    """(num_tokens, size) in hidden_states' dtype."""
     num_tokens, size = hidden_states.shape[0], hidden_states.shape[1] // 2
     out = hidden_states.new_empty(num_tokens, size)
     if out.numel() == 0:
@@ -65,7 +69,10 @@ def _launch_gated_activation(hidden_states: Tensor, activation: Activation) -> T
     return out
 
 
-@traceable
+@operator(
+    '(Tensor hidden_states, str activation="gelu") -> Tensor',
+    fake=lambda hidden_states, *_: hidden_states.new_empty(hidden_states.shape[0], hidden_states.shape[1] // 2),
+)
 def gated_activation(hidden_states: Tensor, activation: Activation = "gelu") -> Tensor:
     """``activation(first half of the columns) * second half``, computed in float32.
 
@@ -85,11 +92,16 @@ def gated_activation(hidden_states: Tensor, activation: Activation = "gelu") -> 
         raise ValueError(f"hidden_states must have an even number of columns, got {tuple(hidden_states.shape)}")
     check_last_dim_contiguous("hidden_states", hidden_states)
     check_activation(activation)
+    return gated_activation_unchecked(hidden_states, activation)
+
+
+def gated_activation_unchecked(hidden_states: Tensor, activation: Activation) -> Tensor:
+    """`gated_activation` of arguments that are known to fit."""
     if runs_triton(hidden_states):
         return _launch_gated_activation(hidden_states, activation)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     x, gate = hidden_states.chunk(2, dim=1)
     activate = functools.partial(activate_, activation)
     x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    x = in_pieces_(activate, x) if is_batch_invariant() else activate(x)
+    x = activate(x) if choices().whole_pointwise else in_pieces_(activate, x)
     return x.mul_(gate).to(hidden_states.dtype)

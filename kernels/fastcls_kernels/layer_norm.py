@@ -1,29 +1,36 @@
-"""Layer norm with everything that stands before it in a post-norm encoder:
+"""Layer norm and the additions before it:
 
     out = (s - mean(s)) / sqrt(var(s) + eps) * weight + norm_bias,    s = hidden_states + bias + residual,
 
-where ``bias`` is that of the product that made ``hidden_states``. One program normalises one row, in float32. A product
-may come as float32 parts that are still to be summed, always in the same order. A pre-norm encoder goes on with s as
-well, which is then stored beside the norm.
+where ``bias`` belongs to the product that made ``hidden_states``. One program normalises one row, in float32. The
+product may come as float32 parts, which the program sums in their order. A pre-norm encoder also reads s, so the kernel
+can store it.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._tracing import traceable
+from ._ops import operator
 from .runtime.backend import device_guard, runs_triton
-from .runtime.checks import check_last_dim_contiguous, check_rows, check_tensor
+from .runtime.checks import check_last_dim_contiguous, check_rows, check_tensor, num_rows_of
 from .runtime.triton import jit, next_power_of_2, tl
 
 MAX_WIDTH = 16384
 
 
 class AddNorm(NamedTuple):
-    """A layer norm that is still to be taken: what `add_layer_norm` takes besides ``hidden_states``."""
+    """A layer norm that another operation takes first: the arguments of `add_layer_norm` after ``hidden_states``.
+
+    Attributes:
+        bias: (width,) or None.
+        residual: (num_tokens, width).
+        weight, norm_bias: (width,).
+        eps: added to the variance.
+    """
 
     bias: Tensor | None
     residual: Tensor
@@ -34,9 +41,16 @@ class AddNorm(NamedTuple):
 
 @jit()
 def normalise_row(
-    row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, HAS_NORM_BIAS: tl.constexpr, WIDTH: tl.constexpr
+    row,  # [BLOCK_W]
+    weight_ptr,  # (WIDTH,)
+    norm_bias_ptr,  # (WIDTH,) or None
+    offs_w,  # [BLOCK_W]
+    in_width,  # [BLOCK_W]
+    eps,
+    HAS_NORM_BIAS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Layer norm of one row held in registers; shared with the embedding kernel."""
+    """Layer norm of one row in registers; the embedding kernel shares it."""
     mean = tl.sum(row, 0) / WIDTH
     centred = tl.where(in_width, row - mean, 0.0)
     variance = tl.sum(centred * centred, 0) / WIDTH
@@ -49,14 +63,14 @@ def normalise_row(
 
 @jit()
 def _add_layer_norm_kernel(
-    x_ptr,
-    bias_ptr,
-    residual_ptr,
-    rows_ptr,
-    weight_ptr,
-    norm_bias_ptr,
-    sum_ptr,
-    out_ptr,
+    x_ptr,  # (num_tokens, PARTS, WIDTH)
+    bias_ptr,  # (WIDTH,) or None
+    residual_ptr,  # (num_tokens, WIDTH) or None
+    rows_ptr,  # (num_rows,) or None
+    weight_ptr,  # (WIDTH,)
+    norm_bias_ptr,  # (WIDTH,) or None
+    sum_ptr,  # (num_rows, WIDTH) or None
+    out_ptr,  # (num_rows, WIDTH)
     eps,
     stride_xt,
     stride_xp,
@@ -99,24 +113,24 @@ def _add_layer_norm_kernel(
 
 
 def launch_sum_add_layer_norm(
-    parts: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    rows: Tensor | None,
-    weight: Tensor,
-    norm_bias: Tensor | None,
+    parts: Tensor,  # (num_tokens, num_parts, width)
+    bias: Tensor | None,  # (width,)
+    residual: Tensor | None,  # (num_tokens, width)
+    rows: Tensor | None,  # (num_rows,)
+    weight: Tensor,  # (width,)
+    norm_bias: Tensor | None,  # (width,)
     eps: float,
     *,
     gather_parts: bool = False,
     keep_sum: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Layer norm of the sum of ``parts`` (num_tokens, num_parts, width), ``bias`` and ``residual``, in weight's dtype.
+) -> tuple[Tensor, Tensor]:
+    """Layer norm of the sum of ``parts``, ``bias`` and ``residual``; then that sum with ``keep_sum``, else the norm.
 
-    ``rows``, (num_rows,) int32 or int64, says which rows of ``residual`` are meant, and with ``gather_parts`` of both.
-    The second result is the sum, None without ``keep_sum``.
+    ``rows`` selects rows of ``residual``, and with ``gather_parts`` of ``parts`` as well. Both results are (num_rows,
+    width) in weight's dtype.
     """
-    num_tokens, num_parts, width = parts.shape
-    num_rows = num_tokens if rows is None else rows.shape[0]
+    num_parts, width = parts.shape[1:]
+    num_rows = num_rows_of(parts, rows)
     out = weight.new_empty(num_rows, width)
     summed = weight.new_empty(num_rows, width) if keep_sum else None
     if out.numel() > 0:
@@ -147,16 +161,16 @@ def launch_sum_add_layer_norm(
                 num_warps=norm_warps(width),
                 enable_fp_fusion=True,
             )
-    return out, summed
+    return out, out if summed is None else summed
 
 
 def norm_warps(width: int) -> int:
-    """Warps for one row: some 8 numbers a thread, at most 16 warps."""
+    """Warps for one row: about 8 numbers a thread, at most 16 warps."""
     return min(16, max(1, next_power_of_2(width) // 256))
 
 
 def check_norm(weight: Tensor, norm_bias: Tensor | None, width: int, like: Tensor) -> None:
-    """Checks a layer norm's weight and bias, which every norm kernel takes."""
+    """Checks a layer norm's weight and bias."""
     if not 1 <= width <= MAX_WIDTH:
         raise ValueError(f"the width must be from 1 to {MAX_WIDTH}, got {width}")
     check_vector("weight", weight, width, like)
@@ -165,14 +179,17 @@ def check_norm(weight: Tensor, norm_bias: Tensor | None, width: int, like: Tenso
 
 
 def check_vector(name: str, tensor: Tensor, width: int, like: Tensor) -> None:
-    """Checks one contiguous (width,) vector of ``like``'s dtype and device."""
+    """Checks a contiguous (width,) vector, in ``like``'s dtype and on its device."""
     check_tensor(name, tensor, "(width,)", like=like)
     if tensor.shape[0] != width:
         raise ValueError(f"{name} must have shape ({width},), got {tuple(tensor.shape)}")
     check_last_dim_contiguous(name, tensor)
 
 
-@traceable
+@operator(
+    "(Tensor hidden_states, Tensor weight, Tensor? norm_bias, float eps) -> Tensor",
+    fake=lambda hidden_states, *_: hidden_states.new_empty(hidden_states.shape),
+)
 def layer_norm(hidden_states: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm of each row.
 
@@ -190,12 +207,21 @@ def layer_norm(hidden_states: Tensor, weight: Tensor, norm_bias: Tensor | None, 
         ValueError: a shape, stride or device that does not fit.
     """
     check_tensor("hidden_states", hidden_states, "(num_tokens, width)")
-    width = hidden_states.shape[1]
-    check_norm(weight, norm_bias, width, hidden_states)
+    check_norm(weight, norm_bias, hidden_states.shape[1], hidden_states)
     check_last_dim_contiguous("hidden_states", hidden_states)
+    return layer_norm_unchecked(hidden_states, weight, norm_bias, eps)
+
+
+def layer_norm_unchecked(hidden_states: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float) -> Tensor:
+    """`layer_norm` of arguments that are known to fit."""
     if runs_triton(hidden_states):
         return launch_sum_add_layer_norm(hidden_states.unsqueeze(1), None, None, None, weight, norm_bias, eps)[0]
-    return F.layer_norm(hidden_states, (width,), weight, norm_bias, eps)
+    return F.layer_norm(hidden_states, (hidden_states.shape[1],), weight, norm_bias, eps)
+
+
+def fake_norm_and_sum(like: Tensor, num_rows: Any, keep_sum: bool) -> list[Tensor]:
+    """What an operator with ``keep_sum`` gives, unfilled: (num_rows, width) tensors in the dtype of ``like``."""
+    return [like.new_empty(num_rows, like.shape[1]) for _ in range(1 + keep_sum)]
 
 
 @overload
@@ -226,7 +252,13 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@traceable
+@operator(
+    "(Tensor hidden_states, Tensor? bias, Tensor residual, Tensor weight, Tensor? norm_bias, float eps, Tensor? rows, "
+    "bool keep_sum) -> Tensor[]",
+    fake=lambda x, _bias, _residual, _weight, _norm_bias, _eps, rows, keep_sum: fake_norm_and_sum(
+        x, num_rows_of(x, rows), keep_sum
+    ),
+)
 def add_layer_norm(
     hidden_states: Tensor,
     bias: Tensor | None,
@@ -242,17 +274,17 @@ def add_layer_norm(
 
     Args:
         hidden_states: (num_tokens, width), float32, float16 or bfloat16, width up to 16,384.
-        bias: (width,), the bias of the product that made ``hidden_states``, or None.
+        bias: (width,) or None: of the product that made ``hidden_states``.
         residual: (num_tokens, width).
         weight: (width,), the layer norm's own.
-        norm_bias: (width,), the layer norm's own, or None.
+        norm_bias: (width,) or None, the layer norm's own.
         eps: added to the variance.
-        rows: (num_rows,), int32 or int64, contiguous: which rows alone are wanted, or None for all.
-        keep_sum: whether the sum is wanted as well, as in a pre-norm encoder.
+        rows: (num_rows,), int32 or int64, contiguous: the rows to compute, or None for all.
+        keep_sum: whether to return the sum as well, as a pre-norm encoder needs it.
 
     Returns:
         (num_tokens or num_rows, width), contiguous, in hidden_states' dtype; with keep_sum a pair of these, the layer
-        norm and the sum that it was taken of.
+        norm and the sum before it.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -262,24 +294,43 @@ def add_layer_norm(
     check_add_norm(hidden_states, bias, residual, weight, norm_bias, eps)
     if rows is not None:
         check_rows("rows", rows, hidden_states)
+    normed, summed = _norm_and_sum(hidden_states, bias, residual, weight, norm_bias, eps, rows, keep_sum)
+    return (normed, summed) if keep_sum else normed
+
+
+def add_layer_norm_unchecked(
+    hidden_states: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """`add_layer_norm` of arguments that are known to fit, without the sum."""
+    return _norm_and_sum(hidden_states, bias, residual, weight, norm_bias, eps, rows, keep_sum=False)[0]
+
+
+def _norm_and_sum(
+    hidden_states: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    rows: Tensor | None,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor]:
     if runs_triton(hidden_states):
-        normed, summed = launch_sum_add_layer_norm(
-            hidden_states.unsqueeze(1),
-            bias,
-            residual,
-            rows,
-            weight,
-            norm_bias,
-            eps,
+        return launch_sum_add_layer_norm(
+            *(hidden_states.unsqueeze(1), bias, residual, rows, weight, norm_bias, eps),
             gather_parts=rows is not None,
             keep_sum=keep_sum,
         )
-        return normed if summed is None else (normed, summed)
     summed = hidden_states + residual if rows is None else hidden_states[rows] + residual[rows]
     if bias is not None:
         summed += bias
-    normed = F.layer_norm(summed, (hidden_states.shape[1],), weight, norm_bias, eps)
-    return (normed, summed) if keep_sum else normed
+    return F.layer_norm(summed, (hidden_states.shape[1],), weight, norm_bias, eps), summed
 
 
 def check_add_norm(

@@ -1,4 +1,4 @@
-"""Where each sequence lies in a packed tensor, and what the operations derive from it once for many calls."""
+"""Where each sequence lies in a packed tensor, and the tables that follow from it, made once for many calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._ops import Members
 from .runtime.checks import check_device
-from .runtime.invariance import is_batch_invariant
+from .runtime.invariance import choices
 from .runtime.tile_map import launch_sequence_tiles, row_bounds
 
 # More than any position, so that a sequence's first row and a position in it make one 64-bit key.
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
     def batch(self, tokens: Tensor) -> Tensor:
         """The run's rows of a packed tensor as a view of shape (num_sequences, length, ...)."""
-        # Not unflatten, which takes several times as long, and is called often.
+        # Not unflatten, which takes several times as long; this is called often.
         return tokens[self.start_token : self.end_token].view(self.num_sequences, self.length, *tokens.shape[1:])
 
     def sequences(self, rows: Tensor) -> Tensor:
@@ -50,9 +50,9 @@ class PackedLayout:
         max_seqlen: the longest sequence, in tokens, or any bound above it.
         total_tokens: rows of the packed tensors, at least ``cu_seqlens[-1]``; the rows after that belong to no
             sequence.
-        positions: (total_tokens,), int32, contiguous: where each row stands in its own sequence, if some that stood
-            between them were left out; rising from one row to the next inside a sequence, from at least 0. None for
-            0, 1, 2, ... in each. Checked by value on the CPU, as ``cu_seqlens``.
+        positions: (total_tokens,), int32, contiguous: each row's place in its own sequence, where rows in between were
+            left out; rising from one row to the next inside a sequence, from at least 0. None for 0, 1, 2, ... in each.
+            Checked by value on the CPU, as ``cu_seqlens``.
 
     Raises:
         TypeError: ``cu_seqlens`` or ``positions`` is not an int32 tensor, or ``max_seqlen`` not an int.
@@ -134,7 +134,7 @@ class PackedLayout:
         check_device("positions", positions, self.cu_seqlens)
 
     def _check_position_values(self, positions: Tensor) -> None:
-        # A sequence's first row, and the one after the last, have none before them.
+        # No row comes before the first of a sequence, nor before the one after the last.
         before = torch.nn.functional.pad(positions, (1, 0))
         before[self.cu_seqlens.long()] = -1
         last = int(self.cu_seqlens[-1])
@@ -184,7 +184,7 @@ class PackedLayout:
 
     def _window_of_rows(self, left: int, right: int) -> tuple[Tensor, Tensor]:
         starts, ends = self.row_bounds
-        # No wider than the packing, for the sake of 32 bits.
+        # Clamped to the packing, so that sums stay within 32 bits.
         if left >= 0:
             starts = torch.maximum(starts, self._rows - min(left, self.total_tokens)) * (ends > 0)
         if right >= 0:
@@ -195,11 +195,11 @@ class PackedLayout:
         starts, ends = self.row_bounds
         first = starts.long() * _MAX_POSITIONS
         positions = self.token_positions.long()
-        # Rising over the whole packing; the rows after the last sequence come last.
+        # Keys rise over the whole packing; the rows after the last sequence come last.
         keys = first + positions + (ends == 0) * (self.total_tokens * _MAX_POSITIONS)
         if left >= 0:
             lowest = first + (positions - min(left, _MAX_POSITIONS)).clamp(min=0)
-            # 0 as well where a row belongs to no sequence: its start and its position are.
+            # 0 as well where a row belongs to no sequence, since its start and its position are 0.
             starts = torch.searchsorted(keys, lowest, out_int32=True)
         if right >= 0:
             highest = first + (positions + min(right, _MAX_POSITIONS)).clamp(max=_MAX_POSITIONS - 1)
@@ -207,9 +207,9 @@ class PackedLayout:
         return starts, ends
 
     def sequence_tiles(self, block_m: int) -> Tensor:
-        """(num_tiles, 4) int32: where tiles of ``block_m`` rows lie that hold rows of one sequence each.
+        """(num_tiles, 4) int32: tiles of ``block_m`` rows, each with rows of one sequence only.
 
-        For the kernels (tile_map.py says what stands there); computed on the tensor's device without waiting for it.
+        For the kernels (runtime/tile_map.py names the columns); computed on the tensor's device without waiting for it.
         """
         if block_m not in self._sequence_tiles:
             self._sequence_tiles[block_m] = launch_sequence_tiles(self.cu_seqlens, self.total_tokens, block_m)
@@ -219,18 +219,18 @@ class PackedLayout:
     def runs(self) -> list[Run]:
         """Runs of neighbouring sequences of one length; zero-length sequences belong to none.
 
-        How the PyTorch paths batch sequences without padding or copies: sorting by length makes the fewest runs. With
-        `batch_invariant` each sequence is a run of its own, so that every product with it has its own shape.
+        The PyTorch paths batch by them, without padding or copies; sorting by length makes the fewest. With
+        `batch_invariant` each sequence is a run of its own, so that the shape of its products depends on it alone.
         Waits for the device where ``cu_seqlens`` is on one.
         """
-        return self._single_runs if is_batch_invariant() else self._shared_runs
+        return self._shared_runs if choices().joined_texts else self._single_runs
 
     def has_gaps(self, run: Run) -> bool:
-        """Whether rows of a run may stand at other distances than their places in the packing say.
+        """Whether positions in a run may differ from the rows' places in their sequences.
 
-        With `batch_invariant` it is that of the run alone; otherwise that any sequence has gaps is enough.
+        With `batch_invariant` the run's own positions decide; otherwise gaps in any sequence are enough.
         """
-        if self.positions is None or not is_batch_invariant():
+        if self.positions is None or choices().joined_texts:
             return self.positions is not None
         first, last = self.positions[run.start_token], self.positions[run.end_token - 1]
         return int(last - first) + 1 > run.length

@@ -20,7 +20,13 @@ BLOCK_W = 64
 
 @jit()
 def _mean_pool_kernel(
-    x_ptr, cu_seqlens_ptr, out_ptr, stride_xt, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr
+    x_ptr,  # (total_tokens, WIDTH)
+    cu_seqlens_ptr,  # (num_sequences + 1,)
+    out_ptr,  # (num_sequences, WIDTH)
+    stride_xt,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
     offs_t = tl.arange(0, BLOCK_T)
@@ -42,7 +48,11 @@ def _mean_pool_kernel(
     tl.store(out_ptr + sequence * WIDTH + offs_w, mean.to(out_ptr.dtype.element_ty), mask=in_width)
 
 
-def _launch_mean_pool(hidden_states: Tensor, layout: PackedLayout) -> Tensor:
+def _launch_mean_pool(
+    hidden_states: Tensor,  # (total_tokens, width)
+    layout: PackedLayout,
+) -> Tensor:
+    """(num_sequences, width) in hidden_states' dtype."""
     width = hidden_states.shape[1]
     out = hidden_states.new_empty(layout.num_sequences, width)
     if out.numel() == 0:
@@ -84,7 +94,7 @@ def mean_pool(
         hidden_states: (total_tokens, width), float32, float16 or bfloat16, contiguous last dimension.
         cu_seqlens: (num_sequences + 1,), int32: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``. Rows from
             ``cu_seqlens[-1]`` on belong to no sequence.
-        max_seqlen: the longest sequence, in tokens, or any bound above it. It chooses nothing and compiles nothing.
+        max_seqlen: the longest sequence, in tokens, or any bound above it. Nothing is chosen or compiled by it.
         layout: ``PackedLayout(cu_seqlens, max_seqlen, total_tokens)``, for callers that use one packing many times.
 
     Returns:
@@ -97,7 +107,11 @@ def mean_pool(
     """
     check_tensor("hidden_states", hidden_states, "(total_tokens, width)")
     check_last_dim_contiguous("hidden_states", hidden_states)
-    layout = PackedLayout.of(hidden_states, cu_seqlens, max_seqlen, layout)
+    return mean_pool_unchecked(hidden_states, PackedLayout.of(hidden_states, cu_seqlens, max_seqlen, layout))
+
+
+def mean_pool_unchecked(hidden_states: Tensor, layout: PackedLayout) -> Tensor:
+    """`mean_pool` of arguments that are known to fit."""
     if runs_triton(hidden_states):
         return _launch_mean_pool(hidden_states, layout)
     return _mean_pool_runs(hidden_states, layout)

@@ -1,7 +1,7 @@
-"""The classifier on top of a pooler, as BERT has them: logits = W_c f(W_p x + b_p) + b_c, with tanh or another f.
+"""A classifier on top of a pooler, as in BERT: logits = W_c f(W_p x + b_p) + b_c, with an activation f, usually tanh.
 
-A program makes BLOCK_N numbers of the pooled rows and multiplies them by their part of the classifier at once; a second
-kernel adds these parts up. The pooled rows are never stored.
+A program makes BLOCK_N columns of the pooled rows and multiplies them by their part of the classifier at once, and a
+second kernel adds the parts up. The pooled rows are never stored.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._tracing import traceable
+from ._ops import operator
 from .layer_norm import check_vector
-from .linear import linear, linear_activation
+from .linear import linear_activation_unchecked, linear_unchecked
 from .runtime.activations import Activation, activated, check_activation
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import check_last_dim_contiguous, check_tensor
@@ -22,11 +22,11 @@ from .runtime.triton import cdiv, jit, next_power_of_2, tl
 
 @jit(do_not_specialize=["num_rows"])
 def _pooler_classifier_kernel(
-    x_ptr,
-    pooler_weight_ptr,
-    pooler_bias_ptr,
-    classifier_weight_ptr,
-    parts_ptr,
+    x_ptr,  # (num_rows, WIDTH)
+    pooler_weight_ptr,  # (POOLED, WIDTH)
+    pooler_bias_ptr,  # (POOLED,)
+    classifier_weight_ptr,  # (LABELS, POOLED)
+    parts_ptr,  # (num_rows, ceil(POOLED / BLOCK_N), LABELS)
     num_rows,
     stride_xb,
     stride_pw,
@@ -85,7 +85,14 @@ def _pooler_classifier_kernel(
 
 
 @jit()
-def _sum_parts_kernel(parts_ptr, bias_ptr, out_ptr, PARTS: tl.constexpr, LABELS: tl.constexpr, BLOCK_L: tl.constexpr):
+def _sum_parts_kernel(
+    parts_ptr,  # (num_rows, PARTS, LABELS)
+    bias_ptr,  # (LABELS,)
+    out_ptr,  # (num_rows, LABELS)
+    PARTS: tl.constexpr,
+    LABELS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     offs_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     in_labels = offs_l < LABELS
@@ -97,14 +104,15 @@ def _sum_parts_kernel(parts_ptr, bias_ptr, out_ptr, PARTS: tl.constexpr, LABELS:
 
 
 def _launch_pooler_classifier(
-    cls_states: Tensor,
-    pooler_weight: Tensor,
-    pooler_bias: Tensor,
-    classifier_weight: Tensor,
-    classifier_bias: Tensor,
+    cls_states: Tensor,  # (num_rows, width)
+    pooler_weight: Tensor,  # (pooled_width, width)
+    pooler_bias: Tensor,  # (pooled_width,)
+    classifier_weight: Tensor,  # (num_labels, pooled_width)
+    classifier_bias: Tensor,  # (num_labels,)
     activation: Activation,
     tile: RowsTile,
 ) -> Tensor:
+    """(num_rows, num_labels) in cls_states' dtype."""
     num_rows, width = cls_states.shape
     num_labels, pooled_width = classifier_weight.shape
     out = cls_states.new_empty(num_rows, num_labels)
@@ -150,7 +158,13 @@ def _launch_pooler_classifier(
     return out
 
 
-@traceable
+@operator(
+    "(Tensor cls_states, Tensor pooler_weight, Tensor pooler_bias, Tensor classifier_weight, Tensor classifier_bias, "
+    "str activation) -> Tensor",
+    fake=lambda cls_states, _weight, _bias, classifier_weight, *_: cls_states.new_empty(
+        cls_states.shape[0], classifier_weight.shape[0]
+    ),
+)
 def pooler_classifier(
     cls_states: Tensor,
     pooler_weight: Tensor,
@@ -191,10 +205,24 @@ def pooler_classifier(
     check_vector("pooler_bias", pooler_bias, pooler_weight.shape[0], cls_states)
     check_vector("classifier_bias", classifier_bias, classifier_weight.shape[0], cls_states)
     check_activation(activation)
+    return pooler_classifier_unchecked(
+        cls_states, pooler_weight, pooler_bias, classifier_weight, classifier_bias, activation
+    )
+
+
+def pooler_classifier_unchecked(
+    cls_states: Tensor,
+    pooler_weight: Tensor,
+    pooler_bias: Tensor,
+    classifier_weight: Tensor,
+    classifier_bias: Tensor,
+    activation: Activation = "tanh",
+) -> Tensor:
+    """`pooler_classifier` of arguments that are known to fit."""
     if runs_triton(cls_states):
         tile = rows_tile(arch_of(cls_states.device), "pooler_classifier", cls_states.dtype, cls_states.shape[0])
         return _launch_pooler_classifier(
             cls_states, pooler_weight, pooler_bias, classifier_weight, classifier_bias, activation, tile
         )
-    pooled = linear_activation(cls_states, pooler_weight, pooler_bias, activation)
-    return linear(pooled, classifier_weight, classifier_bias)
+    pooled = linear_activation_unchecked(cls_states, pooler_weight, pooler_bias, activation)
+    return linear_unchecked(pooled, classifier_weight, classifier_bias)

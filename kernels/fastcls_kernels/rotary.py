@@ -1,6 +1,6 @@
-"""Rotary positions in place: each head's halves (a, b) become (a cos - b sin, b cos + a sin), angles by position.
+"""Rotary positions in place: each head's halves (a, b) become (a cos - b sin, b cos + a sin), with angles by position.
 
-One program turns one token's heads, or a block of them, so that its row of cosines and sines is read once.
+One program turns the heads of one token, or a block of them, so that it reads the row of cosines and sines once.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._tracing import traceable
+from ._ops import operator
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import (
     check_device,
@@ -25,10 +25,10 @@ MAX_BLOCK_H = 32
 
 @jit()
 def _rotary_kernel(
-    x_ptr,
-    positions_ptr,
-    cos_ptr,
-    sin_ptr,
+    x_ptr,  # (total_tokens, NUM_HEADS, 2 * HALF)
+    positions_ptr,  # (total_tokens,)
+    cos_ptr,  # (max_positions, HALF)
+    sin_ptr,  # (max_positions, HALF)
     stride_xt,
     stride_xh,
     NUM_HEADS: tl.constexpr,
@@ -54,7 +54,12 @@ def _rotary_kernel(
     tl.store(second_ptr, (second * cos + first * sin).to(x_ptr.dtype.element_ty), mask=in_heads)
 
 
-def _launch_rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _launch_rotary(
+    x: Tensor,  # (total_tokens, num_heads, head_dim)
+    positions: Tensor,  # (total_tokens,)
+    cos: Tensor,  # (max_positions, head_dim // 2)
+    sin: Tensor,  # (max_positions, head_dim // 2)
+) -> None:
     total_tokens, num_heads, head_dim = x.shape
     if x.numel() == 0:
         return
@@ -72,7 +77,7 @@ def _launch_rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> No
             HALF=half,
             BLOCK_H=block_h,
             BLOCK_D=block_d,
-            # Eight neighbouring numbers of each half a thread.
+            # A thread takes eight neighbouring numbers of each half.
             num_warps=max(block_h * block_d // 256, 1),
             enable_fp_fusion=True,
         )
@@ -83,27 +88,27 @@ def _rotate_halves(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> No
     cos, sin = (table[positions].to(wide.dtype).unsqueeze(1) for table in (cos, sin))
     first, second = wide.chunk(2, -1)
     crossed = first * sin
-    # Not addcmul_, whose vectors and remainders a compiler may round differently.
+    # Not addcmul_: a compiler may round its vectors and its remainders differently.
     first.mul_(cos).sub_(second * sin)
     second.mul_(cos).add_(crossed)
     if wide is not x:
         x.copy_(wide)
 
 
-@traceable
+@operator("(Tensor(a0!) x, Tensor positions, Tensor cos, Tensor sin) -> ()", fake=lambda *_: None)
 def apply_rotary_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each head by its token's position, in place.
 
     Args:
         x: (total_tokens, nheads, headdim), float32, float16 or bfloat16, even head sizes from 4 to 128. Any strides
-            with a contiguous last dimension: of a fused projection the queries and keys are turned at once, as twice
-            as many heads.
+            with a contiguous last dimension: the queries and keys of a fused projection can be turned in one call, as
+            twice as many heads.
         positions: (total_tokens,), int32 or int64, contiguous.
         cos, sin: (max_positions, headdim // 2), float32, contiguous: of each position's angles.
 
     Returns:
-        x, whose first half h1 and second half h2 of each head became h1 cos - h2 sin and h2 cos + h1 sin (the form
-        that transformers calls ``rotate_half``). Computed in float32 and rounded once.
+        x. The first half h1 and second half h2 of each head became h1 cos - h2 sin and h2 cos + h1 sin (the form that
+        transformers calls ``rotate_half``), computed in float32 and rounded once.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -127,6 +132,11 @@ def apply_rotary_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Ten
     if sin.shape != cos.shape:
         raise ValueError(f"sin must have cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}")
     check_range("positions", positions, cos.shape[0])
+    return apply_rotary_unchecked_(x, positions, cos, sin)
+
+
+def apply_rotary_unchecked_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rotary_` of arguments that are known to fit."""
     if runs_triton(x):
         _launch_rotary(x, positions, cos, sin)
     else:

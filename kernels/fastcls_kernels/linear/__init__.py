@@ -1,216 +1,59 @@
-"""Matrix products: f(x weightᵀ + bias) in one kernel, and what cuBLAS or oneDNN does best: the plain product, and
-activations after it.
+"""Matrix products: f(x weightᵀ + bias), a product by head, and layer_norm(x weightᵀ + bias + residual).
 
-One program makes a BLOCK_M x BLOCK_N tile of the output, adds the bias and applies the activation while the sums are
-still in float32 registers. Programs walk the output in groups of rows, so that those running at the same time share
-their weights in the second-level cache. Whether that or a library's product is the faster one depends on the chip and
-the shape, and stands in its table (tuning.py), measured with a GELU behind it. With `batch_invariant` the kernel makes
-every product, in one tile.
+On a GPU a chip's table (runtime/tile_tables.py) says by shape whether our kernel (kernel.py), our partial products
+(split.py) or cuBLAS is the fastest; with `batch_invariant` our kernel makes every product, in one tile. On a CPU cpu.py
+chooses the library.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._tracing import traceable
-from ..layer_norm import check_norm, check_vector, launch_sum_add_layer_norm
-from ..runtime.activations import Activation, activate_, activated, check_activation
-from ..runtime.backend import device_guard, runs_triton
+from .._ops import operator
+from ..layer_norm import check_norm, check_vector, fake_norm_and_sum, launch_sum_add_layer_norm
+from ..runtime.activations import Activation, activate_, check_activation
+from ..runtime.backend import runs_triton
 from ..runtime.checks import check_last_dim_contiguous, check_tensor
-from ..runtime.invariance import in_blocks, in_pieces_, is_batch_invariant
-from ..runtime.tile_tables import GeluTile, arch_of, invariant_linear_tile, linear_gelu_tile, linear_norm_tile
-from ..runtime.tma import descriptor, is_aligned
-from ..runtime.triton import cdiv, jit, tl
+from ..runtime.invariance import choices
+from ..runtime.tile_tables import arch_of, invariant_linear_tile, linear_gelu_tile, linear_norm_tile
+from .cpu import cpu_product, cpu_product_per_head, product_per_head, uses_onednn
+from .kernel import launch_linear
 from .split import launch_split_linear
 
-
-@jit(do_not_specialize=["num_rows"])
-def _linear_kernel(
-    x_ptr,
-    weight_ptr,
-    x_desc,
-    weight_desc,
-    bias_ptr,
-    out_ptr,
-    num_rows,
-    stride_xm,
-    stride_wn,
-    stride_om,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    program = tl.program_id(0)
-    row_tiles = tl.cdiv(num_rows, BLOCK_M)
-    column_tiles = tl.cdiv(N, BLOCK_N)
-    group = program // (GROUP_M * column_tiles)
-    group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
-    in_group = program % (GROUP_M * column_tiles)
-    first_row = (group * GROUP_M + in_group % group_rows) * BLOCK_M
-    first_column = (in_group // group_rows) * BLOCK_N
-    offs_m = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
-    offs_n = first_column.to(tl.int64) + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    in_rows = offs_m < num_rows
-    in_columns = offs_n < N
-
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
-    weight_ptrs = weight_ptr + offs_n[:, None] * stride_wn + offs_k[None, :]
-    # [BLOCK_M, BLOCK_N]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        if TMA:
-            # Zero beyond the last row and column.
-            x = x_desc.load([first_row, k])
-            weight = weight_desc.load([first_column, k])
-        else:
-            in_k = offs_k < K - k
-            # [BLOCK_M, BLOCK_K]
-            x = tl.load(x_ptrs, mask=in_rows[:, None] & in_k[None, :], other=0.0)
-            # [BLOCK_N, BLOCK_K]
-            weight = tl.load(weight_ptrs, mask=in_columns[:, None] & in_k[None, :], other=0.0)
-            x_ptrs += BLOCK_K
-            weight_ptrs += BLOCK_K
-        acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
-
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION is not None:
-        acc = activated(acc, ACTIVATION)
-    tl.store(
-        out_ptr + offs_m[:, None] * stride_om + offs_n[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=in_rows[:, None] & in_columns[None, :],
-    )
+__all__ = [
+    "linear",
+    "linear_activation",
+    "linear_activation_unchecked",
+    "linear_add_layer_norm",
+    "linear_add_layer_norm_unchecked",
+    "linear_gelu",
+    "linear_per_head",
+    "linear_per_head_unchecked",
+    "linear_unchecked",
+    "uses_onednn",
+]
 
 
-def _launch_linear(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None, tile: GeluTile
-) -> Tensor:
-    num_rows, in_features = hidden_states.shape
-    out_features = weight.shape[0]
-    out = hidden_states.new_empty(num_rows, out_features)
-    if out.numel() == 0:
-        return out
-    tma = tile.TMA and is_aligned(hidden_states) and is_aligned(weight)
-    with device_guard(hidden_states):
-        _linear_kernel[(cdiv(num_rows, tile.BLOCK_M) * cdiv(out_features, tile.BLOCK_N),)](
-            x_ptr=hidden_states,
-            weight_ptr=weight,
-            x_desc=descriptor(hidden_states, in_features, tile.BLOCK_M, tile.BLOCK_K) if tma else None,
-            weight_desc=descriptor(weight, in_features, tile.BLOCK_N, tile.BLOCK_K) if tma else None,
-            bias_ptr=bias,
-            out_ptr=out,
-            num_rows=num_rows,
-            stride_xm=hidden_states.stride(0),
-            stride_wn=weight.stride(0),
-            stride_om=out.stride(0),
-            N=out_features,
-            K=in_features,
-            BLOCK_M=tile.BLOCK_M,
-            BLOCK_N=tile.BLOCK_N,
-            BLOCK_K=tile.BLOCK_K,
-            GROUP_M=8,
-            ACTIVATION=activation,
-            TMA=tma,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=True,
-        )
-    return out
+def _fake_linear(hidden_states: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape[0], weight.shape[0])
 
 
-# Where MKL overtakes oneDNN on a CPU with AVX2: between 256 and 512 rows at BERT-base's and MiniLM's widths.
-_AVX2_ONEDNN_ROWS = 256
+def _check_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensor("hidden_states", hidden_states, "(num_tokens, in_features)")
+    check_tensor("weight", weight, "(out_features, in_features)", like=hidden_states)
+    if weight.shape[1] != hidden_states.shape[1]:
+        raise ValueError(f"weight must have shape (out_features, {hidden_states.shape[1]}), got {tuple(weight.shape)}")
+    if bias is not None:
+        check_vector("bias", bias, weight.shape[0], hidden_states)
+    check_last_dim_contiguous("hidden_states", hidden_states)
+    check_last_dim_contiguous("weight", weight)
 
 
-def _has_avx2_and_mkl() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.backends.mkl.is_available()
-
-
-def uses_onednn(tensor: Tensor) -> bool:
-    """Whether a CPU product over the rows of ``tensor``, (num_tokens, in_features), goes to oneDNN directly.
-
-    PyTorch's own float32 ``linear`` goes to MKL or OpenBLAS. With AVX-512 oneDNN is faster, by a third on an AMD Zen 4,
-    and its GELU is fused. With AVX2, on an AMD Zen 3, it is faster for few rows only, and its fused GELU takes longer
-    than a pass of its own. The operator is the one that torch.compile emits.
-    """
-    if _has_avx2_and_mkl() and tensor.shape[0] > _AVX2_ONEDNN_ROWS:
-        return False
-    return bool(
-        tensor.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and (
-            tensor.dtype == torch.float32
-            or (tensor.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
-    )
-
-
-# What oneDNN calls an activation, and which form of it; but for its ReLU, which gives 0 for NaN.
-_ONEDNN_NAMES: dict[Activation | None, tuple[str, str]] = {
-    None: ("none", "none"),
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-    "silu": ("swish", "none"),
-    "tanh": ("tanh", "none"),
-}
-
-
-def _onednn_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
-    if activation == "relu":
-        return _onednn_linear(hidden_states, weight, bias, None).relu_()
-    name, form = _ONEDNN_NAMES[activation]
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, name, [], form)
-    return out
-
-
-def _product(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None = None
-) -> Tensor:
-    """The product, and the activation after it."""
-    if not is_batch_invariant():
-        return _library_product(hidden_states, weight, bias, activation)
-    if runs_triton(hidden_states):
-        tile = invariant_linear_tile(arch_of(hidden_states.device), hidden_states.dtype)
-        return _launch_linear(hidden_states, weight, bias, activation, tile)
-    if uses_onednn(hidden_states[:1]):
-        # Fused even where a pass of its own would be faster: that pass would need care of its own, too.
-        return in_blocks(
-            lambda rows, weight, bias: _onednn_linear(rows, weight, bias, activation),
-            *(hidden_states, weight, bias),
-            name=f"oneDNN product with activation {activation}",
-        )
-    made = in_blocks(F.linear, hidden_states, weight, bias, name="product")
-    return made if activation is None else in_pieces_(functools.partial(activate_, activation), made)
-
-
-def _library_product(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None
-) -> Tensor:
-    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0:
-        if activation is None or not _has_avx2_and_mkl():
-            return _onednn_linear(hidden_states, weight, bias, activation)
-        product = _onednn_linear(hidden_states, weight, bias, None)
-    else:
-        product = F.linear(hidden_states, weight, bias)
-    # Nobody else holds the product.
-    return product if activation is None else activate_(activation, product)
-
-
-@traceable
+@operator("(Tensor hidden_states, Tensor weight, Tensor? bias=None) -> Tensor", fake=_fake_linear)
 def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``hidden_states @ weight.T + bias`` by the fastest library at hand: cuBLAS on a GPU, oneDNN or MKL on a CPU.
 
@@ -227,10 +70,26 @@ def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         ValueError: a shape or device that does not fit.
     """
     _check_linear(hidden_states, weight, bias)
-    return _product(hidden_states, weight, bias)
+    return linear_unchecked(hidden_states, weight, bias)
 
 
-@traceable
+def linear_unchecked(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` of arguments that are known to fit."""
+    if runs_triton(hidden_states):
+        return _gpu_product(hidden_states, weight, bias, None)
+    return cpu_product(hidden_states, weight, bias)
+
+
+def _gpu_product(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
+    """By cuBLAS, or with `batch_invariant` by the kernel: cuBLAS chooses by the number of rows."""
+    if choices().library_products:
+        product = F.linear(hidden_states, weight, bias)
+        return product if activation is None else activate_(activation, product)
+    tile = invariant_linear_tile(arch_of(hidden_states.device), hidden_states.dtype)
+    return launch_linear(hidden_states, weight, bias, activation, tile)
+
+
+@operator("(Tensor hidden_states, Tensor weight, Tensor bias) -> Tensor", fake=_fake_linear)
 def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``gelu(hidden_states @ weight.T + bias)`` with the exact (erf) GELU.
 
@@ -247,22 +106,13 @@ def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: a shape, stride or device that does not fit.
     """
     _check_linear(hidden_states, weight, bias)
-    if runs_triton(hidden_states) and not is_batch_invariant():
-        arch, (rows, in_features) = arch_of(hidden_states.device), hidden_states.shape
-        tile = linear_gelu_tile(arch, hidden_states.dtype, rows, in_features, weight.shape[0])
-        return _gelu_by_tile(hidden_states, weight, bias, tile)
-    return _product(hidden_states, weight, bias, "gelu")
+    return linear_activation_unchecked(hidden_states, weight, bias, "gelu")
 
 
-def _gelu_by_tile(hidden_states: Tensor, weight: Tensor, bias: Tensor, tile: GeluTile) -> Tensor:
-    if tile.BY == "triton":
-        return _launch_linear(hidden_states, weight, bias, "gelu", tile)
-    if tile.BY == "cublaslt":
-        return torch._addmm_activation(bias, hidden_states, weight.t(), use_gelu=True)
-    return F.gelu(F.linear(hidden_states, weight, bias))
-
-
-@traceable
+@operator(
+    "(Tensor hidden_states, Tensor weight, Tensor? bias, str activation) -> Tensor",
+    fake=_fake_linear,
+)
 def linear_activation(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     """``activation(hidden_states @ weight.T + bias)``.
 
@@ -280,13 +130,35 @@ def linear_activation(hidden_states: Tensor, weight: Tensor, bias: Tensor | None
         ValueError: a shape, stride, device or activation that does not fit.
     """
     check_activation(activation)
-    if activation == "gelu" and bias is not None:
-        return linear_gelu(hidden_states, weight, bias)
     _check_linear(hidden_states, weight, bias)
-    return _product(hidden_states, weight, bias, activation)
+    return linear_activation_unchecked(hidden_states, weight, bias, activation)
 
 
-@traceable
+def linear_activation_unchecked(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
+) -> Tensor:
+    """`linear_activation` of arguments that are known to fit."""
+    if not runs_triton(hidden_states):
+        return cpu_product(hidden_states, weight, bias, activation)
+    if activation == "gelu" and bias is not None and choices().library_products:
+        return _gpu_gelu(hidden_states, weight, bias)
+    return _gpu_product(hidden_states, weight, bias, activation)
+
+
+def _gpu_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    arch, (rows, in_features) = arch_of(hidden_states.device), hidden_states.shape
+    tile = linear_gelu_tile(arch, hidden_states.dtype, rows, in_features, weight.shape[0])
+    if tile.BY == "triton":
+        return launch_linear(hidden_states, weight, bias, "gelu", tile)
+    if tile.BY == "cublaslt":
+        return torch._addmm_activation(bias, hidden_states, weight.t(), use_gelu=True)
+    return F.gelu(F.linear(hidden_states, weight, bias))
+
+
+@operator(
+    "(Tensor rows, Tensor weight) -> Tensor",
+    fake=lambda rows, weight: rows.new_empty(*rows.shape[:2], weight.shape[2]),
+)
 def linear_per_head(rows: Tensor, weight: Tensor) -> Tensor:
     """The product of each head's part of a row with the head's own matrix.
 
@@ -306,16 +178,17 @@ def linear_per_head(rows: Tensor, weight: Tensor) -> Tensor:
     if weight.shape[:2] != rows.shape[1:]:
         raise ValueError(f"weight must have shape {(*rows.shape[1:], 'out_features')}, got {tuple(weight.shape)}")
     check_last_dim_contiguous("rows", rows)
-    if not is_batch_invariant():
-        return _product_per_head(rows, weight)
-    if runs_triton(rows):
-        heads = zip(rows.unbind(1), weight.transpose(1, 2).contiguous(), strict=True)
-        return torch.stack([_product(head, matrix, None) for head, matrix in heads], 1)
-    return in_blocks(_product_per_head, rows, weight, name="product per head")
+    return linear_per_head_unchecked(rows, weight)
 
 
-def _product_per_head(rows: Tensor, weight: Tensor) -> Tensor:
-    return torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1)
+def linear_per_head_unchecked(rows: Tensor, weight: Tensor) -> Tensor:
+    """`linear_per_head` of arguments that are known to fit."""
+    if not runs_triton(rows):
+        return cpu_product_per_head(rows, weight)
+    if choices().library_products:
+        return product_per_head(rows, weight)
+    heads = zip(rows.unbind(1), weight.transpose(1, 2).contiguous(), strict=True)
+    return torch.stack([_gpu_product(head, matrix, None, None) for head, matrix in heads], 1)
 
 
 @overload
@@ -346,7 +219,13 @@ def linear_add_layer_norm(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@traceable
+@operator(
+    "(Tensor hidden_states, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor? norm_bias, "
+    "float eps, bool keep_sum) -> Tensor[]",
+    fake=lambda _x, _weight, _bias, residual, _norm_weight, _norm_bias, _eps, keep_sum: fake_norm_and_sum(
+        residual, residual.shape[0], keep_sum
+    ),
+)
 def linear_add_layer_norm(
     hidden_states: Tensor,
     weight: Tensor,
@@ -358,7 +237,7 @@ def linear_add_layer_norm(
     *,
     keep_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``layer_norm(hidden_states @ weight.T + bias + residual)``: what ends each half of a layer.
+    """``layer_norm(hidden_states @ weight.T + bias + residual)``, the end of each half of a layer.
 
     Args:
         hidden_states: (num_tokens, in_features), float32, float16 or bfloat16.
@@ -367,11 +246,11 @@ def linear_add_layer_norm(
         residual: (num_tokens, out_features).
         norm_weight: (out_features,).
         eps: added to the variance.
-        keep_sum: whether the sum is wanted as well, as in a pre-norm encoder.
+        keep_sum: whether to return the sum as well, as a pre-norm encoder needs it.
 
     Returns:
         (num_tokens, out_features) in hidden_states' dtype; with keep_sum a pair of these, the layer norm and the sum
-        that it was taken of.
+        before it.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -385,35 +264,37 @@ def linear_add_layer_norm(
         )
     check_last_dim_contiguous("residual", residual)
     check_norm(norm_weight, norm_bias, weight.shape[0], hidden_states)
-    if runs_triton(hidden_states):
-        arch, (rows, in_features) = arch_of(hidden_states.device), hidden_states.shape
-        tile = linear_norm_tile(arch, hidden_states.dtype, rows, in_features, weight.shape[0])
-        if tile.BY == "torch" or is_batch_invariant():
-            parts = _product(hidden_states, weight, None).unsqueeze(1)
-        else:
-            parts = launch_split_linear(hidden_states, weight, tile)
-        # Four times as wide as the rest behind a GELU, and nobody else's there.
-        del hidden_states
-        normed, summed = launch_sum_add_layer_norm(
-            parts, bias, residual, None, norm_weight, norm_bias, eps, keep_sum=keep_sum
-        )
-        return normed if summed is None else (normed, summed)
-    if uses_onednn(hidden_states) and hidden_states.shape[0] > 0 and not is_batch_invariant():
-        # While the product is still in registers.
-        summed = torch.ops.mkldnn._linear_pointwise.binary(hidden_states, residual, weight, bias, "add")
-    else:
-        # Nobody else holds the product, so that the residual can be added to it in place.
-        summed = _product(hidden_states, weight, bias).add_(residual)
-    normed = F.layer_norm(summed, (weight.shape[0],), norm_weight, norm_bias, eps)
+    normed, summed = linear_add_layer_norm_unchecked(
+        hidden_states, weight, bias, residual, norm_weight, norm_bias, eps, keep_sum=keep_sum
+    )
     return (normed, summed) if keep_sum else normed
 
 
-def _check_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_tensor("hidden_states", hidden_states, "(num_tokens, in_features)")
-    check_tensor("weight", weight, "(out_features, in_features)", like=hidden_states)
-    if weight.shape[1] != hidden_states.shape[1]:
-        raise ValueError(f"weight must have shape (out_features, {hidden_states.shape[1]}), got {tuple(weight.shape)}")
-    if bias is not None:
-        check_vector("bias", bias, weight.shape[0], hidden_states)
-    check_last_dim_contiguous("hidden_states", hidden_states)
-    check_last_dim_contiguous("weight", weight)
+def linear_add_layer_norm_unchecked(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    keep_sum: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`linear_add_layer_norm` of arguments that are known to fit: the normed rows, and what the next half adds to.
+
+    That is the sum where it is kept, else the normed rows again.
+    """
+    if not runs_triton(hidden_states):
+        summed = cpu_product(hidden_states, weight, bias, residual=residual)
+        normed = F.layer_norm(summed, (weight.shape[0],), norm_weight, norm_bias, eps)
+        return normed, summed if keep_sum else normed
+    arch, (rows, in_features) = arch_of(hidden_states.device), hidden_states.shape
+    tile = linear_norm_tile(arch, hidden_states.dtype, rows, in_features, weight.shape[0])
+    if tile.BY == "torch" or not choices().library_products:
+        parts = _gpu_product(hidden_states, weight, None, None).unsqueeze(1)
+    else:
+        parts = launch_split_linear(hidden_states, weight, tile)
+    # Frees the feed-forward's rows, four times as wide as the others, where the caller holds them no longer.
+    del hidden_states
+    return launch_sum_add_layer_norm(parts, bias, residual, None, norm_weight, norm_bias, eps, keep_sum=keep_sum)

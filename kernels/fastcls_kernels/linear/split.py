@@ -1,7 +1,7 @@
-"""x weightᵀ of few rows, in parts: the product over each range of input features apart, in float32.
+"""x weightᵀ of few rows, in parts: the product over each range of input features by itself, in float32.
 
-A handful of rows makes too few tiles of output to fill a chip, so that the input features are shared out, too. What
-follows the product (`layer_norm`) adds the parts in their order, which is the same at every run.
+A handful of rows makes too few tiles of output to fill a chip, so the input features are shared out, too. The layer
+norm that follows adds the parts in their order, which is the same in every run.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ..runtime.triton import cdiv, jit, tl
 
 @jit(do_not_specialize=["num_rows"])
 def _split_linear_kernel(
-    x_ptr,
-    weight_ptr,
-    parts_ptr,
+    x_ptr,  # (num_rows, K)
+    weight_ptr,  # (N, K)
+    parts_ptr,  # (num_rows, SPLITS, N)
     num_rows,
     stride_xm,
     stride_wn,
@@ -58,8 +58,12 @@ def _split_linear_kernel(
     )
 
 
-def launch_split_linear(hidden_states: Tensor, weight: Tensor, tile: SplitTile) -> Tensor:
-    """(num_rows, num_parts, out_features) float32, whose sum over parts is the product."""
+def launch_split_linear(
+    hidden_states: Tensor,  # (num_rows, in_features)
+    weight: Tensor,  # (out_features, in_features)
+    tile: SplitTile,
+) -> Tensor:
+    """(num_rows, num_parts, out_features) float32; the sum over the parts is the product."""
     num_rows, in_features = hidden_states.shape
     out_features = weight.shape[0]
     per_split = cdiv(cdiv(in_features, tile.SPLITS), tile.BLOCK_K) * tile.BLOCK_K

@@ -41,7 +41,11 @@ def explain_backend(device: torch.device | str) -> tuple[Backend, str]:
 
 def runs_triton(tensor: torch.Tensor) -> bool:
     """Whether operations on ``tensor`` run as Triton kernels."""
-    return explain_backend(tensor.device)[0] == "triton"
+    override = _override.get()
+    if override is not None:
+        return override == "triton"
+    # Every operation asks this first, so tensors on a CPU are answered without a look at their device.
+    return tensor.is_cuda and _device_backend(tensor.device)[0] == "triton"
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
-"""Batch invariance: a row's bits depend on that row (and its sequence) alone, not on what is computed beside it.
+"""Batch invariance: a row's bits depend on that row (and its sequence) alone, not on the rest of the batch.
 
-Two things break it. A choice by the number of rows (a library's, or that of a tile) changes the order in which a sum is
-added up; and so does where a sequence begins in a tile that it shares. On a GPU one choice is made for all sizes and
-tiles begin where sequences do. On a CPU products are a library's, which no choice of ours reaches: rows go to it in
-blocks of fixed sizes, and that a block gives a row the same bits in each place, and in blocks of each size, is tried on
-the machine before the first one is relied on.
+Two things break it. A choice by the number of rows (a library's, or our choice of a tile) changes the order in which a
+sum is added up, and so does the place where a sequence begins in a tile that it shares. On a GPU one choice is made for
+all sizes, and tiles begin where sequences do. On a CPU a library makes the products and chooses for itself: rows go to
+it in blocks of fixed sizes. Whether a row gets the same bits in each place of a block, and in blocks of each size, is
+tried on the machine before the first block is used.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .triton import cdiv
 
 _invariant: ContextVar[bool] = ContextVar("fastcls_kernels_batch_invariant", default=False)
 
-# Rows of a batch that a tile is chosen by, in place of its own: as of a large one.
+# The number of rows that stands in for any: tiles are chosen as for a large batch.
 ANY_ROWS = 1 << 20
 
-# Rows of a block: the first always, the others where they turn out to give the same bits. More than one size, so that
-# neither many rows nor few are slow.
+# Rows of a block: the first size always, the others where they turn out to give the same bits. There are several, so
+# that neither many rows nor few are slow.
 _BLOCKS = (64, 256, 16)
 
 
@@ -35,11 +35,11 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
 
     That is: the rows of one sequence, in one dtype, on one device, with one version of the libraries and one number of
     threads. It holds for the operations of this package, in this thread. It costs speed: tiles are not chosen by the
-    number of rows, sequences do not share them, and matrix products are not left to a library's own choice. Around what
-    is compiled it holds inside, too; within a function that ``torch.compile`` traces it cannot be entered.
+    number of rows, sequences do not share them, and matrix products are not left to a library's own choice. Around a
+    compiled function it holds inside, too; a function that ``torch.compile`` traces cannot enter it.
 
     Raises:
-        RuntimeError: from an operation on the CPU, where its library's products depend on a row's place.
+        RuntimeError: from an operation on the CPU, if the products of its library depend on a row's place.
     """
     token = _invariant.set(enabled)
     try:
@@ -54,14 +54,15 @@ def is_batch_invariant() -> bool:
 
 
 class Choices(NamedTuple):
-    """What an operation may choose by the amount of what it computes at once.
+    """What an operation may let depend on how much it computes at once.
 
     Attributes:
-        tiles_by_rows: the tile, by the number of rows.
-        shared_tiles: tiles that hold several sequences, which begin anywhere in them.
-        split_sequences: how many programs share a sequence.
-        library_products: products are a library's, which chooses for itself.
-        joined_texts: texts are one call on a CPU, and one look at whether their numbers are finite.
+        tiles_by_rows: the tile goes by the number of rows.
+        shared_tiles: a tile may hold several sequences, which begin anywhere in it.
+        split_sequences: the number of programs that share a sequence goes by the number of sequences.
+        library_products: a library makes products, and chooses for itself.
+        joined_texts: on a CPU texts are computed in one call, and checked for infinities together.
+        whole_pointwise: on a CPU a pointwise function is one call, which PyTorch shares out among threads.
     """
 
     tiles_by_rows: bool
@@ -69,14 +70,15 @@ class Choices(NamedTuple):
     split_sequences: bool
     library_products: bool
     joined_texts: bool
+    whole_pointwise: bool
 
 
-_ALL = Choices(*(True,) * 5)
-_NONE = Choices(*(False,) * 5)
+_ALL = Choices(*(True,) * len(Choices._fields))
+_NONE = Choices(*(False,) * len(Choices._fields))
 
 
 def choices() -> Choices:
-    """The choices that are free: all of them, or none with `batch_invariant`."""
+    """What is allowed now: everything, or with `batch_invariant` nothing."""
     return _NONE if _invariant.get() else _ALL
 
 
@@ -86,12 +88,12 @@ def in_blocks(product: Callable[..., Tensor], rows: Tensor, *weights: Tensor | N
     Args:
         product: takes any number of rows.
         rows: (num_rows, ...).
-        weights: what each row is multiplied with, or None.
-        name: says which product it is; the same for those that differ in their weights alone.
+        weights: each row is multiplied with them; None for a bias that is missing.
+        name: names the product; products that differ in their weights alone share a name.
 
     Raises:
-        RuntimeError: the product depends on where in a block a row stands, or the rows are not on the CPU: of another
-            device that runs no Triton nothing is known.
+        RuntimeError: the product depends on a row's place in its block, or the rows are on another device that runs no
+            Triton, of which nothing is known.
     """
     if rows.device.type != "cpu":
         raise RuntimeError(f"batch_invariant must be left off on {rows.device}: the Triton kernels do not run there")
@@ -101,7 +103,7 @@ def in_blocks(product: Callable[..., Tensor], rows: Tensor, *weights: Tensor | N
     start = 0
     while start < num_rows or out is None:
         left = num_rows - start
-        # The smallest that holds the rest, if half of it is used; else the largest that is filled.
+        # The smallest block that holds the rest, if half of it is used; else the largest that the rest fills.
         size = next((size for size in sizes if left <= size < 2 * max(left, 1)), None)
         size = size or max((size for size in sizes if size <= left), default=sizes[0])
         block = rows[start : start + size].contiguous()
@@ -139,7 +141,7 @@ def _try_sizes(
     def random(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(dtype)
 
-    # Numbers of our own: zeros among the weights would hide a difference, and what overflows would feign one.
+    # Random numbers: zeros among the weights would hide a difference, and an overflow would feign one.
     likes = [
         None
         if weight is None
@@ -148,7 +150,7 @@ def _try_sizes(
         )
         for weight in weights
     ]
-    # As many different rows as the smallest block has, in turn, and all of them moved by some places.
+    # The smallest block's number of different rows, repeated to fill a block, and moved by a few places.
     sample = random((few, *rows.shape[1:]), rows.dtype)
 
     def block(size: int, shift: int) -> Tensor:
@@ -167,8 +169,8 @@ def _try_sizes(
     return tuple(sorted(agreeing))
 
 
-# Fewer numbers than PyTorch shares out among threads, and no remainder that its loops over vectors would leave to code
-# which rounds otherwise.
+# Few enough that PyTorch does not share them out among threads, and a multiple of its vectors, since a remainder goes
+# through other code, which may round otherwise.
 _PIECE = 2048
 _VECTORS = 64
 

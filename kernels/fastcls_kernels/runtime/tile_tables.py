@@ -1,11 +1,11 @@
 """Tile sizes: pure functions of the chip and the problem's shape, so that nothing is tuned in a user's process.
 
-They stand in ``configs/*.json``, one file a chip, and ``default.json`` for the rest. A file holds rules for each
-operation, and the first that fits counts: a rule's numbers are upper limits on the facts of a problem (``{"rows":
-512}`` fits up to 512 rows), and where no rule of the chip's file fits, those of ``default.json`` follow.
-``benchmarks/tune.py`` measures and writes such files. What is not measured is a safe choice: ``tests/test_aot.py``
-compiles every rule of every file for its chip and holds it to the chip's memory, no spills and the matrix unit that
-was meant.
+They stand in ``configs/*.json``, one file for each chip, and ``default.json`` for all others. A file holds rules for
+each operation, and the first that fits counts: a rule's numbers are upper limits on the facts of a problem (``{"rows":
+512}`` fits up to 512 rows). Where no rule of the chip's file fits, the rules of ``default.json`` follow.
+``benchmarks/tune.py`` measures and writes such files. An unmeasured rule is a safe choice: ``tests/test_aot.py``
+compiles every rule of every file for its chip, and holds it to the chip's memory, no spills and the intended matrix
+unit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from .invariance import ANY_ROWS, is_batch_invariant
+from .invariance import ANY_ROWS, choices
 from .triton import cdiv, next_power_of_2
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -52,7 +52,7 @@ class DisentangledTile(NamedTuple):
 class ClsTile(NamedTuple):
     """One launch of the [CLS] pass: BLOCK_H heads, BLOCK_N tokens, CHUNKS column chunks of BLOCK_W each.
 
-    NORM: the layer norm before it is taken inside, where all columns are in one program.
+    NORM: the pass takes the layer norm before it, which needs all columns in one program.
     """
 
     NORM: bool
@@ -77,9 +77,9 @@ class RowsTile(NamedTuple):
 class GeluTile(NamedTuple):
     """How `linear_gelu` is computed.
 
-    BY: "triton", one kernel in the tile that the other numbers give; "torch", the library's product and a GELU after
-    it; "cublaslt", one kernel of that library, whose GELU is the tanh form: in bfloat16 alone, where it errs less than
-    rounding once more before an exact one.
+    BY: "triton", our kernel, in the tile that the other numbers give; "torch", the library's product and a GELU after
+    it; "cublaslt", one kernel of that library, whose GELU is the tanh form: in bfloat16 alone, where this errs less
+    than an exact GELU of a rounded product.
     """
 
     BY: Literal["triton", "torch", "cublaslt"]
@@ -94,7 +94,7 @@ class GeluTile(NamedTuple):
 class SplitTile(NamedTuple):
     """How the product of `linear_add_layer_norm` is computed.
 
-    BY: "torch", the library's; "triton", SPLITS partial products, which the layer norm sums.
+    BY: "torch", by the library; "triton", as SPLITS partial products, which the layer norm sums.
     """
 
     BY: Literal["triton", "torch"]
@@ -107,7 +107,7 @@ class SplitTile(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A choice, and up to where it holds."""
+    """A choice, and the limits up to which it holds."""
 
     limits: dict[str, int]
     tile: dict[str, Any]
@@ -127,15 +127,15 @@ def arch_of(device: torch.device) -> str:
 def unsqueezed(arch: str) -> dict[str, int]:
     """Launch options under which NVIDIA's assembler spills nothing that a thread's 255 registers hold.
 
-    Left alone it spills a few to fit one more program on a multiprocessor, even where shared memory has no room for
-    one; which kernels it squeezes so changes with each version, chip and shape. For kernels that were seen to spill,
-    since all others fit more programs without it.
+    Left alone the assembler spills a few to fit one more program on a multiprocessor, even where shared memory has no
+    room for one, and which kernels it squeezes changes with each version, chip and shape. Only kernels that were seen
+    to spill take these options: all others fit more programs without them.
     """
     return {"maxnreg": 255} if arch.startswith("sm_") else {}
 
 
 def config_file(arch: str) -> Path:
-    """The file of a chip; another AMD chip's is that of gfx942, whatever else has none takes the default alone."""
+    """The file of a chip; other AMD chips take gfx942's, and any other chip without one takes the default."""
     own = CONFIGS / f"{arch}.json"
     if not own.is_file() and arch.startswith("gfx"):
         own = CONFIGS / "gfx942.json"
@@ -144,7 +144,7 @@ def config_file(arch: str) -> Path:
 
 @functools.cache
 def rules_of(arch: str, operation: str) -> tuple[Rule, ...]:
-    """The rules of an operation on a chip, the first that fits counts."""
+    """The rules of an operation on a chip, of which the first that fits counts."""
     files = dict.fromkeys((config_file(arch), CONFIGS / "default.json"))
     found = [
         rule for file in files for rule in json.loads(file.read_text(encoding="utf-8"))["rules"].get(operation, [])
@@ -161,7 +161,7 @@ def explain_tiles(arch: str) -> str:
 
 
 def limits_of(arch: str, fact: str) -> list[int]:
-    """All upper limits on ``fact`` in the tables of a chip: between two of them no choice depends on it."""
+    """All upper limits on ``fact`` in the tables of a chip: between two limits no choice depends on it."""
     operations = json.loads((CONFIGS / "default.json").read_text(encoding="utf-8"))["rules"]
     rules = [rule for operation in operations for rule in rules_of(arch, operation)]
     return sorted({rule.limits[fact] for rule in rules if fact in rule.limits})
@@ -204,7 +204,7 @@ def _first_fitting(arch: str, operation: str, facts: Mapping[str, int]) -> dict[
     raise LookupError(f"no rule of {operation} fits {dict(facts)} on {arch}")
 
 
-# Of many row counts, which are a caller's, not all are kept.
+# Bounded, since callers may come with any number of rows.
 _remembered = functools.lru_cache(maxsize=1024)
 
 _Tile = TypeVar("_Tile", AttentionTile, DisentangledTile, GeluTile, SplitTile, RowsTile)
@@ -219,18 +219,17 @@ def attention_tile(arch: str, dtype: torch.dtype, head_dim: int, mean_seqlen: in
 
     Args:
         arch, dtype, head_dim: the chip and the tensors.
-        mean_seqlen: packed rows a sequence, rounded up: what a graph over a shape knows of lengths.
-        tma: whether the tensors lie as the copy engine needs it.
+        mean_seqlen: packed rows per sequence, rounded up: all that a graph over a shape knows of the lengths.
+        tma: whether the tensors lie as the copy engine needs them.
     """
-    if is_batch_invariant():
-        return _invariant_attention_tile(arch, dtype, head_dim)
-    return _attention_tile(arch, dtype, head_dim, mean_seqlen, tma)
+    if choices().shared_tiles:
+        return _attention_tile(arch, dtype, head_dim, mean_seqlen, tma)
+    return _invariant_attention_tile(arch, dtype, head_dim)
 
 
 @_remembered
 def _invariant_attention_tile(arch: str, dtype: torch.dtype, head_dim: int) -> AttentionTile:
-    # Without the copy engine, which would bring the next sequence's rows as well: what is not finite in them would be
-    # noticed.
+    # Without the copy engine, which fetches rows of the next sequence as well: infinities in them would be noticed.
     return _tile_of(AttentionTile, arch, "invariant_attention", dtype, head_dim=head_dim)
 
 
@@ -242,8 +241,8 @@ def _attention_tile(arch: str, dtype: torch.dtype, head_dim: int, mean_seqlen: i
 
 def disentangled_tile(arch: str, dtype: torch.dtype, head_dim: int) -> DisentangledTile:
     """The tile of `disentangled_attention`."""
-    # Where a tile begins is read then, and takes registers.
-    operation = "invariant_disentangled_attention" if is_batch_invariant() else "disentangled_attention"
+    # With `batch_invariant` the kernel reads where a tile begins, which takes registers: hence tiles of its own.
+    operation = "disentangled_attention" if choices().shared_tiles else "invariant_disentangled_attention"
     return _disentangled_tile(arch, operation, dtype, head_dim)
 
 
@@ -254,16 +253,16 @@ def _disentangled_tile(arch: str, operation: str, dtype: torch.dtype, head_dim: 
 
 @_remembered
 def linear_gelu_tile(arch: str, dtype: torch.dtype, rows: int, in_features: int, out_features: int) -> GeluTile:
-    """How `linear_gelu` is computed for so many rows."""
+    """How `linear_gelu` is computed for this number of rows."""
     facts = {"rows": rows, "in_features": in_features, "out_features": out_features}
     tile = _tile_of(GeluTile, arch, "linear_gelu", dtype, **facts)
-    # In float16, which the rules do not tell from bfloat16, the tanh form would be the larger error.
+    # The rules do not tell float16 from bfloat16, and in float16 the tanh form is the larger error.
     return GeluTile("torch") if tile.BY == "cublaslt" and dtype != torch.bfloat16 else tile
 
 
 @_remembered
 def linear_norm_tile(arch: str, dtype: torch.dtype, rows: int, in_features: int, out_features: int) -> SplitTile:
-    """How the product of `linear_add_layer_norm` is computed for so many rows."""
+    """How the product of `linear_add_layer_norm` is computed for this number of rows."""
     facts = {"rows": rows, "in_features": in_features, "out_features": out_features}
     return _tile_of(SplitTile, arch, "linear_add_layer_norm", dtype, **facts)
 
@@ -279,7 +278,7 @@ def rows_tile(arch: str, operation: str, dtype: torch.dtype, rows: int) -> RowsT
 
     With `batch_invariant` it is the same for every number of ``rows``.
     """
-    return _rows_tile(arch, operation, dtype, ANY_ROWS if is_batch_invariant() else rows)
+    return _rows_tile(arch, operation, dtype, rows if choices().tiles_by_rows else ANY_ROWS)
 
 
 @_remembered
