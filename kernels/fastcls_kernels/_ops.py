@@ -64,7 +64,8 @@ def operator(
         defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
 
         def run(*arguments: Any) -> Any:
-            given = dict(zip(taken, arguments, strict=True))
+            # The dispatcher leaves out the last arguments that have their defaults.
+            given = dict(zip(taken, arguments, strict=False))
             given.update({each.argument: each.join(given) for each in members})
             made = function(**{name: given[name] for name in names if name in given})
             if written:

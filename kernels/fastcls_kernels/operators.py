@@ -17,14 +17,10 @@ from torch import Tensor
 from ._ops import add_op_namespace_prefix
 from ._tracing import TRACED
 from .absorb_query import absorb_query
-from .attention import NO_WINDOW, attention_padded, attention_varlen
-from .cls_attention import cls_attention, cls_attention_kv
 from .cls_output import cls_output
-from .disentangled_attention import Buckets, disentangled_attention
 from .embedding import embedding_layer_norm
 from .gated_activation import gated_activation
-from .layer_norm import AddNorm, add_layer_norm, layer_norm
-from .layout import PackedLayout
+from .layer_norm import add_layer_norm, layer_norm
 from .linear import linear, linear_activation, linear_add_layer_norm, linear_gelu, linear_per_head
 from .pooler_classifier import pooler_classifier
 from .rotary import apply_rotary_
@@ -58,172 +54,8 @@ def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _layout(cu_seqlens: Tensor, max_seqlen: int, tokens: Tensor, positions: Tensor | None) -> PackedLayout:
-    return PackedLayout(cu_seqlens, max_seqlen, tokens.shape[0], positions)
-
-
-def _positions(layout: PackedLayout | None) -> Tensor | None:
-    return None if layout is None else layout.positions
-
-
-def _check_together(**tensors: Tensor | None) -> None:
-    given = [name for name, tensor in tensors.items() if tensor is not None]
-    if given and len(given) < len(tensors):
-        raise ValueError(f"{', '.join(tensors)} must all be given or none, got {', '.join(given)}")
-
-
-def _row_bounds(row_starts: Tensor | None, row_ends: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    _check_together(row_starts=row_starts, row_ends=row_ends)
-    return None if row_starts is None or row_ends is None else (row_starts, row_ends)
-
-
 def _contiguous_like(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
     return tensor.new_empty(tensor.shape)
-
-
-@_operator(_contiguous_like)
-def _attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float | None,
-    window_left: int,
-    window_right: int,
-    bias: Tensor | None,
-    positions: Tensor | None,
-) -> Tensor:
-    return attention_varlen(
-        *(q, k, v, cu_seqlens, max_seqlen, softmax_scale),
-        window_size=(window_left, window_right),
-        bias=bias,
-        layout=_layout(cu_seqlens, max_seqlen, q, positions),
-    )
-
-
-@_traced
-def _trace_attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float | None = None,
-    *,
-    window_size: tuple[int, int] = NO_WINDOW,
-    bias: Tensor | None = None,
-    layout: PackedLayout | None = None,
-) -> Tensor:
-    return _attention_varlen(q, k, v, cu_seqlens, max_seqlen, softmax_scale, *window_size, bias, _positions(layout))
-
-
-@_operator(_contiguous_like)
-def _attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_scale: float | None = None) -> Tensor:
-    return attention_padded(q, k, v, seqlens, softmax_scale)
-
-
-def _fake_cls_attention(query: Tensor, hidden_states: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(*query.shape[:2], hidden_states.shape[1])
-
-
-@_operator(_fake_cls_attention)
-def _cls_attention(
-    query: Tensor,
-    hidden_states: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float,
-    num_splits: int | None,
-    positions: Tensor | None,
-    keys: Tensor | None,
-    bias: Tensor | None,
-    row_starts: Tensor | None,
-    row_ends: Tensor | None,
-    norm_input_bias: Tensor | None,
-    norm_residual: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-) -> Tensor:
-    norm = None
-    _check_together(norm_residual=norm_residual, norm_weight=norm_weight, norm_bias=norm_bias)
-    if norm_residual is not None and norm_weight is not None and norm_bias is not None:
-        norm = AddNorm(norm_input_bias, norm_residual, norm_weight, norm_bias, norm_eps)
-    return cls_attention(
-        *(query, hidden_states, cu_seqlens, max_seqlen, softmax_scale),
-        num_splits=num_splits,
-        layout=_layout(cu_seqlens, max_seqlen, hidden_states, positions),
-        norm=norm,
-        keys=keys,
-        bias=bias,
-        row_bounds=_row_bounds(row_starts, row_ends),
-    )
-
-
-@_traced
-def _trace_cls_attention(
-    query: Tensor,
-    hidden_states: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float,
-    *,
-    num_splits: int | None = None,
-    layout: PackedLayout | None = None,
-    norm: AddNorm | None = None,
-    keys: Tensor | None = None,
-    bias: Tensor | None = None,
-    row_bounds: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    return _cls_attention(
-        *(query, hidden_states, cu_seqlens, max_seqlen, softmax_scale, num_splits, _positions(layout), keys, bias),
-        *((None, None) if row_bounds is None else row_bounds),
-        *((None, None, None, None, 0.0) if norm is None else norm),
-    )
-
-
-@_operator(_contiguous_like)
-def _cls_attention_kv(
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float | None,
-    num_splits: int | None,
-    positions: Tensor | None,
-    bias: Tensor | None,
-    row_starts: Tensor | None,
-    row_ends: Tensor | None,
-) -> Tensor:
-    return cls_attention_kv(
-        *(query, k, v, cu_seqlens, max_seqlen, softmax_scale),
-        num_splits=num_splits,
-        layout=_layout(cu_seqlens, max_seqlen, k, positions),
-        bias=bias,
-        row_bounds=_row_bounds(row_starts, row_ends),
-    )
-
-
-@_traced
-def _trace_cls_attention_kv(
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float | None = None,
-    *,
-    num_splits: int | None = None,
-    layout: PackedLayout | None = None,
-    bias: Tensor | None = None,
-    row_bounds: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    return _cls_attention_kv(
-        *(query, k, v, cu_seqlens, max_seqlen, softmax_scale, num_splits, _positions(layout), bias),
-        *((None, None) if row_bounds is None else row_bounds),
-    )
 
 
 def _num_rows(tokens: Tensor, rows: Tensor | None) -> Any:
@@ -307,47 +139,6 @@ def _cls_output(
 @_traced
 def _trace_cls_output(*arguments: Any, keep_sum: bool = False, **named: Any) -> Tensor | tuple[Tensor, Tensor]:
     return _as_given(_cls_output(*arguments, keep_sum=keep_sum, **named), keep_sum)
-
-
-@_operator(_contiguous_like)
-def _disentangled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_key: Tensor | None,
-    pos_query: Tensor | None,
-    bucket_table: Tensor,
-    bucket_rows: list[int],
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float,
-    positions: Tensor | None,
-) -> Tensor:
-    return disentangled_attention(
-        *(q, k, v, pos_key, pos_query, Buckets(bucket_table, tuple(bucket_rows))),
-        *(cu_seqlens, max_seqlen, softmax_scale),
-        layout=_layout(cu_seqlens, max_seqlen, q, positions),
-    )
-
-
-@_traced
-def _trace_disentangled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_key: Tensor | None,
-    pos_query: Tensor | None,
-    buckets: Buckets,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float,
-    *,
-    layout: PackedLayout | None = None,
-) -> Tensor:
-    return _disentangled_attention(
-        *(q, k, v, pos_key, pos_query, buckets.table, list(buckets.rows)),
-        *(cu_seqlens, max_seqlen, softmax_scale, _positions(layout)),
-    )
 
 
 @_operator(lambda *_: None, mutates=("x",))
@@ -531,7 +322,6 @@ def _trace_pooler_classifier(*arguments: Any, activation: str = "tanh", **named:
 # These take the same arguments as their operators.
 TRACED |= {
     "absorb_query": _absorb_query,
-    "attention_padded": _attention_padded,
     "embedding_layer_norm": _embedding_layer_norm,
     "gated_activation": _gated_activation,
     "layer_norm": _layer_norm,
