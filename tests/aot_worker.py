@@ -27,12 +27,12 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fastcls_kernels import AddNorm, PackedLayout, batch_invariant
+from fastcls_kernels import AddNorm, Buckets, PackedLayout, batch_invariant
 from fastcls_kernels.absorb_query import _launch_absorb_query
-from fastcls_kernels.attention import _choose_tile, _launch_attention
-from fastcls_kernels.cls_attention import _launch_cls_attention, _launch_cls_attention_kv
+from fastcls_kernels.attention import kernel as attention
+from fastcls_kernels.cls_attention import absorbed, key_value
 from fastcls_kernels.cls_output import _launch_cls_output
-from fastcls_kernels.disentangled_attention import Buckets, _launch_disentangled_attention
+from fastcls_kernels.disentangled_attention import kernel as disentangled_attention
 from fastcls_kernels.embedding import _launch_embedding_layer_norm
 from fastcls_kernels.gated_activation import _launch_gated_activation
 from fastcls_kernels.layer_norm import launch_sum_add_layer_norm
@@ -94,7 +94,7 @@ def launch_attention(_arch: str, model: Model, dtype: torch.dtype, mean_seqlen: 
     # Queries, keys and values as views of one fused projection, or as the copy engine cannot take them.
     width = model.head_dim if aligned else model.head_dim + 1
     q, k, v = tensor(layout.total_tokens, 3, model.heads, width, dtype=dtype)[..., : model.head_dim].unbind(1)
-    _launch_attention(q, k, v, layout, 0.125, _choose_tile(q, k, v, layout))
+    attention.launch_attention(q, k, v, layout, 0.125, attention.choose_tile(q, k, v, layout))
 
 
 def launch_disentangled_attention(arch: str, model: Model, dtype: torch.dtype, terms: tuple[bool, bool]) -> None:
@@ -103,7 +103,7 @@ def launch_disentangled_attention(arch: str, model: Model, dtype: torch.dtype, t
     table = tensor(512, model.heads, model.head_dim, dtype=dtype)
     pos_key, pos_query = (table if term else None for term in terms)
     buckets = Buckets(tensor(511, dtype=torch.int32), tuple(range(511)))
-    _launch_disentangled_attention(q, k, v, pos_key, pos_query, buckets, layout, 0.07, tile)
+    disentangled_attention.launch_disentangled_attention(q, k, v, pos_key, pos_query, buckets, layout, 0.07, tile)
 
 
 def launch_attention_with_bias(
@@ -113,16 +113,16 @@ def launch_attention_with_bias(
     positions = tensor(layout.total_tokens, dtype=torch.int32) if has_positions else None
     q, k, v = tensor(layout.total_tokens, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)
     bias = tensor(model.heads, 257, dtype=torch.float32)
-    tile = _choose_tile(q, k, v, layout, biased=True)
-    _launch_attention(q, k, v, layout, 0.125, tile, bias=bias, positions=positions)
+    tile = attention.choose_tile(q, k, v, layout, biased=True)
+    attention.launch_attention(q, k, v, layout, 0.125, tile, bias=bias, positions=positions)
 
 
 def launch_attention_in_window(_arch: str, model: Model, dtype: torch.dtype, biased: bool) -> None:
     layout, window = packing(SEQUENCES * 512), (64, 64)
     q, k, v = tensor(layout.total_tokens, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)
     bias = tensor(model.heads, 257, dtype=torch.float32) if biased else None
-    tile = _choose_tile(q, k, v, layout, window, biased)
-    _launch_attention(q, k, v, layout, 0.125, tile, row_bounds=layout.window_bounds(*window), bias=bias)
+    tile = attention.choose_tile(q, k, v, layout, window, biased)
+    attention.launch_attention(q, k, v, layout, 0.125, tile, row_bounds=layout.window_bounds(*window), bias=bias)
 
 
 def launch_rotary(_arch: str, model: Model, dtype: torch.dtype) -> None:
@@ -135,7 +135,7 @@ def launch_rotary(_arch: str, model: Model, dtype: torch.dtype) -> None:
 def launch_cls_attention(_arch: str, model: Model, dtype: torch.dtype, num_splits: int) -> None:
     query = tensor(SEQUENCES, model.heads, model.hidden, dtype=torch.float32)
     layout = packing(4096)
-    _launch_cls_attention(query, tensor(4096, model.hidden, dtype=dtype), layout, 0.125, num_splits, None)
+    absorbed.launch_cls_attention(query, tensor(4096, model.hidden, dtype=dtype), layout, 0.125, num_splits, None)
 
 
 def launch_cls_attention_with_norm(_arch: str, model: Model, dtype: torch.dtype) -> None:
@@ -144,13 +144,13 @@ def launch_cls_attention_with_norm(_arch: str, model: Model, dtype: torch.dtype)
     query = tensor(SEQUENCES, model.heads, model.hidden, dtype=torch.float32)
     tile = {"NORM": True, "BLOCK_H": 16, "BLOCK_N": 16, "MAX_BLOCK_W": 256, "num_warps": 8, "num_stages": 2}
     with tile_tables.use_tile("cls_attention", tile):
-        _launch_cls_attention(query, x, packing(4096), 0.125, 1, AddNorm(vector, x, vector, vector, 1e-12))
+        absorbed.launch_cls_attention(query, x, packing(4096), 0.125, 1, AddNorm(vector, x, vector, vector, 1e-12))
 
 
 def launch_cls_attention_kv(_arch: str, model: Model, dtype: torch.dtype, num_splits: int) -> None:
     k, v = tensor(4096, 2, model.heads, model.head_dim, dtype=dtype).unbind(1)
     query = tensor(SEQUENCES, model.heads, model.head_dim, dtype=dtype)
-    _launch_cls_attention_kv(query, k, v, packing(4096), 0.125, num_splits)
+    key_value.launch_cls_attention_kv(query, k, v, packing(4096), 0.125, num_splits)
 
 
 def launch_cls_attention_with_keys(_arch: str, model: Model, dtype: torch.dtype, biased: bool) -> None:
@@ -159,19 +159,21 @@ def launch_cls_attention_with_keys(_arch: str, model: Model, dtype: torch.dtype,
     query = tensor(SEQUENCES, model.heads, model.head_dim, dtype=torch.float32)
     bias = tensor(4096, model.heads, dtype=torch.float32) if biased else None
     x = tensor(4096, model.hidden, dtype=dtype)
-    _launch_cls_attention(query, x, packing(4096), 0.125, 1, None, keys, bias, None)
+    absorbed.launch_cls_attention(query, x, packing(4096), 0.125, 1, None, keys, bias, None)
 
 
 def launch_cls_attention_with_bias(_arch: str, model: Model, dtype: torch.dtype) -> None:
     query = tensor(SEQUENCES, model.heads, model.hidden, dtype=torch.float32)
     x, bias = tensor(4096, model.hidden, dtype=dtype), tensor(4096, model.heads, dtype=torch.float32)
-    _launch_cls_attention(query, x, packing(4096), 0.125, 1, None, None, bias, None)
+    absorbed.launch_cls_attention(query, x, packing(4096), 0.125, 1, None, None, bias, None)
 
 
 def launch_cls_attention_kv_with_bias(_arch: str, model: Model, dtype: torch.dtype) -> None:
     k, v = tensor(4096, 2, model.heads, model.head_dim, dtype=dtype).unbind(1)
     query = tensor(SEQUENCES, model.heads, model.head_dim, dtype=dtype)
-    _launch_cls_attention_kv(query, k, v, packing(4096), 0.125, 1, tensor(4096, model.heads, dtype=torch.float32), None)
+    key_value.launch_cls_attention_kv(
+        query, k, v, packing(4096), 0.125, 1, tensor(4096, model.heads, dtype=torch.float32), None
+    )
 
 
 def launch_linear_gelu(arch: str, model: Model, dtype: torch.dtype, rows: int) -> None:

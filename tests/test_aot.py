@@ -126,7 +126,7 @@ def test_launch_fits_its_chip_and_uses_the_matrix_unit_that_was_meant(
 def test_every_kernel_is_compiled(reports: dict[str, Future[dict[str, Any]]], arch: str) -> None:
     defined = {
         name
-        for module in pkgutil.iter_modules(fastcls_kernels.__path__, "fastcls_kernels.")
+        for module in pkgutil.walk_packages(fastcls_kernels.__path__, "fastcls_kernels.")
         for name in vars(importlib.import_module(module.name))
         if name.endswith("_kernel")
     }

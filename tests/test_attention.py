@@ -15,7 +15,8 @@ from test_tile_map import rising_positions
 from torch import Tensor
 
 from fastcls_kernels import PackedLayout, attention_padded, attention_varlen
-from fastcls_kernels.attention import BIAS_BLOCK, WINDOW_BLOCK, _blocks, _choose_tile, _fits_tma
+from fastcls_kernels.attention.cpu import BIAS_BLOCK, WINDOW_BLOCK, row_blocks
+from fastcls_kernels.attention.kernel import choose_tile, fits_tma
 from fastcls_kernels.reference import attention_padded_reference, attention_varlen_reference
 from fastcls_kernels.runtime.tile_tables import AttentionTile, use_tile
 
@@ -64,14 +65,14 @@ def test_every_schedule_matches_the_definition(
 
 def test_the_copy_engine_takes_views_of_a_fused_projection_and_nothing_that_it_cannot() -> None:
     _, k, v = torch.empty(7, 3, 2, 64, dtype=torch.float16).unbind(1)
-    assert _fits_tma(k)
-    assert _fits_tma(v)
-    assert not _fits_tma(k[..., :48])
-    assert not _fits_tma(k[..., 1:33])
-    assert not _fits_tma(torch.empty(7, 2, 65, dtype=torch.float16)[..., :64])
-    assert not _fits_tma(k[:0])
+    assert fits_tma(k)
+    assert fits_tma(v)
+    assert not fits_tma(k[..., :48])
+    assert not fits_tma(k[..., 1:33])
+    assert not fits_tma(torch.empty(7, 2, 65, dtype=torch.float16)[..., :64])
+    assert not fits_tma(k[:0])
     # Its blocks are as wide as the smallest product, and would reach into the next head.
-    assert not _fits_tma(torch.empty(7, 2, 8, dtype=torch.float16))
+    assert not fits_tma(torch.empty(7, 2, 8, dtype=torch.float16))
 
 
 @pytest.mark.parametrize(("num_heads", "head_dim"), HEADS)
@@ -201,7 +202,7 @@ def test_what_overflows_outside_of_its_window_spoils_no_row(schedule: str, dtype
 
 
 def test_the_keys_that_a_window_reads_grow_with_the_text_and_not_with_its_square() -> None:
-    blocks = list(_blocks(8192, (64, 64)))
+    blocks = list(row_blocks(8192, (64, 64)))
     assert [row for rows, _ in blocks for row in range(rows.start, rows.stop)] == list(range(8192))
     assert max(keys.stop - keys.start for _, keys in blocks) == WINDOW_BLOCK + 128
 
@@ -210,10 +211,10 @@ def test_a_window_takes_the_tile_of_the_shortest_texts() -> None:
     # One tile for all lengths, which tiles of one text alone would not keep narrow.
     q, k, v = fused_qkv(2000, 2, 64, torch.float16, "cpu")
     long, short = (PackedLayout(cu_seqlens_of(lengths), 1000, 2000) for lengths in ([1000] * 2, [1] * 2000))
-    tile = _choose_tile(q, k, v, long, (64, 64))
-    assert tile == _choose_tile(q, k, v, short)
+    tile = choose_tile(q, k, v, long, (64, 64))
+    assert tile == choose_tile(q, k, v, short)
     assert not tile.PER_SEQUENCE
-    assert _choose_tile(q, k, v, long).PER_SEQUENCE
+    assert choose_tile(q, k, v, long).PER_SEQUENCE
 
 
 @pytest.mark.parametrize("head_dim", [4, 8, 12, 24, 26, 32, 80, 96, 120, 128])

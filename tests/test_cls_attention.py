@@ -11,7 +11,7 @@ from support import PACKINGS, assert_as_exact_as, cu_seqlens_of, eager_runs, ran
 from torch import Tensor
 
 from fastcls_kernels import AddNorm, PackedLayout, add_layer_norm, cls_attention, cls_attention_kv, takes_norm
-from fastcls_kernels.cls_attention import _Windows, _windows_of
+from fastcls_kernels.cls_attention import cpu
 from fastcls_kernels.reference import (
     add_layer_norm_reference,
     cls_attention_kv_reference,
@@ -495,10 +495,10 @@ def test_kv_torch_path_takes_biases_and_any_rows(
     check_kv_extras(4 * enough(lengths), extras, dtype, torch_path, None)
 
 
-def windows_of(lengths: list[int], spans: list[tuple[int, int]]) -> list[_Windows]:
+def windows_of(lengths: list[int], spans: list[tuple[int, int]]) -> list[cpu.Windows]:
     starts, ends = torch.tensor(spans, dtype=torch.int32).unbind(1)
     layout = PackedLayout(cu_seqlens_of(lengths), max(lengths), sum(lengths))
-    return list(_windows_of(layout, (starts, ends), 3, 48))
+    return list(cpu.windows_of(layout, (starts, ends), 3, 48))
 
 
 def test_texts_of_one_length_and_rows_of_one_text_are_one_product() -> None:
@@ -513,7 +513,7 @@ def test_texts_of_one_length_and_rows_of_one_text_are_one_product() -> None:
 @pytest.mark.usefixtures("torch_path")
 def test_memory_is_bounded_for_any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     most = 4000
-    monkeypatch.setitem(_windows_of.__globals__, "MAX_NUMBERS", most)
+    monkeypatch.setitem(cpu.windows_of.__globals__, "MAX_NUMBERS", most)
     lengths = [20] * 40 + [90]
     ends = torch.tensor(lengths).cumsum(0).repeat_interleave(torch.tensor([1] * 40 + [70]))
     starts = ends - torch.tensor([20] * 40 + [90] * 70)

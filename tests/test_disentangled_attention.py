@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import DebertaV2Config
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention, make_log_bucket_position
 
 from fastcls_kernels import Buckets, PackedLayout, disentangled_attention
+from fastcls_kernels.disentangled_attention import cpu
 from fastcls_kernels.reference import disentangled_attention_reference
 from fastcls_kernels.runtime.tile_tables import use_tile
 
@@ -146,8 +146,7 @@ def test_large_scores_do_not_overflow(kernels: str, dtype: torch.dtype) -> None:
 def test_torch_path_takes_a_run_in_pieces(
     torch_path: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, cached: int, holes: bool
 ) -> None:
-    module: Any = sys.modules["fastcls_kernels.disentangled_attention"]
-    monkeypatch.setattr(module, "CACHED", cached)
+    monkeypatch.setattr(cpu, "CACHED", cached)
     check([9] * 7 + [2] * 40 + [60] * 3, 5, 16, dtype, torch_path, holes=holes)
 
 

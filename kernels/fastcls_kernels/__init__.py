@@ -4,8 +4,6 @@ Every operation takes packed tokens, runs as a Triton kernel on a GPU and in pla
 definition in `fastcls_kernels.reference`. Importing this package needs torch alone.
 """
 
-# Registers the operators of attention.
-from . import operators  # noqa: F401
 from .absorb_query import absorb_query
 from .attention import attention_padded, attention_varlen
 from .cls_attention import cls_attention, cls_attention_kv, takes_norm

@@ -8,7 +8,12 @@ a graph.
 """
 
 from .absorb_query import absorb_query_unchecked as absorb_query
+from .attention import attention_padded_unchecked as attention_padded
+from .attention import attention_varlen_unchecked as attention_varlen
+from .cls_attention import cls_attention_kv_unchecked as cls_attention_kv
+from .cls_attention import cls_attention_unchecked as cls_attention
 from .cls_output import cls_output_unchecked as cls_output
+from .disentangled_attention import disentangled_attention_unchecked as disentangled_attention
 from .embedding import embedding_layer_norm_unchecked as embedding_layer_norm
 from .gated_activation import gated_activation_unchecked as gated_activation
 from .layer_norm import add_layer_norm_unchecked as add_layer_norm
@@ -25,7 +30,12 @@ __all__ = [
     "absorb_query",
     "add_layer_norm",
     "apply_rotary_",
+    "attention_padded",
+    "attention_varlen",
+    "cls_attention",
+    "cls_attention_kv",
     "cls_output",
+    "disentangled_attention",
     "embedding_layer_norm",
     "gated_activation",
     "layer_norm",

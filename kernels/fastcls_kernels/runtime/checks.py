@@ -52,6 +52,19 @@ def check_head_dim(name: str, head_dim: int) -> None:
         raise ValueError(f"{name} must have a head size from 4 to 128, got {head_dim}")
 
 
+def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: str) -> None:
+    """Checks queries, keys and values of one ``shape``, such as "(total_tokens, nheads, headdim)"."""
+    check_tensor("q", q, shape)
+    check_tensor("k", k, shape, like=q)
+    check_tensor("v", v, shape, like=q)
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != q.shape:
+            raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(tensor.shape)}")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_last_dim_contiguous(name, tensor)
+    check_head_dim("q", q.shape[-1])
+
+
 def num_rows_of(tokens: torch.Tensor, rows: torch.Tensor | None) -> int:
     """How many rows of ``tokens`` are meant, all of them if None."""
     return tokens.shape[0] if rows is None else rows.shape[0]
