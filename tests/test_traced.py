@@ -16,6 +16,7 @@ import pytest
 import torch
 from support import has_compiler, tiny_bert, tiny_model
 from test_families import CLASSES, answers, shaped_for
+from test_imports import BLOCK, run
 from torch import Tensor
 from torch.export import Dim
 
@@ -120,27 +121,51 @@ def test_exported_for_every_batch_and_length(model_class: str, family: str) -> N
         assert_same(module(**inputs), fast(**inputs), inputs)
 
 
-def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
-    fast = fastcls.optimize(tiny_bert(), last_layer="selected")
+@pytest.mark.parametrize("blocked", [(), ("transformers",)], ids=["with_transformers", "without_transformers"])
+@pytest.mark.parametrize("model_class", ["BertForSequenceClassification", "BertModel", "BertForMaskedLM"])
+def test_an_exported_program_runs_in_another_process(
+    tmp_path: Path, model_class: str, blocked: tuple[str, ...]
+) -> None:
+    fast = fastcls.optimize(tiny_model(model_class, "bert"), last_layer="selected")
     inputs = batch(3, 7)
     shape = {0: Dim("texts"), 1: Dim("tokens")}
     program = torch.export.export(fast, (), inputs, dynamic_shapes=dict.fromkeys(inputs, shape))
     torch.export.save(program, tmp_path / "fast.pt2")
     other = batch(5, 9)
-    torch.save({"inputs": other, "logits": fast(**other).logits}, tmp_path / "expected.pt")
-    script = """
-import sys, torch
+    torch.save({"inputs": other, "outputs": dict(fast(**other))}, tmp_path / "expected.pt")
+    script = (
+        BLOCK.format(blocked=blocked)
+        + """
+import torch
 import fastcls.engine
 expected = torch.load(sys.argv[2])
-logits = torch.export.load(sys.argv[1]).module()(**expected["inputs"]).logits
-torch.testing.assert_close(logits, expected["logits"])
+outputs = torch.export.load(sys.argv[1]).module()(**expected["inputs"])
+for name, tensor in expected["outputs"].items():
+    torch.testing.assert_close(getattr(outputs, name), tensor, rtol=0, atol=0)
+assert list(outputs) == list(expected["outputs"])
+assert "transformers" not in sys.modules
+try:
+    outputs.attentions
+except AttributeError as error:
+    assert "has no attentions: it holds " in str(error)
 """
+    )
     command = [sys.executable, "-c", script, str(tmp_path / "fast.pt2"), str(tmp_path / "expected.pt")]
     path = os.pathsep.join(sys.path)
     # Without a compiler in reach.
     environment = {**os.environ, "PYTHONPATH": path, "PATH": ""}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_transformers_outputs_take_the_place_of_stand_ins() -> None:
+    code = (
+        "import fastcls.engine, fastcls.traced\n"
+        "from torch.utils._pytree import SERIALIZED_TYPE_TO_PYTHON_TYPE as types\n"
+        "from transformers.modeling_outputs import SequenceClassifierOutput\n"
+        "print(types['transformers.modeling_outputs.SequenceClassifierOutput'] is SequenceClassifierOutput)"
+    )
+    assert run(code) == "True"
 
 
 def test_opcheck() -> None:

@@ -250,7 +250,8 @@ class Engine(nn.Module):
 
     @property
     def _reader(self) -> BatchReader:
-        return BatchReader(self.spec, self.device, self.dtype)
+        weight = self.encoder.embeddings.word_weight
+        return BatchReader(self.spec, weight.device, weight.dtype)
 
     @property
     def _runs_triton(self) -> bool:
@@ -267,19 +268,18 @@ class Engine(nn.Module):
         return self.encoder.embeddings.word_weight.new_full((*shape, self.width), fill)
 
     def _packed(self, flat: FlatBatch) -> Iterator[PackedTokens]:
-        device, triton = self.device, self._runs_triton
+        device = self.device
+        triton = explain_backend(device)[0] == "triton"
         max_tokens = CPU_TOKENS_PER_PASS if device.type == "cpu" else GPU_TOKENS_PER_PASS
         for part in parts_of(flat, max_tokens, sort=not triton):
-            shape = self._shape(part.num_tokens, part.num_texts)
+            tokens, texts = part.num_tokens, part.num_texts
+            shape = self._shape(tokens, texts) if triton else fill_rows(tokens, texts)
             yield pack(flat, part, shape, pin=device.type == "cuda")
 
     def _shape(self, tokens: int, sequences: int) -> PackShape:
-        """The shape of a pass: a graph's, where it may be replayed."""
-        if self._runs_triton:
-            bucket = bucket_of(tokens, sequences)
-            if self._may_replay(bucket):
-                return bucket
-        return fill_rows(tokens, sequences)
+        """The shape of a pass with the Triton kernels: a graph's, where it may be replayed."""
+        bucket = bucket_of(tokens, sequences)
+        return bucket if self._may_replay(bucket) else fill_rows(tokens, sequences)
 
     def _may_replay(self, shape: PackShape) -> bool:
         return self.cuda_graphs and self.device.type == "cuda" and shape.tokens <= max_graph_tokens(self.spec)
@@ -291,7 +291,6 @@ class Engine(nn.Module):
             # How many rows are chosen differs from batch to batch.
             and packed.rows is None
             and packed.shape == bucket_of(*packed.shape)
-            and self._runs_triton
             # A replay would not run hooks.
             and not self.is_hooked()
             and not being_captured()
@@ -303,11 +302,12 @@ class Engine(nn.Module):
             self._check_hooks(rows)
         self.encoder.prepare()
         last_layer, device = self.last_layer, self.device
-        if self._replays(packed):
+        triton = explain_backend(device)[0] == "triton"
+        if triton and self._replays(packed):
             compute = functools.partial(self._compute, rows=rows, last_layer=last_layer)
             computed = self._graphs(compute, packed, rows, last_layer, device)
         else:
-            if self._runs_triton:
+            if triton:
                 self._check_weights()
             computed = self._compute(packed.to(device), rows, last_layer)
         if rows == "chosen":

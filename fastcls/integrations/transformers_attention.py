@@ -13,7 +13,8 @@ from transformers.masking_utils import bidirectional_mask_function
 
 from fastcls_kernels import attention_varlen, explain_backend, is_batch_invariant
 
-NAME = "fastcls"
+from ..original.own_code import OUR_ATTENTION
+
 # A mask's attribute with what follows from it, which all layers share.
 _GROUPS = "_fastcls_groups"
 # What models hand on to their attention besides, and that changes its result.
@@ -49,13 +50,13 @@ def register_attention() -> None:
     that differ from query to query, position biases, cross-attention and caches, fewer heads of keys than of queries,
     dropout, attentions asked for, gradients.
     """
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionInterface.register(OUR_ATTENTION, _attention)
+    AttentionMaskInterface.register(OUR_ATTENTION, _mask)
 
 
 def _refuse(what: str, found: object) -> NoReturn:
     raise ValueError(
-        f'attn_implementation "{NAME}" needs {what}, got {found}: '
+        f'attn_implementation "{OUR_ATTENTION}" needs {what}, got {found}: '
         'use model.set_attn_implementation("sdpa") for this model or call'
     )
 

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, masking_utils, modeling_utils
 from transformers.activations import ACT2FN
 
 from ..families import ACTIVATION_CLASSES, ACTIVATION_NAMES
-from ..integrations.transformers_attention import NAME as OUR_ATTENTION
 
+# What `register_attention` registers with transformers.
+OUR_ATTENTION = "fastcls"
 # Methods that a subclass may replace: none of them is reached from `forward`.
 NOT_IN_FORWARD = (
     *("__new__", "pretrained", "hub", "init", "weights", "state_dict", "save", "load", "train", "eval", "parameters"),

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, BinaryIO, NoReturn, ParamSpec
+from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from .lines import Lines, count_lines, decoded_lines, opened, texts_of, write_utf8
 
 app = typer.Typer(
     help="BERT classifiers that compute only what the label needs.",
@@ -96,18 +97,18 @@ def classify(
     diverged, are written as null, and so is a label that no number chose. Standard
     error says at the end how many there were; the exit status stays 0.
     """
-    total = None if str(file) == "-" else _count_lines(file)
+    total = None if str(file) == "-" else count_lines(file)
     from ..classifier import Classifier
     from ..texts import TextError
 
     _set_threads(threads)
     with _stderr.status("Loading the model", spinner="dots"):
         classifier = Classifier.from_pretrained(model, device=device, dtype=dtype, truncation=truncate)
-    _write_utf8()
+    write_utf8()
     done = not_finite = first_not_finite = 0
-    with _opened(file) as source, _progress() as progress:
+    with opened(file) as source, _progress() as progress:
         task = progress.add_task("texts", total=total)
-        texts = _Lines(source, str(file), pairs)
+        texts = Lines(source, str(file), pairs)
         try:
             for result in classifier.stream(texts, top_k="best" if top_k is None else top_k):
                 text, pair = texts.seen.pop(done)
@@ -197,7 +198,7 @@ def verify(
     at most twice that, since both logits may move. Where a model gives no
     labels, numbers that differ by more than that count instead.
     """
-    total = None if str(file) == "-" else _count_lines(file)
+    total = None if str(file) == "-" else count_lines(file)
     from ..loading import load_model, load_tokenizer, parse_device, parse_dtype
     from .verify import check_picture, draw, show, task_of
     from .verify import verify as compare
@@ -216,9 +217,9 @@ def verify(
     is_choice = task_of(original) == "multiple choice"
     if is_choice and pairs:
         raise ValueError("--pairs is not for multiple choice: each line is a question and its choices, tabs between")
-    with _opened(file) as source, _progress() as progress:
-        lines = _decoded_lines(source, str(file))
-        texts = (line.split("\t") for line in lines) if is_choice else _texts(lines, str(file), pairs)
+    with opened(file) as source, _progress() as progress:
+        lines = decoded_lines(source, str(file))
+        texts = (line.split("\t") for line in lines) if is_choice else texts_of(lines, str(file), pairs)
         task = progress.add_task("texts", total=total if total is None or limit is None else min(total, limit))
         found = compare(
             original,
@@ -231,7 +232,7 @@ def verify(
             source=str(file),
             progress=lambda done: progress.update(task, completed=done),
         )
-    _write_utf8()
+    write_utf8()
     if found.texts and as_json:
         typer.echo(json.dumps(found.to_json(), ensure_ascii=False, allow_nan=False))
     elif found.texts:
@@ -243,64 +244,6 @@ def verify(
         raise typer.Exit(_INTERRUPTED)
     if not found.fine(strict=strict):
         raise typer.Exit(1)
-
-
-def _opened(file: Path) -> BinaryIO:
-    return sys.stdin.buffer if str(file) == "-" else file.open("rb")
-
-
-def _write_utf8() -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # JSON lines are UTF-8, whatever the terminal's language.
-        sys.stdout.reconfigure(encoding="utf-8")
-
-
-class _Lines:
-    """Lines of a binary stream as texts, remembered until their results are written."""
-
-    def __init__(self, source: BinaryIO, name: str, pairs: bool) -> None:
-        self.texts = _texts(_decoded_lines(source, name), name, pairs)
-        self.seen: dict[int, tuple[str, str | None]] = {}
-
-    def __iter__(self) -> Iterator[str | tuple[str, str]]:
-        for index, text in enumerate(self.texts):
-            self.seen[index] = (text, None) if isinstance(text, str) else text
-            yield text
-
-
-def _texts(lines: Iterator[str], name: str, pairs: bool) -> Iterator[str | tuple[str, str]]:
-    for number, line in enumerate(lines, start=1):
-        if not pairs:
-            yield line
-            continue
-        text, tab, pair = line.partition("\t")
-        if not tab:
-            raise ValueError(f"{name}, line {number}: --pairs needs a tab between two texts, got {line!r}")
-        yield text, pair
-
-
-def _decoded_lines(source: BinaryIO, name: str) -> Iterator[str]:
-    for number, raw in enumerate(source, start=1):
-        try:
-            # The first line may carry a byte order mark, which is no part of the text.
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{name}, line {number}: not UTF-8 at byte {error.start + 1} of the line (0x{raw[error.start]:02x}). "
-                "Convert the file first, for instance with iconv"
-            ) from error
-        yield line.rstrip("\r\n")
-
-
-def _count_lines(file: Path) -> int | None:
-    """Reads a regular file through once, so that a line that is not UTF-8 is found before the model is loaded."""
-    if file.is_dir():
-        raise ValueError(f"{file} must be a file, it is a folder")
-    if file.exists() and not file.is_file():
-        # A pipe can be read once only.
-        return None
-    with file.open("rb") as source:
-        return sum(1 for _ in _decoded_lines(source, str(file)))
 
 
 def _progress() -> Progress:
