@@ -22,18 +22,11 @@ from .splits import Partials, RowBounds, bounds_of, default_num_splits
 
 @jit()
 def _load_query_chunk(
-    q_ptr,
-    chunk,
-    in_heads,
-    offs_h,
-    stride_qh,
-    scale_log2,
-    WIDTH: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    q_ptr, chunk, in_heads, offs_h, stride_qh, scale_log2, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
     DTYPE: tl.constexpr,
-):
+):  # fmt: skip
+    """A chunk of the queries' columns, [BLOCK_H, BLOCK_W], as a pair."""
     offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
-    # [BLOCK_H, BLOCK_W]
     query = tl.load(
         q_ptr + offs_h.to(tl.int64)[:, None] * stride_qh + offs_w[None, :],
         mask=in_heads[:, None] & (offs_w[None, :] < WIDTH),
@@ -45,8 +38,8 @@ def _load_query_chunk(
 
 @jit()
 def _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, width, BLOCK_W: tl.constexpr):
+    """A chunk of the tokens' columns, [BLOCK_N, BLOCK_W]."""
     offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
-    # [BLOCK_N, BLOCK_W]
     return tl.load(
         x_ptr + offs_t[:, None] * stride_xt + offs_w[None, :],
         mask=in_split[:, None] & (offs_w[None, :] < width),
@@ -55,11 +48,52 @@ def _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, width, BLOCK_W:
 
 
 @jit()
+def _load_normalised_chunks(
+    x_ptr,  # (total_tokens, width)
+    residual_ptr,  # (total_tokens, width)
+    bias_ptr,  # (width,)
+    weight_ptr,  # (width,)
+    norm_bias_ptr,  # (width,)
+    offs_t, in_split, stride_xt, stride_rt, eps, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """The chunks of LayerNorm(x + residual + bias), [BLOCK_N, BLOCK_W] each, in the norm's dtype."""
+    summed = []
+    total = None
+    for i in tl.static_range(CHUNKS):
+        offs_w = i * BLOCK_W + tl.arange(0, BLOCK_W)
+        chunk = _load_token_chunk(x_ptr, i, offs_t, in_split, stride_xt, WIDTH, BLOCK_W).to(tl.float32)
+        chunk += _load_token_chunk(residual_ptr, i, offs_t, in_split, stride_rt, WIDTH, BLOCK_W).to(tl.float32)
+        chunk += tl.load(bias_ptr + offs_w, mask=offs_w < WIDTH, other=0.0).to(tl.float32)[None, :]
+        total = tl.sum(chunk, 1) if i == 0 else total + tl.sum(chunk, 1)
+        summed += [chunk]
+    # [BLOCK_N]
+    mean = total / WIDTH
+    centred = []
+    squares = None
+    for i in tl.static_range(CHUNKS):
+        offs_w = i * BLOCK_W + tl.arange(0, BLOCK_W)
+        chunk = tl.where(offs_w[None, :] < WIDTH, summed[i] - mean[:, None], 0.0)
+        squares = tl.sum(chunk * chunk, 1) if i == 0 else squares + tl.sum(chunk * chunk, 1)
+        centred += [chunk]
+    # [BLOCK_N]
+    scale = tl.rsqrt(squares / WIDTH + eps)
+    normalised = []
+    for i in tl.static_range(CHUNKS):
+        offs_w = i * BLOCK_W + tl.arange(0, BLOCK_W)
+        # Zero beyond the width, so that the chunk is, too.
+        weight = tl.load(weight_ptr + offs_w, mask=offs_w < WIDTH, other=0.0)
+        norm_bias = tl.load(norm_bias_ptr + offs_w, mask=offs_w < WIDTH, other=0.0).to(tl.float32)
+        chunk = centred[i] * scale[:, None] * weight.to(tl.float32)[None, :] + norm_bias[None, :]
+        normalised += [chunk.to(weight.dtype)]
+    return normalised
+
+
+@jit()
 def _add_key_scores(
     scores, q_ptr, key_ptr, chunk, offs_t, in_split, scale_log2, stride_kt, num_columns, KEY_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """``scores`` and what a chunk of the keys' columns adds, by one product: each head's query in its own columns."""
+    """``scores``, [BLOCK_H, BLOCK_N], plus those of a chunk of the keys' columns: each head's query in its own ones."""
     offs_k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
     # [BLOCK_K]
     query = tl.load(q_ptr + offs_k, mask=offs_k < num_columns, other=0.0).to(tl.float32)
@@ -69,38 +103,6 @@ def _add_key_scores(
     # [BLOCK_N, BLOCK_K]
     k = _load_token_chunk(key_ptr, chunk, offs_t, in_split, stride_kt, num_columns, BLOCK_K)
     return pair_dot(high, low, tl.trans(k), scores, PAIR)
-
-
-@jit()
-def _load_summed_chunk(
-    x_ptr, residual_ptr, bias_ptr, chunk, offs_t, in_split, stride_xt, stride_rt, WIDTH: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """What the layer norm is taken of, in float32, zero outside; and the sum of each row."""
-    offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
-    # [BLOCK_N, BLOCK_W]
-    summed = _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, WIDTH, BLOCK_W).to(tl.float32)
-    summed += _load_token_chunk(residual_ptr, chunk, offs_t, in_split, stride_rt, WIDTH, BLOCK_W).to(tl.float32)
-    summed += tl.load(bias_ptr + offs_w, mask=offs_w < WIDTH, other=0.0).to(tl.float32)[None, :]
-    return summed, tl.sum(summed, 1)
-
-
-@jit()
-def _centre_chunk(summed, mean, chunk, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
-    """The chunk less each row's mean; and the sum of its squares."""
-    offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
-    centred = tl.where(offs_w[None, :] < WIDTH, summed - mean[:, None], 0.0)
-    return centred, tl.sum(centred * centred, 1)
-
-
-@jit()
-def _scale_chunk(centred, norm_scale, weight_ptr, norm_bias_ptr, chunk, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
-    """The chunk of the normalised rows, in the norm's dtype; zero beyond the width, as weight and bias are there."""
-    offs_w = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
-    weight = tl.load(weight_ptr + offs_w, mask=offs_w < WIDTH, other=0.0)
-    norm_bias = tl.load(norm_bias_ptr + offs_w, mask=offs_w < WIDTH, other=0.0)
-    normalised = centred * norm_scale[:, None] * weight.to(tl.float32)[None, :] + norm_bias.to(tl.float32)[None, :]
-    return normalised.to(weight.dtype)
 
 
 @jit()
@@ -115,48 +117,29 @@ def _store_output_chunk(out_ptr, acc, chunk, in_heads, offs_h, WIDTH: tl.constex
 
 @jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["start_ptr", "end_ptr"])
 def _cls_attention_kernel(
-    q_ptr,
-    x_ptr,
-    key_ptr,
-    score_bias_ptr,
-    out_ptr,
-    lse_ptr,
-    start_ptr,
-    end_ptr,
-    residual_ptr,
-    bias_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    num_splits,
-    scale_log2,
-    eps,
-    stride_qb,
-    stride_qh,
-    stride_xt,
-    stride_kt,
-    stride_rt,
-    NUM_HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    COLUMN_GROUPS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    KEY_CHUNKS: tl.constexpr,
-    UNROLL_KEYS: tl.constexpr,
-    PAIR: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    LOG2_E: tl.constexpr,
-):
+    q_ptr,  # (num_rows, nheads, width), with keys (num_rows, nheads * key_dim)
+    x_ptr,  # (total_tokens, width)
+    key_ptr,  # (total_tokens, nheads * key_dim), or None
+    score_bias_ptr,  # (total_tokens, nheads), or None
+    out_ptr,  # (num_rows, num_splits, nheads, width)
+    lse_ptr,  # (num_rows, num_splits, nheads)
+    start_ptr,  # (num_rows,)
+    end_ptr,  # (num_rows,)
+    residual_ptr,  # (total_tokens, width), or None without NORM
+    bias_ptr,  # (width,), or None without NORM
+    norm_weight_ptr,  # (width,), or None without NORM
+    norm_bias_ptr,  # (width,), or None without NORM
+    num_splits, scale_log2, eps, stride_qb, stride_qh, stride_xt, stride_kt, stride_rt,
+    NUM_HEADS: tl.constexpr, WIDTH: tl.constexpr, KEY_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, CHUNKS: tl.constexpr,
+    COLUMN_GROUPS: tl.constexpr, BLOCK_K: tl.constexpr, KEY_CHUNKS: tl.constexpr, UNROLL_KEYS: tl.constexpr,
+    PAIR: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, LOG2_E: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     head_group = tl.program_id(2) // COLUMN_GROUPS
     column_group = tl.program_id(2) % COLUMN_GROUPS
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-
     start = tl.load(start_ptr + row)
     end = tl.load(end_ptr + row)
     tokens_per_split = tl.cdiv(tl.cdiv(end - start, num_splits), BLOCK_N) * BLOCK_N
@@ -178,28 +161,21 @@ def _cls_attention_kernel(
     row_max = tl.full([BLOCK_H], -1e30, dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_H], dtype=tl.float32)
     # [BLOCK_H, BLOCK_W] each
-    acc0 = tl.zeros([BLOCK_H, BLOCK_W], dtype=tl.float32)
-    acc1 = acc0
-    acc2 = acc0
-    acc3 = acc0
+    acc = [tl.zeros([BLOCK_H, BLOCK_W], dtype=tl.float32)] * CHUNKS
 
-    # One column group: the query stays on chip, and each tile of x serves both products.
     if COLUMN_GROUPS == 1 and KEY_CHUNKS == 0:
-        q0, r0 = _load_query_chunk(q_ptr, 0, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE)
-        if CHUNKS > 1:
-            q1, r1 = _load_query_chunk(q_ptr, 1, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE)
-        if CHUNKS > 2:
-            q2, r2 = _load_query_chunk(q_ptr, 2, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE)
-        if CHUNKS > 3:
-            q3, r3 = _load_query_chunk(q_ptr, 3, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE)
+        # The queries stay on chip, and each tile of x serves both products.
+        queries = []
+        for i in tl.static_range(CHUNKS):
+            queries += [_load_query_chunk(q_ptr, i, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE)]
 
     for tile_start in range(split_start, split_end, BLOCK_N):
         offs_t = tile_start + tl.arange(0, BLOCK_N)
         in_split = offs_t < split_end
         offs_t = offs_t.to(tl.int64)
         if HAS_BIAS:
-            # The tile's place is one 64-bit number; offsets within it are the same in every step. Loaded here and not
-            # where it is added, which takes more registers.
+            # The tile's address takes 64 bits; offsets within it are the same in every step. Loaded here, since loading
+            # the bias where it is added takes more registers.
             offs_b = tl.arange(0, BLOCK_N)[None, :] * NUM_HEADS + offs_h[:, None]
             # [BLOCK_H, BLOCK_N]
             score_bias = tl.load(
@@ -209,56 +185,19 @@ def _cls_attention_kernel(
             )
         # [BLOCK_N, BLOCK_W] each
         if NORM:
-            x0, total = _load_summed_chunk(
-                x_ptr, residual_ptr, bias_ptr, chunk0, offs_t, in_split, stride_xt, stride_rt, WIDTH, BLOCK_W
-            )
-            if CHUNKS > 1:
-                x1, t1 = _load_summed_chunk(
-                    x_ptr, residual_ptr, bias_ptr, chunk0 + 1, offs_t, in_split, stride_xt, stride_rt, WIDTH, BLOCK_W
-                )
-                total += t1
-            if CHUNKS > 2:
-                x2, t2 = _load_summed_chunk(
-                    x_ptr, residual_ptr, bias_ptr, chunk0 + 2, offs_t, in_split, stride_xt, stride_rt, WIDTH, BLOCK_W
-                )
-                total += t2
-            if CHUNKS > 3:
-                x3, t3 = _load_summed_chunk(
-                    x_ptr, residual_ptr, bias_ptr, chunk0 + 3, offs_t, in_split, stride_xt, stride_rt, WIDTH, BLOCK_W
-                )
-                total += t3
-            mean = total / WIDTH
-            x0, squares = _centre_chunk(x0, mean, chunk0, WIDTH, BLOCK_W)
-            if CHUNKS > 1:
-                x1, t1 = _centre_chunk(x1, mean, chunk0 + 1, WIDTH, BLOCK_W)
-                squares += t1
-            if CHUNKS > 2:
-                x2, t2 = _centre_chunk(x2, mean, chunk0 + 2, WIDTH, BLOCK_W)
-                squares += t2
-            if CHUNKS > 3:
-                x3, t3 = _centre_chunk(x3, mean, chunk0 + 3, WIDTH, BLOCK_W)
-                squares += t3
-            norm_scale = tl.rsqrt(squares / WIDTH + eps)
-            x0 = _scale_chunk(x0, norm_scale, norm_weight_ptr, norm_bias_ptr, chunk0, WIDTH, BLOCK_W)
-            if CHUNKS > 1:
-                x1 = _scale_chunk(x1, norm_scale, norm_weight_ptr, norm_bias_ptr, chunk0 + 1, WIDTH, BLOCK_W)
-            if CHUNKS > 2:
-                x2 = _scale_chunk(x2, norm_scale, norm_weight_ptr, norm_bias_ptr, chunk0 + 2, WIDTH, BLOCK_W)
-            if CHUNKS > 3:
-                x3 = _scale_chunk(x3, norm_scale, norm_weight_ptr, norm_bias_ptr, chunk0 + 3, WIDTH, BLOCK_W)
+            x = _load_normalised_chunks(
+                x_ptr, residual_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, offs_t, in_split, stride_xt, stride_rt,
+                eps, WIDTH, BLOCK_W, CHUNKS,
+            )  # fmt: skip
         else:
-            x0 = _load_token_chunk(x_ptr, chunk0, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
-            if CHUNKS > 1:
-                x1 = _load_token_chunk(x_ptr, chunk0 + 1, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
-            if CHUNKS > 2:
-                x2 = _load_token_chunk(x_ptr, chunk0 + 2, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
-            if CHUNKS > 3:
-                x3 = _load_token_chunk(x_ptr, chunk0 + 3, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
+            x = []
+            for i in tl.static_range(CHUNKS):
+                x += [_load_token_chunk(x_ptr, chunk0 + i, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)]
 
         # [BLOCK_H, BLOCK_N]
         scores = tl.zeros([BLOCK_H, BLOCK_N], dtype=tl.float32)
         if UNROLL_KEYS:
-            # Unrolled, the queries stay on chip, too, and the next step's keys are fetched beside its x.
+            # Unrolled, so that the queries stay on chip, too, and the next step's keys are fetched beside its x.
             for chunk in tl.static_range(KEY_CHUNKS):
                 scores = _add_key_scores(
                     scores, q_ptr, key_ptr, chunk, offs_t, in_split, scale_log2, stride_kt, key_columns, KEY_DIM,
@@ -271,20 +210,16 @@ def _cls_attention_kernel(
                     BLOCK_H, BLOCK_K, PAIR,
                 )  # fmt: skip
         elif COLUMN_GROUPS == 1:
-            scores = pair_dot(q0, r0, tl.trans(x0), scores, PAIR)
-            if CHUNKS > 1:
-                scores = pair_dot(q1, r1, tl.trans(x1), scores, PAIR)
-            if CHUNKS > 2:
-                scores = pair_dot(q2, r2, tl.trans(x2), scores, PAIR)
-            if CHUNKS > 3:
-                scores = pair_dot(q3, r3, tl.trans(x3), scores, PAIR)
+            for i in tl.static_range(CHUNKS):
+                high, low = queries[i]
+                scores = pair_dot(high, low, tl.trans(x[i]), scores, PAIR)
         else:
             for chunk in range((WIDTH + BLOCK_W - 1) // BLOCK_W):
-                query, rest = _load_query_chunk(
+                high, low = _load_query_chunk(
                     q_ptr, chunk, in_heads, offs_h, stride_qh, scale_log2, WIDTH, BLOCK_W, DTYPE
                 )
-                x = _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
-                scores = pair_dot(query, rest, tl.trans(x), scores, PAIR)
+                columns = _load_token_chunk(x_ptr, chunk, offs_t, in_split, stride_xt, WIDTH, BLOCK_W)
+                scores = pair_dot(high, low, tl.trans(columns), scores, PAIR)
 
         if HAS_BIAS:
             scores += score_bias * LOG2_E
@@ -295,26 +230,18 @@ def _cls_attention_kernel(
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         row_max = new_max
         high, low = as_pair(weights, DTYPE)
-        acc0 = pair_dot(high, low, x0, acc0 * rescale[:, None], PAIR)
-        if CHUNKS > 1:
-            acc1 = pair_dot(high, low, x1, acc1 * rescale[:, None], PAIR)
-        if CHUNKS > 2:
-            acc2 = pair_dot(high, low, x2, acc2 * rescale[:, None], PAIR)
-        if CHUNKS > 3:
-            acc3 = pair_dot(high, low, x3, acc3 * rescale[:, None], PAIR)
+        updated = []
+        for i in tl.static_range(CHUNKS):
+            updated += [pair_dot(high, low, x[i], acc[i] * rescale[:, None], PAIR)]
+        acc = updated
 
     divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
     out_row = row * num_splits + split
     out_ptr += out_row * NUM_HEADS * WIDTH
-    _store_output_chunk(out_ptr, acc0 / divisor[:, None], chunk0, in_heads, offs_h, WIDTH, BLOCK_W)
-    if CHUNKS > 1:
-        _store_output_chunk(out_ptr, acc1 / divisor[:, None], chunk0 + 1, in_heads, offs_h, WIDTH, BLOCK_W)
-    if CHUNKS > 2:
-        _store_output_chunk(out_ptr, acc2 / divisor[:, None], chunk0 + 2, in_heads, offs_h, WIDTH, BLOCK_W)
-    if CHUNKS > 3:
-        _store_output_chunk(out_ptr, acc3 / divisor[:, None], chunk0 + 3, in_heads, offs_h, WIDTH, BLOCK_W)
-    # An empty split keeps -1e30 and so weighs nothing beside any other. The first group of columns alone stores it.
-    # Blocks are compared, since triton 3.9's interpreter refuses a mask that is cut by a condition on the group.
+    for i in tl.static_range(CHUNKS):
+        _store_output_chunk(out_ptr, acc[i] / divisor[:, None], chunk0 + i, in_heads, offs_h, WIDTH, BLOCK_W)
+    # An empty split keeps -1e30, and weighs nothing beside any other. The first group of columns alone stores its sum:
+    # by comparing blocks, since triton 3.9's interpreter refuses a block that is masked by a scalar.
     is_stored = offs_h + column_group * NUM_HEADS < NUM_HEADS
     tl.store(lse_ptr + out_row * NUM_HEADS + offs_h, row_max + tl.log2(divisor), mask=is_stored)
 
@@ -330,19 +257,20 @@ def launch_cls_attention(
     bias: Tensor | None = None,
     row_bounds: RowBounds | None = None,
 ) -> Tensor:
+    """The sums, (num_rows, nheads, width), of arguments that `cls_attention` has checked; with ``keys`` no ``norm``."""
     num_rows, num_heads, query_dim = query.shape
     width = hidden_states.shape[1]
     out = query.new_empty(num_rows, num_heads, width)
     if out.numel() == 0:
         return out
     tile = cls_tile(arch_of(query.device), hidden_states.dtype, width)
-    # Keys and bias take room beside x: half the tokens a step, if there are many.
+    # Keys and bias take room beside x: half the tokens a step, where they are many.
     block_n = tile.BLOCK_N if keys is None and bias is None else max(16, tile.BLOCK_N // 2)
-    # Where there are few already, there is no room to fetch all of the next step's keys ahead either.
+    # Where they are few, there is no room either for fetching all of the next step's keys ahead.
     unroll_keys = keys is not None and block_n < tile.BLOCK_N
     block_k = tile.BLOCK_W if unroll_keys else max(16, tile.BLOCK_W // 2)
     if keys is not None:
-        # One product takes all heads, so these must be neighbours.
+        # One product takes all heads, which must be neighbours for it.
         query, keys = query.flatten(1), keys.flatten(1)
     column_groups = cdiv(width, tile.BLOCK_W * tile.CHUNKS)
     programs = cdiv(num_heads, tile.BLOCK_H) * column_groups
