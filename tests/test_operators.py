@@ -36,6 +36,7 @@ from fastcls_kernels import (
     linear_per_head,
     mean_pool,
     pooler_classifier,
+    unchecked,
 )
 from fastcls_kernels._ops import NAMESPACE
 from fastcls_kernels.runtime import invariance
@@ -318,6 +319,25 @@ def test_opcheck(monkeypatch: pytest.MonkeyPatch, case: str, device: str, dtype:
         operation(*args, **kwargs)
     (called,) = calls.made
     torch.library.opcheck(*called)
+
+
+@pytest.mark.parametrize("case", ["linear", "cls_output", "cls_output-sum", "linear_add_layer_norm-sum", "layer_norm"])
+def test_without_its_checks_an_operation_gives_the_same(case: str, device: str) -> None:
+    operation, args, kwargs = CASES[case](Inputs(LENGTHS, device))
+    found = results(getattr(unchecked, operation.__name__)(*args, **kwargs))
+    for here, there in zip(found, results(operation(*args, **kwargs)), strict=False):
+        torch.testing.assert_close(here, there, rtol=0, atol=0)
+
+
+def test_the_next_half_adds_to_the_norm_where_no_sum_is_kept(device: str) -> None:
+    for case in ("cls_output", "linear_add_layer_norm"):
+        _, args, kwargs = CASES[case](Inputs(LENGTHS, device))
+        normed, summed = getattr(unchecked, case)(*args, **kwargs)
+        assert summed is normed
+
+
+def test_every_operation_without_checks_has_its_public_name() -> None:
+    assert set(unchecked.__all__) <= set(fastcls_kernels.__all__)
 
 
 @every_case

@@ -1,7 +1,7 @@
 """This package's operators in ``torch.ops``: their namespace, and the decorator that makes a function one of them.
 
-A copy for the Hugging Face hub has another namespace, which ``kernels/assemble_hub.py`` writes here, so that two copies
-can be loaded in one process.
+A copy for the Hugging Face hub has another namespace, which ``kernels/assemble_hub.py`` writes here, so that one
+process can load both.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def add_op_namespace_prefix(name: str) -> str:
 
 
 class Members(NamedTuple):
-    """An argument of a function that no schema can hold, and what its operator takes instead.
+    """An argument that no schema can hold, and the operator's arguments in place of it.
 
     Attributes:
-        argument: the function's name for it.
-        split: the argument to its members, by the operator's names.
-        join: all of the operator's arguments, by name, to the argument.
+        argument: its name in the function.
+        split: takes the argument, and gives the operator's arguments by name.
+        join: takes all of the operator's arguments by name, and gives the argument.
     """
 
     argument: str
@@ -47,10 +47,10 @@ def operator(
     graph a call goes to the function itself.
 
     Args:
-        schema: the operator's, without its name. A list of tensors is what a function gives that gives one or several;
-            where nothing is returned, the function gives the argument that it writes to.
-        fake: takes the operator's arguments, and makes what it gives, unfilled.
-        members: of the arguments that the schema cannot hold.
+        schema: the operator's, without its name. ``Tensor[]`` stands for a function that returns one tensor or several,
+            and ``()`` for one that returns the argument it writes to.
+        fake: takes the operator's arguments, and returns its results unfilled.
+        members: one for each argument that the schema cannot hold.
     """
 
     def register(function: _Operation) -> _Operation:
@@ -70,7 +70,7 @@ def operator(
             made = function(**{name: given[name] for name in names if name in given})
             if written:
                 return None
-            # As a graph was told that it lies in memory.
+            # Contiguous, as the fake results are that the graph was made for.
             tensors = [each.contiguous() for each in ((made,) if isinstance(made, Tensor) else made)]
             return tensors if gives_list else tensors[0]
 
@@ -101,10 +101,10 @@ def operator(
 
 
 def check_together(**tensors: Tensor | None) -> bool:
-    """Whether the members of an argument are there.
+    """Whether the members of an argument are given.
 
     Raises:
-        ValueError: some are, and others are not.
+        ValueError: some are given, and others are not.
     """
     given = [name for name, tensor in tensors.items() if tensor is not None]
     if given and len(given) < len(tensors):

@@ -76,7 +76,7 @@ def disentangled_attention_reference(
 ) -> Tensor:
     """softmax((q kᵀ + q pos_keyᵀ + k pos_queryᵀ) · scale) v inside each sequence. See `disentangled_attention`.
 
-    ``buckets`` is the table of `Buckets`; ``positions`` are every row's, (total_tokens,).
+    ``buckets`` is the table of `Buckets`; ``positions``, (total_tokens,), has one for each row.
     """
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     reach = buckets.shape[0] // 2
@@ -159,7 +159,7 @@ def cls_output_sum_reference(
     hidden_states: Tensor,
     rows: Tensor,
 ) -> Tensor:
-    """W_o (W_v s + b_v) + b_o + residual: what `cls_output` gives besides with ``keep_sum``."""
+    """W_o (W_v s + b_v) + b_o + residual: the sum that `cls_output` also returns with ``keep_sum``."""
     heads = value_weight.unflatten(0, (summed.shape[1], -1)).transpose(1, 2)
     context = (summed.transpose(0, 1) @ heads).transpose(0, 1).flatten(1)
     if value_bias is not None:
@@ -210,7 +210,7 @@ def layer_norm_reference(hidden_states: Tensor, weight: Tensor, norm_bias: Tenso
 
 
 def add_reference(hidden_states: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    """hidden_states + bias + residual: what `add_layer_norm` gives besides with ``keep_sum``."""
+    """hidden_states + bias + residual: the sum that `add_layer_norm` also returns with ``keep_sum``."""
     return (hidden_states if bias is None else hidden_states + bias) + residual
 
 
@@ -255,7 +255,7 @@ def linear_activation_reference(
 
 
 def activation_reference(x: Tensor, activation: Activation) -> Tensor:
-    """The activation of that name."""
+    """The activation by its name."""
     functions = {"gelu": F.gelu, "relu": torch.relu, "silu": F.silu, "tanh": torch.tanh}
     return F.gelu(x, approximate="tanh") if activation == "gelu_tanh" else functions[activation](x)
 

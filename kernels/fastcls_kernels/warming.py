@@ -1,4 +1,4 @@
-"""The shapes that bring every kernel to the compiler once, so that no later one does."""
+"""Shapes that compile every kernel once, so that no later call compiles one."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 from .runtime.tile_tables import arch_of, limits_of
 from .runtime.triton import cdiv
 
-# A pass of more is nothing that lengths of texts lead to.
+# Passes of more sequences do not occur.
 _MAX_SEQUENCES = 4096
 
 
 def warming_shapes(device: torch.device, max_seqlen: int, max_tokens: int) -> list[list[int]]:
     """Packings, each a list of lengths, that make each choice of a chip's tables at least once.
 
-    Choices are made operation by operation, from the number of tokens, of sequences, or their mean length. So it takes
-    packings with each number that the tables know, and with one beyond, but not all combinations.
+    Each operation chooses by the number of tokens or sequences, or by their mean length. So each number in the tables
+    needs a packing, and so does a number beyond them, but not every combination.
 
     Args:
         device: the GPU.

@@ -45,12 +45,12 @@ _AVX2_ONEDNN_ROWS = 256
 
 
 class _Machine(NamedTuple):
-    """What follows from the CPU and the build of PyTorch, and no call can change.
+    """Facts of the CPU and of this build of PyTorch, which no later call changes.
 
     Attributes:
-        dtypes: those that oneDNN multiplies.
-        most_rows: the most rows that go to oneDNN.
-        fuses: whether oneDNN applies activations faster than a pass of their own.
+        dtypes: the dtypes that oneDNN multiplies.
+        most_rows: up to how many rows oneDNN is the fastest.
+        fuses: whether oneDNN applies an activation faster than a pass of its own.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -123,7 +123,7 @@ def _product_in_blocks(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None
 ) -> Tensor:
     if uses_onednn(hidden_states[:1]):
-        # Fused even where a pass of its own is faster: the blocks make the fused activation invariant, too.
+        # Fused even where a pass of its own is faster: within blocks the activation is invariant, too.
         return in_blocks(
             lambda rows, weight, bias: _onednn_product(rows, weight, bias, activation),
             *(hidden_states, weight, bias),

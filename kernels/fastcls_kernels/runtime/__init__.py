@@ -1,1 +1,1 @@
-"""What all operations share: where they run, what they check, which tile they take."""
+"""Parts that all operations share: backend, checks, tiles, batch invariance."""

@@ -21,13 +21,13 @@ Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
 
 
 def check_activation(name: str) -> None:
-    """Checks that there is an activation of this name."""
+    """Checks that an activation has this name."""
     if name not in get_args(Activation):
         raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {name!r}")
 
 
 def activate_(name: Activation, x: Tensor) -> Tensor:
-    """The activation of ``x``, in the place of ``x``."""
+    """The activation of ``x``, in place."""
     if name == "relu":
         return x.relu_()
     if name == "silu":

@@ -1,4 +1,4 @@
-"""Which of its two implementations an operation runs: the Triton kernel or plain PyTorch."""
+"""The backend that an operation runs on: its Triton kernel or plain PyTorch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _device_backend(device: torch.device) -> tuple[Backend, str]:
 
 
 def explain_backend(device: torch.device | str) -> tuple[Backend, str]:
-    """The backend that tensors on ``device`` run on, and the reason in one phrase."""
+    """The backend of operations on ``device``, and the reason in one phrase."""
     override = _override.get()
     if override is not None:
         return override, f'chosen by use_backend("{override}")'
@@ -44,7 +44,7 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     override = _override.get()
     if override is not None:
         return override == "triton"
-    # Every operation asks this first, so tensors on a CPU are answered without a look at their device.
+    # Every operation asks this first, and reading a tensor's device takes longer than the rest.
     return tensor.is_cuda and _device_backend(tensor.device)[0] == "triton"
 
 

@@ -1,4 +1,4 @@
-"""Checks that the public functions share. Each names the argument, what it was and what it must be."""
+"""Checks that the public functions share. Each message names the argument, what it must be and what it was."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def check_tensor(name: str, tensor: torch.Tensor, shape: str, like: torch.Tensor | None = None) -> None:
     """Checks dimensions (``shape`` is a text such as "(total_tokens, nheads, headdim)"), dtype and device.
 
-    Without ``like`` the dtype must be one that the kernels compute in; with it, dtype and device must be its own.
-    There are no gradients, so none may be asked for.
+    Without ``like`` the dtype must be one that the kernels compute in; with it, dtype and device must match. The tensor
+    must not require gradients, since nothing here computes them.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(tensor).__name__}")
@@ -66,7 +66,7 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: str) -> 
 
 
 def num_rows_of(tokens: torch.Tensor, rows: torch.Tensor | None) -> int:
-    """How many rows of ``tokens`` are meant, all of them if None."""
+    """The number of selected rows, which is all of ``tokens`` where ``rows`` is None."""
     return tokens.shape[0] if rows is None else rows.shape[0]
 
 
@@ -80,14 +80,14 @@ def check_rows(name: str, rows: torch.Tensor, tokens: torch.Tensor) -> None:
 
 
 def check_integers(name: str, tensor: torch.Tensor) -> None:
-    """Checks that ``tensor`` is one of int32 or int64."""
+    """Checks that ``tensor`` is an int32 or int64 tensor."""
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.int32, torch.int64):
         found = getattr(tensor, "dtype", type(tensor).__name__)
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {found}")
 
 
 def check_range(name: str, indices: torch.Tensor, size: int) -> None:
-    """Checks that all lie from 0 to below ``size``, on the CPU alone: reading them would stall a GPU."""
+    """Checks that ``indices`` lie from 0 to ``size - 1``, on the CPU alone: reading them would stall a GPU."""
     if indices.device.type == "cpu" and indices.numel():
         low, high = (int(bound) for bound in torch.aminmax(indices))
         if low < 0 or high >= size:

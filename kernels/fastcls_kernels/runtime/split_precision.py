@@ -1,4 +1,4 @@
-"""Products whose left side keeps more bits than a 16-bit dtype has: as two numbers, a high part and the remainder."""
+"""Products whose left side keeps more bits than its 16-bit dtype: as pairs of a high part and a remainder."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from .triton import jit, tl
 
 @jit()
 def as_pair(values, DTYPE: tl.constexpr):
-    """Float32 ``values`` as (high, low) in DTYPE; where DTYPE is float32, high is all of it."""
+    """Float32 ``values`` as (high, low) in DTYPE; where DTYPE is float32, low is zero."""
     high = values.to(DTYPE)
     return high, (values - high.to(tl.float32)).to(DTYPE)
 
 
 @jit()
 def pair_dot(high, low, other, acc, PAIR: tl.constexpr):
-    """``acc + (high + low) @ other`` with float32 sums; without PAIR ``high`` is all there is."""
+    """``acc + (high + low) @ other`` with float32 sums; without PAIR, ``acc + high @ other``."""
     acc = tl.dot(high, other, acc, input_precision="ieee")
     if PAIR:
         acc = tl.dot(low, other, acc, input_precision="ieee")

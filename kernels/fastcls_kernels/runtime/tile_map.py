@@ -1,9 +1,9 @@
-"""Which sequence a row or a tile of packed tokens belongs to, found on the device once for all layers.
+"""The sequence of each row or tile of packed tokens, found on the device once for all layers.
 
-Sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``, so a row's sequence is found by halving. For tiles of BLOCK_M
-rows that never cross into the next sequence, the tiles of sequence i are numbered from ``cu_seqlens[i] // BLOCK_M + i``
-on: that leaves each its ceil(length / BLOCK_M) numbers without a sum over those before it, and at most one number a
-sequence unused. The rows after the last sequence count as one more, which attends to nothing.
+Sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``, so a binary search finds a row's sequence. Tiles of BLOCK_M rows
+can hold rows of one sequence each: the tiles of sequence i are then numbered from ``cu_seqlens[i] // BLOCK_M + i`` on.
+That gives each sequence its ceil(length / BLOCK_M) numbers without a sum over those before it, and leaves at most one
+of them unused. The rows after the last sequence count as one more sequence, which attends to nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ BLOCK = 128
 
 
 @jit()
-def _last_not_above(cu_seqlens_ptr, wanted, num_sequences, num_steps, BLOCK_M: tl.constexpr):
+def _last_not_above(
+    cu_seqlens_ptr,  # (num_sequences + 1,)
+    wanted,  # [BLOCK]
+    num_sequences,
+    num_steps,
+    BLOCK_M: tl.constexpr,
+):
     """The last i in 0..num_sequences whose key, ``cu_seqlens[i]`` or its first tile's number, is at most ``wanted``."""
     low = wanted * 0
     high = low + num_sequences
@@ -33,7 +39,15 @@ def _last_not_above(cu_seqlens_ptr, wanted, num_sequences, num_steps, BLOCK_M: t
 
 
 @jit(do_not_specialize=["total_tokens", "num_sequences", "num_steps"])
-def _row_bounds_kernel(cu_seqlens_ptr, start_ptr, end_ptr, total_tokens, num_sequences, num_steps, BLOCK: tl.constexpr):
+def _row_bounds_kernel(
+    cu_seqlens_ptr,  # (num_sequences + 1,)
+    start_ptr,  # (total_tokens,)
+    end_ptr,  # (total_tokens,)
+    total_tokens,
+    num_sequences,
+    num_steps,
+    BLOCK: tl.constexpr,
+):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_rows = rows < total_tokens
     sequence = _last_not_above(cu_seqlens_ptr, rows, num_sequences, num_steps, 0)
@@ -46,8 +60,8 @@ def _row_bounds_kernel(cu_seqlens_ptr, start_ptr, end_ptr, total_tokens, num_seq
 
 @jit(do_not_specialize=["total_tokens", "num_sequences", "num_steps", "num_tiles"])
 def _sequence_tiles_kernel(
-    cu_seqlens_ptr,
-    tiles_ptr,
+    cu_seqlens_ptr,  # (num_sequences + 1,)
+    tiles_ptr,  # (num_tiles, 4)
     total_tokens,
     num_sequences,
     num_steps,
@@ -63,7 +77,7 @@ def _sequence_tiles_kernel(
     end = tl.load(cu_seqlens_ptr + sequence + 1, mask=in_sequence, other=0)
     first_row = start + (tiles - start // BLOCK_M - sequence) * BLOCK_M
     last_row = tl.where(in_sequence, end, total_tokens)
-    # A number that no tile of the sequence needs must not read its keys.
+    # A tile whose number is unused must not read the sequence's keys.
     has_keys = in_sequence & (first_row < last_row)
     tiles_ptr += tiles * 4
     tl.store(tiles_ptr, first_row, mask=in_tiles)
@@ -72,8 +86,11 @@ def _sequence_tiles_kernel(
     tl.store(tiles_ptr + 3, tl.where(has_keys, end, 0), mask=in_tiles)
 
 
-def _launch_row_bounds(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
-    # Not two rows of one: a kernel is compiled once more for a pointer that is less aligned than another's.
+def _launch_row_bounds(
+    cu_seqlens: Tensor,  # (num_sequences + 1,)
+    total_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    # Not two rows of one tensor: a pointer that is less aligned would compile the kernel once more.
     start, end = cu_seqlens.new_empty(total_tokens), cu_seqlens.new_empty(total_tokens)
     num_sequences = cu_seqlens.numel() - 1
     if total_tokens:
@@ -97,14 +114,18 @@ def row_bounds(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
     if runs_triton(cu_seqlens):
         return _launch_row_bounds(cu_seqlens, total_tokens)
     rows = torch.arange(total_tokens, dtype=torch.int32, device=cu_seqlens.device)
-    # The first end above a row is its own; the rows after the last sequence count as one more, from 0 to 0.
+    # A row belongs to the first sequence that ends above it; the rows after the last one belong to one from 0 to 0.
     sequence = torch.searchsorted(cu_seqlens[1:], rows, right=True)
     bounds = torch.stack((cu_seqlens[:-1], cu_seqlens[1:]))
     start, end = torch.nn.functional.pad(bounds, (0, 1))[:, sequence]
     return start, end
 
 
-def launch_sequence_tiles(cu_seqlens: Tensor, total_tokens: int, block_m: int) -> Tensor:
+def launch_sequence_tiles(
+    cu_seqlens: Tensor,  # (num_sequences + 1,)
+    total_tokens: int,
+    block_m: int,
+) -> Tensor:
     """(num_tiles, 4) int32: each tile's first row, the end of the rows it may write, and its keys' start and end."""
     num_sequences = cu_seqlens.numel() - 1
     num_tiles = total_tokens // block_m + num_sequences + 1

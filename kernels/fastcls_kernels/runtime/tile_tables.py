@@ -28,8 +28,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 class AttentionTile(NamedTuple):
     """One launch of attention: BLOCK_M query rows by BLOCK_N keys.
 
-    PER_SEQUENCE: a tile holds rows of one sequence, not whatever BLOCK_M neighbours. TMA: keys and values are fetched
-    by the copy engine of sm_90 and newer.
+    PER_SEQUENCE: a tile holds rows of one sequence, not any BLOCK_M neighbours. TMA: the copy engine of sm_90 and newer
+    fetches keys and values.
     """
 
     PER_SEQUENCE: bool

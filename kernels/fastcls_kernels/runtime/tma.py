@@ -1,4 +1,4 @@
-"""The copy engine of sm_90 and newer: what it takes, and how it is told."""
+"""The copy engine (TMA) of sm_90 and newer: which tensors it can fetch, and the descriptors that it needs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if HAS_TRITON:
 
 
 def is_aligned(tensor: Tensor) -> bool:
-    """Whether the tensor and each of its rows begin where the copy engine can begin."""
+    """Whether the tensor and each of its rows begin at an address that the copy engine takes."""
     return tensor.stride(0) * tensor.itemsize % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
 def descriptor(tensor: Tensor, columns: int, block_rows: int, block_columns: int) -> Any:
-    """Fetches blocks of ``tensor``, each row of which is ``columns`` neighbouring numbers."""
+    """Describes ``tensor``, whose rows are ``columns`` neighbouring numbers each, and the blocks to fetch of it."""
     return TensorDescriptor(tensor, [tensor.shape[0], columns], [tensor.stride(0), 1], [block_rows, block_columns])

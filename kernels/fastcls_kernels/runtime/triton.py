@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 __all__ = ["HAS_TRITON", "INTERPRETED", "cdiv", "head_block", "jit", "next_power_of_2", "tl"]
 
 HAS_TRITON: bool = triton is not None
-# Triton reads the variable when a kernel is decorated, so it is settled at import here too.
+# Triton reads the variable when a kernel is decorated, so it is read once at import here, too.
 INTERPRETED: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True")
 
 
@@ -40,5 +40,5 @@ def next_power_of_2(number: int) -> int:
 
 
 def head_block(head_dim: int) -> int:
-    """BLOCK_D of a kernel that multiplies heads: of fewer columns than 16 NVIDIA has no product."""
+    """BLOCK_D of a kernel that multiplies heads: at least 16, the least that NVIDIA's matrix units take."""
     return max(16, next_power_of_2(head_dim))
