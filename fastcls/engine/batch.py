@@ -123,13 +123,16 @@ class BatchReader(NamedTuple):
             types = None
         if not spec.position_rows and not spec.rotary:
             positions = None
-        mask = torch.ones(shape, dtype=torch.bool, device=place) if values is None else values.bool()
+        # A CPU sees in one look that nothing is padding, and then spares itself the rest; a GPU would be waited for.
+        is_full = ids is not None and (values is None or (on_cpu and bool((values == 1).all())))
+        mask = None if is_full else _mask_of(values, shape, place)
         if positions is not None:
             positions = positions.expand(shape)
         elif ids is not None and spec.padding_id is not None:
             positions = _padded_positions(ids, spec.padding_id)
         columns = torch.arange(shape[1], device=place)
-        facts = self._facts(mask, values, ids, types, positions, columns)
+        read = [tensor for tensor in (ids, types, positions) if tensor is not None]
+        facts = _facts_of_full(shape, read) if mask is None else _facts(mask, values, read, columns)
         self._check_values(facts, types, positions, ids, needs_first=needs_first)
         if positions is None and facts.has_holes:
             positions = (columns + spec.first_position).expand(shape)
@@ -145,7 +148,7 @@ class BatchReader(NamedTuple):
             texts = torch.tensor(there, dtype=torch.int64, device="cpu")
         return FlatBatch(
             lengths,
-            kept_tokens(mask, lengths),
+            None if mask is None else kept_tokens(mask, lengths),
             flat(ids),
             flat(types),
             flat(positions),
@@ -222,27 +225,6 @@ class BatchReader(NamedTuple):
             raise ValueError(f"a batch of {shape[0]} texts must hold at least one token each, got shape {tuple(shape)}")
         return shape
 
-    def _facts(
-        self,
-        mask: Tensor,
-        values: Tensor | None,
-        ids: Tensor | None,
-        types: Tensor | None,
-        positions: Tensor | None,
-        columns: Tensor,
-    ) -> _Facts:
-        """All that is to be known of the values, at once: it waits for a GPU that they are on one time."""
-        binary = mask.new_ones(1) if values is None else (mask.to(values.dtype) == values).all()[None]
-        lengths = mask.sum(1)
-        last = torch.where(mask, columns, -1).amax(1)
-        ranges = [_bounds(torch.where(mask, tensor, 0)) for tensor in (ids, types, positions) if tensor is not None]
-        found = [lengths, mask[:, 0], last, binary, *(bound[None] for bounds in ranges for bound in bounds)]
-        numbers = torch.cat([fact.long() for fact in found]).tolist()
-        texts = mask.shape[0]
-        lengths_, first, last_ = (numbers[start : start + texts] for start in (0, texts, 2 * texts))
-        is_binary, *bounds = numbers[3 * texts :]
-        return _Facts(lengths_, first, last_, bool(is_binary), bounds)
-
     def _check_values(
         self,
         facts: _Facts,
@@ -297,6 +279,36 @@ class _Facts(NamedTuple):
     @property
     def has_holes(self) -> bool:
         return any(last + 1 != length for last, length in zip(self.last_column, self.lengths, strict=True))
+
+
+def _mask_of(values: Tensor | None, shape: torch.Size, place: torch.device) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool, device=place) if values is None else values.bool()
+
+
+def _facts(mask: Tensor, values: Tensor | None, read: list[Tensor], columns: Tensor) -> _Facts:
+    """All that is to be known of the values, at once: a GPU that they are on is waited for one time.
+
+    Args:
+        mask: (batch, seqlen) bool.
+        values: the attention mask that it was made of, or None.
+        read: the integers whose lowest and highest are wanted, (batch, seqlen) each.
+        columns: (seqlen,), numbered.
+    """
+    binary = mask.new_ones(1) if values is None else (mask.to(values.dtype) == values).all()[None]
+    last = torch.where(mask, columns, -1).amax(1)
+    ranges = [bound[None] for tensor in read for bound in _bounds(torch.where(mask, tensor, 0))]
+    numbers = torch.cat([fact.long() for fact in (mask.sum(1), mask[:, 0], last, binary, *ranges)]).tolist()
+    texts = mask.shape[0]
+    lengths, first, last_ = (numbers[start : start + texts] for start in (0, texts, 2 * texts))
+    is_binary, *bounds = numbers[3 * texts :]
+    return _Facts(lengths, first, last_, bool(is_binary), bounds)
+
+
+def _facts_of_full(shape: torch.Size, read: list[Tensor]) -> _Facts:
+    """`_facts` of a batch without padding."""
+    texts, seqlen = shape
+    bounds = torch.stack([bound.long() for tensor in read for bound in _bounds(tensor)]).tolist()
+    return _Facts([seqlen] * texts, [1] * texts, [seqlen - 1] * texts, True, bounds)
 
 
 def _padded_positions(ids: Tensor, padding_id: int) -> Tensor:

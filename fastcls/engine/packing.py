@@ -384,6 +384,8 @@ def pack(batch: FlatBatch, part: Part, shape: PackShape, *, pin: bool = False) -
 
 def _columns(lengths: Tensor, tokens: int) -> Tensor:
     """Which token of its text each one is."""
+    if lengths.numel() == 1:
+        return torch.arange(tokens, device=lengths.device)
     return torch.arange(tokens, device=lengths.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
 
 
