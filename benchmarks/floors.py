@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import BertForSequenceClassification
 
 import fastcls
-from fastcls.engine.packing import unpack_rows
+from fastcls.engine.unpacking import unpack_rows
 from fastcls_benchmarks import machine, provenance, timing
 from fastcls_benchmarks.packed_torch import Packed, PackedTorchBert
 from fastcls_benchmarks.providers import FASTCLS, PACKED_COMPILED, SDPA, Forward, Model, Provider, own_copy

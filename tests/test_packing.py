@@ -21,10 +21,8 @@ from fastcls.engine.packing import (
     flat_integers,
     kept_tokens,
     true_indices,
-    unpack_chosen,
-    unpack_rows,
-    unpack_tokens,
 )
+from fastcls.engine.unpacking import unpack_chosen, unpack_rows, unpack_tokens
 
 # Each text is a pattern of kept and padded columns whose first is kept.
 patterns = st.integers(1, 24).flatmap(

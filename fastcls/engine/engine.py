@@ -25,12 +25,10 @@ from .packing import (
     fill_rows,
     pack,
     parts_of,
-    unpack_chosen,
-    unpack_rows,
-    unpack_tokens,
 )
 from .positions import BiasTable
 from .spec import EncoderSpec, HeadSpec, LastLayer, Rows, check_last_layer
+from .unpacking import unpack_chosen, unpack_rows, unpack_tokens
 from .weights import has_hooks, under
 
 # On a CPU a pass over about this many tokens keeps its activations in cache; larger batches run in several passes.
