@@ -1,4 +1,4 @@
-"""Bidirectional attention over packed sequences and padded batches: what users call, and its checks."""
+"""Bidirectional attention over packed sequences and over padded batches: the public functions and their checks."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def attention_varlen(
         ValueError: a shape, stride, device, head size, window or length that does not fit. ``cu_seqlens`` is checked
             by value where it lies on the CPU; on a GPU that would stall the device, so there it is trusted.
 
-    Accumulates and takes the softmax in float32. The signature is flash-attention's (Dao, 2023); on a CPU each run
-    of neighbouring sequences of equal length is one call of `torch.nn.functional.scaled_dot_product_attention`.
+    Sums and the softmax are float32. The signature is flash-attention's (Dao, 2023); on a CPU each run of neighbouring
+    sequences of equal length is one call of `torch.nn.functional.scaled_dot_product_attention`.
     """
     check_qkv(q, k, v, "(total_tokens, nheads, headdim)")
     _check_window(window_size)

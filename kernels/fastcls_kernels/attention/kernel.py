@@ -52,7 +52,7 @@ def load_rows(
 
 @jit()
 def softmax_step(scores, own, v, acc, row_max, row_sum, ISOLATE: tl.constexpr):
-    """Adds the rows of ``v``, weighed by those ``scores`` that are the query's ``own``, to an online softmax."""
+    """One step of the online softmax, over the keys that are a row's ``own``: the next (acc, row_max, row_sum)."""
     if ISOLATE:
         # v - v is 0, or NaN where v is not finite. NaN goes into the scores, which the mask keeps to its own sequence.
         defect = (v - v).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Attention of few query rows in plain PyTorch: windows, which are spans of tokens of one length, are one product."""
+"""Attention of few query rows in plain PyTorch: neighbouring spans of tokens of one length are one product."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_NUMBERS = 1 << 23
 
 
 class Windows(NamedTuple):
-    """Neighbouring spans of tokens of one length, each read by as many query rows: one product."""
+    """Neighbouring spans of tokens of one length, each read by the same number of query rows."""
 
     rows: slice | Tensor
     num_windows: int
@@ -72,7 +72,7 @@ def windows_of(layout: PackedLayout, row_bounds: RowBounds | None, num_heads: in
 
 
 def _batched(items: list[T], numbers_each: int, at_most: int | None = None) -> Iterator[list[T]]:
-    """Parts of ``items`` that take MAX_NUMBERS at most, though never less than an item, and hold ``at_most`` items."""
+    """Parts of ``items`` of at most MAX_NUMBERS numbers and ``at_most`` items, but of one item at least."""
     step = min(max(1, MAX_NUMBERS // numbers_each), at_most or len(items))
     for first in range(0, len(items), step):
         yield items[first : first + step]
@@ -87,6 +87,7 @@ def cls_attention_windows(
     bias: Tensor | None,
     row_bounds: RowBounds | None,
 ) -> Tensor:
+    """The sums, (num_rows, nheads, width), of arguments that `cls_attention` has checked."""
     # Products are computed in the wider of the two dtypes, as in the kernel: rounding the queries would cost most.
     dtype = torch.promote_types(query.dtype, hidden_states.dtype)
     num_rows, num_heads, _ = query.shape
@@ -124,6 +125,7 @@ def cls_attention_kv_windows(
     bias: Tensor | None,
     row_bounds: RowBounds | None,
 ) -> Tensor:
+    """The result, (num_rows, nheads, headdim), of arguments that `cls_attention_kv` has checked."""
     out = query.new_zeros(query.shape)
     # With few rows a CPU is faster if it makes float32 of 16-bit keys and values first.
     dtype = torch.promote_types(query.dtype, torch.float32)

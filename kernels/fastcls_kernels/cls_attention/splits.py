@@ -1,7 +1,7 @@
 """The spans of tokens that query rows read, split among programs, and the merging of their partial results.
 
-A split gives its own softmax's result and the log of its sum of weights: the result of all is their mean, weighed by
-these sums.
+A split gives the result of its own softmax and the log of its weights' sum. The merged result is the mean of the
+splits' results, weighed by these sums.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..runtime.backend import multiprocessor_count
 from ..runtime.invariance import choices
 from ..runtime.triton import cdiv, jit, next_power_of_2, tl
 
-# For each query row the first of the tokens that it reads, and the end of them: (num_rows,) each.
+# Each query row's first token and the end of its tokens, int32: (num_rows,) each.
 RowBounds = tuple[Tensor, Tensor]
 
 
@@ -84,7 +84,7 @@ class Partials:
 
 
 def default_num_splits(device: torch.device, num_programs: int, max_seqlen: int) -> int:
-    """The splits with which ``num_programs`` (without splits) fill the chip twice, of at least 128 tokens each."""
+    """How many splits fill the chip twice, given ``num_programs`` without any; each has at least 128 tokens."""
     if not choices().split_sequences:
         return 1
     wanted = 2 * multiprocessor_count(device)

@@ -48,8 +48,8 @@ def disentangled_attention(
     Args:
         q, k, v: (total_tokens, nheads, headdim), float32, float16 or bfloat16, head sizes from 4 to 128. Any strides
             with a contiguous last dimension: views of one fused projection are taken as they are.
-        pos_key, pos_query: (num_buckets, nheads, headdim) in q's dtype, contiguous in the last dimension: what queries
-            and what keys are multiplied with. Either may be None, and its term is left out.
+        pos_key, pos_query: (num_buckets, nheads, headdim) in q's dtype, contiguous in the last dimension: the tables
+            that multiply queries and keys. Either may be None, and its term is left out.
         buckets: the row of the tables for each distance between two tokens.
         cu_seqlens: (num_sequences + 1,), int32: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``. Zero-length
             sequences are allowed. Rows from ``cu_seqlens[-1]`` on belong to no sequence.
@@ -67,8 +67,8 @@ def disentangled_attention(
         ValueError: a shape, stride, device, head size or length that does not fit. ``cu_seqlens`` is checked by
             value where it lies on the CPU; on a GPU that would stall the device, so there it is trusted.
 
-    Accumulates and takes the softmax in float32. Source: He et al., "DeBERTa: Decoding-enhanced BERT with Disentangled
-    Attention" (2021), and the log buckets of its second version.
+    Sums and the softmax are float32. Source: He et al., "DeBERTa: Decoding-enhanced BERT with Disentangled Attention"
+    (2021), and the log buckets of its second version.
     """
     check_qkv(q, k, v, "(total_tokens, nheads, headdim)")
     _check_positions(q, pos_key, pos_query, buckets)

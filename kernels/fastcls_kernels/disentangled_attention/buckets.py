@@ -49,7 +49,7 @@ class Buckets:
         return len(self.rows) // 2
 
     def first(self, count: int, reach: int) -> Tensor:
-        """The rows of ``count`` distances, from -``reach`` on, which is no farther than the table's own."""
+        """The rows of ``count`` distances from -``reach`` on; ``reach`` is at most the table's own."""
         rows = self.table[self.reach - reach :][:count]
         missing = count - rows.shape[0]
         return torch.cat((rows, rows[-1:].expand(missing))) if missing else rows
