@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -42,14 +41,10 @@ from fastcls_benchmarks import machine, provenance, runner, timing
 from fastcls_benchmarks.results import AGAIN, Case
 from fastcls_benchmarks.tables import NONE, duration, plain_table
 from fastcls_benchmarks.tile_candidates import OPERATIONS, Arguments, Facts, Problem, Random, Tile, suits
+from fastcls_benchmarks.tile_rules import BITS, Winner, table_with, written
 from fastcls_benchmarks.workloads import SEED
 from fastcls_kernels.runtime import tile_tables
-from fastcls_kernels.runtime.tile_tables import Rule
 
-Winner = tuple[Facts, Tile]
-
-BITS = {"bits": 16}
-ABOUT = "Measured by benchmarks/tune.py in bfloat16: what stands under measured. The rest was chosen by compiling."
 # What a plan is for where there is no GPU.
 PLANNED_ARCH = "sm_90"
 # Checking may take this share of the time, in so many processes.
@@ -313,62 +308,6 @@ class Tuner:
         dtype = str(self.dtype).removeprefix("torch.")
         case = Case("kernel", problem.operation, problem.name, dtype, baseline="")
         return _Timed(case, functions, turns * count if on_gpu else 1)
-
-
-# The file
-
-
-def rules_from(winners: Sequence[Winner]) -> list[Rule]:
-    """Rules that give each measured point its winner, and what lies between points the next larger one's.
-
-    Facts are taken in their order: a limit on the first holds for all rules about the others. The largest value of each
-    is no limit; neighbours that agree are one.
-    """
-    if not winners[0][0]:
-        return [Rule({}, winners[0][1])]
-    first, *others = winners[0][0]
-    sections: list[tuple[int, list[Rule]]] = []
-    for value in sorted({facts[first] for facts, _ in winners}):
-        inner = [({name: facts[name] for name in others}, tile) for facts, tile in winners if facts[first] == value]
-        rules = rules_from(inner)
-        if sections and sections[-1][1] == rules:
-            sections.pop()
-        sections.append((value, rules))
-    limits = [{first: value} for value, _ in sections[:-1]]
-    return [
-        Rule({**limit, **rule.limits}, rule.tile)
-        for limit, (_, rules) in zip([*limits, {}], sections, strict=True)
-        for rule in rules
-    ]
-
-
-def table_with(arch: str, winners: Mapping[str, Sequence[Winner]], measured: dict[str, Any]) -> dict[str, Any]:
-    """The chip's table with new rules for some operations. What it says of others, or of wider numbers, stays."""
-    file = tile_tables.config_file(arch)
-    own = file != tile_tables.CONFIGS / "default.json"
-    table = json.loads(file.read_text(encoding="utf-8")) if own else {"measured": None, "rules": {}}
-    rules = {name: table["rules"].get(name, []) for name in dict.fromkeys([*OPERATIONS, *table["rules"]])}
-    for name, each in winners.items():
-        wider = [rule for rule in rules[name] if rule.get("up_to", {}).get("bits", 32) > BITS["bits"]]
-        rules[name] = [{"up_to": BITS | limits, "tile": tile} for limits, tile in rules_from(each)] + wider
-    provenances = {**(table["measured"] or {}), **dict.fromkeys(winners, measured)}
-    return {"about": ABOUT, "measured": provenances, "rules": {name: each for name, each in rules.items() if each}}
-
-
-def written(table: dict[str, Any]) -> str:
-    """JSON, each rule and each operation's provenance in one line."""
-    provenances = (table["measured"] or {}).items()
-    measured = ",\n".join(f"    {json.dumps(name)}: {json.dumps(each)}" for name, each in provenances)
-    rules = ",\n".join(
-        f"    {json.dumps(name)}: [\n" + ",\n".join(f"      {json.dumps(rule)}" for rule in each) + "\n    ]"
-        for name, each in table["rules"].items()
-    )
-    parts = {
-        "about": json.dumps(table["about"]),
-        "measured": "{\n" + measured + "\n  }" if measured else "null",
-        "rules": "{\n" + rules + "\n  }",
-    }
-    return "{\n" + ",\n".join(f'  "{name}": {part}' for name, part in parts.items()) + "\n}\n"
 
 
 def provenance_of(device: torch.device) -> dict[str, Any]:

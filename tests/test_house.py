@@ -17,7 +17,7 @@ import fastcls
 import fastcls_kernels
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [*(ROOT / "fastcls").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+SOURCES = [path for folder in ("fastcls", "kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
 
 
 def test_the_engine_needs_torch_and_the_kernels_alone() -> None:

@@ -18,10 +18,10 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from tune import Choice, Point, Tuner, in_processes, label, points_of, rules_from, verdict
+from tune import Choice, Point, Tuner, in_processes, label, points_of, verdict
 from typer.testing import CliRunner
 
-from fastcls_benchmarks import tile_candidates
+from fastcls_benchmarks import tile_candidates, tile_rules
 from fastcls_benchmarks.results import AGAIN, Case
 from fastcls_benchmarks.tile_candidates import OPERATIONS, Facts, Operation, Problem, Tile
 from fastcls_kernels import HAS_TRITON, use_backend
@@ -40,7 +40,7 @@ VALUES = st.lists(st.integers(1, 9), min_size=1, max_size=4, unique=True)
 
 
 @st.composite
-def grids(draw: st.DrawFn) -> list[tune.Winner]:
+def grids(draw: st.DrawFn) -> list[tile_rules.Winner]:
     """Winners over one to three facts, each section of an outer fact with inner values of its own."""
     facts = draw(st.integers(1, 3))
 
@@ -59,7 +59,7 @@ def first_fit(rules: Iterable[Rule], facts: Facts) -> Tile:
     return next(rule.tile for rule in rules if all(facts[name] <= limit for name, limit in rule.limits.items()))
 
 
-def next_larger(winners: list[tune.Winner], facts: Facts) -> Tile:
+def next_larger(winners: list[tile_rules.Winner], facts: Facts) -> Tile:
     """The winner of the next larger value of each fact in turn, or of the largest."""
     for name in facts:
         values = sorted({each[name] for each, _ in winners})
@@ -70,9 +70,9 @@ def next_larger(winners: list[tune.Winner], facts: Facts) -> Tile:
 
 @given(grids(), st.data())
 def test_rules_give_each_point_its_winner_and_others_the_next_larger_one(
-    winners: list[tune.Winner], data: st.DataObject
+    winners: list[tile_rules.Winner], data: st.DataObject
 ) -> None:
-    rules = rules_from(winners)
+    rules = tile_rules.rules_from(winners)
     for facts, tile in winners:
         assert first_fit(rules, facts) == tile
     between = {name: data.draw(st.integers(1, 12)) for name in winners[0][0]}
@@ -83,13 +83,13 @@ def test_rules_give_each_point_its_winner_and_others_the_next_larger_one(
 def test_neighbours_that_agree_are_one_rule_and_the_largest_has_no_limit() -> None:
     a, b = {"BY": "a"}, {"BY": "b"}
     rows = [({"rows": 1}, a), ({"rows": 16}, a), ({"rows": 64}, b), ({"rows": 512}, a), ({"rows": 4096}, a)]
-    assert rules_from(rows) == [Rule({"rows": 16}, a), Rule({"rows": 64}, b), Rule({}, a)]
+    assert tile_rules.rules_from(rows) == [Rule({"rows": 16}, a), Rule({"rows": 64}, b), Rule({}, a)]
     # Sections that agree are one, too, whatever their outer fact.
     both = [({"width": width, **facts}, tile) for width in (384, 768) for facts, tile in rows]
-    assert rules_from(both) == rules_from(rows)
+    assert tile_rules.rules_from(both) == tile_rules.rules_from(rows)
     wide = [*both, ({"width": 1024, "rows": 1}, b)]
-    assert rules_from(wide) == [
-        *(Rule({"width": 768, **each.limits}, each.tile) for each in rules_from(rows)),
+    assert tile_rules.rules_from(wide) == [
+        *(Rule({"width": 768, **each.limits}, each.tile) for each in tile_rules.rules_from(rows)),
         Rule({}, b),
     ]
 
@@ -100,7 +100,7 @@ def test_neighbours_that_agree_are_one_rule_and_the_largest_has_no_limit() -> No
 @pytest.mark.parametrize("file", sorted(tile_tables.CONFIGS.glob("*.json")), ids=lambda file: file.stem)
 def test_a_table_is_written_as_it_was_read(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
-    assert tune.written(json.loads(text)) == text
+    assert tile_rules.written(json.loads(text)) == text
 
 
 @pytest.fixture
@@ -130,8 +130,8 @@ def test_the_table_chooses_what_was_measured(configs: Path) -> None:
     points = points_of("linear_gelu")
     winners = [(point.facts, gelu_tile(point)) for point in points]
     before = json.loads((configs / "sm_90.json").read_text(encoding="utf-8"))
-    table = tune.table_with("sm_90", {"linear_gelu": winners}, {"chip": "a chip"})
-    (configs / "sm_90.json").write_text(tune.written(table), encoding="utf-8")
+    table = tile_rules.table_with("sm_90", {"linear_gelu": winners}, {"chip": "a chip"})
+    (configs / "sm_90.json").write_text(tile_rules.written(table), encoding="utf-8")
     tile_tables.rules_of.cache_clear()
     tile_tables._forget_choices()
     for dtype in (torch.bfloat16, torch.float16):
@@ -151,10 +151,10 @@ def test_tables_of_other_chips_are_begun_and_added_to(configs: Path) -> None:
     tile = {"NORM": False, "BLOCK_H": 16, "BLOCK_N": 16, "MAX_BLOCK_W": 64, "num_warps": 4, "num_stages": 1}
     winners = {"cls_attention": [({"width": 384}, tile)]}
     # A chip without a table of its own does not copy the default's rules, which follow anyway.
-    begun = tune.table_with("sm_89", winners, {"chip": "first"})
+    begun = tile_rules.table_with("sm_89", winners, {"chip": "first"})
     assert begun["rules"] == {"cls_attention": [{"up_to": {"bits": 16}, "tile": tile}]}
     # But those of AMD chips do not follow; and a rule for float32 stays.
-    added = tune.table_with("gfx950", winners, {"chip": "first"})
+    added = tile_rules.table_with("gfx950", winners, {"chip": "first"})
     assert added["rules"].keys() == {
         "attention",
         "cls_attention",
@@ -164,8 +164,8 @@ def test_tables_of_other_chips_are_begun_and_added_to(configs: Path) -> None:
         "linear_gelu",
     }
     assert [rule.get("up_to", {}) for rule in added["rules"]["cls_attention"]] == [{"bits": 16}, {}]
-    (configs / "sm_89.json").write_text(tune.written(begun), encoding="utf-8")
-    again = tune.table_with("sm_89", {"absorb_query": [({"rows": 1}, {"BLOCK_B": 16})]}, {"chip": "second"})
+    (configs / "sm_89.json").write_text(tile_rules.written(begun), encoding="utf-8")
+    again = tile_rules.table_with("sm_89", {"absorb_query": [({"rows": 1}, {"BLOCK_B": 16})]}, {"chip": "second"})
     assert again["measured"] == {"cls_attention": {"chip": "first"}, "absorb_query": {"chip": "second"}}
     assert list(again["rules"]) == ["cls_attention", "absorb_query"]
 
