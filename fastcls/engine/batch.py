@@ -14,11 +14,11 @@ from .spec import EncoderSpec
 
 
 class BadText(ValueError):  # noqa: N818  # it is the text that is bad
-    """One of many texts that cannot be computed.
+    """A text, among many, that cannot be computed.
 
     Attributes:
-        row: which one.
-        problem: what is wrong with it, as a sentence about it goes on.
+        row: its index.
+        problem: the rest of a sentence that begins with the text.
     """
 
     def __init__(self, row: int, problem: str) -> None:
@@ -109,7 +109,7 @@ class BatchReader(NamedTuple):
             ValueError: a value that does not fit.
         """
         given = (batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.position_ids)
-        # One of them on a GPU has to be waited for anyway, so the rest follow it there.
+        # An input on a GPU has to be waited for anyway, so the others follow it there.
         on_cpu = all(tensor is None or tensor.device.type == "cpu" for tensor in given)
         place = torch.device("cpu") if on_cpu else self.device
 
@@ -119,7 +119,7 @@ class BatchReader(NamedTuple):
         ids, values, types, positions = map(placed, given)
         shape, spec = batch.shape, self.spec
         if not spec.token_types:
-            # Tokenizers make them for models that have none, too.
+            # Tokenizers make token types for models without them, too.
             types = None
         if not spec.position_rows and not spec.rotary:
             positions = None
@@ -140,7 +140,7 @@ class BatchReader(NamedTuple):
         def flat(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.flatten(0, 1)
 
-        # What the mask leaves out as a whole is no text.
+        # A row that is masked as a whole is no text.
         lengths = torch.tensor([length for length in facts.lengths if length], dtype=torch.int64, device="cpu")
         texts = None
         if 0 in facts.lengths:
@@ -249,7 +249,7 @@ class BatchReader(NamedTuple):
         if types is not None:
             _check_range("token_type_ids", next(bounds), next(bounds), spec.token_types, "type_vocab_size")
         if positions is None or spec.padding_id is not None:
-            # Where positions follow from ids, the farthest is bounded by the last column.
+            # Positions that follow from ids reach no farther than the last column.
             self._check_longest(max(facts.last_column) + 1)
         if positions is not None:
             rows = spec.position_rows or spec.max_positions
@@ -273,7 +273,7 @@ class _Facts(NamedTuple):
     first_column: list[int]
     last_column: list[int]
     is_binary: bool
-    # Lowest and highest of ids, types and positions, of those that there are.
+    # Lowest and highest of the ids, types and positions that were given.
     bounds: list[int]
 
     @property
@@ -286,7 +286,7 @@ def _mask_of(values: Tensor | None, shape: torch.Size, place: torch.device) -> T
 
 
 def _facts(mask: Tensor, values: Tensor | None, read: list[Tensor], columns: Tensor) -> _Facts:
-    """All that is to be known of the values, at once: a GPU that they are on is waited for one time.
+    """All that must be known of the values, read at once, so that a GPU is waited for only once.
 
     Args:
         mask: (batch, seqlen) bool.
@@ -312,16 +312,16 @@ def _facts_of_full(shape: torch.Size, read: list[Tensor]) -> _Facts:
 
 
 def _padded_positions(ids: Tensor, padding_id: int) -> Tensor:
-    """RoBERTa's positions: those behind padding_id counted, without counting tokens that are padding."""
+    """RoBERTa's positions: counted from behind padding_id, padding tokens not counted."""
     real = ids != padding_id
     return real.cumsum(1) * real + padding_id
 
 
 def _listed(name: str, lists: Iterable[Iterable[int]]) -> list[Any]:
-    """Each text's ids, as something with a length: what can be read only once is read here.
+    """Each text's ids with a length: iterators, which can be read only once, become lists.
 
     Raises:
-        TypeError: something that is no sequence of ids, or that has no order.
+        TypeError: a text is no sequence of ids, or has no order.
     """
     texts = _with_length(name, lists, "hold a sequence of ids for each text")
     return [
@@ -331,15 +331,15 @@ def _listed(name: str, lists: Iterable[Iterable[int]]) -> list[Any]:
 
 
 def has_no_order(values: object) -> bool:
-    """Whether values come in any order, as a set's do."""
+    """Whether values have no order, like a set's."""
     return isinstance(values, AbstractSet) and not isinstance(values, (KeysView, ItemsView))
 
 
 def _with_length(name: str, values: Any, wanted: str) -> Any:
-    """The values, listed where they have no length.
+    """The values, as a list if they have no length.
 
     Raises:
-        TypeError: they cannot be iterated over, or not in an order of theirs.
+        TypeError: they cannot be iterated over, or have no order.
     """
     problem = f"{name} must {wanted}, got {type(values).__name__}"
     if isinstance(values, Mapping):
@@ -347,7 +347,7 @@ def _with_length(name: str, values: Any, wanted: str) -> Any:
     if has_no_order(values):
         raise TypeError(f"{problem}, which has no order: pass a list")
     try:
-        # What has a length and no dimension, as one number of numpy's or torch's, has an iterator that says no.
+        # A tensor or array without dimensions has a length, but iter() refuses it.
         once = iter(values)
     except TypeError:
         raise TypeError(f"{problem}: {shortened(values)}") from None
@@ -370,6 +370,6 @@ def _check_range(name: str, low: int, high: int, size: int, config_name: str) ->
 
 
 def shortened(value: object, limit: int = 60) -> str:
-    """How a value is shown in a message, in one line."""
+    """A value in one line, for a message."""
     shown = repr(value).replace("\n", " ")
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -34,11 +34,11 @@ class EmbeddingConvolution(Weighted):
         return {**self.__dict__, "_matrix": None, "_made_of": None}
 
     def refresh(self) -> None:
-        """Makes the kernel's matrix anew where the weight has changed since; in the same memory, if it fits."""
+        """Makes the kernel's matrix anew if the weight has changed since, in the same memory if it fits."""
         made_of = weight_version(self.kernel_weight)
         if made_of == self._made_of:
             return
-        # [out, in, taps] to [out, taps * in], as neighbours stand side by side in a row.
+        # [out, in, taps] to [out, taps * in]: neighbours stand side by side in a row.
         matrix = self.kernel_weight.transpose(1, 2).flatten(1)
         old = self._matrix
         if old is not None and (old.dtype, old.device) == (matrix.dtype, matrix.device):
@@ -48,7 +48,7 @@ class EmbeddingConvolution(Weighted):
         self._made_of = made_of
 
     def doubt(self) -> None:
-        """Has the matrix made anew, in its place."""
+        """Makes `refresh` compute the matrix again, in its place."""
         self._made_of = None
 
     def clear(self) -> None:
@@ -56,7 +56,7 @@ class EmbeddingConvolution(Weighted):
         self._matrix = self._made_of = None
 
     def forward(self, embedded: Tensor, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
-        """(total_tokens, hidden_size), of the embeddings and of the first layer's result, to the same."""
+        """The embeddings and the first layer's result, (total_tokens, hidden_size) each, to the same shape."""
         assert self._matrix is not None
         half = self.spec.kernel_size // 2
         taps = [neighbours(embedded, layout, offset) for offset in range(-half, half + 1)]
@@ -65,9 +65,9 @@ class EmbeddingConvolution(Weighted):
 
 
 def neighbours(tokens: Tensor, layout: PackedLayout, offset: int) -> Tensor:
-    """For each row the one that stands ``offset`` places further in its text; zeros where there is none."""
+    """For each row the row ``offset`` places further in its text, or zeros."""
     starts, ends = layout.window_bounds(max(-offset, 0), max(offset, 0))
-    # The farthest row within reach is that neighbour, unless a mask has left it out.
+    # The farthest row within reach is that neighbour, unless the mask leaves it out.
     found = starts if offset < 0 else (ends - 1).clamp(min=0)
     places = layout.token_positions
     there = (places[found] == places + offset) & (ends > 0)

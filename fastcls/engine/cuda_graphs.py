@@ -1,7 +1,7 @@
 """CUDA graphs: a whole pass in one launch, for batches so small that launching takes longer than computing.
 
-A graph is fixed to a shape of packed tokens, not to lengths: the kernels read those from `cu_seqlens` on the device. So
-texts are filled up to one of few shapes (`bucket_of`), and a graph serves every mixture of lengths that fits its own.
+A graph is fixed to a shape of packed tokens, not to lengths, which the kernels read from `cu_seqlens` on the device. So
+texts are filled up to one of few shapes (`bucket_of`), and a graph serves every mixture of lengths that fits its shape.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .spec import EncoderSpec, LastLayer, Rows
 # A pass: packed tokens on the device to the rows that are wanted.
 Pass = Callable[[PackedTokens], Tensor]
 
-# Shapes differ by at least so many tokens, and by no more than an eighth: a few percent of filling on average.
+# Shapes differ by at least this many tokens, and by at most an eighth: a few percent of filling on average.
 _STEP = 64
-# At the second use: most shapes of a short run come once, and the plain pass before compiles what the graph will need.
+# Capture at the second use: most shapes of a short run come once, and the plain pass before compiles the kernels.
 _USES_BEFORE_CAPTURE = 2
-# Each time that a shape's graph had to go it takes so many times as many uses to make it again, so that shapes which do
-# not fit in together do not chase one another: capturing takes longer than many plain passes.
+# A shape whose graph had to go needs this many times as many uses for another, so that shapes that do not fit in
+# together do not chase each other out: capturing takes longer than many plain passes.
 _MORE_USES = 4
-# Graphs kept, and the memory that their intermediate results may take; they share it, since only one replays at a time.
+# How many graphs are kept, and the memory of their intermediate results, which they share: one replays at a time.
 MAX_GRAPHS = 64
 MAX_POOL_BYTES = 1 << 30
-# Estimates that decide where launches stop mattering: a layer's launches, the CPU's time for one, a large GPU's rate.
+# Estimates of where launches stop mattering: a layer's launches, the CPU's time for one, a large GPU's rate.
 _LAUNCHES_PER_LAYER = 7
 _SECONDS_PER_LAUNCH = 10e-6
 _FLOPS_PER_SECOND = 600e12
@@ -45,16 +45,16 @@ _capturing = threading.Lock()
 
 
 def bucket_of(tokens: int, sequences: int) -> PackShape:
-    """The shape that a pass of so many tokens and sequences is filled up to."""
+    """The shape that a pass of some tokens in some sequences is filled up to."""
     num_sequences = 1 << (sequences - 1).bit_length()
-    # An empty sequence after the last one is read at its first token, which must be a row that exists.
+    # An empty sequence after the last one is read at its first token, so that row must exist.
     tokens += num_sequences > sequences
     step = max(_STEP, 1 << max((tokens - 1).bit_length() - 4, 0))
     return PackShape(-(-tokens // step) * step, num_sequences)
 
 
 def max_graph_tokens(spec: EncoderSpec) -> int:
-    """Up to how many tokens a pass is replayed: from there on computing takes twice as long as launching."""
+    """The most tokens of a pass that is replayed: beyond, computing takes twice as long as launching."""
     weights = 4 * spec.hidden_size**2 + (3 if spec.gated else 2) * spec.hidden_size * spec.intermediate_size
     seconds_per_token = 2 * weights / _FLOPS_PER_SECOND
     tokens = int(2 * _LAUNCHES_PER_LAYER * _SECONDS_PER_LAUNCH / seconds_per_token)
@@ -62,25 +62,25 @@ def max_graph_tokens(spec: EncoderSpec) -> int:
 
 
 class Captured(Protocol):
-    """A pass that was captured over memory of its own."""
+    """A captured pass, over memory of its own."""
 
     def replay(self, integers: Tensor) -> Tensor:
-        """The pass over `PackedTokens.integers`, its result in memory that nothing else writes to."""
+        """The pass over `PackedTokens.integers`; nothing else writes to the result."""
 
 
 class Capture(Protocol):
-    """Captures passes; those that it made share one pool of memory."""
+    """Captures passes, which share one pool of memory."""
 
     def __call__(self, run: Pass, packed: PackedTokens) -> Captured:
-        """Captures ``run``, over memory of its own in which it gets packed tokens like ``packed``."""
+        """Captures ``run`` over new memory, with packed tokens of the shape of ``packed``."""
 
     @property
     def pool_bytes(self) -> int:
-        """The memory that its captured passes take together."""
+        """The memory that the captured passes take together."""
 
 
 class GraphKey(NamedTuple):
-    """All that a captured pass depends on, besides the model's weights."""
+    """Everything but the weights that a captured pass depends on."""
 
     shape: PackShape
     fields: PackFields
@@ -97,8 +97,8 @@ class CudaGraphs:
     Args:
         max_seqlen: a bound on the length of any sequence, or None.
         new_capture: makes what captures, with a pool of its own.
-        max_graphs: beyond it the one least recently used goes.
-        max_pool_bytes: beyond it all of them go, since a shared pool gives its memory back as a whole.
+        max_graphs: beyond it the least recently used graph goes.
+        max_pool_bytes: beyond it all graphs go, since a shared pool gives its memory back as a whole.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class CudaGraphs:
         self._new_capture = CudaCapture if new_capture is None else new_capture
         self._max_graphs = max_graphs
         self._max_pool_bytes = max_pool_bytes
-        # Entered again where an original goes while its graphs are at work, and takes its last change with it.
+        # Reentrant: an original that is collected during a replay hands over its last change in the same thread.
         self._lock = threading.RLock()
         self._graphs: OrderedDict[GraphKey, Captured] = OrderedDict()
-        # Since the shape's graph last went, and how often it did.
+        # Uses since the shape's graph last went, and how often it went.
         self._uses: Counter[GraphKey] = Counter()
         self._times_gone: Counter[GraphKey] = Counter()
         self._too_large: set[GraphKey] = set()
@@ -163,7 +163,7 @@ class CudaGraphs:
         if self._capture is None:
             self._capture = self._new_capture()
         moved = packed.to(device)
-        # The length of the longest text is this batch's own; the graph must hold for any.
+        # The longest text is this batch's own; the graph must hold for any.
         longest = min(self._max_seqlen or packed.shape.tokens, packed.shape.tokens)
         try:
             graph = self._capture(run, moved.over(moved.integers, max_seqlen=longest))
@@ -173,7 +173,7 @@ class CudaGraphs:
             _warn(f"no memory for a CUDA graph of {key.shape.tokens} tokens: they run without one ({error})")
             return None
         except RuntimeError as error:
-            # Something else on the device got in between: another thread that waits for all of it, say.
+            # Something else on the device interfered: another thread that synchronised it, say.
             self._forget_all()
             self._forget(key)
             _warn(f"capturing a CUDA graph of {key.shape.tokens} tokens failed: they run without one for now ({error})")
@@ -200,7 +200,7 @@ class CudaGraphs:
 
 
 def _warn(message: str) -> None:
-    # At the line that asked for logits.
+    # The line that asked for logits.
     warnings.warn(message, RuntimeWarning, stacklevel=6)
 
 
@@ -209,7 +209,7 @@ class _CudaGraph:
     graph: torch.cuda.CUDAGraph
     integers: Tensor
     logits: Tensor
-    # After the last use of the memory that the pool's graphs share, by whatever stream.
+    # Recorded after the last use of the pool's memory, on whichever stream.
     last_use: torch.cuda.Event
 
     def replay(self, integers: Tensor) -> Tensor:
@@ -234,25 +234,25 @@ class CudaCapture:
 
     def __call__(self, run: Pass, packed: PackedTokens) -> _CudaGraph:
         device = packed.integers.device
-        # A capture that fails leaves its own stream the current one: here the caller's is set again.
+        # A capture that fails leaves its stream current, so the caller's is set again here.
         callers = torch.cuda.stream(torch.cuda.current_stream(device))
         with _capturing, torch.cuda.device(device), callers, _no_autograd():
             if self._stream is None:
-                # One for all: a pool's memory is reused within a stream only.
+                # One stream for all captures: a pool's memory is reused within a stream only.
                 self._stream = torch.cuda.Stream()
             self._stream.wait_stream(torch.cuda.current_stream())
             self._stream.wait_event(self._last_use)
             with torch.cuda.stream(self._stream):
-                # Made here, so that its memory goes to nobody who does not wait for the last replay; and a tensor made
-                # in the caller's inference mode could not be written to outside of it.
+                # Allocated on this stream, so that its memory is reused only after the last replay, and outside of the
+                # caller's inference mode, whose tensors cannot be written to later.
                 integers = torch.empty_like(packed.integers).copy_(packed.integers)
-                # Libraries allocate and kernels are loaded at their first use, which a capture forbids.
+                # Warm-up: a capture forbids the allocations and loads of a first use.
                 run(packed.over(integers))
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
-            # Over a new layout: what the warm-up's has cached was computed outside of the graph.
+            # A new layout, since the warm-up's has cached results that were computed outside of the graph.
             captured = packed.over(integers)
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 logits = run(captured)
@@ -267,5 +267,5 @@ def _no_autograd() -> Iterator[None]:
 
 
 def being_captured() -> bool:
-    """Whether the caller captures a graph of its own: ours would not fit in."""
+    """Whether the caller captures a CUDA graph, in which ours cannot be replayed."""
     return torch.cuda.is_current_stream_capturing()

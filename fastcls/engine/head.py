@@ -13,7 +13,7 @@ from .weights import Weighted
 
 
 class Head(Weighted):
-    """A dense layer, an activation and a layer norm, each if there is one, and a product: see `HeadSpec`."""
+    """A dense layer, an activation, a layer norm and a product, as far as the head has them: see `HeadSpec`."""
 
     dense_weight: Tensor | None
     dense_bias: Tensor | None

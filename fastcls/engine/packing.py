@@ -26,24 +26,23 @@ class PackShape(NamedTuple):
     sequences: int
 
 
-# oneDNN keeps two thirds of a MiB for each shape of a product, whatever its size, so that there must be few. Reading
-# the weights takes as long as some 32 rows do; at most a sixteenth of both is filled up, which costs 1 to 2 % of the
-# time, and of many rows a thirty-second: few processes see all sizes of large batches. Never 64 rows or more: a CPU's
-# passes are bounded, and on a GPU there is nothing to gain.
+# oneDNN keeps two thirds of a MiB for each shape of a product, whatever its size, so there must be few shapes. Reading
+# the weights takes as long as some 32 rows: filling up at most a sixteenth of both costs 1 to 2 % of the time. Many
+# rows are filled up by a thirty-second, since few processes see all sizes of large batches, and never by 64 or more: a
+# CPU's passes are bounded, and a GPU gains nothing.
 _WEIGHTS_AS_ROWS = 32
 _FILL_ROWS_PART, _FILL_MANY_ROWS_PART = 16, 32
 _MANY_ROWS_STEP, _MAX_STEP = 16, 64
-# Sequences have rows in the last layer alone, so that they are filled up further. Up to 8 they stay as they are.
+# Sequences count in the last layer only, so they are filled up further. Up to 8 stay as they are.
 _FILL_SEQUENCES_PART = 4
-# Each array starts at a multiple of 64 bytes, so that no kernel is compiled once more for a pointer that is less
-# aligned than another's.
+# Each array starts at a multiple of 64 bytes, so that no kernel is compiled again for a less aligned pointer.
 _ALIGNMENT = 16
 
 
 def fill_rows(tokens: int, sequences: int) -> PackShape:
-    """Up to one of few shapes, at the cost of little time."""
+    """One of few shapes that holds some tokens in some sequences, at the cost of little time."""
     num_sequences = sequences + -sequences % _power_of_two((sequences - 1) // _FILL_SEQUENCES_PART)
-    # An empty sequence after the last one is read at its first token, which must be a row that exists.
+    # An empty sequence after the last one is read at its first token, so that row must exist.
     tokens += num_sequences > sequences
     rows = tokens + _WEIGHTS_AS_ROWS
     many = max(_power_of_two(rows // _FILL_MANY_ROWS_PART), _MANY_ROWS_STEP)
@@ -57,7 +56,7 @@ def _power_of_two(number: int) -> int:
 
 
 class PackFields(NamedTuple):
-    """Which integers a packing holds besides the lengths and the position ids."""
+    """The integers that a packing holds beside lengths and position ids."""
 
     ids: bool
     types: bool
@@ -69,7 +68,7 @@ class PackFields(NamedTuple):
 class PackedTokens:
     """Sequences without padding, one after the other.
 
-    Rows after the last token, and empty sequences after the last one, may fill a shape up; they belong to no text.
+    Rows after the last token and empty sequences after the last one fill a shape up; they belong to no text.
 
     Attributes:
         integers: int32, the one piece of memory that the following, up to ``row_sequences``, lie in.
@@ -78,15 +77,14 @@ class PackedTokens:
         token_type_ids: (total_tokens,) int32, or None for type 0 everywhere.
         layout: where each sequence lies; ``layout.cu_seqlens`` is (num_sequences + 1,) int32, ``layout.positions`` are
             the places of tokens in their padded texts where a mask has holes.
-        rows: (num_rows,) int32, the rows that are wanted, or None.
-        row_sequences: (num_rows,) int32, the sequence of each of them, or None.
+        rows: (num_rows,) int32, the chosen rows, or None.
+        row_sequences: (num_rows,) int32, the sequence of each chosen row, or None.
         inputs_embeds: (total_tokens, embedding_size), or None.
         num_texts: how many sequences, the first ones, are texts.
         num_tokens: how many rows, the first ones, are their tokens.
         order: (num_texts,) int64 on the CPU: packed sequence i is row ``order[i]`` of the batch it came from, or None
             where it is row i.
-        origins: (num_tokens,) int64, or of the wanted rows (num_rows,): where each stood in the flat batch; None where
-            nobody asked.
+        origins: where each token, or each chosen row, stood in the flat batch, int64; None where nobody asked.
     """
 
     integers: Tensor
@@ -108,7 +106,7 @@ class PackedTokens:
         return PackShape(self.layout.total_tokens, self.layout.num_sequences)
 
     def to(self, device: torch.device) -> PackedTokens:
-        """The same tokens on ``device``, by one copy that nobody waits for where the memory is pinned."""
+        """The same tokens on ``device``, by one copy, which is asynchronous from pinned memory."""
         if self.integers.device == device:
             return self
         return self.over(
@@ -119,7 +117,7 @@ class PackedTokens:
     def over(
         self, integers: Tensor, inputs_embeds: Tensor | None = None, max_seqlen: int | None = None
     ) -> PackedTokens:
-        """The same packing over other memory of the same layout, with a higher bound on lengths if one is given."""
+        """The same packing over other memory of the same layout, and with a higher bound on lengths, if given."""
         return packed_over(
             integers,
             self.shape,

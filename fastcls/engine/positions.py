@@ -14,7 +14,7 @@ from fastcls_kernels.unchecked import layer_norm, linear, linear_per_head
 from .spec import BucketBias, Disentangled, EncoderSpec
 from .weights import Weighted, weight_version
 
-# Keys and queries of positions, of one layer: (rows, num_heads, head_dim) each, or None where a term is left out.
+# One layer's keys and queries of positions, (rows, num_heads, head_dim) each, or None for a term that is left out.
 PositionTables = tuple[Tensor | None, Tensor | None]
 
 
@@ -42,7 +42,7 @@ class BiasTable(Weighted):
 
 
 def _bias_buckets(distances: Tensor, num_buckets: int, reach: int) -> Tensor:
-    """Near distances have a bucket each, farther ones share logarithmic ones; the second half is of keys behind.
+    """Near distances have a bucket each, far ones share logarithmic ones; keys behind the query take the second half.
 
     Source: T5 (Raffel et al., 2019).
     """
@@ -55,7 +55,7 @@ def _bias_buckets(distances: Tensor, num_buckets: int, reach: int) -> Tensor:
 
 
 class DisentangledTables(Weighted):
-    """Embeddings of distances, as each layer projects them: they follow from weights alone, and are kept."""
+    """Embeddings of distances, projected by each layer: kept, since they follow from weights alone."""
 
     table_weight: Tensor
     norm_weight: Tensor | None
@@ -68,7 +68,7 @@ class DisentangledTables(Weighted):
         super().__init__(weights, ("norm_weight", "norm_bias"))
         self.spec = spec
         self.relative = relative
-        # Farther ones share the last row.
+        # Distances beyond share the last row.
         reach = max(relative.reach, spec.max_positions or 0)
         rows = _disentangled_rows(torch.arange(-reach, reach + 1, device="cpu"), relative)
         self.register_buffer("rows", rows.to(self.table_weight.device), persistent=False)
@@ -84,12 +84,12 @@ class DisentangledTables(Weighted):
 
     @property
     def buckets(self) -> Buckets:
-        """The row of the table for each distance, where the tables are."""
+        """The row of the table for each distance, on the tables' device."""
         assert self._buckets is not None
         return self._buckets
 
     def refresh(self) -> None:
-        """Makes the tables anew where weights have changed since; in the same memory, which graphs may read."""
+        """Makes the tables anew if weights have changed since, in the same memory, since CUDA graphs may read it."""
         if self._buckets is None or self._buckets.table.device != self.rows.device:
             self._buckets = Buckets(self.rows, self._rows)
         made_of = (is_batch_invariant(), *(weight_version(weight) for weight in self._sources()))
@@ -110,7 +110,7 @@ class DisentangledTables(Weighted):
         self._made_of = made_of
 
     def doubt(self) -> None:
-        """Has the tables made anew, in their place."""
+        """Makes `refresh` compute the tables again, in their place."""
         self._made_of = ()
 
     def clear(self) -> None:
@@ -167,7 +167,7 @@ class DisentangledTables(Weighted):
         dtype = torch.promote_types(keys.dtype, torch.float32)
         bias = keys.new_zeros(keys.shape[:2], dtype=dtype)
         if pos_key is not None:
-            # A text's first token stands at 0, so that distances to it fall from there.
+            # The first token stands at 0, so distances to it are 0, -1, -2, ...
             farthest = buckets.reach
             if layout.positions is None and not is_batch_invariant():
                 farthest = min(layout.max_seqlen, farthest)
@@ -179,13 +179,13 @@ class DisentangledTables(Weighted):
             bias += scores[sequences.clamp(max=query.shape[0] - 1), :, positions.clamp(max=farthest).long()]
         if pos_query is not None:
             products = (keys * pos_query[buckets.of(-positions)]).to(dtype)
-            # A library's sum goes by how many there are.
+            # A library chooses the order of its sum by the number of rows.
             bias += _folded(products) if is_batch_invariant() else products.sum(2)
         return bias.mul_(scale)
 
 
 def _folded(numbers: Tensor) -> Tensor:
-    """The sum over the last dimension, in one order always: half of it is added to the other half, and so on."""
+    """The sum over the last dimension, always in one order: halves are added to each other, again and again."""
     while (size := numbers.shape[-1]) > 1:
         half = (size + 1) // 2
         folded = numbers[..., :half].clone()
@@ -213,7 +213,7 @@ RotaryTables = tuple[Tensor, Tensor]
 
 
 class RotaryPositions(nn.Module):
-    """The frequencies that a model turns by, and the tables that follow from them alone, which are kept.
+    """The frequencies that a model turns by, and their tables, which are kept since they follow from these alone.
 
     Args:
         spec: the encoder's shape.
@@ -232,13 +232,13 @@ class RotaryPositions(nn.Module):
         return {**self.__dict__, "_made": {}}
 
     def refresh(self) -> None:
-        """Makes the tables anew where frequencies have changed since; in the same memory, which graphs may read."""
+        """Makes the tables anew if frequencies have changed since, in the same memory: CUDA graphs may read it."""
         for kind, frequencies in self.named_buffers(recurse=False):
             made_of = (*weight_version(frequencies), frequencies.device)
             old = self._made.get(kind)
             if old is not None and old[0] == made_of:
                 continue
-            # In float32 whatever the weights are in, as transformers has them.
+            # In float32 whatever the weights' dtype is, as in transformers.
             places = torch.arange(self.max_positions, dtype=torch.float, device=frequencies.device)
             angles = places[:, None] * frequencies.float()
             tables = (angles.cos(), angles.sin())
@@ -247,7 +247,7 @@ class RotaryPositions(nn.Module):
             self._made[kind] = (made_of, tables)
 
     def doubt(self) -> None:
-        """Has the tables made anew, in their place."""
+        """Makes `refresh` compute the tables again, in their place."""
         self._made = {kind: (None, tables) for kind, (_, tables) in self._made.items()}
 
     def clear(self) -> None:

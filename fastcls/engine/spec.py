@@ -1,4 +1,4 @@
-"""What one model is, as plain data: everything that the packed computation needs to know besides the weights."""
+"""An encoder and its head as plain data: all that the packed computation needs but the weights."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class BucketBias:
 
 @dataclass(frozen=True)
 class Disentangled:
-    """DeBERTa's relative positions: embeddings of distances that queries and keys are multiplied with.
+    """DeBERTa's relative positions: queries and keys are multiplied with embeddings of distances.
 
     Attributes:
         span: the table holds rows for buckets from -span to below span.
-        buckets: how many buckets there are on each side where distances are bucketed, or 0 where each has its own row.
+        buckets: how many buckets there are on each side, or 0 where each distance has its own row.
         reach: the largest distance that bucketing knows.
         content_to_position, position_to_content: which of the two terms there are.
         shares_projections: whether positions are projected by the layers' own query and key weights.
@@ -68,7 +68,7 @@ class Disentangled:
 
     @property
     def num_terms(self) -> int:
-        """How many terms a score is the sum of."""
+        """How many terms a score is the sum of: content, and each of the position terms."""
         return 1 + self.content_to_position + self.position_to_content
 
 
@@ -88,16 +88,16 @@ class EncoderSpec:
         max_positions: the longest text, in tokens; None where no table of positions ends.
         position_rows: rows of the table of positions, 0 if there is none.
         first_position: the row of a text's first token.
-        padding_id: the token whose position is this very number and which is not counted (RoBERTa), or None.
+        padding_id: RoBERTa's padding token, which is not counted and whose position is this number, or None.
         token_types: rows of the table of token types, 0 if there is none.
-        embedding_size: columns of the tables of embeddings; where it is not hidden_size, a projection follows.
-        layers: for each layer in its order which set of weights it takes: several may share one.
-        windows: for each layer how many tokens to each side a token attends to, None for all.
-        rotary: for each layer which of the encoder's rotary frequencies it turns by; empty where there are none.
-        pre_norm: layer norms stand before each half of a layer and not behind it.
+        embedding_size: columns of the tables of embeddings; a projection follows if it is not hidden_size.
+        layers: for each layer, in order, its set of weights: several layers may share one.
+        windows: for each layer, how many tokens on each side a token attends to, None for all.
+        rotary: for each layer, the kind of rotary frequencies that it turns by; empty without rotary positions.
+        pre_norm: layer norms stand before each half of a layer, not behind it.
         gated: the feed-forward multiplies its activation by a second projection (GeGLU).
         relative: relative positions within the attention, or None.
-        convolution: what joins the first layer's output, or None.
+        convolution: the convolution that joins the first layer's output, or None.
     """
 
     vocab_size: int
@@ -130,26 +130,26 @@ class EncoderSpec:
 
     @property
     def num_layer_weights(self) -> int:
-        """How many sets of layers' weights there are."""
+        """How many sets of layer weights there are."""
         return max(self.layers) + 1
 
     @property
     def needs_places(self) -> bool:
-        """Whether scores depend on where in its text a token stands, so that holes in a mask must be known."""
+        """Whether scores depend on a token's place in its text, so that holes in a mask matter."""
         return self.relative is not None or self.convolution is not None or any(self.windows)
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What stands on an encoder: a dense layer, an activation and a layer norm, each if there is one, and a product.
+    """The head on an encoder: a dense layer, an activation, a layer norm and a product, as far as it has them.
 
     Attributes:
-        task: what it is for.
-        pooling: how a text's rows become one, where the task has one row a text.
+        task: the task.
+        pooling: how a text's rows become one, for tasks with one row a text.
         activation: behind the dense layer.
         eps: of the layer norm.
-        names: the checkpoint's names of "dense", "norm" and "out", without ".weight" and ".bias"; "bias" where the
-            product's bias is a parameter of another name.
+        names: the checkpoint's names of "dense", "norm" and "out", without ".weight" and ".bias"; and of "bias", if the
+            product's bias has a name of its own.
     """
 
     task: Task

@@ -65,8 +65,8 @@ class FastClassifier(Labelled):
             labels: (batch,) or (batch, num_labels); adds the loss that the config's problem type asks for.
             return_dict: False gives a tuple; None asks the config.
 
-        Integer inputs may lie on the CPU or on the model's device. From the CPU nothing waits for a GPU; where one of
-        them lies on the GPU, it is waited for once, to read and check them.
+        Integer inputs may lie on the CPU or on the model's device. Inputs on the CPU never wait for a GPU; inputs on
+        the GPU make the call wait once, to read and check them.
 
         Returns:
             SequenceClassifierOutput with ``logits`` (batch, num_labels), without gradient.
@@ -108,7 +108,7 @@ class FastClassifier(Labelled):
 
 
 class FastNextSentencePredictor(ModelWithHead):
-    """Does the second text of a pair follow the first? See `FastModel`."""
+    """Scores whether the second text of a pair follows the first: see `FastModel`."""
 
     def forward(
         self,
@@ -124,7 +124,8 @@ class FastNextSentencePredictor(ModelWithHead):
     ) -> NextSentencePredictorOutput | tuple[Any, ...]:
         """Scores a padded batch of pairs, as the transformers model does.
 
-        Args and errors are those of `FastClassifier.forward`; ``labels`` are (batch,), 0 where the second text follows.
+        Arguments and errors are those of `FastClassifier.forward`; ``labels`` are (batch,), 0 where the second text
+        follows.
 
         Returns:
             NextSentencePredictorOutput with ``logits`` (batch, 2), without gradient.
@@ -139,7 +140,7 @@ class FastNextSentencePredictor(ModelWithHead):
 
 
 class FastMultipleChoice(ModelWithHead):
-    """Which of several continuations fits best? See `FastModel`."""
+    """Scores which of several continuations fits best: see `FastModel`."""
 
     def forward(
         self,
@@ -155,7 +156,7 @@ class FastMultipleChoice(ModelWithHead):
     ) -> MultipleChoiceModelOutput | tuple[Any, ...]:
         """Scores a padded batch of questions with their choices, as the transformers model does.
 
-        Args and errors are those of `FastClassifier.forward`, but all inputs are (batch, num_choices, seqlen), and
+        Arguments and errors are those of `FastClassifier.forward`, but all inputs are (batch, num_choices, seqlen), and
         ``labels`` are (batch,), the right choice.
 
         Returns:
@@ -170,7 +171,7 @@ class FastMultipleChoice(ModelWithHead):
                 raise ValueError(
                     f"{name} must have {wanted} dimensions, (batch, num_choices, seqlen, ...), got {found}"
                 )
-        # What is no tensor is refused below, by name.
+        # Anything but a tensor is refused below, by name.
         batch = PaddedBatch(*(tensor.flatten(0, 1) if isinstance(tensor, Tensor) else tensor for tensor in given))
         self._checked(batch, kwargs)
         texts, choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]

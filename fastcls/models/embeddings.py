@@ -1,4 +1,4 @@
-"""Encoders: hidden states and embeddings, for heads of one's own; and what all models have that have one inside."""
+"""The encoder as a model of its own, and the base of all models that have one inside."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Select: TypeAlias = "Literal['all', 'first'] | Tensor"
 
 
 class FastEncoder(FastModel):
-    """An encoder for heads of one's own, and for embeddings: see `FastModel`.
+    """Encodes texts, for custom heads and for embeddings: see `FastModel`.
 
     Attributes:
-        select: what `forward` gives of the last layer where a call does not say.
+        select: the rows that `forward` gives by default.
         gives_pooler_output: whether a model with a pooler runs it.
     """
 
@@ -39,7 +39,7 @@ class FastEncoder(FastModel):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._output_class = _output_class(self.model_class)
-        # The model that this is the encoder of, if it is one's.
+        # The model whose encoder this is, if any.
         self._whole: tuple[FastModel, ...] = ()
 
     @classmethod
@@ -64,7 +64,7 @@ class FastEncoder(FastModel):
         encoder = cls(getattr(transformers, base), model.config, model.spec, head, weight_map, weights, *model.options)
         encoder.encoder = model.encoder
         encoder._watch_modules()
-        # In a tuple, so that it is not registered as a part.
+        # A tuple, so that the model is not registered as a part.
         encoder._whole = (model,)
         return encoder
 
@@ -102,7 +102,7 @@ class FastEncoder(FastModel):
         super().catch_up()
 
     def stop_following(self) -> None:
-        """Of the whole model, whose encoder this is, too."""
+        """Ends following for the whole model, whose encoder this is, too."""
         for whole in self._whole:
             whole.stop_following()
             self.catch_up()
@@ -124,16 +124,16 @@ class FastEncoder(FastModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput | tuple[Any, ...]:
-        """Encodes a padded batch, as the transformers model does, or of its last layer only what is wanted.
+        """Encodes a padded batch, as the transformers model does, or only the wanted rows of its last layer.
 
-        Args and errors are those of `FastClassifier.forward`, and:
+        Arguments and errors are those of `FastClassifier.forward`, and:
 
         Args:
             select: "all", "first" for the first token of each text, or a boolean mask (batch, seqlen) of the tokens
                 that are wanted, where the attention mask keeps them. None takes the attribute.
 
         Returns:
-            What the transformers model gives, without gradient. ``last_hidden_state`` is (batch, seqlen, hidden_size),
+            The transformers model's output, without gradient. ``last_hidden_state`` is (batch, seqlen, hidden_size),
             zeros for padding; of first tokens (batch, 1, hidden_size); of a mask (num_tokens, hidden_size), in the
             order in which indexing with the mask gives them. ``pooler_output`` is there where the model has a pooler
             and first tokens were computed; NaN for a text whose first place the mask leaves out, as padding on the left
@@ -226,7 +226,7 @@ class ModelWithHead(FastModel):
 
 
 def _output_class(model_class: type[PreTrainedModel]) -> type[BaseModelOutput]:
-    """What the transformers model of an encoder gives."""
+    """The class of the transformers model's output."""
     family, _ = family_of_class(model_class)
     found: type[BaseModelOutput] = getattr(modeling_outputs, family.output)
     return found

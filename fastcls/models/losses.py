@@ -1,7 +1,7 @@
-"""What a batch should give: its labels are checked, and losses are computed as transformers' models compute them.
+"""Labels, checked, and losses, computed as transformers' models compute them.
 
-A label where the mask leaves a token out is refused: transformers' own models count what they compute there. A graph
-cannot stop at values while it is traced, so that the check is a node of it, which raises the same error when it runs.
+A label at a masked token is refused, since transformers' models count what they compute there. A graph cannot check
+values while it is traced, so there the check is a node that raises the same error when it runs.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss.loss_utils import ForSequenceClassificationLoss, ForTokenClassification
 
-# What a token has for a label that has none.
+# The label of a token without one.
 IGNORED = -100
 
 
 @dataclass
 class _Config:
-    """What a loss reads of a config, and writes into it: which kind of labels it took these for."""
+    """The config that a loss reads, and into which it writes the kind of labels that it found."""
 
     num_labels: int
     problem_type: str | None = None
 
 
 def classification_loss(logits: Tensor, labels: Tensor, num_labels: int, problem_type: str | None) -> Tensor:
-    """A sequence classifier's loss, as its problem type asks for it, or what the labels look like.
+    """A sequence classifier's loss, for its problem type, or for the one that the labels look like.
 
     Args:
         logits: (num_texts, width).
         labels: (num_texts,) or (num_texts, width).
-        num_labels: how many there are, as the model says, which a head of one's own need not go by.
+        num_labels: the model's number of labels, which a custom head may not have.
         problem_type: the config's.
     """
     loss: Tensor = ForSequenceClassificationLoss(labels, logits, _Config(num_labels, problem_type))
@@ -39,7 +39,7 @@ def classification_loss(logits: Tensor, labels: Tensor, num_labels: int, problem
 
 
 def deberta_loss(logits: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
-    """DeBERTa's own loss where its config names no kind of labels, and the logits as it gives them then."""
+    """DeBERTa's loss for a config without a problem type, and the logits in the shape that it then gives."""
     labels = labels.to(logits.device)
     if num_labels == 1:
         logits = logits.view(-1).to(labels.dtype)
@@ -54,7 +54,7 @@ def deberta_loss(logits: Tensor, labels: Tensor, num_labels: int) -> tuple[Tenso
 
 
 def token_loss(logits: Tensor, labels: Tensor, num_labels: int) -> Tensor:
-    """A token classifier's loss, of tokens whose label is not `IGNORED`."""
+    """A token classifier's loss over the tokens whose label is not `IGNORED`."""
     loss: Tensor = ForTokenClassification(logits, labels, _Config(num_labels))
     return loss
 
@@ -63,7 +63,7 @@ def checked_labels(labels: Tensor, shape: torch.Size, attention_mask: Tensor | N
     """Labels of tokens.
 
     Raises:
-        ValueError: they have not the batch's shape, or a token that the mask leaves out has one.
+        ValueError: their shape is not the batch's, or a masked token has a label.
     """
     if labels.shape != shape:
         raise ValueError(f"labels must have the batch's shape {tuple(shape)}, got {tuple(labels.shape)}")
@@ -110,7 +110,7 @@ def _check_positions(positions: Tensor, attention_mask: Tensor, name: str) -> No
 @torch.library.custom_op("fastcls::checked_labels", mutates_args=())
 def _checked_labels(labels: Tensor, attention_mask: Tensor) -> Tensor:
     _check_labels(labels, attention_mask)
-    # What an operator gives is no tensor that it was given.
+    # An operator may not return one of its inputs.
     return labels.clone()
 
 

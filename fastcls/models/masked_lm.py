@@ -18,12 +18,12 @@ from .losses import IGNORED, checked_labels
 
 @dataclass
 class FastMaskedLMOutput(MaskedLMOutput):
-    """A masked language model's output, which says what it computed.
+    """A masked language model's output, with the rows that were computed.
 
     Attributes:
         logits: (batch, seqlen, vocab_size), zeros where nothing was predicted; or, not dense, (num_rows, vocab_size).
-        rows: (num_rows, 2) int64 on the CPU, text and token of each row that was predicted, in their order; None from a
-            graph, compiled or exported. It is no item of the output, whose items and tuple are transformers' own.
+        rows: (num_rows, 2) int64 on the CPU, text and token of each predicted row, in order; None from a compiled or
+            exported graph. An attribute only: the output's items and tuple are transformers' own.
     """
 
     rows: ClassVar[Tensor | None] = None
@@ -36,12 +36,12 @@ class FastMaskedLMOutput(MaskedLMOutput):
 
 
 class FastMaskedLM(ModelWithHead):
-    """Fills masks: see `FastModel`. The last layer and the product with the vocabulary run for the masked tokens alone.
+    """Fills masks: see `FastModel`. The last layer and the vocabulary product run for the masked tokens only.
 
     Attributes:
-        mask_token_id: the id of the token that stands for what is to be predicted, ``tokenizer.mask_token_id``. While
-            it is None every token is predicted, unless labels say which.
-        dense: whether logits come at their places in a padded batch, or one row for each predicted token.
+        mask_token_id: the id of the mask token, ``tokenizer.mask_token_id``. While it is None every token is predicted,
+            unless labels say which.
+        dense: whether logits stand at their places in a padded batch, or are one row for each predicted token.
     """
 
     mask_token_id: int | None = None
@@ -59,9 +59,9 @@ class FastMaskedLM(ModelWithHead):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> FastMaskedLMOutput | tuple[Any, ...]:
-        """Predicts tokens of a padded batch: those that labels name, else those that are masked, else all.
+        """Predicts the tokens of a padded batch that have labels, else the masked ones, else all.
 
-        Args and errors are those of `FastClassifier.forward`, but any mask with a token in each row is taken, and
+        Arguments and errors are those of `FastClassifier.forward`, but any mask with a token in each row is taken, and
         ``labels`` are (batch, seqlen), -100 for tokens that are not to be predicted; they add the loss.
 
         Returns:

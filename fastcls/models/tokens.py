@@ -16,7 +16,7 @@ from .losses import checked_labels, checked_positions, token_loss
 
 
 class FastTokenClassifier(Labelled):
-    """A label for each token: see `FastModel`."""
+    """Labels each token: see `FastModel`."""
 
     def forward(
         self,
@@ -32,7 +32,7 @@ class FastTokenClassifier(Labelled):
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Classifies the tokens of a padded batch, as the transformers model does.
 
-        Args and errors are those of `FastClassifier.forward`, but any mask with a token in each row is taken, and
+        Arguments and errors are those of `FastClassifier.forward`, but any mask with a token in each row is taken, and
         ``labels`` are (batch, seqlen), -100 where none is wanted, as for padding.
 
         Returns:
@@ -48,7 +48,7 @@ class FastTokenClassifier(Labelled):
 
 
 class FastQuestionAnswerer(ModelWithHead):
-    """Where in a text the answer begins and ends: see `FastModel`."""
+    """Scores where in a text the answer begins and ends: see `FastModel`."""
 
     def forward(
         self,
@@ -65,9 +65,9 @@ class FastQuestionAnswerer(ModelWithHead):
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
         """Scores each token of a padded batch as the answer's first and last, as the transformers model does.
 
-        Args and errors are those of `FastClassifier.forward`, but any mask with a token in each row is taken;
-        ``start_positions`` and ``end_positions``, (batch,) and together, add the loss. It leaves padding out, where
-        transformers' own counts what it computes there.
+        Arguments and errors are those of `FastClassifier.forward`, but any mask with a token in each row is taken;
+        ``start_positions`` and ``end_positions``, (batch,) and together, add the loss, which leaves padding out,
+        while transformers' own counts what it computes there.
 
         Returns:
             QuestionAnsweringModelOutput with ``start_logits`` and ``end_logits`` (batch, seqlen), without gradient; the
