@@ -51,15 +51,16 @@ def load_rows(
 
 
 @jit()
-def softmax_step(scores, own, v, acc, row_max, row_sum, ISOLATE: tl.constexpr):
-    """One step of the online softmax, over the keys that are a row's ``own``: the next (acc, row_max, row_sum)."""
-    if ISOLATE:
-        # v - v is 0, or NaN where v is not finite. NaN goes into the scores, which the mask keeps to its own sequence.
-        defect = (v - v).to(tl.float32)
-        v = tl.where(defect == 0.0, v, 0.0)
-        scores += tl.sum(defect, 1)[None, :]
+def isolated(v):
+    """Values with 0 in place of those that are not finite, and NaN for the keys, [BLOCK_N], that have such values."""
+    defect = (v - v).to(tl.float32)
+    return tl.where(defect == 0.0, v, 0.0), tl.sum(defect, 1)
+
+
+@jit()
+def softmax_step(scores, v, acc, row_max, row_sum):
+    """One step of the online softmax: the next (acc, row_max, row_sum). A score of -inf leaves its key out."""
     # new_max is at least -1e30, so a masked score weighs exp2(-inf) = 0 and never meets inf - inf.
-    scores = tl.where(own, scores, -float("inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     weights = tl.exp2(scores - new_max[:, None])
     rescale = tl.exp2(row_max - new_max)
@@ -106,11 +107,16 @@ def _attend(
             offset = key_position[None, :] - row_position[:, None]
             # Clamped, so that pairs of two sequences, which are masked below, read within the table, too.
             scores += tl.load(bias_ptr + tl.minimum(tl.maximum(offset, -REACH), REACH)).to(tl.float32) * log2_e
+        if ISOLATE:
+            # NaN goes into the scores, which the mask keeps to its own sequence.
+            v, defects = isolated(v)
+            scores += defects[None, :]
         if WHOLE_SEQUENCE:
             own = (offs_n < last_key)[None, :]
         else:
             own = (offs_n[None, :] >= row_start[:, None]) & (offs_n[None, :] < row_end[:, None])
-        acc, row_max, row_sum = softmax_step(scores, own, v, acc, row_max, row_sum, ISOLATE)
+        scores = tl.where(own, scores, -float("inf"))
+        acc, row_max, row_sum = softmax_step(scores, v, acc, row_max, row_sum)
     return acc, row_sum
 
 

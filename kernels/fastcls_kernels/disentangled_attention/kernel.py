@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.kernel import LOG2_E, load_rows, softmax_step, strides_of
+from ..attention.kernel import LOG2_E, isolated, load_rows, softmax_step, strides_of
 from ..layout import PackedLayout
 from ..linear import linear_per_head
 from ..runtime.backend import device_guard
@@ -63,8 +63,12 @@ def _attend_tile(
             tile_ptr = of_key_ptr + tl.cast(start_n, tl.int64) * num_columns
             scores += tl.trans(tl.load(tile_ptr + (key_row[:, None] * num_columns + column))).to(tl.float32)
         scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee") * scale_log2
+        if ISOLATE:
+            v, defects = isolated(v)
+            scores += defects[None, :]
         own = (offs_n[None, :] >= row_start[:, None]) & (offs_n[None, :] < row_end[:, None])
-        acc, row_max, row_sum = softmax_step(scores, own, v, acc, row_max, row_sum, ISOLATE)
+        scores = tl.where(own, scores, -float("inf"))
+        acc, row_max, row_sum = softmax_step(scores, v, acc, row_max, row_sum)
     return acc, row_sum
 
 
