@@ -33,6 +33,7 @@ from fastcls_kernels.attention import kernel as attention
 from fastcls_kernels.cls_attention import absorbed, key_value
 from fastcls_kernels.cls_output import _launch_cls_output
 from fastcls_kernels.disentangled_attention import kernel as disentangled_attention
+from fastcls_kernels.disentangled_attention.buckets import DistanceTables
 from fastcls_kernels.embedding import _launch_embedding_layer_norm
 from fastcls_kernels.gated_activation import _launch_gated_activation
 from fastcls_kernels.layer_norm import launch_sum_add_layer_norm
@@ -102,8 +103,8 @@ def launch_disentangled_attention(arch: str, model: Model, dtype: torch.dtype, t
     q, k, v = tensor(4096, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)
     table = tensor(512, model.heads, model.head_dim, dtype=dtype)
     pos_key, pos_query = (table if term else None for term in terms)
-    buckets = Buckets(tensor(511, dtype=torch.int32), tuple(range(511)))
-    disentangled_attention.launch_disentangled_attention(q, k, v, pos_key, pos_query, buckets, layout, 0.07, tile)
+    tables = DistanceTables(pos_key, pos_query, Buckets(tensor(511, dtype=torch.int32), tuple(range(511))))
+    disentangled_attention.launch_disentangled_attention(q, k, v, tables, layout, 0.07, tile)
 
 
 def launch_attention_with_bias(

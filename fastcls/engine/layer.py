@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcls_kernels import AddNorm, takes_norm
+from fastcls_kernels.disentangled_attention.buckets import DistanceTables
 from fastcls_kernels.unchecked import (
     absorb_query,
     add_layer_norm,
@@ -126,8 +127,8 @@ class EncoderLayer(Weighted):
     def _attend(self, hidden_states: Tensor, positions: TokenPositions, attention: LayerAttention) -> Tensor:
         q, k, v = self._project(hidden_states, positions, attention)
         if attention.tables is not None:
-            tables = (*attention.positions, attention.tables.buckets)
-            return disentangled_attention(q, k, v, *tables, positions.layout, attention.scale).flatten(1)
+            tables = DistanceTables(*attention.positions, attention.tables.buckets)
+            return disentangled_attention(q, k, v, tables, positions.layout, attention.scale).flatten(1)
         scoring = (attention.scale, attention.window_size, positions.bias)
         return attention_varlen(q, k, v, positions.layout, *scoring).flatten(1)
 

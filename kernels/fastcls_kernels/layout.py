@@ -255,6 +255,33 @@ class PackedLayout:
         return runs
 
 
+class PaddedRows:
+    """Where a padded batch's tokens lie, as a `PackedLayout` says it of packed ones."""
+
+    def __init__(self, seqlens: Tensor, seqlen: int) -> None:
+        self.seqlens = seqlens
+        self.seqlen = seqlen
+        self.num_sequences = seqlens.numel()
+        self.total_tokens = self.num_sequences * seqlen
+
+    def _bounds(self, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Each block's first row, and the start and end of its keys: (batch, blocks) each."""
+        starts = torch.arange(self.num_sequences, device=self.seqlens.device)[:, None] * self.seqlen
+        blocks = torch.arange(0, self.seqlen, block_m, device=self.seqlens.device)
+        real = blocks[None, :] < self.seqlens[:, None]
+        return starts + blocks, starts * real, (starts + self.seqlens[:, None]) * real
+
+    @property
+    def row_bounds(self) -> tuple[Tensor, Tensor]:
+        _, starts, ends = self._bounds(1)
+        return starts.flatten().int(), ends.flatten().int()
+
+    def sequence_tiles(self, block_m: int) -> Tensor:
+        first, starts, ends = self._bounds(block_m)
+        last = first[:, :1] + self.seqlen
+        return torch.stack((first, last.expand_as(first), starts, ends), -1).flatten(0, 1).int()
+
+
 def _shortened(values: Tensor) -> str:
     listed = values.tolist()
     return str(listed) if len(listed) <= 8 else f"[{', '.join(map(str, listed[:4]))}, ..., {listed[-1]}]"

@@ -110,15 +110,17 @@ def _attend_short(q: Tensor, k: Tensor, v: Tensor, out: Tensor, run: Run, scale:
     """Writes a run's rows of ``out``, in few calls: there are many runs, and each has little to compute."""
     count, start, length = run.num_sequences, run.start_token, run.length
     end, (_, num_heads, head_dim) = start + count * length, q.shape
-    shape = (count, length, num_heads, head_dim)
+    rows = (tensor[start:end].to(unused.dtype) for tensor in (q, k, v))
     # [num_sequences * nheads, length, headdim]
-    queries, keys, values = (
-        tensor[start:end].view(shape).transpose(1, 2).to(unused.dtype).reshape(count * num_heads, length, head_dim)
-        for tensor in (q, k, v)
-    )
+    if count == 1:
+        # A view, where several sequences are copied.
+        queries, keys, values = (tensor.transpose(0, 1) for tensor in rows)
+    else:
+        shape = (count, length, num_heads, head_dim)
+        queries, keys, values = (tensor.view(shape).transpose(1, 2).flatten(0, 1) for tensor in rows)
     scores = torch.baddbmm(unused, queries, keys.transpose(1, 2), beta=0, alpha=scale)
-    attended = torch.bmm(scores.softmax(-1), values).view(count, num_heads, length, head_dim)
-    out[start:end].view(shape).copy_(attended.transpose(1, 2))
+    attended = torch.bmm(scores.softmax(-1), values).unflatten(0, (count, num_heads)).transpose(1, 2)
+    out[start:end].unflatten(0, (count, length)).copy_(attended)
 
 
 def attend_batch(

@@ -13,19 +13,16 @@ b is a table by relative position, whose first and last values hold for everythi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from ..layout import PackedLayout
+from ..layout import PackedLayout, PaddedRows
 from ..runtime.backend import device_guard
 from ..runtime.invariance import choices
 from ..runtime.tile_tables import AttentionTile, arch_of, attention_tile, unsqueezed
 from ..runtime.tma import descriptor, is_aligned
 from ..runtime.triton import cdiv, head_block, jit, tl
-
-if TYPE_CHECKING:
-    from .padded import PaddedRows
 
 LOG2_E = 1.4426950408889634
 NO_WINDOW = (-1, -1)

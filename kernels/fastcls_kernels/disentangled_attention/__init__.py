@@ -17,7 +17,7 @@ from .._ops import operator
 from ..layout import PackedLayout
 from ..runtime.backend import runs_triton
 from ..runtime.checks import check_device, check_last_dim_contiguous, check_qkv, check_tensor
-from .buckets import Buckets
+from .buckets import Buckets, DistanceTables
 from .cpu import disentangled_attention_runs
 from .kernel import choose_tile, launch_disentangled_attention
 
@@ -73,23 +73,17 @@ def disentangled_attention(
     check_qkv(q, k, v, "(total_tokens, nheads, headdim)")
     _check_positions(q, pos_key, pos_query, buckets)
     layout = PackedLayout.of(q, cu_seqlens, max_seqlen, layout)
-    return disentangled_attention_unchecked(q, k, v, pos_key, pos_query, buckets, layout, softmax_scale)
+    tables = DistanceTables(pos_key, pos_query, buckets)
+    return disentangled_attention_unchecked(q, k, v, tables, layout, softmax_scale)
 
 
 def disentangled_attention_unchecked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_key: Tensor | None,
-    pos_query: Tensor | None,
-    buckets: Buckets,
-    layout: PackedLayout,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, tables: DistanceTables, layout: PackedLayout, scale: float
 ) -> Tensor:
     """`disentangled_attention` of arguments that are known to fit."""
     if not runs_triton(q):
-        return disentangled_attention_runs(q, k, v, pos_key, pos_query, buckets, layout, scale)
-    return launch_disentangled_attention(q, k, v, pos_key, pos_query, buckets, layout, scale, choose_tile(q))
+        return disentangled_attention_runs(q, k, v, tables, layout, scale)
+    return launch_disentangled_attention(q, k, v, tables, layout, scale, choose_tile(q))
 
 
 def _check_positions(q: Tensor, pos_key: Tensor | None, pos_query: Tensor | None, buckets: Buckets) -> None:

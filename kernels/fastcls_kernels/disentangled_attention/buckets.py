@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,3 +67,17 @@ class Buckets:
             split=lambda buckets: {"bucket_table": buckets.table, "bucket_rows": list(buckets.rows)},
             join=lambda given: Buckets(given["bucket_table"], tuple(given["bucket_rows"])),
         )
+
+
+class DistanceTables(NamedTuple):
+    """One layer's embeddings of distances.
+
+    Attributes:
+        keys: (num_buckets, nheads, headdim), for queries to be multiplied with, or None.
+        queries: (num_buckets, nheads, headdim), for keys to be multiplied with, or None.
+        buckets: the row of both for each distance.
+    """
+
+    keys: Tensor | None
+    queries: Tensor | None
+    buckets: Buckets

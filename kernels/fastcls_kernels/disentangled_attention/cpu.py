@@ -13,23 +13,16 @@ from torch import Tensor
 
 from ..layout import PackedLayout, Run
 from ..runtime.invariance import choices
-from .buckets import Buckets
+from .buckets import DistanceTables
 
 # Numbers in a product with positions that a CPU's caches hold from one step to the next.
 CACHED = 1 << 18
 
 
 def disentangled_attention_runs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_key: Tensor | None,
-    pos_query: Tensor | None,
-    buckets: Buckets,
-    layout: PackedLayout,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, tables: DistanceTables, layout: PackedLayout, scale: float
 ) -> Tensor:
-    """Attention of q, k and v, (total_tokens, nheads, headdim), with tables of (num_buckets, nheads, headdim)."""
+    """Attention of q, k and v, (total_tokens, nheads, headdim), in that shape."""
     out = q.new_empty(q.shape)
     longest = max((run.length for run in layout.runs), default=1)
     # 16-bit numbers are summed in float32 and rounded at the end, as on a GPU.
@@ -41,9 +34,10 @@ def disentangled_attention_runs(
             return None
         return (rows if order is None else rows.index_select(0, order)).permute(1, 2, 0).to(dtype)
 
+    buckets = tables.buckets
     rising = buckets.of(torch.arange(1 - longest, longest, device=q.device))
-    by_distance = (table(pos_key, rising.flip(0)), table(pos_query, rising))
-    by_bucket = (None, None) if layout.positions is None else (table(pos_key), table(pos_query))
+    by_distance = (table(tables.keys, rising.flip(0)), table(tables.queries, rising))
+    by_bucket = (None, None) if layout.positions is None else (table(tables.keys), table(tables.queries))
     end_token = 0
     for run in layout.runs:
         positions = layout.positions if layout.has_gaps(run) else None

@@ -17,7 +17,7 @@ from ..runtime.backend import device_guard
 from ..runtime.invariance import choices
 from ..runtime.tile_tables import DisentangledTile, arch_of, disentangled_tile, unsqueezed
 from ..runtime.triton import cdiv, head_block, jit, tl
-from .buckets import Buckets
+from .buckets import DistanceTables
 
 
 @jit()
@@ -149,21 +149,14 @@ def choose_tile(q: Tensor) -> DisentangledTile:
 
 
 def launch_disentangled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_key: Tensor | None,
-    pos_query: Tensor | None,
-    buckets: Buckets,
-    layout: PackedLayout,
-    scale: float,
-    tile: DisentangledTile,
+    q: Tensor, k: Tensor, v: Tensor, tables: DistanceTables, layout: PackedLayout, scale: float, tile: DisentangledTile
 ) -> Tensor:
-    """Attention of q, k and v, (total_tokens, nheads, headdim), with tables of (num_buckets, nheads, headdim)."""
+    """Attention of q, k and v, (total_tokens, nheads, headdim), in that shape."""
     total_tokens, num_heads, head_dim = q.shape
     out = q.new_empty(total_tokens, num_heads, head_dim)
     if out.numel() == 0:
         return out
+    pos_key, pos_query, buckets = tables
     # Only the device knows how far apart given positions are.
     reach = buckets.reach if layout.positions is not None else min(buckets.reach, max(layout.max_seqlen - 1, 0))
     # A multiple of 16: the library stores products of other widths in small pieces.
