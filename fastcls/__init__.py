@@ -40,7 +40,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # transformers takes seconds to import: only what is used pays for it, so that `fastcls --help` answers at once.
+    # Importing transformers takes seconds: names are imported when used, so that `fastcls --help` answers at once.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES.get(name, ".models"), __name__), name)

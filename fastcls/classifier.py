@@ -40,15 +40,15 @@ from .texts import (
 ScoreFunction = Literal["softmax", "sigmoid", "none"]
 Label: TypeAlias = "dict[str, Any]"
 
-# Texts are tokenized, sorted and packed by the window: large enough to fill the machine, small enough that results
-# come steadily and memory stays bounded, however many texts there are and however long they are.
+# A window (texts, characters) is tokenized, sorted and packed at once: large enough to fill the machine, small enough
+# that results come steadily and memory stays bounded for any number and length of texts.
 _WINDOW = {"cpu": (256, 32_768), "cuda": (4096, 2_097_152)}
 # While a GPU computes one window the CPU tokenizes the next.
 _WINDOWS_UNDERWAY = {"cpu": 0, "cuda": 1}
 
 
 class _Call(NamedTuple):
-    """What one call asks for, checked."""
+    """The options of one call, checked."""
 
     top_k: int | Literal["best"] | None
     apply: ScoreFunction
@@ -57,7 +57,7 @@ class _Call(NamedTuple):
 
 
 class _Underway(NamedTuple):
-    """Logits on their way to the CPU; on a GPU they are there once the event has happened."""
+    """Logits on their way to the CPU; from a GPU they have arrived once the event has happened."""
 
     logits: Tensor
     arrived: torch.cuda.Event | None
@@ -84,12 +84,12 @@ class Classifier:
 
     Args:
         model: the result of `fastcls.optimize`, or a transformers classifier, which is then optimized.
-        tokenizer: the tokenizer that belongs to it. The classifier keeps a copy of its own, ``classifier.tokenizer``
-            (it takes 25 ms to make for BERT's 30,000 words): a tokenizer keeps padding and truncation as its state,
-            and who pads with the same one in another thread would pad these texts, too.
+        tokenizer: the tokenizer that belongs to it. The classifier keeps its own copy, ``classifier.tokenizer`` (25 ms
+            to make for BERT's 30,000 words): a tokenizer keeps padding and truncation as its state, so padding with
+            the same one in another thread would pad these texts, too.
         truncation: cut texts that are longer than ``tokenizer.model_max_length`` or the model's positions, to the
-            smaller of both, as transformers' pipeline does; otherwise what is longer than the positions is an error.
-            Of pairs the longer text is cut ("longest_first"), or as "only_first" and "only_second" say.
+            smaller of both, as transformers' pipeline does; otherwise a text longer than the positions is an error.
+            In a pair the longer text is cut ("longest_first"), or the one that "only_first" or "only_second" names.
         copy_tokenizer: False takes the tokenizer itself, which nothing else may then use.
 
     Raises:
@@ -120,7 +120,7 @@ class Classifier:
         self._tokenizing = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, in another process for instance, has a lock of its own.
+        # A copy, in another process for instance, gets its own lock.
         return {name: value for name, value in vars(self).items() if name != "_tokenizing"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -142,11 +142,11 @@ class Classifier:
 
         Args:
             name_or_path: a folder, or a name on the hub.
-            device: None is the GPU where there is one, else the CPU.
+            device: None is the GPU if there is one, else the CPU.
             dtype: "float32", "float16", "bfloat16" or a torch.dtype; None, or "auto", keeps the checkpoint's own.
             truncation: see `Classifier`.
             last_layer, batch_invariant: see `FastClassifier`.
-            options: for transformers, each where it belongs: ``revision``, ``token``, ``cache_dir``,
+            options: transformers' own: ``revision``, ``token``, ``cache_dir``,
                 ``local_files_only`` and the like for all files; ``id2label``, ``label2id``, ``num_labels`` and
                 ``problem_type`` for the config; ``model_max_length``, ``do_lower_case``, ``truncation_side`` and the
                 like for the tokenizer.
@@ -156,7 +156,7 @@ class Classifier:
             ValueError: it is damaged, quantised or an adapter, has no trained classifier or a config that fastcls does
                 not compute; an unknown device, dtype or last_layer; an option with a value that does not fit it.
             TypeError: its model class is not supported; an option that is not taken, or with a value of another type;
-                what is neither a folder nor a name.
+                ``name_or_path`` is neither a folder nor a name.
         """
         target, torch_dtype, given = parse_device(device), parse_dtype(dtype), sorted_options(options)
         tokenizer = load_tokenizer(name_or_path, **given.hub, **given.tokenizer)
@@ -164,7 +164,7 @@ class Classifier:
         fast = optimize(model, last_layer=last_layer, batch_invariant=batch_invariant, release=True)
         return cls(fast, tokenizer, truncation=truncation, copy_tokenizer=False)
 
-    # A mapping is one pair, though it could be iterated over, too.
+    # A mapping is one pair, though it is iterable, too.
     @overload
     def __call__(  # type: ignore[overload-overlap]
         self,
@@ -218,27 +218,26 @@ class Classifier:
         Args:
             texts: one text, or a list (or any iterable) of texts. A text is a string, a pair of strings, or a mapping
                 with "text" and "text_pair". Columns of pandas, polars, pyarrow and datasets are taken, tables are not.
-                An empty second text is still a pair, with a [SEP] of its own, as ``tokenizer(firsts, seconds)`` makes
-                the batches that models are trained with. (The pipeline tokenizes one text at a time, where tokenizers
-                in Rust drop an empty second one: it gives the answer for the first alone. For that one leave
-                "text_pair" out.)
-            top_k: how many labels to give for each text, best first, None for all. By default the best one alone.
+                A pair with an empty second text is still a pair, with its own [SEP], as in the training batches of
+                ``tokenizer(firsts, seconds)``. (The pipeline tokenizes one text at a time, and tokenizers in Rust then
+                drop an empty second one: it answers for the first alone. For that answer leave "text_pair" out.)
+            top_k: how many labels to give for each text, best first; None gives all. By default only the best one.
             function_to_apply: "softmax", "sigmoid" or "none"; by default as the config's problem type and number of
                 labels say.
-            truncation: for this call, see `Classifier`. None is the classifier's own, or True where ``max_length`` is
+            truncation: for this call, see `Classifier`. None is the classifier's own, or True if ``max_length`` is
                 given.
             max_length: the number of tokens to cut to, instead of ``tokenizer.model_max_length``.
-            padding, batch_size: without effect, since nothing is padded and a batch is what fits. They are taken so
-                that what calls a pipeline runs.
+            padding, batch_size: without effect, since nothing is padded and a batch holds as much as fits. They are
+                taken so that code that calls a pipeline runs.
 
         Returns:
-            A list of ``{"label": ..., "score": ...}``, one a text; with ``top_k`` given, a list of such lists. Of what
-            is not in a list, as the pipeline does: for one string a list of its label, for one mapping the label
-            itself, and with ``top_k`` for both the list of labels.
+            A list of ``{"label": ..., "score": ...}``, one per text; with ``top_k`` given, a list of such lists. A
+            single text outside a list gets what the pipeline gives: a string a list of its label, a mapping the label
+            itself, and with ``top_k`` both the list of labels.
 
         Raises:
             TypeError: something that is not a text, before any of them is computed.
-            ValueError: a text longer than the model's positions, where ``truncation`` is off; one without tokens, or
+            ValueError: a text longer than the model's positions while ``truncation`` is off; one without tokens, or
                 that the tokenizer does not take; an option with another value.
         """
         call = self._read_call(top_k, function_to_apply, truncation, max_length, padding, batch_size)
@@ -261,11 +260,11 @@ class Classifier:
     ) -> Iterator[Any]:
         """The same for any number of texts, one result at a time in their order, in bounded memory.
 
-        Reads ahead by one window of texts (256 on a CPU, 4,096 on a GPU, fewer where they are long), on a GPU by two:
-        one is tokenized while the other is computed.
+        Reads ahead by one window of texts (256 on a CPU, 4,096 on a GPU, fewer if they are long), on a GPU by two: the
+        CPU tokenizes one while the GPU computes the other.
 
-        Errors are those of a call. They are raised after the results of all texts before the one that is named, and so
-        is what the iterable itself raises.
+        Errors are those of a call. They are raised after the results of all texts before the named one; the same holds
+        for errors of the iterable itself.
         """
         call = self._read_call(top_k, function_to_apply, truncation, max_length, padding, batch_size)
         return self._stream(items_of(checked_texts(texts)), call)
@@ -299,7 +298,7 @@ class Classifier:
         padding: bool | str | None,
         batch_size: int | None,
     ) -> _Call:
-        """Checks the options of a call, all of them before a text is read."""
+        """Checks all options of a call before a text is read."""
         apply = self._score_function(function_to_apply)
         if top_k is not None and top_k != "best":
             top_k = read_count("top_k", top_k)
@@ -320,7 +319,7 @@ class Classifier:
                 if len(underway) > _WINDOWS_UNDERWAY[self._place]:
                     yield from _labels(underway.popleft(), call)
         except Exception:
-            # Neither a text that cannot be classified nor the end of a source that fails loses what was before it.
+            # If a text cannot be classified or the source fails, the results before it are still given.
             for window_before in underway:
                 yield from _labels(window_before, call)
             raise
@@ -343,7 +342,7 @@ class Classifier:
                     yield first, window
                     window, first, characters = [], index + 1, 0
         except Exception:
-            # Their source failed, or gave what is no text.
+            # The source failed, or gave something that is no text.
             if window:
                 yield first, window
             raise
@@ -351,18 +350,18 @@ class Classifier:
             yield first, window
 
     def _window_logits(self, window: list[Item], first: int, cut: Cut) -> tuple[Tensor, TextError | None]:
-        """Logits of the texts before the first one that cannot be classified, and what is wrong with that one."""
+        """Logits of the texts before the first one that cannot be classified, and that one's error."""
         problem = None
         while window:
             try:
                 return self._logits(window, first, cut), problem
             except TextError as error:
-                # Texts are not checked in their order: another one may stand before this one.
+                # Texts are not checked in order: another bad one may come before this one.
                 window, problem = window[: error.index - first], error
         return self.model.logits_of([]), problem
 
     def _logits(self, window: list[Item], first: int, cut: Cut) -> Tensor:
-        # Calls with other options may come from other threads, and options are the tokenizer's state.
+        # Other threads may call with other options, which are the tokenizer's state.
         with self._tokenizing:
             token_ids, types = token_lists(self.tokenizer, window, first, cut)
         limit = self.model.spec.max_positions
@@ -377,7 +376,7 @@ class Classifier:
 
     def _score_function(self, asked: Any) -> ScoreFunction:
         if asked is not None:
-            # The pipeline's own enumeration has values of these names.
+            # The values of the pipeline's own enumeration have these names.
             name = str(getattr(asked, "value", asked)).lower()
             for known in get_args(ScoreFunction):
                 if name == known and isinstance(asked, str):
@@ -395,7 +394,7 @@ class Classifier:
 def _labels(underway: _Underway, call: _Call) -> Iterator[Any]:
     scores = _scores(underway.wait(), call.apply)
     count = 1 if call.top_k == "best" else min(call.top_k or scores.shape[1], scores.shape[1])
-    # A stable sort, so that of equal scores the first label comes first, as argmax would have it.
+    # A stable sort, so that the first of equal scores comes first, as with argmax.
     values, indices = scores.sort(dim=1, descending=True, stable=True)
     for row_values, row_indices in zip(values[:, :count].tolist(), indices[:, :count].tolist(), strict=True):
         labels = [
@@ -412,7 +411,7 @@ def _scores(logits: Tensor, apply: ScoreFunction) -> Tensor:
 
 
 def _remedy_for(model: object) -> str:
-    """What to do about what is no classifier."""
+    """Advice for a model that is no classifier."""
     if isinstance(model, (str, os.PathLike)):
         return ": to load it by name use Classifier.from_pretrained"
     if is_sentence_model(model):

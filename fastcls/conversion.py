@@ -1,4 +1,4 @@
-"""From a transformers model to the fast one."""
+"""From a transformers model to a fast one."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def optimize(
 ) -> Any:
     """A module with the same interface that gives the same results, faster. Inference only.
 
-    The model stays as it was, bit for bit and storage for storage. Its weights are shared, but for query, key and
-    value, of which a copy is joined to one matrix: a fifth of BERT-base's memory, 85 of 438 MB. The copy, and what else
-    follows from weights, is made anew when they change: by an optimizer, by ``load_state_dict``, by another tensor in
-    their place. So the model can be trained on, and this one evaluates it. What no count of changes shows,
+    The model stays as it was, bit for bit and storage for storage. Its weights are shared, except query, key and value,
+    which are copied and joined to one matrix: a fifth of BERT-base's memory, 85 of 438 MB. The copy, and all else that
+    follows from weights, is made anew when an optimizer, ``load_state_dict`` or another tensor in their place changes
+    them. So you can train the model further and evaluate it with this one. A change that no count shows, as
     ``weight.data.mul_(2)``, is seen after `FastModel.clear_caches`.
 
     Args:
@@ -48,21 +48,21 @@ def optimize(
             one device; or sentence-transformers' CrossEncoder, SentenceTransformer or SparseEncoder with one inside.
         last_layer, cuda_graphs, batch_invariant: see `FastModel`.
         mask_token_id, dense: of a masked language model, see `FastMaskedLM`.
-        select: of a model without a head, see `FastEncoder`; None is "all". Of a SentenceTransformer None is what it
-            pools, and "all" keeps every token's embedding where that is [CLS] alone.
-        release: take the weights out of the model, which is of no use afterwards, so that none is there twice. Without
-            it the model's own query, key and value go once nobody holds the model any more.
+        select: for a model without a head, see `FastEncoder`; None is "all". For a SentenceTransformer, None computes
+            what it pools, and "all" keeps every token's embedding even if it pools [CLS] alone.
+        release: take the weights out of the model, so that none is there twice; the model is of no use afterwards.
+            Without it the model's own query, key and value go once nobody holds the model any more.
 
     Returns:
         A `FastModel` for the model's task: `FastClassifier`, `FastTokenClassifier`, `FastQuestionAnswerer`,
-        `FastMaskedLM`, `FastMultipleChoice`, `FastNextSentencePredictor` or `FastEncoder`. Of sentence-transformers'
-        models a copy of the same class with such a model inside; the given one goes on as it was.
+        `FastMaskedLM`, `FastMultipleChoice`, `FastNextSentencePredictor` or `FastEncoder`. For a model of
+        sentence-transformers, a copy of the same class with such a model inside; the given one goes on as it was.
 
     Raises:
         TypeError: the model's class is not supported, or its parameters' dtype is not.
-        ValueError: its config asks for what fastcls does not compute, or a module of it is not what the config builds
-            (replaced, hooked, patched, pruned, quantised, with an adapter that is not merged), or its parameters are no
-            plain tensors or lie on several devices; an option that is not the task's.
+        ValueError: its config asks for something that fastcls does not compute, or one of its modules is not what the
+            config builds (replaced, hooked, patched, pruned, quantised, with an adapter that is not merged), or its
+            parameters are not plain tensors or lie on several devices; an option that is not the task's.
     """
     check_last_layer(last_layer)
     if select not in ("all", "first", None):
@@ -97,7 +97,7 @@ def optimize(
     weight_map = map_weights(model, family, config, head)
     sources = {**weight_map.sources, **{own: (name,) for own, name in weight_map.buffers.items()}}
     original = Original(model, sources, weight_map.aliases)
-    # A copy that is made in inference mode could not be written to again outside of it.
+    # A copy made in inference mode cannot be written to outside of it.
     with torch.inference_mode(False), torch.no_grad():
         weights = {
             own: made_of(parts) if own in weight_map.buffers else nn.Parameter(made_of(parts), requires_grad=False)

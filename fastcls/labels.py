@@ -1,4 +1,4 @@
-"""The names that a config gives to labels, in any of the forms that people give them in."""
+"""The labels' names from a config, in any of the forms in use."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .engine.batch import shortened
 
 
 def label_names(id2label: Any, num_labels: int) -> list[Any]:
-    """A name for each label: LABEL_0 and so on where a config has no names, as transformers calls them.
+    """A name for each label: LABEL_0 and so on if a config has no names, as in transformers.
 
     Args:
-        id2label: a mapping from label ids (ints of any kind, or "0" and so on), or a list; None where there are no
-            names. Names are given as they are, whatever their type.
+        id2label: a mapping from label ids (ints of any kind, or "0" and so on), or a list; None if there are no names.
+            Names are returned as they are, whatever their type.
         num_labels: how many labels the model has.
 
     Raises:
-        ValueError: ``id2label`` does not name each of them, once.
+        ValueError: ``id2label`` does not name each label once.
     """
     if id2label is None:
         return [f"LABEL_{index}" for index in range(num_labels)]
@@ -41,10 +41,10 @@ def label_names(id2label: Any, num_labels: int) -> list[Any]:
 
 
 def _label_id(key: object) -> int | None:
-    """The id that a key stands for; None for what is none."""
+    """The label id that a key stands for, or None."""
     try:
         if isinstance(key, (str, float)):
-            # A float is what a table with gaps makes of an integer.
+            # A table with gaps turns integers into floats.
             return int(key) if isinstance(key, str) or key.is_integer() else None
         return operator.index(key)  # type: ignore[arg-type]
     except (TypeError, ValueError):

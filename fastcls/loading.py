@@ -1,4 +1,4 @@
-"""Checkpoints from disk or the hub, with errors that say what is wrong with them."""
+"""Loading checkpoints from disk or the hub, with errors that say what is wrong with them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# Options of transformers' from_pretrained, by what takes them.
+# Options of transformers' from_pretrained, by the part that takes them.
 _HUB_OPTIONS = frozenset(
     (
         "cache_dir",
@@ -45,7 +45,7 @@ _HUB_OPTIONS = frozenset(
         "trust_remote_code",
     )
 )
-# Of those that are not only asked whether they are true: transformers would fail on others far from here.
+# Types of the options that are more than true or false: with other types transformers would fail far from here.
 _OPTION_TYPES: dict[str, tuple[type, ...]] = {
     "cache_dir": (str, os.PathLike),
     "proxies": (Mapping,),
@@ -89,7 +89,7 @@ _TOKENIZER_OPTIONS = frozenset(
         "use_fast",
     )
 )
-# What to do instead of an option that is not taken.
+# Advice for options that are not taken.
 _ONE_DEVICE = "pass device=, since fastcls runs on one"
 _OWN_DTYPES = "pass dtype=: fastcls computes in float32, float16 or bfloat16"
 _AT_EACH_CALL = "pass it to each call"
@@ -116,7 +116,7 @@ _ELSE = "load the model with transformers' from_pretrained, which takes it, and 
 
 
 class LoadingOptions(NamedTuple):
-    """Options for a checkpoint's files, by what takes them: those of the hub are for all."""
+    """Options for a checkpoint's files, by the part that takes them: those of the hub are for all."""
 
     hub: dict[str, Any]
     config: dict[str, Any]
@@ -125,16 +125,16 @@ class LoadingOptions(NamedTuple):
 
 
 def sorted_options(options: Mapping[str, Any]) -> LoadingOptions:
-    """Options as callers give them to one function for all that is loaded, shared out.
+    """Sorts the options that a caller gives to one function by the part that takes each.
 
     Raises:
-        TypeError: an option that nothing takes, or a value of a type that it has never.
+        TypeError: an option that nothing takes, or a value of the wrong type.
     """
     found = LoadingOptions({}, {}, {}, {})
     known = (_HUB_OPTIONS, _CONFIG_OPTIONS, _MODEL_OPTIONS, _TOKENIZER_OPTIONS)
     for name, value in options.items():
         if value is None and name in _HUB_OPTIONS | _MODEL_OPTIONS:
-            # Not all of them take None for what they do without it.
+            # For some of them None does not mean the default.
             continue
         types = _OPTION_TYPES.get(name, (object,))
         if not isinstance(value, types):
@@ -150,7 +150,7 @@ def sorted_options(options: Mapping[str, Any]) -> LoadingOptions:
 
 def _asks_for_nothing(name: str, value: object) -> bool:
     if name == "attn_implementation":
-        # The original's, whose weights alone are taken.
+        # Without effect: only the model's weights are used.
         return value in (None, "eager", "sdpa")
     return name in _INSTEAD and (value is None or value is False)
 
@@ -161,7 +161,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     Raises:
         ValueError: anything else.
     """
-    # On a CPU a model may be computed in float64, to prove exactness with.
+    # A CPU may compute a model in float64, for proving exactness.
     if dtype in (*_DTYPES.values(), torch.float64):
         return dtype
     if dtype in (None, "auto"):
@@ -172,10 +172,10 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """The device to run on; None is the GPU where there is one, else the CPU.
+    """The device to run on; None is the GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: torch cannot use the device here.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -202,17 +202,17 @@ def load_model(
         name_or_path: a folder with a checkpoint, or a name on the hub.
         device: where to put it.
         dtype: None keeps the checkpoint's own.
-        task: what it must be for; None takes the class that its config names, whatever that is for.
+        task: the task that it must be for; None takes the class that its config names, whatever its task.
         config_options: ``num_labels``, ``id2label``, ``label2id`` and ``problem_type``, instead of the config's own.
         hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and the like, for transformers.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        TypeError: its model class is not supported, or ``name_or_path`` is none.
-        ValueError: the checkpoint is damaged, quantised or an adapter, or its config asks for what fastcls does not
-            compute, or it holds no trained head, so that its answers would be random, or its config names no class
-            where it is asked, or a config option does not fit it.
-        OSError: the hub has no such model, or cannot be reached.
+        FileNotFoundError: the folder does not exist.
+        TypeError: its model class is not supported, or ``name_or_path`` is neither a folder nor a name.
+        ValueError: the checkpoint is damaged, quantised or an adapter, or its config asks for something that fastcls
+            does not compute, or it holds no trained head, so that its answers would be random, or with ``task=None``
+            its config names no class, or a config option does not fit it.
+        OSError: the hub does not have the model, or cannot be reached.
     """
     _check_place(name_or_path, hub_options.get("subfolder"))
     with quiet_transformers(), _readable_errors(name_or_path, hub_options):
@@ -228,7 +228,7 @@ def load_model(
     family, model_class = _class_in_config(name_or_path, config) if task is None else class_for_task(config, task)
     family.spec(config)
     found_task = family.head(model_class, config).task
-    # Without the context a device that torch was told to make all tensors on would count, the meta device too.
+    # The context overrides torch's default device, which may be "meta".
     with quiet_transformers(), _readable_errors(name_or_path, hub_options), torch.device("cpu"):
         model, info = getattr(transformers, model_class).from_pretrained(
             name_or_path,
@@ -251,14 +251,14 @@ def load_model(
         )
     missing = sorted(info["missing_keys"])
     if found_task == "encoder":
-        # States do not come from the pooler, and many an embedder is saved without one.
+        # States do not come from the pooler, and many embedders are saved without one.
         missing = [name for name in missing if not name.startswith("pooler.")]
     if missing:
         raise ValueError(
             f"{name_or_path} holds no weights for {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}: "
             f"it is not trained for {found_task}, and answers from random weights would mean nothing"
         )
-    # nn.Module.to, because the wrapper that transformers puts around it hides its types.
+    # nn.Module.to, because transformers' wrapper around it hides its types.
     return cast(PreTrainedModel, nn.Module.to(model, device)).eval()
 
 
@@ -274,7 +274,7 @@ def _set_options(config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
             raise ValueError(f"num_labels must be the number of names in id2label, {len(id2label)}, got {count}")
         config.num_labels = count
     if id2label is not None:
-        # What has no length is no form of names, and refused.
+        # `label_names` refuses anything without a length.
         names = label_names(id2label, len(id2label) if hasattr(id2label, "__len__") else 1)
         config.id2label = dict(enumerate(names))
         with contextlib.suppress(TypeError):
@@ -316,7 +316,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> PreT
     of_hub = {name: value for name, value in options.items() if name in _HUB_OPTIONS}
     with quiet_transformers(), _readable_errors(name_or_path, of_hub, own):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
-    # Without its files transformers makes a tokenizer that knows no words, and every text becomes the same.
+    # If its files are missing, transformers makes a tokenizer without words, and every text becomes the same.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(f"{name_or_path} holds no tokenizer: save it there with tokenizer.save_pretrained")
     return tokenizer
@@ -342,7 +342,7 @@ def _check_place(name_or_path: object, subfolder: str | os.PathLike[str] | None)
     if not place.is_dir():
         raise FileNotFoundError(f"subfolder must be a folder in {path}, got {str(subfolder)!r}: there is none")
     if (place / "adapter_config.json").is_file():
-        # Beside a whole model, too: transformers would put it on top, or without PEFT leave it out.
+        # Even beside a whole model: transformers would add the adapter to it, or without PEFT leave it out.
         raise _adapter(str(place))
     if not (place / "config.json").is_file():
         raise FileNotFoundError(f"no checkpoint at {place}: the folder has no config.json")
@@ -360,12 +360,12 @@ def _adapter(place: str) -> ValueError:
 def _readable_errors(
     name_or_path: str | os.PathLike[str], hub_options: Mapping[str, Any], options: Iterable[str] = ()
 ) -> Iterator[None]:
-    """Errors in one line. ``options`` are those that may be to blame, and not the checkpoint."""
+    """Turns errors into one line each. If ``options`` are given, they may be to blame instead of the checkpoint."""
     try:
         yield
     except Exception as error:
         is_folder = Path(name_or_path).exists()
-        # A folder was looked into before.
+        # `_check_place` has looked into a folder.
         if not is_folder and _is_adapter_on_hub(name_or_path, hub_options, error):
             raise _adapter(str(name_or_path)) from error
         subfolder = hub_options.get("subfolder")
@@ -382,20 +382,20 @@ def _readable_errors(
 
 
 def _is_adapter_on_hub(name: str | os.PathLike[str], hub_options: Mapping[str, Any], error: Exception) -> bool:
-    """Whether what could not be loaded for ``error`` is an adapter."""
+    """Whether the checkpoint that failed to load with ``error`` is an adapter."""
     options = {option: value for option, value in hub_options.items() if option != "trust_remote_code"}
     if isinstance(error.__cause__, LocalEntryNotFoundError):
-        # The hub was not reached, and trying once more would take half a minute.
+        # The hub was not reached, and another try would take half a minute.
         options["local_files_only"] = True
     with contextlib.suppress(Exception):
-        # Where it cannot be asked, the error that is underway says why.
+        # If the hub cannot be asked, ``error`` says why.
         return find_adapter_config_file(os.fspath(name), **options) is not None
     return False
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Transformers' progress bars and load reports off: what matters in them is raised."""
+    """Turns off transformers' progress bars and load reports: whatever matters in them is raised."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Texts as callers pass them, read one by one and tokenized, with errors that name the one that does not fit."""
+"""Reading and tokenizing the texts that callers pass, with errors that name the text that does not fit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Truncation: TypeAlias = "bool | Literal['longest_first', 'only_first', 'only_sec
 
 _STRATEGIES = ("longest_first", "only_first", "only_second")
 _PADDINGS = ("longest", "max_length", "do_not_pad")
-# A tokenizer without a limit says 1e30; transformers takes whatever is above this for none.
+# A tokenizer without a limit says 1e30; transformers takes any number above this for no limit.
 _NO_LIMIT = 1e20
-# How a column of a table becomes texts, by the library that the table comes from; pandas' way is many others' too.
+# How a column of a table becomes texts, by the table's library; pandas' way works for many others.
 _COLUMN = 'frame["{}"].tolist()'
 _COLUMNS = {
     "dask": 'frame["{}"].compute().tolist()',
@@ -40,7 +40,7 @@ class TextError(ValueError):
     """A text that cannot be classified.
 
     Attributes:
-        index: its place in the whole input, from 0.
+        index: its index in the whole input, from 0.
         problem: what is wrong with it, "has no tokens".
         too_long: whether truncation would help.
     """
@@ -60,8 +60,8 @@ class Cut(NamedTuple):
     """How texts are cut.
 
     Attributes:
-        strategy: as tokenizers call it, or False.
-        length: to how many tokens, special ones included; None where texts may have any length.
+        strategy: a tokenizer's name of it, or False.
+        length: the number of tokens to cut to, special ones included; None if texts may have any length.
     """
 
     strategy: str | Literal[False]
@@ -74,7 +74,7 @@ class Cut(NamedTuple):
 
 
 def plain(value: object) -> object:
-    """Of a scalar of pyarrow's what it holds; anything else as it is."""
+    """The value of a pyarrow scalar; anything else as it is."""
     if isinstance(value, str):
         return value
     as_py = getattr(value, "as_py", None)
@@ -82,7 +82,7 @@ def plain(value: object) -> object:
 
 
 def checked_texts(texts: object) -> Iterable[Any]:
-    """Something that is iterated over texts.
+    """Checks that an input is an iterable of texts, and returns it.
 
     Raises:
         TypeError: it is not, or it is a table, a set, one text, or a tuple that may be a pair or two texts.
@@ -128,7 +128,7 @@ def items_of(texts: Iterable[object]) -> Iterator[Item]:
 
 
 def own_copy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that nobody else pads or truncates with: a tokenizer in Rust keeps both as its state.
+    """A copy of a tokenizer, so that nobody else changes its padding and truncation, which one in Rust keeps as state.
 
     Raises:
         ValueError: it cannot be copied.
@@ -136,7 +136,7 @@ def own_copy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     try:
         return deepcopy(tokenizer)
     except Exception as error:
-        # Rust's components made in Python cannot be pickled, by which copies are made.
+        # Copying pickles a tokenizer in Rust, and components made in Python cannot be pickled.
         raise ValueError(
             f"tokenizer must be one that can be copied, got {type(tokenizer).__name__}: {first_line(error)}. "
             "Where nothing else uses it, pass copy_tokenizer=False"
@@ -144,9 +144,9 @@ def own_copy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def length_limit(tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> int | None:
-    """To how many tokens ``truncation=True`` cuts: to what the tokenizer says, and never above the model's positions.
+    """The length that ``truncation=True`` cuts to: the tokenizer's limit, and at most the model's positions.
 
-    What a checkpoint's tokenizer says is what the checkpoint was trained with, and what transformers' pipeline cuts to.
+    A checkpoint was trained with its tokenizer's limit, and transformers' pipeline cuts to it.
     """
     of_tokenizer = getattr(tokenizer, "model_max_length", None)
     limits = [] if max_positions is None else [max_positions]
@@ -162,16 +162,16 @@ def read_cut(
     truncation: Truncation | None,
     max_length: int | None,
 ) -> Cut:
-    """How the options of one call cut texts, as the same options of a tokenizer do.
+    """How the options of one call cut texts; they mean the same as a tokenizer's.
 
     Args:
         tokenizer, max_positions: see `length_limit`.
-        default: what counts where neither option is given.
-        truncation: None cuts where ``max_length`` is given.
-        max_length: instead of what the tokenizer says.
+        default: the truncation if neither option is given.
+        truncation: None cuts if ``max_length`` is given.
+        max_length: replaces the tokenizer's limit.
 
     Raises:
-        TypeError, ValueError: an option that is none, or that leaves no room for special tokens.
+        TypeError, ValueError: a value that an option does not have, or that leaves no room for special tokens.
     """
     if max_length is not None:
         max_length = read_count("max_length", max_length)
@@ -195,7 +195,7 @@ def read_truncation(truncation: object) -> str | Literal[False]:
     Raises:
         ValueError: something else.
     """
-    # transformers' own enumeration has values of these names.
+    # The values of transformers' own enumeration have these names.
     value = getattr(truncation, "value", truncation)
     if isinstance(value, bool):
         return "longest_first" if value else False
@@ -210,7 +210,7 @@ def read_padding(padding: object) -> None:
     """Checks an option that has no effect, since nothing is padded.
 
     Raises:
-        ValueError: no tokenizer takes it.
+        ValueError: a value that no tokenizer takes.
     """
     value = getattr(padding, "value", padding)
     if value is not None and not isinstance(value, bool) and not (isinstance(value, str) and value in _PADDINGS):
@@ -218,10 +218,10 @@ def read_padding(padding: object) -> None:
 
 
 def read_count(name: str, value: Any) -> int:
-    """A positive integer of any kind.
+    """Checks that a value is a positive integer, of any integer type.
 
     Raises:
-        ValueError: something else.
+        ValueError: it is not.
     """
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
@@ -235,12 +235,12 @@ def read_count(name: str, value: Any) -> int:
 def token_lists(
     tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], first: int, cut: Cut
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of each text, and their types.
+    """The token ids of each text, and their types.
 
     Args:
         tokenizer: nobody else may use it meanwhile.
         items: the texts.
-        first: the place of the first one in the whole input, for messages.
+        first: the index of the first one in the whole input, for messages.
         cut: how they are cut.
 
     Raises:
@@ -259,7 +259,7 @@ def token_lists(
 
     if pairs and cut.strategy and cut.length is not None:
         special = tokenizer.num_special_tokens_to_add(pair=True)
-        # Tokenizers would not cut at all.
+        # Below this length tokenizers would not cut at all.
         if cut.length < special:
             raise TextError(
                 first + pairs[0], f"is a pair, whose {special} special tokens are more than the {cut.length} to cut to"
@@ -274,7 +274,7 @@ def token_lists(
                 except Exception as error:
                     raise TextError(first + row, tokenizer_problem(items[row], error)) from error
             raise
-        # A tokenizer that gives no types means type 0, as it does to transformers' pipeline.
+        # A tokenizer that gives no types means type 0, as in transformers' pipeline.
         kinds = encoded.get("token_type_ids") or [[0] * len(ids) for ids in encoded["input_ids"]]
         for row, ids, row_kinds in zip(rows, encoded["input_ids"], kinds, strict=True):
             if cut.strategy and cut.length is not None and len(ids) > cut.length:
@@ -285,38 +285,38 @@ def token_lists(
 
 
 def tokenizer_problem(parts: Iterable[str | None], error: Exception) -> str:
-    """What a tokenizer has against a text."""
+    """Why a tokenizer does not take a text."""
     for part in parts:
         try:
             (part or "").encode()
         except UnicodeEncodeError as surrogate:
-            # The tokenizer says that it must be a str, which it is.
+            # The tokenizer's own error says that the text must be a str, which it is.
             return f"holds half a character, a lone surrogate, at place {surrogate.start}: {shortened(part)}"
     return f"cannot be tokenized: {first_line(error)}"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, or the error's type."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def _is_iterable(texts: object) -> bool:
     try:
-        # Some data sets are iterated over by their items' numbers alone, which isinstance does not see.
+        # Some data sets are iterable only through their items' indices, which isinstance does not see.
         iter(texts)  # type: ignore[call-overload]
     except TypeError:
-        # What has no dimension has an iterator that says no.
+        # iter() of an array without dimensions raises, too.
         return getattr(texts, "ndim", None) == 0
     return True
 
 
 def _columns_of(texts: object) -> list[Any] | None:
-    """The names of a table's columns; None of what is no table. No library of tables is imported for it."""
+    """The names of a table's columns; None for anything else. No library of tables is imported for it."""
     if isinstance(texts, (str, Mapping)):
         return None
     names = getattr(texts, "column_names", None)
-    # Rows of a data set with no other columns are texts.
+    # The rows of a data set whose only columns are text and text_pair are texts.
     if names is not None and not hasattr(texts, "columns") and {"text"} <= set(names) <= {"text", "text_pair"}:
         return None
     for found in (names, getattr(texts, "columns", None), getattr(getattr(texts, "dtype", None), "names", None)):
@@ -344,7 +344,7 @@ def _item(text: object, index: int) -> Item:
 
 
 def found_text(text: object) -> str:
-    """What stands where a text was expected, and what to do about it."""
+    """Describes something that is no text, and what to do about it."""
     return f"{type(text).__name__}: {shortened(text)}{_remedy(text)}"
 
 
@@ -364,14 +364,14 @@ def _remedy(text: object) -> str:
 
 
 def _remedy_of_row(row: Mapping[Any, Any]) -> str:
-    """What to do about a mapping that has other keys or values than a text's or a pair's."""
+    """Advice for a mapping that has other keys or values than a text or a pair has."""
     values = {key: plain(value) for key, value in row.items()}
     keys = [key for key in ("text", "text_pair") if key in values]
     if "text" not in keys:
         keys = [key for key, value in values.items() if isinstance(value, str)]
     for key in keys:
         value = values[key]
-        # A pair may say that it is none.
+        # A text_pair of None means a single text.
         if _is_missing(value) and (key == "text" or value is not None):
             return f", whose {key} is missing: drop or fill such texts first"
         if isinstance(value, (bytes, bytearray)):
@@ -393,7 +393,7 @@ def _remedy_of_row(row: Mapping[Any, Any]) -> str:
 
 
 def _is_missing(value: object) -> bool:
-    # Each library has a missing value of its own.
+    # Each library has its own missing value.
     return (
         value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, Real) and value != value)
     )

@@ -1,4 +1,4 @@
-"""One file a family: from a transformers model to its specs and the map of its weights."""
+"""One file per family: from a transformers model to its specs and the map of its weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FAMILIES = (
 
 
 def family_of(model: PreTrainedModel) -> tuple[Family, str]:
-    """The family of a transformers model, and the class in transformers that it is of.
+    """The family of a transformers model, and the name of its class in transformers.
 
     Raises:
         TypeError: the class is not supported, or is a subclass that computes something else in ``forward``.
@@ -42,7 +42,7 @@ def family_of(model: PreTrainedModel) -> tuple[Family, str]:
 
 
 def family_of_class(model_class: type[PreTrainedModel]) -> tuple[Family, str]:
-    """`family_of` the models of a class."""
+    """`family_of`, for the models of a class."""
     for family in FAMILIES:
         for name in family.heads:
             base = getattr(transformers, name)
@@ -52,10 +52,10 @@ def family_of_class(model_class: type[PreTrainedModel]) -> tuple[Family, str]:
 
 
 def class_for_task(config: PreTrainedConfig, task: str) -> tuple[Family, str]:
-    """The family of a config, and its class for a task.
+    """The family of a config, and the name of its class for a task.
 
     Raises:
-        TypeError: there is none that is supported.
+        TypeError: no supported family has one.
     """
     for family in FAMILIES:
         if family.model_type == config.model_type:

@@ -25,7 +25,7 @@ def _layer(encoder: Any) -> Any:
     return encoder.encoder.albert_layer_groups[0].albert_layers[0]
 
 
-# How often which layers run it reads from the config at each call.
+# ALBERT reads the order and number of its layers from the config at each call.
 _BUILT: Built = {
     **{name: read for name, read in bert.BUILT.items() if name != "num_hidden_layers"},
     "num_attention_heads": lambda encoder, _: _layer(encoder).attention.num_attention_heads,
@@ -37,7 +37,7 @@ def _spec(config: AlbertConfig) -> EncoderSpec:
     layers, groups, inner = config.num_hidden_layers, config.num_hidden_groups, config.inner_group_num
     if not 1 <= groups <= layers:
         raise ValueError(f"config.num_hidden_groups must be from 1 to num_hidden_layers = {layers}, got {groups}")
-    # A group's inner layers run one after the other wherever the group stands.
+    # Wherever a group runs, its inner layers run one after the other.
     order = tuple(int(layer / (layers / groups)) * inner + each for layer in range(layers) for each in range(inner))
     return replace(bert.spec(config), embedding_size=config.embedding_size, layers=order)
 

@@ -51,7 +51,7 @@ BUILT: Built = {
 
 
 def spec(config: Any) -> EncoderSpec:
-    """Reads a BertConfig, or the config of a relative."""
+    """Reads a BertConfig, or the config of a related family."""
     check_encoder(config)
     check_sizes(config)
     return EncoderSpec(
@@ -70,7 +70,7 @@ def spec(config: Any) -> EncoderSpec:
 
 
 def modules(config: Any) -> Names:
-    """The names of BertModel's modules, or of its relatives'."""
+    """The names of BertModel's modules, or a related family's."""
     return {**EMBEDDINGS, **layer_modules((f"encoder.layer.{i}." for i in range(config.num_hidden_layers)), LAYER)}
 
 

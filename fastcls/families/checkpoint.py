@@ -1,4 +1,4 @@
-"""Whose weight is whose: a checkpoint's names and ours, and weights taken from the one and given back to the other."""
+"""The checkpoint's names of our weights: taking weights over, and renaming state dicts both ways."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .family import Family, WeightMap
 
 
 def map_weights(model: PreTrainedModel, family: Family, config: PreTrainedConfig, head: HeadSpec) -> WeightMap:
-    """Where each of our weights comes from in a model, whose weights are checked.
+    """Checks a model's weights, and maps each of ours to the model's.
 
     Raises:
         TypeError: a dtype that is not supported.
-        ValueError: weights that are not those of the model's class (adapters must be merged first), that are no plain
-            tensors, that hold no data, or that lie on several devices.
+        ValueError: weights that are not those of the model's class (adapters must be merged first), are not plain
+            tensors, hold no data, or lie on several devices.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weight_map = family.weights(config, head, parameters.keys())
@@ -48,8 +48,8 @@ _PLAIN = frozenset({nn.Parameter, Tensor, nn.Buffer})
 
 
 def check_plain(name: str, weight: Tensor) -> None:
-    """Raises ValueError where a weight is of a class of tensors that computes in a way of its own."""
-    # A parameter over a tensor of another class is of that class itself.
+    """Raises ValueError if a weight's tensor class may compute in a way of its own."""
+    # A parameter made of a tensor subclass has that subclass itself as its type.
     what = type(weight)
     if weight.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor, got one of layout {weight.layout}")
@@ -65,7 +65,7 @@ def _check_together(parameters: Iterable[nn.Parameter]) -> None:
     dtypes = {parameter.dtype for parameter in parameters}
     allowed = {torch.float32, torch.float16, torch.bfloat16}
     if not any(parameter.is_cuda for parameter in parameters):
-        # To prove exactness with; no GPU kernel computes in it.
+        # For proving exactness; no GPU kernel computes in it.
         allowed.add(torch.float64)
     if len(dtypes) != 1 or not dtypes <= allowed:
         raise TypeError(
@@ -79,10 +79,10 @@ def _check_together(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def made_of(parts: Sequence[Tensor]) -> Tensor:
-    """One weight of ours: over the memory of one of theirs, with the same count of changes, or memory of its own."""
+    """One of our weights: it shares the memory and count of changes of one of theirs, or has its own memory."""
     if len(parts) > 1:
         return torch.cat([part.detach() for part in parts])
-    # Kernels read rows that lie one behind the other.
+    # Kernels read rows that lie one after the other.
     return parts[0].detach().contiguous()
 
 
@@ -90,7 +90,7 @@ def to_checkpoint_names(weight_map: WeightMap, state_dict: dict[str, Any], prefi
     """Renames our parameters in a state dict to the checkpoint's, in place."""
     for own, names in weight_map.sources.items():
         for name, part in zip(names, state_dict.pop(prefix + own).chunk(len(names)), strict=True):
-            # Each in memory of its own, since what saves them takes views of one memory for one and the same weight.
+            # Each in its own memory: savers take views of one memory for one weight.
             state_dict[prefix + name] = part if len(names) == 1 else part.clone()
     for alias, name in weight_map.aliases.items():
         state_dict[prefix + alias] = state_dict[prefix + name]

@@ -1,4 +1,4 @@
-"""What a family's file says, and the checks and names that families share."""
+"""The form of a family's file, and the checks and names that families share."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fastcls_kernels import Activation
 
 from ..engine.spec import EncoderSpec, HeadSpec
 
-# One module's name in a checkpoint, or those of several that are joined.
+# For each of our modules its name in a checkpoint, or the names of several modules that are joined.
 Names = Mapping[str, str | tuple[str, ...]]
 
-# For options of a config what reads their values from an encoder that was built of it.
+# For options of a config, functions that read their values from the encoder that was built from it.
 Built = Mapping[str, Callable[[Any, Any], Any]]
 
-# What stands on an encoder, where need be as a function of the model's config.
+# The head on an encoder: a spec, or a function from the model's config to one.
 Head = HeadSpec | Callable[[Any], HeadSpec]
 
-# Names in transformers of what the kernels compute.
+# transformers' names of the activations that the kernels compute.
 ACTIVATION_NAMES: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -36,7 +36,7 @@ ACTIVATION_NAMES: dict[str, Activation] = {
     "tanh": "tanh",
 }
 
-# The modules that transformers makes of those names, in written form, since a name may be given to another one.
+# The modules that transformers makes for those names: written out, since a user may register another under a name.
 ACTIVATION_CLASSES: dict[str, Activation] = {
     "GELUActivation": "gelu",
     "GELUTanh": "gelu_tanh",
@@ -55,8 +55,8 @@ class WeightMap:
     Attributes:
         sources: maps one of our names to the checkpoint's: one name, or several to be joined along the first dimension
             (query, key and value are one matrix here).
-        aliases: other names in the checkpoint of one and the same parameter: of tied weights.
-        buffers: maps the names of our buffers that are the model's to the model's: no checkpoint holds them.
+        aliases: maps the checkpoint's other names of tied weights to those in ``sources``.
+        buffers: maps our names of the model's buffers to the model's names; no checkpoint holds them.
     """
 
     sources: Mapping[str, tuple[str, ...]]
@@ -79,14 +79,14 @@ class Family:
 
     Attributes:
         model_type: of their config.
-        prefix: what the encoder's parameters begin with in a model for a task: "bert.".
-        spec: reads a config. Raises ValueError, naming the option, where it asks for what is not computed.
-        modules: from a config to the checkpoint's names of the encoder's modules, below the prefix: ours to theirs.
-        heads: for each model class what stands on the encoder.
-        output: the class in ``transformers.modeling_outputs`` that the model without a head gives.
-        built: options of the config that the encoder's modules hold values of, each with what reads its value from
-            encoder and config: they count, since a config can be edited after the model was built.
-        buffers: from the config to the checkpoint's names of buffers that are computed with, ours to theirs.
+        prefix: begins the names of the encoder's parameters in a model for a task: "bert.".
+        spec: reads a config. Raises ValueError, naming the option, if it asks for something that is not computed.
+        modules: from a config to a map from our names of the encoder's modules to the checkpoint's, without the prefix.
+        heads: the head of each model class.
+        output: the class in ``transformers.modeling_outputs`` that the model without a head returns.
+        built: options whose values the encoder's modules hold, each with a function that reads its value from encoder
+            and config. The modules' values count, since a config can be edited after the model was built.
+        buffers: from the config to a map from our names of buffers to the model's.
     """
 
     model_type: str
@@ -99,12 +99,12 @@ class Family:
     buffers: Callable[[Any], Mapping[str, str]] = lambda _: {}
 
     def head(self, model_class: str, config: PreTrainedConfig) -> HeadSpec:
-        """What stands on the encoder in a model of a class. Raises ValueError as ``spec`` does."""
+        """The head of a model class. Raises ValueError as ``spec`` does."""
         head = self.heads[model_class]
         return head if isinstance(head, HeadSpec) else head(config)
 
     def weights(self, config: PreTrainedConfig, head: HeadSpec, present: Collection[str]) -> WeightMap:
-        """The map of a model's parameters, of which ``present`` are there: biases and poolers may be left out."""
+        """The map of a model's parameters; ``present`` names those it has, since biases and poolers may be left out."""
         prefix = "" if head.task == "encoder" else self.prefix
         modules = self.modules(config)
         sources: dict[str, tuple[str, ...]] = {}
@@ -122,7 +122,7 @@ class Family:
 
 
 def check_options(config: PreTrainedConfig, needed: Iterable[tuple[str, object]]) -> None:
-    """Raises ValueError where an option is there and is not as needed."""
+    """Raises ValueError if the config has an option with another value than the needed one."""
     for name, value in needed:
         found = getattr(config, name, value)
         if found != value:
@@ -130,9 +130,9 @@ def check_options(config: PreTrainedConfig, needed: Iterable[tuple[str, object]]
 
 
 def check_encoder(config: PreTrainedConfig) -> None:
-    """Raises ValueError where a config asks for a decoder, or for other than absolute positions."""
+    """Raises ValueError if a config asks for a decoder, or for other than absolute positions."""
     check_options(config, (("is_decoder", False), ("add_cross_attention", False)))
-    # Absent from configs of transformers >= 5, which no longer has any other kind, but alive in old checkpoints.
+    # Absent from configs of transformers >= 5, which has no other kind any more, but alive in old checkpoints.
     if getattr(config, "position_embedding_type", None):
         check_options(config, (("position_embedding_type", "absolute"),))
 
@@ -143,7 +143,7 @@ def check_sizes(
     heads: str = "num_attention_heads",
     layers: str = "num_hidden_layers",
 ) -> None:
-    """Raises ValueError where the kernels have no tile for a size; the names are those of the config's options."""
+    """Raises ValueError if the kernels have no tile for a size; the arguments name the config's options."""
     hidden_size, num_heads = getattr(config, hidden), getattr(config, heads)
     head_dim, remainder = divmod(hidden_size, num_heads)
     if remainder or not 4 <= head_dim <= 128 or not 16 <= hidden_size <= 4096 or num_heads > 64:
@@ -158,7 +158,7 @@ def activation_of(config: PreTrainedConfig, name: str) -> Activation:
     """The activation that ``config.name`` names.
 
     Raises:
-        ValueError: it is none that is computed.
+        ValueError: the kernels do not compute it.
     """
     found = getattr(config, name)
     if found not in ACTIVATION_NAMES:
@@ -167,11 +167,11 @@ def activation_of(config: PreTrainedConfig, name: str) -> Activation:
 
 
 def activation_in(module: nn.Module) -> Activation | None:
-    """Which of the activations that are computed a module is, or None."""
+    """The activation that a module computes, or None if the kernels do not compute it."""
     name = type(module).__name__
     if not type(module).__module__.startswith(("torch.nn.", "transformers.")):
         return None
-    # transformers' GELU calls what stands in this attribute.
+    # transformers' GELU calls the function in this attribute.
     act = getattr(module, "act", F.gelu)
     if (
         name == "GELUActivation"
@@ -185,7 +185,7 @@ def activation_in(module: nn.Module) -> Activation | None:
 
 
 def activation_built(module: nn.Module, current: object) -> str | None:
-    """What a config calls a module's activation: ``current`` where that is it, None where it has no name."""
+    """A config's name of a module's activation: ``current`` if that is one, None if there is none."""
     found = activation_in(module)
     if isinstance(current, str) and ACTIVATION_NAMES.get(current) == found:
         return current
@@ -193,17 +193,17 @@ def activation_built(module: nn.Module, current: object) -> str | None:
 
 
 def rows_of(table: nn.Embedding) -> int:
-    """How many rows an embedding has, which its ``num_embeddings`` need not say."""
+    """The number of an embedding's rows, which its ``num_embeddings`` may not give."""
     return table.weight.shape[0]
 
 
 def one_of_each(num_layers: int) -> tuple[int, ...]:
-    """Layers of which each has weights of its own."""
+    """The order of layers that share no weights."""
     return tuple(range(num_layers))
 
 
 def layer_modules(prefixes: Iterable[str], layer: Names) -> Names:
-    """The modules of all sets of layers' weights, whose names begin with ``prefixes``."""
+    """The modules of all layers: one set of weights for each prefix."""
     return {
         f"layers.{index}.{own}": prefix + parts if isinstance(parts, str) else tuple(prefix + part for part in parts)
         for index, prefix in enumerate(prefixes)

@@ -21,11 +21,11 @@ from .family import (
     rows_of,
 )
 
-# A layer here ends with the norm that begins the next one, or the last one of all.
+# Our layers end with the norm that begins the model's next layer; the last layer ends with the final norm.
 _LAYER: Names = {"qkv": "attn.Wqkv", "out": "attn.Wo", "attention_norm": "mlp_norm", "up": "mlp.Wi", "down": "mlp.Wo"}
 _POOLINGS: dict[str, Pooling] = {"cls": "first", "mean": "mean"}
 
-# Windows it reads from the config at each call, for the mask.
+# ModernBERT reads its windows from the config at each call, for the mask.
 _BUILT: Built = {
     "vocab_size": lambda encoder, _: rows_of(encoder.embeddings.tok_embeddings),
     "norm_eps": lambda encoder, _: encoder.embeddings.norm.eps,

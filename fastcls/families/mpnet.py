@@ -1,4 +1,4 @@
-"""MPNet (Song et al., 2020): BERT without token types, whose heads add a bias for each distance to their scores."""
+"""MPNet (Song et al., 2020): BERT without token types, whose attention adds a bias for each distance to its scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..engine.spec import BucketBias, EncoderSpec, HeadSpec
 from . import bert
 from .family import Built, Family, Head, Names, check_options, layer_modules
 
-# transformers knows no other, whatever the config says.
+# transformers computes with these, whatever the config says.
 _PADDING_ID, _BUCKETS, _REACH = 1, 32, 128
 _LAYER: Names = {
     "qkv": ("attention.attn.q", "attention.attn.k", "attention.attn.v"),

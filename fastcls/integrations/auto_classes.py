@@ -1,4 +1,4 @@
-"""Ours among transformers' classes, so that its pipelines know what they are for."""
+"""Our classes in transformers' auto classes, so that its pipelines know each one's task."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _FAST = {
 
 
 class _FastConfig(PreTrainedConfig):
-    """Under which our classes are registered. No checkpoint has it, so that none is loaded as one of them."""
+    """Our classes are registered under this config. No checkpoint has it, so that none is loaded as one of them."""
 
     model_type = "fastcls"
 
 
 def register_auto_classes() -> None:
-    """A pipeline logs an error about a model whose class is not registered for its task."""
+    """Registers our classes: a pipeline logs an error about a model whose class is not registered for its task."""
     for auto_class, fast_class in _FAST.items():
         cast("Any", auto_class).register(_FastConfig, fast_class, exist_ok=True)

@@ -1,4 +1,4 @@
-"""sentence-transformers' models with a fast model inside."""
+"""sentence-transformers' models, with a fast model inside."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ..models.base import FastModel
 from ..original.companion import Companion
 from ..original.own_code import folder_of, stranger_in
 
-# What the library has of them depends on its version.
+# An older version of the library may lack some of them.
 _CLASSES = ("CrossEncoder", "SentenceTransformer", "SparseEncoder")
-# Modules of the library's own that may follow a pooling, and read no token embeddings.
+# The library's modules that may follow a pooling and read no token embeddings.
 _AFTER_POOLING = ("Dense", "Dropout", "LayerNorm", "Normalize", "SparseAutoEncoder")
-# Modules of the library's own that read what is computed at padding, where fast models give zeros.
+# The library's modules that read the values at padding, where fast models give zeros.
 _READ_PADDING = ("CNN", "MultiVectorMask")
 
 
 def is_sentence_model(model: object) -> bool:
-    """Whether a model is one of sentence-transformers', which is not imported for it."""
+    """Whether a model is one of sentence-transformers'. The library is not imported to find out."""
     library = sys.modules.get("sentence_transformers")
     return isinstance(model, tuple(getattr(library, name) for name in _CLASSES if hasattr(library, name)))
 
@@ -36,22 +36,22 @@ def is_sentence_model(model: object) -> bool:
 def optimize_sentence_model(
     model: Any, optimize: Callable[..., FastModel], select: Literal["all", "first"] | None
 ) -> Any:
-    """A copy of sentence-transformers' model that computes with fast models.
+    """A copy of a model of sentence-transformers that computes with fast models.
 
     Args:
-        model: what `is_sentence_model`.
-        optimize: what makes a transformers model fast.
-        select: "all" computes every token's embedding even where [CLS] alone is pooled; None computes what is pooled.
+        model: a model for which `is_sentence_model` is true.
+        optimize: makes a transformers model fast.
+        select: "all" computes every token's embedding even if [CLS] alone is pooled; None computes what is pooled.
 
     The fast models share what ``optimize`` shares. All else is the copy's own, as `copy.deepcopy` makes it: settings,
-    configs, tokenizers, the weights of all other modules, and hooks and patched forwards of those, which run in the
-    copy, too. These weights follow the given model's along with the fast models'. The copy is in evaluation mode.
+    configs, tokenizers, and all other modules' weights, hooks and patched forwards, which run in the copy, too. These
+    weights follow the given model's, as the fast models' weights do. The copy is in evaluation mode.
 
-    What is pooled is looked at in each call, so that a pooling that is changed later is followed.
+    Each call looks at the pooling, so that a pooling that is changed later is followed.
 
     Raises:
-        TypeError: there is no transformers model in it, or not of a supported class.
-        ValueError: an option that this model cannot have, or a module that reads what is computed at padding.
+        TypeError: it holds no transformers model, or one of a class that is not supported.
+        ValueError: an option that this model cannot have, or a module that reads the values at padding.
     """
     inner = dict.fromkeys(_transformers_models(model))
     if not inner:
@@ -70,18 +70,18 @@ def optimize_sentence_model(
             "select must be 'all' or left out for a model that pools more than the first token of right-padded texts, "
             "got 'first'"
         )
-    # What a deep copy finds here stands in the copy.
+    # The deep copy takes these objects over instead of copying them.
     memo: dict[int, Any] = {}
     for each in inner:
         fast_inner = optimize(each)
-        # The library writes settings of its own into it.
+        # A copy, since the library writes its own settings into it.
         fast_inner.config = copy.deepcopy(each.config, memo)
         memo[id(each)] = fast_inner
     card = getattr(model, "model_card_data", None)
     for name in ("trainer", "code_carbon_callback"):
         if getattr(card, name, None) is not None:
             memo[id(getattr(card, name))] = getattr(card, name)
-    # What is made in inference mode could not be written to again outside of it.
+    # Tensors made in inference mode cannot be written to outside of it.
     with torch.inference_mode(False):
         fast = copy.deepcopy(model, memo).eval()
     for module in fast.modules():
@@ -97,10 +97,10 @@ def optimize_sentence_model(
 
 
 def check_computes_nothing_else(model: nn.Module) -> None:
-    """Checks that the transformers models in it are all that has weights, so that their bits are its own.
+    """Checks that only the transformers models in a model have weights, so that its bits are theirs.
 
     Raises:
-        ValueError: another module has some.
+        ValueError: another module has weights.
     """
     inside = {id(weight) for inner in _transformers_models(model) for weight in inner.parameters()}
     for name, module in model.named_modules():
@@ -124,7 +124,7 @@ def _is_librarys_own(module: nn.Module, *names: str) -> bool:
 
 
 def _is_plain(module: nn.Module, *names: str) -> bool:
-    """Whether a module is the library's own, and nobody else reads or writes what it does."""
+    """Whether a module is the library's own, without hooks and with the library's own ``forward``."""
     if not _is_librarys_own(module, *names) or has_hooks(module):
         return False
     folder = folder_of(sys.modules["sentence_transformers"])
@@ -132,23 +132,23 @@ def _is_plain(module: nn.Module, *names: str) -> bool:
 
 
 def _adapt(module: Any) -> None:
-    """Lets a module of the copy call a fast model as it is called, and ask it for no more than is read."""
+    """Lets a module of the copy call a fast model, and ask it only for the outputs that are read."""
     if getattr(module, "can_flatten_inputs", False):
-        # Padding is removed anyway, and texts that were joined for flash-attention could not be told apart.
+        # Padding is removed anyway, and texts joined for flash-attention could not be told apart.
         module.can_flatten_inputs = False
     if not _is_librarys_own(module, "Transformer"):
         return
     if module.model_forward_params is not None:
-        # These arguments alone are handed on.
+        # The library hands on only these arguments.
         module.model_forward_params = {*module.model_forward_params, "select"}
     if isinstance(module.auto_model, FastEncoder):
-        # Before 5.4 it was last_hidden_state in any case.
+        # Before 5.4 the library always read last_hidden_state.
         read = [each["method_output_name"] or () for each in getattr(module, "modality_config", {}).values()]
         module.auto_model.gives_pooler_output = any("last_hidden_state" not in names for names in read)
 
 
 def _pools_first(model: Any, kind: type[nn.Module]) -> bool:
-    """Whether nothing is read of a text but its first token, in a model with a transformers model of ``kind``."""
+    """Whether a model around a transformers model of ``kind`` reads only the first token of each text."""
     modules = list(model.children())
     if len(modules) < 2 or not type(model).forward.__module__.startswith("sentence_transformers."):
         return False
@@ -169,7 +169,7 @@ def _pools_first(model: Any, kind: type[nn.Module]) -> bool:
 
 
 def _check_reads_no_padding(model: nn.Module) -> None:
-    """Checks that no module reads what is computed at padding.
+    """Checks that no module reads the values at padding.
 
     Raises:
         ValueError: one does.
@@ -188,7 +188,7 @@ def _stop_following(models: list[FastModel]) -> None:
 
 
 def _other_weights(model: nn.Module) -> list[str]:
-    """The names of parameters and buffers that belong to none of the transformers models in a model."""
+    """The names of a model's parameters and buffers outside the transformers models in it."""
     inside = {id(module) for inner in _transformers_models(model) for module in inner.modules()}
     return [
         f"{path}.{key}" if path else key
@@ -200,11 +200,11 @@ def _other_weights(model: nn.Module) -> list[str]:
 
 
 class _Forward:
-    """A model's forward pass, in which first tokens alone are computed while nothing else is read.
+    """A model's forward pass, which computes only first tokens while nothing else is read.
 
     Args:
-        model: whose modules are looked at in each call, since they may be changed at any time.
-        may_select: False computes every token in any case.
+        model: each call looks at its modules, since they may change at any time.
+        may_select: False always computes every token.
     """
 
     def __init__(self, model: nn.Module, may_select: bool) -> None:
@@ -217,7 +217,7 @@ class _Forward:
         compute = partial(type(self.model).forward, self.model)
         if not (self.may_select and _pools_first(self.model, FastEncoder)):
             return compute(input, **kwargs)
-        # The library hands on what it finds here.
+        # The library hands this on to the model.
         input["select"] = "first"
         try:
             out = compute(input, **kwargs)
@@ -229,7 +229,7 @@ class _Forward:
 
 
 class _NotComputed:
-    """Stands where token embeddings would: whoever reads it is told why they are not there."""
+    """Stands in for token embeddings: reading it raises an error that says why they are not there."""
 
     _MESSAGE = (
         "token embeddings were not computed, since this model pools [CLS] alone: "
@@ -239,9 +239,9 @@ class _NotComputed:
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise ValueError(self._MESSAGE)
 
-    # An array of numpy would hold it as an object.
+    # `__array__`, too: numpy would make an array that holds it as an object.
     __getitem__ = __iter__ = __len__ = __array__ = _refuse
 
     def __getattr__(self, name: str) -> NoReturn:
-        # An AttributeError, so that who asks whether this is a tensor learns that it is none.
+        # An AttributeError, so that code that checks for a tensor's attributes finds none.
         raise AttributeError(name if name.startswith("__") else self._MESSAGE)

@@ -15,9 +15,9 @@ from fastcls_kernels import attention_varlen, explain_backend, is_batch_invarian
 
 from ..original.own_code import OUR_ATTENTION
 
-# A mask's attribute with what follows from it, which all layers share.
+# The attribute of a mask that holds its `_Groups`, which all layers share.
 _GROUPS = "_fastcls_groups"
-# What models hand on to their attention besides, and that changes its result.
+# Further arguments that models may hand on to their attention and that change its result.
 _CHANGING = (
     "position_bias",
     "head_mask",
@@ -33,22 +33,21 @@ _CHANGING = (
 
 
 def register_attention() -> None:
-    """Makes ``"fastcls"`` an attention implementation of transformers, for any encoder that goes through its interface.
+    """Makes ``"fastcls"`` an attention implementation of transformers, for any encoder that uses its interface.
 
     ```python
     fastcls.register_attention()
     model.set_attn_implementation("fastcls")  # or from_pretrained(..., attn_implementation="fastcls")
     ```
 
-    It is for models that `optimize` does not take. Attention alone is computed by fastcls, in inference: every row,
-    padding included, attends to the tokens of its text that the mask keeps. The results are those of sdpa in all rows,
-    so that whoever reads padding, as ColBERT's query expansion does, reads what sdpa gives there; a text of which the
-    mask keeps nothing has zeros, as in sdpa. On a CPU a batch with padding is computed by sdpa itself, which is fastest
-    there.
+    It is for models that `optimize` does not take. fastcls computes only the attention, in inference: every row,
+    padding included, attends to the tokens of its text that the mask keeps. All rows have sdpa's results, so that code
+    that reads padding, as ColBERT's query expansion does, reads there what sdpa gives; a text of which the mask keeps
+    nothing has zeros, as in sdpa. On a CPU sdpa itself, which is fastest there, computes a batch with padding.
 
-    What it does not compute is refused with a ValueError when the model is called: causal attention, windows, masks
-    that differ from query to query, position biases, cross-attention and caches, fewer heads of keys than of queries,
-    dropout, attentions asked for, gradients.
+    Calling the model raises a ValueError for all that is not computed: causal attention, windows, masks that differ
+    from query to query, position biases, cross-attention and caches, fewer heads of keys than of queries, dropout,
+    attentions asked for, gradients.
     """
     AttentionInterface.register(OUR_ATTENTION, _attention)
     AttentionMaskInterface.register(OUR_ATTENTION, _mask)
@@ -62,9 +61,9 @@ def _refuse(what: str, found: object) -> NoReturn:
 
 
 def _mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-    """What the layers get: None where every token is real, else which are, (batch, seqlen) bool.
+    """The mask that the layers get: None if every token is real, else which tokens are, (batch, seqlen) bool.
 
-    It is looked at here, once for all layers.
+    The mask is looked at here, once for all layers.
     """
     if mask_function is not bidirectional_mask_function:
         found = getattr(mask_function, "__qualname__", mask_function)
@@ -73,7 +72,7 @@ def _mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = 
         return None
     if attention_mask.ndim != 2:
         _refuse("an attention_mask of shape (batch, seqlen)", tuple(attention_mask.shape))
-    # A tensor of our own, which gets an attribute.
+    # A new tensor, since it gets an attribute.
     mask = attention_mask != 0
     if bool(mask.all()):
         return None
@@ -88,17 +87,17 @@ def _takes_groups(device: torch.device) -> bool:
 
 
 class _Groups(NamedTuple):
-    """A batch's rows as sequences in which queries, as many as there are keys, attend to a text's kept tokens.
+    """A batch's rows in groups: sequences of as many queries as keys, the keys being a text's kept tokens.
 
-    A text's first sequence is its kept tokens, so that they have the bits of packed ones. Its other rows follow in
-    groups of as many queries, over the same keys; the last row fills the last group up. That is at most twice the
-    products of sdpa, and fewer than sdpa's where texts differ much in length.
+    A text's first group is its kept tokens, so that they have the bits of packed ones. Its other rows follow in groups
+    of as many queries over the same keys; copies of the last row fill the last group up. That is at most twice the
+    products of sdpa, and fewer than sdpa's if texts differ much in length.
 
     Attributes:
-        queries, keys: (num_rows,), which row of the flat batch each is.
+        queries, keys: (num_rows,), the row of the flat batch that each is.
         cu_seqlens: (num_groups + 1,) int32, where groups begin.
-        places: (batch * seqlen,), among the num_rows that of each row of the batch.
-        empty: (batch,) bool, the texts of which nothing is kept; None where there are none.
+        places: (batch * seqlen,), for each row of the batch its index among the num_rows.
+        empty: (batch,) bool, the texts of which nothing is kept; None if there are none.
     """
 
     queries: Tensor
@@ -109,7 +108,7 @@ class _Groups(NamedTuple):
 
     @classmethod
     def of(cls, mask: Tensor) -> _Groups:
-        """It waits for a GPU once."""
+        """Waits for the GPU once."""
         (batch, seqlen), device = mask.shape, mask.device
         lengths = mask.sum(1).cpu()
         has_tokens = lengths > 0
@@ -123,7 +122,7 @@ class _Groups(NamedTuple):
         # Each text's kept tokens first, in their order.
         rows = torch.argsort(~mask, dim=1, stable=True) + torch.arange(batch, device=device)[:, None] * seqlen
         queries, keys = rows.flatten()[ranks.to(device)]
-        # What stands for a row of a text without tokens is of no meaning, but must be there.
+        # A row of a text without tokens needs some place, too; its result is overwritten with zeros.
         found = torch.where(has_tokens, starts, 0)[:, None] + torch.arange(seqlen, device="cpu") * has_tokens[:, None]
         places = torch.empty(batch * seqlen, dtype=torch.int64, device=device)
         places[rows.flatten()] = found.flatten().to(device)
@@ -132,7 +131,7 @@ class _Groups(NamedTuple):
 
 
 def _attend_in_groups(q: Tensor, k: Tensor, v: Tensor, groups: _Groups, scaling: float | None) -> Tensor:
-    """(batch, seqlen, nheads, headdim) to the same, every row over its text's kept tokens."""
+    """(batch, seqlen, nheads, headdim) to the same shape: every row attends to its text's kept tokens."""
     shape = q.shape
     q, k, v = (each.flatten(0, 1) for each in (q, k, v))
     if not groups.queries.numel():
@@ -165,7 +164,7 @@ def _attention(
         if kwargs.get(name) is not None and kwargs[name] is not False:
             _refuse(f"{name} to be left out", type(kwargs[name]).__name__)
     batch, _, seqlen, _ = query.shape
-    # As for sdpa: a mask says what is attended to, and only where there is none the module does.
+    # As in sdpa: the module says whether attention is causal only if there is no mask.
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and causal and seqlen > 1:
         _refuse("a model in which every token attends to every other one", f"a causal {type(module).__name__}")
@@ -178,7 +177,7 @@ def _attention(
         return out.transpose(1, 2).contiguous(), None
     q, k, v = (each.transpose(1, 2) for each in (query, key, value))
     if attention_mask is not None:
-        # A model that hands on something else than what `_mask` gave, as a copy on another device, has lost it.
+        # The attribute is lost if a model hands on something else than `_mask`'s tensor, as a copy on another device.
         groups = getattr(attention_mask, _GROUPS, None) or _Groups.of(attention_mask)
         return _attend_in_groups(q, k, v, groups, scaling), None
     q, k, v = (each.flatten(0, 1) for each in (q, k, v))

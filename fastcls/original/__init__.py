@@ -1,1 +1,1 @@
-"""The transformers model that was given: whether it is what its config builds, and what becomes of its weights."""
+"""The given transformers model: is it what its config builds, and how are its weights followed?"""

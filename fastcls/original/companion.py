@@ -1,4 +1,4 @@
-"""Weights around fast models, of sentence-transformers' other modules, that follow along with them."""
+"""Following the weights of sentence-transformers' other modules, which stand around the fast models."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .snapshot import version_of
 
 
 class Companion:
-    """Brings weights of a module, around fast models, up to those of another one's, along with the fast models.
+    """Keeps weights that stand around fast models up to date with another module's, as the fast models' own are kept.
 
-    A copy of the fast models does without it. What somebody else writes into the weights, by loading or training them,
-    ends it, and the fast models' following, unless the other module has the same.
+    A copy of the fast models has no companion. If somebody else writes into the weights, by loading or training them,
+    following ends, for the fast models too, unless the other module has the same weights.
 
     Args:
         model: the module that is followed.
-        fast: the one that follows.
-        names: the weights, which both have.
+        fast: the module that follows it.
+        names: names of the weights, which both modules have.
         stop: ends the fast models' following.
     """
 
@@ -49,22 +49,22 @@ class Companion:
         self._own = self._look()
 
     def doubt(self) -> None:
-        """Takes every weight for changed, as one may be without a count."""
+        """Takes every weight for changed: a change may leave no count."""
         if self._original is not None:
             self._original.doubt()
 
     def doubt_if(self, stepped: set[int]) -> None:
-        """Takes ours for written to by somebody else where one of them is among tensors, by their ids."""
+        """Takes our weights for written to by somebody else if the id of one of them is among ``stepped``."""
         if any(place in stepped for place, _ in self._own):
             self._own = []
 
     def stop(self) -> None:
-        """Goes on with the weights as they are, and so do the fast models."""
+        """Keeps the weights as they are from now on, in the fast models too."""
         if self._original is not None:
             self._original = None
             self._stop()
 
     def _look(self) -> list[tuple[int, int]]:
-        """Which tensors ours are, and how often they have changed."""
+        """The ids of our tensors, and how often each has changed."""
         places = (place_of(self._fast, name) for name in self._names)
         return [(id(place[key]), version_of(place[key])) for place, key in places]

@@ -1,9 +1,9 @@
-"""The model that a fast one was made of, whose weights it goes on following.
+"""Following the weights of the model that a fast one was made of.
 
-Most of its weights the fast model reads where they lie, so that what is written to them is seen at once. Others (query,
-key and value, joined to one matrix) are copies, made anew once their originals' counts of changes have moved, or an
-optimizer has stepped: fused ones write to weights without counting. And any tensor may be replaced by another. So all
-of them are looked at before each pass: some 20 microseconds for BERT-base.
+The fast model reads most weights where they lie, and so sees at once what is written to them. Others (query, key and
+value, joined to one matrix) are copies: they are made anew once their originals' counts of changes have moved, or an
+optimizer has stepped, since fused optimizers write to weights without counting. Any tensor may also be replaced by
+another. So all of them are looked at before each pass: some 20 microseconds for BERT-base.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 
 
 class _Lock:
-    """One change at a time; a change is rare. A process that is forked begins with one that nobody holds."""
+    """Lets one thread change weights at a time; changes are rare. A forked process begins with a free lock."""
 
     def __init__(self) -> None:
         self._new()
@@ -50,13 +50,12 @@ _updating = _Lock()
 
 
 class Doubting(Protocol):
-    """Hears of the weights that optimizers step."""
+    """Is told which weights an optimizer has stepped."""
 
     def doubt_if(self, stepped: set[int]) -> None:
-        """Takes weights for changed where one is among tensors, by their ids."""
+        """Takes its weights for changed if the id of one of them is among ``stepped``."""
 
 
-# The originals that are followed.
 _followed: weakref.WeakSet[Original] = weakref.WeakSet()
 _told: weakref.WeakSet[Doubting] = weakref.WeakSet()
 
@@ -76,13 +75,13 @@ def _doubt_after_step(optimizer: Optimizer, *_: object) -> None:
 class Original:
     """The weights of a model, and whether they have changed.
 
-    It holds no module, so that the original's memory is given back with the original: what nobody else holds is not
-    followed any more.
+    It holds no module, so that the original's memory is given back with the original: a module that nobody else holds
+    is followed no longer.
 
     Args:
         model: the original.
-        sources: our names to the original's, of which there are several where they are joined.
-        aliases: other names in the original of the same weights.
+        sources: maps each of our names to the original's: one name, or several that are joined.
+        aliases: other names of the same weights in the original.
     """
 
     def __init__(self, model: nn.Module, sources: Mapping[str, Sequence[str]], aliases: Mapping[str, str]) -> None:
@@ -107,7 +106,7 @@ class Original:
         self.is_doubted = False
         self._failure: RuntimeError | None = None
         self._seen = look(slots)
-        # The fast model that is brought up to date once more before the original goes.
+        # Brings the fast model up to date once more before the original goes.
         self.settle: Callable[[], None] = lambda: None
         _followed.add(self)
         tell_of_steps(self)
@@ -135,7 +134,7 @@ class Original:
                 and self._seen.is_current()
             )
         except (KeyError, TypeError, AttributeError, RuntimeError):
-            # A weight is not there any more, or is no tensor with memory.
+            # A weight is gone, or is no tensor with memory.
             return False
 
     def update(self, model: nn.Module) -> bool:
@@ -145,7 +144,7 @@ class Original:
             model: the fast model.
 
         Returns:
-            Whether a weight of it lies elsewhere now.
+            Whether one of its weights has moved in memory.
 
         Raises:
             RuntimeError: a weight or module of the original was replaced by one that is no longer the same model's.
@@ -155,19 +154,19 @@ class Original:
                 raise self._failure
             self._check_structure()
             seen, moved = self._seen, False
-            # Before anything is copied: what is written meanwhile is another change.
+            # Reset before anything is copied, so that a write during the copy counts as another change.
             is_doubted, self.is_doubted = self.is_doubted, False
             try:
                 for slot in seen.slots:
                     self._check(slot, slot.place.get(slot.key))
             except RuntimeError:
-                # What was doubted still is, once this is mended.
+                # Weights that were doubted still are, once the error is mended.
                 self.is_doubted = is_doubted
                 raise
             fresh = look(seen.slots)
             counts = {id(tensor): count for tensor, count in zip(seen.counting, seen.versions, strict=True)}
             now: dict[str, list[Tensor]] = {}
-            # Of each weight of ours, whether one that it is made of is another tensor, or was written to.
+            # For each of our weights: is a part of it another tensor than before, or was one written to?
             is_other: dict[str, bool] = {}
             is_written: dict[str, bool] = {}
             pointers: dict[str, int] = {}
@@ -184,10 +183,10 @@ class Original:
                 written = is_doubted or id(found) not in counts or now_counts.get(id(found)) != counts[id(found)]
                 is_written[own] = is_written.get(own, False) or other or written
             for own, parts in now.items():
-                # What was moved to where there are no numbers, or is gone in part, leaves ours as they are.
+                # Originals that were moved to "meta", or are gone in part, leave ours as they are.
                 is_whole = len(parts) == len(self._names[own]) and not any(part.is_meta for part in parts)
                 if is_written[own] and not _is_ours(model, own):
-                    # Another one stands there for one call (`torch.func.functional_call`): ours is seen to afterwards.
+                    # Another weight stands in for one call (`torch.func.functional_call`): ours is updated afterwards.
                     self.is_doubted = True
                 elif is_written[own] and is_whole:
                     moved |= _bring(model, own, parts, pointers[own], is_other=is_other[own])
@@ -195,33 +194,33 @@ class Original:
             return moved
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies where a weight of the original does."""
+        """Whether a tensor lies at the address of one of the original's weights."""
         return tensor.data_ptr() in self._seen.pointers
 
     def doubt(self) -> None:
-        """Takes every weight for changed, as one may be without a count."""
+        """Takes every weight for changed: a change may leave no count."""
         self.is_doubted = True
 
     def doubt_if(self, stepped: set[int]) -> None:
-        """The same where one of them is among tensors, by their ids."""
+        """Takes every weight for changed if the id of one of them is among ``stepped``."""
         if self.reads(stepped):
             self.doubt()
 
     def reads(self, tensors: set[int]) -> bool:
-        """Whether a weight is among tensors, by their ids."""
+        """Whether the id of a weight is among ``tensors``."""
         return any(id(tensor) in tensors for tensor in self._seen.tensors)
 
     @property
     def is_there(self) -> bool:
-        """Whether there is anything left to be followed."""
+        """Whether any weight is left to follow."""
         return bool(self._seen.slots)
 
     def before_it_goes(self) -> None:
-        """What the original was when it went is what the fast model goes on with."""
+        """Brings the fast model up to date a last time: it keeps the weights that the original had when it went."""
         try:
             self.settle()
         except RuntimeError as error:
-            # Whoever calls the fast model next shall know.
+            # Raised by the fast model's next call.
             self._failure = error
         # The modules below live on if somebody else holds them.
         self._structure, self._ties = None, []
@@ -242,7 +241,7 @@ class Original:
     def _check(self, slot: Slot, found: Tensor | None) -> None:
         if found is None:
             _refuse(slot.name, "it is None")
-        # Of the same tensor, too: `torch.utils.swap_tensors` gives it another class.
+        # Even if the tensor is the same: `torch.utils.swap_tensors` gives it another class.
         try:
             check_plain(f"model.{slot.name}", found)
         except ValueError as error:
@@ -253,7 +252,7 @@ class Original:
             _refuse(slot.name, f"its dtype is {found.dtype}")
 
     def _forget(self, places: set[int]) -> None:
-        """Lets go of the weights in a module that is gone."""
+        """Drops the weights of a module that is gone."""
         seen = self._seen
         kept = [index for index, slot in enumerate(seen.slots) if id(slot.place) not in places]
         if len(kept) < len(seen.slots):
@@ -265,9 +264,9 @@ def _forgets(me: weakref.ref[Original], owner: nn.Module) -> Any:
 
     def gone(_: object, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         original = me()
-        # At the very end what this would call is gone, too.
+        # At interpreter exit, the functions that this would call are gone.
         if original is not None and not is_finalizing():
-            # Parts of a model that is collected with all it holds may go before it does.
+            # When a whole model is collected, its parts may go before it does.
             with contextlib.suppress(RuntimeError):
                 original.settle()
             original._forget(places)
@@ -303,21 +302,21 @@ def weakly(method: Callable[[], _T]) -> Callable[[], _T | None]:
 
 
 def _bring(model: nn.Module, own: str, parts: list[Tensor], pointer: int, *, is_other: bool) -> bool:
-    """Brings one weight of ours up to date; whether it lies elsewhere now."""
+    """Brings one of our weights up to date; returns whether it has moved in memory."""
     place, key = place_of(model, own)
     ours = place[key]
     is_alike = all(part.dtype == ours.dtype and part.device == ours.device for part in parts)
     with torch.inference_mode(False), torch.no_grad():
         if len(parts) == 1 and ours.data_ptr() == pointer:
-            # Ours is read where the original's lies, or lay.
+            # Ours shares the original's memory, or shared it.
             if not is_other:
                 return False
             fresh = made_of(parts) if is_alike else parts[0].detach().to(ours.device, ours.dtype, copy=True)
             set_weight(model, own, fresh)
             return True
-        # In the same memory, which graphs may read.
+        # In place, since CUDA graphs may read this memory.
         target = ours.detach()
-        # One may be a number without dimensions.
+        # A single part may be a scalar, which cannot be split.
         all_rows = [target] if len(parts) == 1 else target.split([part.shape[0] for part in parts])
         for rows, part in zip(all_rows, parts, strict=True):
             rows.copy_(part.detach())
@@ -337,7 +336,7 @@ def _refuse(name: str, what: str) -> NoReturn:
 
 
 def settle_all(model: nn.Module) -> None:
-    """Brings the fast models that follow a model's weights up to it, before these go."""
+    """Brings the fast models that follow a model's weights up to date, before these weights go."""
     going = {id(weight) for weight in model.parameters()}
     for original in list(_followed):
         if original.reads(going):
@@ -346,5 +345,5 @@ def settle_all(model: nn.Module) -> None:
 
 @functools.cache
 def _follow_optimizers() -> None:
-    """Has all optimizers tell of their steps: once, and not before a model is followed."""
+    """Registers the hook on all optimizers' steps: once, and not before a model is followed."""
     register_optimizer_step_post_hook(_doubt_after_step)

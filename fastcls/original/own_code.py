@@ -1,7 +1,7 @@
 """Is the code that a model's modules run transformers' and torch's own? fastcls computes what that code would.
 
-Whoever patches a class, a function of a module, or one of torch's, changes what the model computes, and is named.
-Transformers', torch's and Python's own code is told by its file, and by standing under its own name.
+A patched class, a patched function of a module or of torch makes the model compute something else: the error names it.
+Code counts as transformers', torch's or Python's own by its file, and if it stands under its own name.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from transformers.activations import ACT2FN
 
 from ..families import ACTIVATION_CLASSES, ACTIVATION_NAMES
 
-# What `register_attention` registers with transformers.
+# The name that `register_attention` registers with transformers.
 OUR_ATTENTION = "fastcls"
-# Methods that a subclass may replace: none of them is reached from `forward`.
+# Parts of the names of methods that a subclass may replace, since `forward` does not reach them.
 NOT_IN_FORWARD = (
     *("__new__", "pretrained", "hub", "init", "weights", "state_dict", "save", "load", "train", "eval", "parameters"),
     *("repr", "embeddings", "gradient_checkpointing", "generat", "subclass", "reduce", "setstate", "getstate", "card"),
@@ -32,7 +32,7 @@ NOT_IN_FORWARD = (
 
 @functools.cache
 def folder_of(module: ModuleType) -> str:
-    """Where the files of a package lie."""
+    """The folder of a package's files."""
     assert module.__file__ is not None
     return _folder(os.path.dirname(module.__file__))
 
@@ -44,13 +44,13 @@ def _folder(path: str) -> str:
 TRANSFORMERS = folder_of(transformers)
 TRUSTED = (TRANSFORMERS, folder_of(torch))
 _STANDARD_LIBRARY = _folder(sysconfig.get_paths()["stdlib"])
-# What a module's call goes through besides its class's own functions.
+# Methods that a module's call goes through, apart from its class's own functions.
 _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
-# What of an object's class calling it runs.
+# Methods of an object's class that run when the object is called.
 _CALLED = ("__call__", "forward")
 # Packages whose objects stand among the functions of transformers' modules.
 _PACKAGES = frozenset({"torch", "transformers", "typing", "typing_extensions"})
-# What transformers' modules compute with, and where torch itself keeps those that are not written in Python.
+# Functions that transformers' modules compute with, and where torch keeps those that are not written in Python.
 _FUNCTIONS: tuple[tuple[Any, str, Any, tuple[str, ...]], ...] = (
     (
         *(torch.nn.functional, "torch.nn.functional", torch._C._nn),
@@ -68,16 +68,16 @@ _FUNCTIONS: tuple[tuple[Any, str, Any, tuple[str, ...]], ...] = (
     ),
     (torch, "torch", torch._C._VariableFunctions, ("bmm", "matmul", "tanh")),
 )
-# Functions that were found to be transformers' own, and all that classes and modules held then.
+# Functions found to be transformers' own, and all that classes and modules held when they were checked.
 _known: set[FunctionType] = set()
 _before: dict[type | ModuleType, dict[str, Any]] = {}
 
 
 def check_code(classes: Collection[type]) -> None:
-    """The code that the classes run is transformers' and torch's own: neither they nor their modules were patched.
+    """Checks that the classes run transformers' and torch's own code: neither they nor their modules were patched.
 
     Raises:
-        ValueError: it is not, with the name of what was found in its place.
+        ValueError: they do not; it names what was found instead.
     """
     for each in classes:
         place = f"{each.__module__}.{each.__qualname__}"
@@ -96,7 +96,7 @@ def check_code(classes: Collection[type]) -> None:
 
 
 def check_functions() -> None:
-    """What all models compute with is transformers' and torch's own: functions, masks and activations.
+    """Checks that the functions, masks and activations that all models use are transformers' and torch's own.
 
     Raises:
         ValueError: as `check_code`.
@@ -113,7 +113,7 @@ def check_functions() -> None:
 
 
 def _check_values(place: str, holder: type | ModuleType) -> None:
-    """All that a class or a module holds; to see that it is what it was when it was looked at takes a microsecond."""
+    """Checks all that a class or a module holds; seeing that nothing has changed since takes a microsecond."""
     if _before.get(holder) == vars(holder):
         return
     for name, value in vars(holder).items():
@@ -122,7 +122,7 @@ def _check_values(place: str, holder: type | ModuleType) -> None:
 
 
 def _check_value(place: str, name: str, value: object) -> None:
-    """What stands under a name in a class or a module."""
+    """Checks the value under a name of a class or a module."""
     if type(value) is FunctionType:
         _check_own(f"{place}.{name}", value)
         # Constructors may be wrapped without a name.
@@ -136,9 +136,9 @@ def _check_value(place: str, name: str, value: object) -> None:
 
 
 def _check_object(place: str, own: str, value: object) -> None:
-    """An object that may stand in a function's place: what calling it runs."""
+    """Checks the code that runs when an object in a function's place is called."""
     if own == "logger" or any(part in own for part in NOT_IN_FORWARD):
-        # Tests put mocks in place of what loads and saves.
+        # Tests mock the functions that load and save.
         return
     name = f"{place}.{own}"
     wrapped = getattr(value, "__wrapped__", None)
@@ -152,9 +152,9 @@ def _check_object(place: str, own: str, value: object) -> None:
 
 
 def _check_activations() -> None:
-    """Names of activations stand for those that they stood for."""
+    """Checks that transformers' names of activations still mean the same activations."""
     for name, activation in ACTIVATION_NAMES.items():
-        # The entry as it is: what is asked for by its name is made anew.
+        # The entry itself: looking it up by its name would build a new module.
         entry = dict.get(ACT2FN, name)
         if entry is None:
             continue
@@ -170,7 +170,7 @@ def _refuse(name: str, found: object, whose: str = "transformers'") -> NoReturn:
 
 
 def _check_own(name: str, function: object) -> None:
-    """Whose code a function is; what is none, as a builtin, has no code to be asked."""
+    """Refuses a function whose code is not transformers' own; one without Python code, as a builtin, passes."""
     if type(function) is not FunctionType or function in _known:
         return
     found = stranger_in(function)
@@ -206,12 +206,12 @@ def unwrapped(function: Any) -> Iterator[FunctionType]:
 
 
 def check_subclass(found: type[PreTrainedModel], base: type[PreTrainedModel], parts: Collection[str]) -> None:
-    """A subclass may add to the model, and replace what ``forward`` does not reach.
+    """Checks that a subclass only adds to the model, or replaces methods that ``forward`` does not reach.
 
     Args:
         found: the model's class.
-        base: transformers' class that it is of.
-        parts: its modules, which attributes of the class would stand before.
+        base: the transformers class that it derives from.
+        parts: names of its modules, which a class attribute of the same name would hide.
 
     Raises:
         ValueError: it replaces something else.
@@ -239,7 +239,7 @@ def check_subclass(found: type[PreTrainedModel], base: type[PreTrainedModel], pa
 
 
 def advice_for(module: object) -> str:
-    """What to do about a module, or a wrapper, that is not transformers' own."""
+    """Advises what to do about a module, or a wrapper, that is not transformers' own."""
     adapters = getattr(module, "peft_config", None)
     if isinstance(adapters, Mapping) and any(getattr(each, "is_prompt_learning", False) for each in adapters.values()):
         return "prompts and prefixes that were learnt are not taken, and cannot be merged: stay with the PEFT model"
@@ -251,7 +251,7 @@ def class_name(module: object) -> str:
 
 
 def advice(name: str) -> str:
-    """The same by the name of its class."""
+    """The same, by the name of the module's class."""
     name = name.lower()
     if "peft" in name or "lora" in name or "adapter" in name:
         return "merge adapters into the weights first, with merge_and_unload() of the PEFT model"
@@ -269,7 +269,7 @@ def advice(name: str) -> str:
 
 
 def check_attention(model: PreTrainedModel) -> None:
-    """The attention that a model's config names is one of transformers' own.
+    """Checks that the attention that a model's config names is one of transformers' own.
 
     Raises:
         ValueError: it is not.
@@ -281,7 +281,7 @@ def check_attention(model: PreTrainedModel) -> None:
         registered.get(name)
         for registered in (modeling_utils.ALL_ATTENTION_FUNCTIONS, masking_utils.ALL_MASK_ATTENTION_FUNCTIONS)
     ]
-    # The eager one is a function of the model's own module.
+    # Eager attention is not registered: it is a function in the model's own file.
     is_missing = functions[0] is None and name != "eager"
     strangers = [
         each

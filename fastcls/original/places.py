@@ -1,4 +1,4 @@
-"""Where modules keep their tensors, and what is done to these there."""
+"""Where modules keep their tensors: finding, comparing, replacing and releasing them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def place_of(model: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
 
 
 def tensors_of(module: nn.Module, key: str) -> Any:
-    """The dictionary of a module that holds a tensor: its parameters or its buffers."""
+    """The dictionary in which a module holds a tensor: its parameters or its buffers."""
     return module._parameters if key in module._parameters else module._buffers
 
 
@@ -30,15 +30,15 @@ def has_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
 
 
 def set_weight(model: nn.Module, name: str, weight: Tensor) -> None:
-    """Puts a tensor in the place of a parameter or buffer."""
+    """Replaces a parameter or buffer by a tensor."""
     place, key = place_of(model, name)
     place[key] = nn.Parameter(weight, requires_grad=False) if isinstance(place[key], nn.Parameter) else weight
 
 
 def release(model: nn.Module) -> None:
-    """Takes a model's weights out of it, so that their memory is given back, but for what others read.
+    """Takes a model's weights out of it, so that the memory that nobody else reads is given back.
 
-    Tensors without memory, on the device "meta", take their place, and what the model makes of them has no numbers.
+    Tensors on the device "meta" take their place: they have no memory, and the model's outputs have no numbers.
     """
     empty: dict[int, nn.Parameter] = {}
     for module in model.modules():

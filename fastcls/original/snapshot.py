@@ -1,4 +1,4 @@
-"""A model's weights and modules as they were when they were last looked at, to be compared without a loop in Python."""
+"""A model's weights and modules as they were last seen, in lists that are compared without a loop in Python."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ version_of = attrgetter("_version")
 
 
 class Slot(NamedTuple):
-    """A weight of the original, as it was when it was last looked at.
+    """A weight of the original, as it was last seen.
 
     Attributes:
-        own: the name of the weight of ours that it belongs to.
+        own: the name of our weight that it belongs to.
         name: its name in the original.
         place: the ``_parameters`` or ``_buffers`` of its module.
         key: its key there.
-        shape: its shape, which a tensor keeps no trace of when its data are replaced.
+        shape: its shape, of which a tensor keeps no trace when its data are replaced.
     """
 
     own: str
@@ -32,7 +32,7 @@ class Slot(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """All slots that are alive, in lists that are compared without a loop in Python."""
+    """All slots that are alive, as lists: comparing them takes no loop in Python."""
 
     slots: list[Slot]
     places: list[dict[str, Tensor | None]]
@@ -41,7 +41,7 @@ class Seen(NamedTuple):
     pointers: list[int]
     counting: list[Tensor]
     versions: list[int]
-    # Held, so that no other tensor gets a place that is taken for an old one's.
+    # Held, so that no new tensor gets an old one's address and is taken for it.
     storages: list[torch.UntypedStorage]
 
     def is_current(self) -> bool:
@@ -54,7 +54,7 @@ class Seen(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """Which modules stand at the places that weights are read from."""
+    """The modules that weights are read from, and their places."""
 
     names: list[str]
     places: list[dict[str, nn.Module | None]]
@@ -70,7 +70,7 @@ class Structure(NamedTuple):
 
 
 class Tie(NamedTuple):
-    """Two names of one weight, by their places."""
+    """Two names of one weight, with the place of each."""
 
     names: tuple[str, str]
     places: tuple[dict[str, Tensor | None], dict[str, Tensor | None]]
@@ -81,7 +81,7 @@ class Tie(NamedTuple):
 
 
 def place_in(modules: dict[str, nn.Module], structure: Structure, name: str) -> tuple[Any, str]:
-    """Where a weight stands in a model, and its key there."""
+    """The ``_parameters`` that a weight's name leads to, and its key there."""
     path, _, key = name.rpartition(".")
     return module_at(path, modules, structure)._parameters, key
 
@@ -101,7 +101,7 @@ def module_at(path: str, modules: dict[str, nn.Module], structure: Structure) ->
 
 
 def look(slots: list[Slot], before: Seen | None = None, kept: Iterable[int] = ()) -> Seen:
-    """The slots as they are now, or of ``before`` those that are ``kept``."""
+    """The slots as they are now; given ``before``, as they were then, at the indices ``kept``."""
     if before is None:
         tensors = [slot.place.get(slot.key) for slot in slots]
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
@@ -124,5 +124,5 @@ def look(slots: list[Slot], before: Seen | None = None, kept: Iterable[int] = ()
 
 
 def counts_changes(tensor: Tensor) -> bool:
-    # What was made in inference mode counts no changes.
+    # Tensors made in inference mode count no changes.
     return not tensor.is_inference()

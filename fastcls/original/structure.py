@@ -1,8 +1,8 @@
 """Is a model what its config builds? fastcls reads modules and config, and runs none of their ``forward``s.
 
-So each module is compared with the one at its place in a twin: what transformers itself builds of the config, without
-memory for weights. A module of another class, another value in one, a hook, a patched ``forward``: each makes the model
-compute something else, and is refused by its path.
+So each module is compared with the one at its place in a twin: the model that transformers itself builds from the
+config, without memory for weights. A module of another class, another value in one, a hook, a patched ``forward``: each
+makes the model compute something else, and the error gives its path.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .own_code import (
     unwrapped,
 )
 
-# What a module holds without computing with it in eval mode, or computes the same with either way.
+# Attributes of modules that change nothing in eval mode.
 _WITHOUT_EFFECT = frozenset(
     {
         "attention_dropout",
@@ -67,10 +67,10 @@ _WITHOUT_EFFECT = frozenset(
         "sparse_pred_ignore_index",
     }
 )
-# The same, but for embeddings it says where positions begin.
+# Without effect, too, except in embeddings, where it says at which position a text begins.
 _PADDING = "padding_idx"
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-# What transformers marks a module with whose weights were made or loaded.
+# Marks that transformers leaves on modules whose weights it has made or loaded.
 _MARKS = frozenset({"_is_hf_initialized"})
 
 
@@ -89,14 +89,14 @@ class _Expected:
 
 
 def config_as_built(model: PreTrainedModel, family: Family, encoder: nn.Module) -> PreTrainedConfig:
-    """The model's config with the values that its modules were built with, whatever became of the config since."""
+    """The model's config with the values that its modules were built with, even if the config was edited since."""
     config: PreTrainedConfig = model.config
     built: dict[str, Any] = {}
     for name, read in family.built.items():
         try:
             value = read(encoder, config)
         except (AttributeError, IndexError, TypeError, ZeroDivisionError):
-            # A module is not what it should be, which the comparison says with its path.
+            # A module is not what it should be: `check_structure` says so, with its path.
             continue
         if value is not None and value != getattr(config, name, None):
             built[name] = value
@@ -115,19 +115,19 @@ def check_structure(
 
     Args:
         model: the model.
-        base: the class in transformers that it is of.
-        config: what `config_as_built` gives.
-        head: what was read from it.
+        base: its class in transformers.
+        config: the config from `config_as_built`.
+        head: read from that config.
 
     Raises:
-        ValueError: a module computes something else than the config says, with its path and what was found.
+        ValueError: a module computes something else than the config says; it gives the path and what was found.
     """
     check_functions()
     key, expected = _expected(base, config)
     check_subclass(type(model), base, expected.children.keys())
     classes: set[type] = {base}
     out = head.names.get("out", "")
-    # A stack and no recursion, which Python is slow at.
+    # A stack, since recursion is slow in Python.
     stack: list[tuple[str, nn.Module, _Expected]] = [("", model, expected)]
     is_training = model.training
     shared = model.config
@@ -142,7 +142,7 @@ def check_structure(
                 classes.add(found)
                 continue
             _refuse_class(path, module, wanted)
-        # What a subclass of the model has besides was looked at above.
+        # `check_subclass` has looked at whatever a subclass of the model adds.
         classes.add(wanted.module_class)
         if state["_forward_hooks"] or state["_forward_pre_hooks"]:
             _check_hooks(path, module)
@@ -165,7 +165,7 @@ def check_structure(
         for name, shape in wanted.parameters:
             parameter = parameters.get(name)
             if (None if parameter is None else parameter.shape) != shape:
-                # How many labels or words there are is the head's own affair.
+                # The head's own weights say how many labels or words there are.
                 if path == out and parameter is not None and shape is not None and parameter.shape[1:] == shape[1:]:
                     continue
                 _refuse_parameters(path, parameters, wanted)
@@ -176,7 +176,7 @@ def check_structure(
             children = _without_pooler(path, children, wanted, head)
         elif found is nn.ModuleList and list(children) != list(wanted.children):
             _refuse(path, f"in the order {', '.join(wanted.children)}", f"in the order {', '.join(children)}")
-        # The first child is looked at first.
+        # Reversed, so that the first child is popped first.
         for name, child in reversed([*wanted.children.items()]):
             own = children.get(name)
             if child is None or own is None:
@@ -194,7 +194,7 @@ def check_structure(
                 "there must be no forward hooks on all modules (torch.nn.modules.module), got "
                 f"{_names_of(hooks.values())}: fastcls would pass them by"
             )
-    # Once all of it is known to be transformers' own: a twin of a class that is patched is not kept.
+    # Last, once all code is known to be transformers' own: a twin of a patched class must not be kept.
     _keep(key, expected)
 
 
@@ -222,7 +222,7 @@ def _refuse_class(path: str, module: nn.Module, wanted: _Expected) -> NoReturn:
 
 def _check_hooks(path: str, module: nn.Module) -> None:
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    # A call that asks for hidden states, and gradient checkpointing, leave hooks of transformers' own, which change no
+    # Gradient checkpointing, and a call that asks for hidden states, leave transformers' own hooks, which change no
     # answer.
     strangers = [hook for hook in hooks if not isinstance(hook, FunctionType) or not is_in(hook, TRANSFORMERS)]
     if strangers:
@@ -237,7 +237,7 @@ def _names_of(hooks: Iterable[object]) -> str:
 
 
 def _check_shadows(path: str, module: nn.Module) -> None:
-    """Attributes that a module has besides: those that stand before a method of its class change what it computes."""
+    """Refuses instance attributes that hide a method of the module's class: they change what it computes."""
     for name in module.__dict__.keys() - _OF_EVERY_MODULE:
         if any(part in name for part in NOT_IN_FORWARD):
             continue
@@ -245,7 +245,7 @@ def _check_shadows(path: str, module: nn.Module) -> None:
         if name == "_compiled_call_impl" and (
             found is None or (isinstance(found, FunctionType) and is_in(found, TRUSTED))
         ):
-            # `nn.Module.compile` keeps the compiled call beside the module's own, which computes the same.
+            # Set by `nn.Module.compile`: the compiled call computes the same as the module's own.
             continue
         of_class = getattr(type(module), name, None)
         if name in ("_loss_function", "_compiled_call_impl") or (callable(of_class) and not isinstance(of_class, type)):
@@ -261,7 +261,7 @@ def _check_shadows(path: str, module: nn.Module) -> None:
 
 
 def _check_config(path: str, own: PreTrainedConfig, shared: PreTrainedConfig) -> None:
-    """What a module reads from a config of its own is what the model's says."""
+    """Checks that a module's own config agrees with the model's in all that the module reads from it."""
     for name, value in vars(shared).items():
         found = getattr(own, name, value)
         if (
@@ -309,7 +309,7 @@ def _is_missing_pooler(path: str, name: str, own: object, head: HeadSpec) -> boo
 def _without_pooler(
     path: str, children: Mapping[str, nn.Module | None], wanted: _Expected, head: HeadSpec
 ) -> Mapping[str, nn.Module | None]:
-    """The children, of an encoder that was made without its pooler with None for it."""
+    """The children, with None for the pooler of an encoder that was made without one."""
     differing = children.keys() ^ wanted.children.keys()
     if differing == {"pooler"} and "pooler" not in children and not path and head.task == "encoder":
         return {**children, "pooler": None}
@@ -321,7 +321,7 @@ def _without_pooler(
 def _computes_the_same(module: nn.Module, wanted: _Expected) -> bool:
     """Whether a module of another class computes what the twin's does."""
     if wanted.module_class in (nn.Dropout, nn.Identity) and type(module) in (nn.Dropout, nn.Identity):
-        # Neither does anything in eval mode.
+        # In eval mode neither does anything.
         return not module.training or isinstance(module, nn.Identity) or not module.p
     return wanted.activation is not None and activation_in(module) == wanted.activation
 
@@ -348,10 +348,10 @@ class _Nothing:
 
 _NOTHING = _Nothing()
 
-# What transformers builds, by the class and its config: some milliseconds each.
+# Twins by their class and config, since building one takes some milliseconds.
 _twins: dict[object, _Expected] = {}
 _MAX_TWINS = 64
-# What no module reads of a config. How many labels there are the head's own weights say.
+# Options that no module reads. The number of labels comes from the head's own weights.
 _NOT_BUILT = frozenset(
     {
         *("architectures", "dtype", "finetuning_task", "id2label", "label2id", "model_name", "name_or_path"),
@@ -360,7 +360,7 @@ _NOT_BUILT = frozenset(
 )
 
 
-# What a module reads of a config of its own while it is built or trained, and not in a pass in eval mode.
+# Options that a module reads from a config of its own when it is built or trained, but not in a pass in eval mode.
 _NOT_COMPUTED = frozenset(
     {
         *("attention_dropout", "attention_probs_dropout_prob", "classifier_dropout", "classifier_dropout_prob"),
@@ -372,11 +372,11 @@ _NOT_COMPUTED = frozenset(
 
 
 def _expected(base: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[object, _Expected]:
-    """What a class builds of a config, and its key among those that are kept."""
+    """The twin that a class builds from a config, and its key in `_twins`."""
     key = (base, *((name, repr(value)) for name, value in vars(config).items() if name not in _NOT_BUILT))
     if key in _twins:
         return key, _twins[key]
-    # A model sets attributes of the config that it is given.
+    # A copy, since a model sets attributes of the config that it is given.
     own = copy.deepcopy(config)
     try:
         with torch.device("meta"):
@@ -394,7 +394,7 @@ def _keep(key: object, expected: _Expected) -> None:
 
 def _expectation(module: nn.Module) -> _Expected:
     is_model = isinstance(module, PreTrainedModel)
-    # Where positions begin.
+    # In embeddings `padding_idx` says where positions begin.
     kept = {_PADDING} if hasattr(module, "position_embeddings") or hasattr(module, "word_embeddings") else set()
     values = tuple(
         (name, value)
@@ -404,7 +404,7 @@ def _expectation(module: nn.Module) -> _Expected:
         and not name.startswith("_")
         and not (is_model and name == "all_tied_weights_keys")
         and not isinstance(value, (PreTrainedConfig, nn.Module))
-        # Those that are set to None stand among the modules once they are there.
+        # A None may be the place of a module, which stands among the modules once it is there.
         and not (value is None and is_model)
     )
     return _Expected(
@@ -420,5 +420,5 @@ def _expectation(module: nn.Module) -> _Expected:
 
 
 def _reads_training(module_class: type[nn.Module]) -> bool:
-    """Whether a module computes something else in training mode, as one that drops out does."""
+    """Whether a module computes something else in training mode, as dropout does."""
     return any("training" in function.__code__.co_names for function in unwrapped(module_class.forward))

@@ -30,7 +30,7 @@ _stderr = Console(stderr=True)
 
 _P = ParamSpec("_P")
 
-# What a shell reports of a program that SIGINT or SIGPIPE ended; by number, since not every system has the latter.
+# A shell's exit statuses after SIGINT and SIGPIPE; by number, since not every system has SIGPIPE.
 _INTERRUPTED, _CLOSED_PIPE = 130, 141
 
 Device = Annotated[
@@ -46,14 +46,14 @@ def _fail(message: str) -> NoReturn:
 
 
 def _expected_errors(command: Callable[_P, None]) -> Callable[_P, None]:
-    """Errors that the user can mend are one line; anything else is a bug and keeps its traceback."""
+    """Shows errors that the user can mend in one line; any other error is a bug and keeps its traceback."""
 
     @wraps(command)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
             command(*args, **kwargs)
         except BrokenPipeError:
-            # Whoever read our output has left. Python would complain once more when it flushes at exit.
+            # The reader of our output is gone; Python would complain once more when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(_CLOSED_PIPE) from None
         except KeyboardInterrupt:
@@ -70,7 +70,7 @@ def _expected_errors(command: Callable[_P, None]) -> Callable[_P, None]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the error was raised by a check of ours, and not by a defect somewhere below."""
+    """Whether one of our checks raised the error, and not a defect somewhere below."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module: str = frame.f_globals["__name__"]
     return module.split(".")[0] in ("fastcls", "fastcls_kernels", "fastcls_benchmarks")
@@ -115,7 +115,7 @@ def classify(
                 row: dict[str, Any] = {"text": text} if pair is None else {"text": text, "text_pair": pair}
                 labels = [result] if top_k is None else result
                 row |= _best_label(result) if top_k is None else {"labels": [_json_label(label) for label in labels]}
-                # A config may name labels by what JSON knows only as a string.
+                # default=str, since a config's names of labels may have types that JSON lacks.
                 sys.stdout.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n")
                 done += 1
                 if not all(math.isfinite(label["score"]) for label in labels):
@@ -141,13 +141,13 @@ def classify(
 
 
 def _best_label(label: dict[str, Any]) -> dict[str, Any]:
-    """A text's only label, or none where no number is the largest."""
+    """A text's only label, or None if its score is NaN and so no number is the largest."""
     found = _json_label(label)
     return {**found, "label": None} if math.isnan(label["score"]) else found
 
 
 def _json_label(label: dict[str, Any]) -> dict[str, Any]:
-    """A label and its score as JSON has them."""
+    """A label and its score in JSON's types."""
     name, score = label["label"], label["score"]
     is_odd = isinstance(name, float) and not math.isfinite(name)
     return {"label": str(name) if is_odd else name, "score": score if math.isfinite(score) else None}
@@ -254,7 +254,7 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=_stderr,
-        # A log file wants no animation.
+        # A log file needs no animation.
         disable=not _stderr.is_terminal,
         transient=True,
     )

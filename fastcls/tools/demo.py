@@ -97,7 +97,7 @@ def sample_texts() -> list[str]:
 
 
 def sample_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer in BERT's manner, learnt from the texts themselves: no download, real lengths."""
+    """A WordPiece tokenizer like BERT's, learnt from the texts themselves: no download, real lengths."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -142,7 +142,7 @@ def _describe(out: Console, name: str | None, model: PreTrainedModel, batches: l
 
 
 def _time(variants: list[_Variant], batches: list[BatchEncoding], rounds: int, console: Console) -> list[list[float]]:
-    """Seconds of each variant in each round; rounds interleave the variants in changing order, so drift hits all."""
+    """Seconds of each variant in each round; a round runs all variants in a random order, so that drift hits all."""
     order = random.Random(0)
     seconds: list[list[float]] = [[] for _ in variants]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -169,7 +169,7 @@ def _show_agreement(out: Console, theirs: Tensor, ours: Tensor) -> None:
 
 
 def _saved(before: list[float], after: list[float]) -> str:
-    """Milliseconds between two medians, or what they are worth: a difference within the samples' scatter is none."""
+    """Milliseconds between two medians, or "within noise" if they are not more than the samples' scatter."""
     medians = [statistics.median(samples) for samples in (before, after)]
     scatter = sum(
         statistics.median(abs(sample - median) for sample in samples)

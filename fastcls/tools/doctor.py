@@ -1,4 +1,4 @@
-"""What fastcls finds on this machine, and what it will run on it."""
+"""`fastcls doctor`: what fastcls finds on this machine, and which path it will run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def warm(console: Console, model: str | None, device: str | None, dtype: str | N
         ValueError: an unknown device or dtype, or a checkpoint that does not fit.
         OSError, TypeError: as `load_model`.
     """
-    # Not at the top: the report must come where transformers is broken, too.
+    # Not at the top, since the report must work even if transformers is broken.
     from transformers import BertConfig, BertForSequenceClassification
 
     from ..conversion import optimize

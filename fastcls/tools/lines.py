@@ -1,4 +1,4 @@
-"""Lines of files and of standard input as texts."""
+"""Reading lines of files and of standard input as texts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import BinaryIO
 
 
 def opened(file: Path) -> BinaryIO:
-    """A file, or standard input for -."""
+    """Opens a file, or standard input for -."""
     return sys.stdin.buffer if str(file) == "-" else file.open("rb")
 
 
 def write_utf8() -> None:
     """Has standard output write UTF-8."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # JSON lines are UTF-8, whatever the terminal's language.
+        # JSON lines are UTF-8, whatever the terminal's encoding.
         sys.stdout.reconfigure(encoding="utf-8")
 
 
@@ -47,7 +47,7 @@ def texts_of(lines: Iterator[str], name: str, pairs: bool) -> Iterator[str | tup
 
 
 def decoded_lines(source: BinaryIO, name: str) -> Iterator[str]:
-    """The lines of UTF-8, without their ends."""
+    """Lines of UTF-8, without their line ends."""
     for number, raw in enumerate(source, start=1):
         try:
             # The first line may carry a byte order mark, which is no part of the text.

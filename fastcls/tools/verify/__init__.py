@@ -1,4 +1,4 @@
-"""Is the optimized model the original? Both on texts of one's own: `fastcls verify`, or `verify` from Python."""
+"""Does a fast model give the original's answers on your own texts? `fastcls verify`, or `verify` from Python."""
 
 from .answers import task_of
 from .comparison import Changed, Comparison, Differences

@@ -1,4 +1,4 @@
-"""What a model answers about texts, task by task, as rows of numbers of which each is one decision."""
+"""A model's answers about texts, task by task, as rows of numbers: each row is one decision."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Text: TypeAlias = "str | Sequence[str]"
 
 
 class Encoded(NamedTuple):
-    """A text's token ids: one list of them, of multiple choice one for each choice.
+    """A text's token ids: one list of them; in multiple choice one list per choice.
 
     Attributes:
-        number: the text's place in the input, from 0.
-        key: texts go into a batch together where this is equal.
+        number: the text's index in the input, from 0.
+        key: only texts with equal keys share a batch.
     """
 
     number: int
@@ -35,7 +35,7 @@ class Encoded(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Texts and what a transformers model takes for them, on the CPU."""
+    """Texts and a transformers model's inputs for them, on the CPU."""
 
     texts: list[Encoded]
     inputs: dict[str, Tensor]
@@ -50,10 +50,10 @@ class Batch(NamedTuple):
 
 
 class Runner(NamedTuple):
-    """How one model is asked.
+    """How to ask one model.
 
     Attributes:
-        answer: a batch to the model's output; this is what is timed.
+        answer: a batch to the model's output; this call is timed.
         rows: the output and its batch to (num_rows, width), on the CPU, in float32 or float64.
     """
 
@@ -61,16 +61,16 @@ class Runner(NamedTuple):
     rows: Callable[[Any, Batch], Tensor]
 
     def ask(self, batch: Batch) -> Tensor:
-        """Both, one after the other."""
+        """The rows of the model's answer to a batch."""
         return self.rows(self.answer(batch), batch)
 
 
 class Answers:
-    """Text classification into one of several labels, and what the other tasks share.
+    """Text classification into one of several labels, and the base of the other tasks.
 
     Attributes:
-        decides: whether a row's label is its largest number ("best"), or whether its only number is positive ("sign"),
-            or whether it has none ("nothing").
+        decides: a row's label is its largest number ("best") or the sign of its only number ("sign"), or it has no
+            label ("nothing").
     """
 
     decides: ClassVar[Literal["best", "sign", "nothing"]] = "best"
@@ -86,7 +86,7 @@ class Answers:
         self.vocab_size = spec.vocab_size
 
     def pieces(self, text: Text) -> list[Text]:
-        """The texts and pairs that go through the encoder for one text of the input.
+        """The texts or pairs that the encoder reads for one text of the input.
 
         Raises:
             ValueError: the text does not have as many parts as the task needs.
@@ -101,7 +101,7 @@ class Answers:
         return None
 
     def batch(self, texts: list[Encoded]) -> Batch:
-        """Pads texts of one key to the longest of them."""
+        """Pads texts with equal keys to the longest of them."""
         flat = {"input_ids": [ids for text in texts for ids in text.ids]}
         if self.token_types:
             flat["token_type_ids"] = [types for text in texts for types in text.types]
@@ -115,7 +115,7 @@ class Answers:
         return inputs
 
     def original(self, model: PreTrainedModel) -> Runner:
-        """How a transformers model is asked."""
+        """How to ask a transformers model."""
 
         def answer(batch: Batch) -> Any:
             placed = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
@@ -124,7 +124,7 @@ class Answers:
         return Runner(answer, self.rows)
 
     def fast(self, model: Any) -> Runner:
-        """How the result of `fastcls.optimize` is asked."""
+        """How to ask the result of `fastcls.optimize`."""
         return Runner(lambda batch: model(**batch.inputs, return_dict=True), self.rows)
 
     def rows(self, output: Any, batch: Batch) -> Tensor:
@@ -133,11 +133,11 @@ class Answers:
         return _single(output.logits)
 
     def owners(self, batch: Batch) -> Tensor:
-        """(num_rows,): which of the batch's texts a row is about."""
+        """(num_rows,): for each row the index of its text in the batch."""
         return torch.arange(len(batch.texts))
 
     def counted(self, batch: Batch) -> Tensor | None:
-        """(num_rows, width) bool: the numbers that there are; None where all are."""
+        """(num_rows, width) bool: the numbers that count; None if all do."""
         del batch
         return None
 
@@ -158,7 +158,7 @@ class Answers:
 
 
 class _ManyLabels(Answers):
-    """Any number of labels a text, each by the sign of its own logit."""
+    """Any number of labels per text, each by the sign of its own logit."""
 
     decides = "sign"
 
@@ -174,7 +174,7 @@ class _ManyLabels(Answers):
 
 
 class _Number(Answers):
-    """One number a text: a score, or what a regression gives."""
+    """One number per text: a score, or the result of a regression."""
 
     decides = "nothing"
 
@@ -197,7 +197,7 @@ class _Choice(Answers):
         return [(text[0], choice) for choice in text[1:]]
 
     def key(self, ids: list[list[int]]) -> Hashable:
-        # A batch is a block of texts by choices.
+        # A batch is a block: all its texts have as many choices.
         return len(ids)
 
     def _shaped(self, inputs: dict[str, Tensor], texts: int) -> dict[str, Tensor]:
@@ -225,15 +225,15 @@ class _Tokens(Answers):
 
 
 class _Masked(_Tokens):
-    """The token that stands at each mask; of a text without a mask, at every place."""
+    """The token predicted at each mask; in a text without a mask, at every place."""
 
     def key(self, ids: list[list[int]]) -> Hashable:
-        # They take different ways through fastcls.
+        # Texts with and without a mask take different paths through fastcls.
         return self.tokenizer.mask_token_id in ids[0]
 
     def fast(self, model: Any) -> Runner:
         assert isinstance(model, FastMaskedLM)
-        # Copies over the same weights, because the caller's own is not to be changed.
+        # Copies that share the weights, so that the caller's model keeps its settings.
         ways: dict[Hashable, FastMaskedLM] = {}
         for masked, mask_token_id in ((True, self.tokenizer.mask_token_id), (False, None)):
             ways[masked] = copy(model)
@@ -250,7 +250,7 @@ class _Masked(_Tokens):
 
 
 class _Span(Answers):
-    """Where the answer begins and where it ends: two rows a text, with a number for each of its tokens."""
+    """Where the answer begins and where it ends: two rows per text, with a number for each of its tokens."""
 
     def rows(self, output: Any, batch: Batch) -> Tensor:
         del batch
@@ -271,7 +271,7 @@ class _Span(Answers):
 
 
 class States(Answers):
-    """An encoder's states: of every token, and then once more of each text's first one, asked for on its own."""
+    """An encoder's states: of every token, and then of each text's first token, computed on its own."""
 
     decides = "nothing"
 
@@ -299,7 +299,7 @@ class States(Answers):
         return "first token alone" if row >= len(places) else self.token(batch, *places[row].tolist())
 
     def first(self, rows: Tensor, batch: Batch) -> Tensor:
-        """Of all rows those of first tokens that were asked for on their own: [CLS], as an embedding."""
+        """The rows of first tokens that were computed on their own: [CLS], as an embedding."""
         return rows[-len(batch.texts) :]
 
     def _joined(self, output: Any, first: Tensor, batch: Batch) -> Tensor:
@@ -317,7 +317,7 @@ _TASKS: dict[TaskName, type[Answers]] = {
 
 
 def task_of(model: PreTrainedModel) -> TaskName:
-    """What a transformers model is for.
+    """The task of a transformers model.
 
     Raises:
         TypeError: the model is not supported.
@@ -327,16 +327,16 @@ def task_of(model: PreTrainedModel) -> TaskName:
 
 
 def answers_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_labels: int) -> Answers:
-    """What a model answers.
+    """The answers of a model's task.
 
     Args:
         model: the original.
         tokenizer: the tokenizer that belongs to it.
-        num_labels: how many labels with names it has; 0 where its task has none.
+        num_labels: how many labels with names it has; 0 if its task has none.
 
     Raises:
         TypeError: as `task_of`.
-        ValueError: its config asks for what is not computed, or does not name its labels.
+        ValueError: its config asks for something that fastcls does not compute, or does not name its labels.
     """
     family, _ = family_of(model)
     spec, task = family.spec(model.config), task_of(model)
@@ -352,5 +352,5 @@ def answers_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_l
 
 
 def _single(numbers: Tensor) -> Tensor:
-    """On the CPU, in float64 if they are, else in float32."""
+    """Moves numbers to the CPU: float64 stays, every other dtype becomes float32."""
     return numbers.cpu() if numbers.dtype == torch.float64 else numbers.cpu().float()

@@ -1,4 +1,4 @@
-"""Running figures of what two models answer, in memory that does not grow with the number of texts."""
+"""Running statistics of two models' answers, in memory that does not grow with the number of texts."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from .answers import Answers, Batch, States
 
-# The original's own rounding error once, and fastcls's, which is held to twice that.
+# In rounding errors of the original: its own once, and fastcls's, which may be twice as large.
 ALLOWANCE = 3
-# An answer with the right label counts as another one where its numbers differ by so many times what rounding explains.
+# An answer with the right label counts as far off if its numbers differ by more than this times what rounding explains.
 FAR_OFF = 10
-# Of few numbers all may be nearly exact by chance: of what is far off rounding explains at least so many steps of the
-# dtype at the answer's largest number.
+# Few numbers may all be nearly exact by chance. So where answers are judged as far off, rounding explains at least this
+# many steps of the dtype at the answer's largest number.
 _LEAST_STEPS = 8
-# This many changed answers are kept to be shown, those with the largest margins.
+# How many changed answers are kept to be shown, those with the largest margins.
 KEPT = 20
-# Bins of differences: two a decade from 1e-20 to 1e6; the first and the last take what lies beyond.
+# Bins of differences: two per decade from 1e-20 to 1e6; the first and the last take all that lies beyond.
 _BINS_A_DECADE, _LOWEST, _DECADES = 2, -20, 26
 
 
@@ -44,10 +44,10 @@ class Changed(NamedTuple):
         text: the text, or its parts.
         place: where in the text, if the answer is not about all of it.
         original, fastcls: the two labels with their scores; None where there are no labels.
-        margin: by how much the original preferred its own label to the other one, as logits; of answers without labels
-            their difference.
-        explained: up to which margin rounding explains it.
-        beyond_rounding: whether it is larger; never where changes are not judged.
+        margin: by how many logits the original preferred its own label to the other one; without labels, the
+            difference between the answers.
+        explained: the largest margin that rounding explains.
+        beyond_rounding: whether the margin is larger than that; always False if changes are not judged.
     """
 
     line: int
@@ -74,13 +74,13 @@ class Changed(NamedTuple):
 
 
 class Differences:
-    """Of the differences between numbers: how many, their mean, the largest, and how they are spread.
+    """Statistics of the differences between two models' numbers.
 
     Attributes:
-        count: of numbers compared.
-        equal: of those that do not differ at all.
-        not_finite: of those that are infinite or no number in one of the two models or in both.
-        largest, mean: of the others.
+        count: how many numbers were compared.
+        equal: how many do not differ at all.
+        not_finite: how many are infinite or NaN in one of the two models or in both.
+        largest, mean: of the differences between the others.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Differences:
         return self._sum / max(1, self.count - self.not_finite)
 
     def add(self, differences: Tensor, lost: Tensor) -> None:
-        """Takes in any number of them, as `differences_of` gives them, and which are of numbers that are not finite."""
+        """Adds differences from `differences_of`; ``lost`` says which are between numbers that are not finite."""
         finite = differences[~lost & differences.isfinite()]
         nonzero = finite[finite > 0].double()
         self.count += differences.numel()
@@ -106,7 +106,7 @@ class Differences:
             self._bins += bins.bincount(minlength=len(self._bins))
 
     def bins(self) -> Iterator[tuple[float, float, int]]:
-        """(from, below, count) from the first bin that holds something to the last."""
+        """(from, below, count) from the first bin that is not empty to the last."""
         filled = self._bins.nonzero()[:, 0].tolist()
         for index in range(filled[0], filled[-1] + 1) if filled else ():
             low, high = (10 ** (_LOWEST + edge / _BINS_A_DECADE) for edge in (index, index + 1))
@@ -114,24 +114,24 @@ class Differences:
 
 
 class Comparison:
-    """Answers of one model against those of the original.
+    """One model's answers against the original's.
 
     Attributes:
         name: of the model that is compared.
         dtype: that it computes in, "bfloat16".
         differences: between their numbers.
         decisions: how many labels were compared.
-        changed: how many of them differ; of answers without labels, how many rounding does not explain.
-        beyond_rounding: of those that differ, how many rounding does not explain.
-        far_off: of answers with labels, how many have a number that is not finite in one of the two models alone, or
+        changed: how many labels differ; without labels, how many answers differ by more than rounding explains.
+        beyond_rounding: how many of these rounding does not explain.
+        far_off: how many answers with labels have a number that is finite in only one of the two models, or that
             differs by more than `FAR_OFF` times what rounding explains.
         furthest: the line of the largest of these differences.
-        not_finite: how many texts have a number that is infinite or none in one of the two models or both.
-        other_than_original: of these texts, for how many such numbers are not the same ones in both.
+        not_finite: how many texts have a number that is infinite or NaN in one of the two models or both.
+        other_than_original: in how many of these texts such numbers are not the same in both.
         first_not_finite: the line of the first of these texts.
-        rounding: the largest rounding error of the original in ``dtype`` that was seen on the first texts; None where
-            changes are counted and not judged.
-        cosines: of an encoder, between embeddings: their number, sum and lowest.
+        rounding: the largest rounding error of the original in ``dtype`` that was seen on the first texts; None if
+            changes are counted but not judged.
+        cosines: between an encoder's embeddings: their number, sum and lowest.
     """
 
     def __init__(self, name: str, dtype: str, answers: Answers, *, judged: bool) -> None:
@@ -159,7 +159,7 @@ class Comparison:
         return total / count if count else None
 
     def learn(self, errors: Tensor) -> None:
-        """Takes in rounding errors of the original, as `rounding_errors` gives them."""
+        """Adds rounding errors of the original, from `rounding_errors`."""
         assert self.rounding is not None
         self.rounding = max(self.rounding, float(errors.max()))
 
@@ -177,11 +177,11 @@ class Comparison:
         return sorted(set(self.answers.owners(batch)[wrong].tolist()))
 
     def add(self, batch: Batch, original: Tensor, rows: Tensor, errors: Tensor | None = None) -> None:
-        """Takes in a batch.
+        """Adds a batch.
 
         Args:
             batch: its texts.
-            original, rows: what the original and the compared model answer, (num_rows, width).
+            original, rows: the answers of the original and of the compared model, (num_rows, width).
             errors: (num_texts,) the original's rounding errors for these texts, if they are known; needed for judging.
         """
         counted, owners = self.answers.counted(batch), self.answers.owners(batch)
@@ -223,7 +223,7 @@ class Comparison:
         if self.answers.decides == "sign":
             self._keep(batch, where, original[:, 0].abs(), allowed[where], named)
             return
-        # Two labels change places only where their two logits together move by the margin between them.
+        # Two labels change places only if their two logits together move by the margin between them.
         margins = (original.gather(1, theirs[:, None]) - original.gather(1, ours[:, None]))[:, 0]
         self._keep(batch, where, margins, 2 * allowed[where], named)
 
@@ -267,7 +267,7 @@ class Comparison:
     ) -> None:
         owners = self.answers.owners(batch)
         for index, row in enumerate(where.tolist()):
-            # As something to sort by, what is no number is the worst.
+            # NaN sorts as the worst margin.
             margin, limit = float(margins[index].nan_to_num(nan=math.inf)), float(allowed[index])
             self.changed += 1
             beyond = self.rounding is not None and margin > limit
@@ -295,7 +295,7 @@ class Comparison:
     def _add_cosines(self, original: Tensor, rows: Tensor) -> None:
         found = torch.cosine_similarity(original.double(), rows.double(), dim=1)
         count, total, lowest = self.cosines
-        # What is no number stays, which Python's min does not see to.
+        # NaN stays the lowest, which Python's min would not ensure.
         lowest = float(torch.cat((found, found.new_tensor([lowest]))).min())
         self.cosines = (count + len(found), total + float(found.sum()), lowest)
 
@@ -328,7 +328,7 @@ class Comparison:
 
 
 def differences_of(original: Tensor, rows: Tensor, counted: Tensor | None) -> Tensor:
-    """|original - rows|: 0 where they are the same, even if infinite or no number, and where they do not count."""
+    """|original - rows|: 0 where both are the same, even if infinite or NaN, and where numbers do not count."""
     differences = (original - rows).abs()
     same = (original == rows) | (original.isnan() & rows.isnan())
     if counted is not None:
@@ -337,7 +337,7 @@ def differences_of(original: Tensor, rows: Tensor, counted: Tensor | None) -> Te
 
 
 def rounding_errors(original: Tensor, exact: Tensor, answers: Answers, batch: Batch) -> Tensor:
-    """(num_texts,) float64: for each text the largest error of the original's numbers, of those that are finite."""
+    """(num_texts,) float64: for each text the largest finite error of the original's numbers."""
     errors = differences_of(original.double(), exact.double(), answers.counted(batch))
     errors = errors.masked_fill(errors.isinf(), 0)
     found = torch.zeros(len(batch.texts), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What was found, for people: tables in a terminal, and a picture."""
+"""A verification for people: tables in a terminal, and a picture."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .answers import Text
 from .comparison import ALLOWANCE, FAR_OFF, Changed, Comparison
 from .run import Timed, Verification
 
-# Of the changed answers that were kept, so many are shown in dtypes that do not decide.
+# How many of the kept changed answers are shown for a dtype that does not decide.
 _SHOWN_REDUCED = 5
 _TEXT_WIDTHS, _LABEL_WIDTH, _BAR_WIDTHS = (8, 60), 14, (2, 12)
-# What stands right of a bar, "100.00%" with a space before it.
+# Room right of a bar, for a percentage after a space.
 _PERCENT_WIDTH = 7
 _ENDINGS = (".pdf", ".png", ".svg")
-# Okabe and Ito's colours, which most colour-blind people tell apart; fastcls's are the strong ones.
+# Okabe and Ito's colours, which most colour-blind people can tell apart; fastcls gets the strong ones.
 _COLOURS = {"fastcls": ("#d55e00", "#cc79a7", "#e69f00"), "original": ("#0072b2", "#56b4e9")}
 
 
@@ -28,7 +28,7 @@ def check_picture(path: Path) -> None:
     """Checks, before anything is computed, that a picture can be drawn and written.
 
     Raises:
-        ValueError: another ending than .png, .pdf or .svg, no such folder, or no matplotlib.
+        ValueError: another ending than .png, .pdf or .svg, a folder that does not exist, or no matplotlib.
     """
     if path.suffix.lower() not in _ENDINGS:
         raise ValueError(f"--plot must be a file that ends in {', '.join(_ENDINGS)}, got {path}")
@@ -41,7 +41,7 @@ def check_picture(path: Path) -> None:
 
 
 def show(found: Verification, console: Console, *, strict: bool) -> None:
-    """Prints all of it, the verdict last."""
+    """Prints the whole report, the verdict last."""
     console.print(
         f"[bold]{found.model_class}[/] ({found.task}), {found.dtype} on {found.device}: "
         f"{found.texts:,} texts, {found.tokens:,} tokens\n",
@@ -148,7 +148,7 @@ def _show_changed(comparison: Comparison, console: Console, shown: int | None) -
     for index, column in enumerate(table.columns):
         column.no_wrap = True
         column.justify = "left" if column.header in ("text", "original", "fastcls") else "right"
-        # The text takes what the others leave; the line says which text it is, however little that may be.
+        # The text gets the width that the others leave: the line number identifies it, however little remains.
         if column.header != "text":
             column.width = max(len(str(column.header)), *(cell_len(row[index]) for row in rows))
     others = sum(column.width + 2 for column in table.columns if column.width is not None)
@@ -252,12 +252,12 @@ def _not_finite(comparison: Comparison, texts: int) -> str:
 
 
 def _percent(share: float) -> str:
-    # Never 100% where it is not all of it.
+    # Rounded down, so that only all of it is 100%.
     return "100%" if share == 1 else f"{math.floor(share * 10_000) / 100:.2f}%"
 
 
 def _in_one(text: Text) -> str:
-    # A line break or a tab in a text is none in the table.
+    # Line breaks and tabs in a text become spaces in the table.
     return " ".join((text if isinstance(text, str) else " | ".join(text)).split())
 
 

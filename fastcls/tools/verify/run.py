@@ -1,4 +1,4 @@
-"""The check itself: both models on the same batches, one after the other."""
+"""The comparison itself: both models on the same batches, one after the other."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Timed:
 
 @dataclass
 class Verification:
-    """What `verify` found.
+    """The findings of `verify`.
 
     Attributes:
         model_class, task, device, dtype: of the original.
         comparisons: fastcls against the original in the original's dtype; then, in each reduced dtype, the original
-            and fastcls, both against the original in its own.
-        timed: the original and fastcls, in each dtype.
+            and fastcls, both against the original in its own dtype.
+        timed: the times of the original and of fastcls, in each dtype.
         texts: how many were compared.
         tokens: how many tokens they hold, without padding.
         interrupted: whether Ctrl-C ended it before the last text.
@@ -65,9 +65,9 @@ class Verification:
     interrupted: bool = False
 
     def fine(self, *, strict: bool = False) -> bool:
-        """Whether rounding explains every changed answer, none is far off and all numbers are finite.
+        """Whether rounding explains every changed answer, no answer is far off and all numbers are finite.
 
-        In reduced dtypes, too, if strict.
+        With ``strict`` in reduced dtypes, too.
         """
         decisive = self.comparisons if strict else self.comparisons[:1]
         return not any(each.beyond_rounding or each.far_off or each.not_finite for each in decisive)
@@ -76,23 +76,23 @@ class Verification:
         """The findings as plain data.
 
         ``model_class``, ``task``, ``device``, ``dtype``, ``texts``, ``tokens`` and ``interrupted`` are the attributes;
-        ``fine`` is the verdict that decides the exit status without ``--strict``, ``versions`` those of fastcls,
+        ``fine`` is the verdict that decides the exit status without ``--strict``; ``versions`` has those of fastcls,
         torch and transformers. ``times`` has for each model ``name`` ("original", "fastcls"), ``dtype``, ``texts``,
-        ``seconds`` and ``texts_per_second``. ``comparisons`` are each against the original in its own dtype:
+        ``seconds`` and ``texts_per_second``. Each of ``comparisons`` is against the original in its own dtype:
 
         - ``name`` and ``dtype`` of the model compared; ``labels``, how many were compared; ``changed``, how many
-          differ, and ``beyond_rounding``, how many of them rounding does not explain (null: not judged). Where there
-          are no labels both count answers that rounding does not explain.
-        - ``far_off``: of answers with labels, how many have a number that differs by more than ten times what rounding
+          differ, and ``beyond_rounding``, how many of these rounding does not explain (null: not judged). Without
+          labels both count answers that rounding does not explain.
+        - ``far_off``: how many answers with labels have a number that differs by more than ten times what rounding
           explains (null: not judged), and ``furthest_line``, the line of the largest of these differences, or null.
-        - ``differences`` between logits (of encoders: states): ``count``, ``equal``, ``not_finite`` (in one of the two
+        - ``differences`` between logits (for encoders, states): ``count``, ``equal``, ``not_finite`` (in one of the two
           or both), ``largest`` and ``mean`` of the finite ones, and ``histogram``, a list of ``from``, ``below`` and
           ``count``.
         - ``rounding_error_of_the_original``: the largest that was seen on the first texts (null: not judged).
         - ``embedding_cosine``: ``mean`` and ``lowest`` of an encoder's first tokens, else null.
         - ``changed_labels``: the 20 with the largest margins, each with ``line`` (from 1), ``text``, ``place``,
           ``original`` and ``fastcls`` (``label`` and ``score``; null without labels), ``margin``, ``explained_up_to``
-          and ``beyond_rounding``. Numbers that are infinite or none are null.
+          and ``beyond_rounding``. Infinite numbers and NaN are null.
         """
         import transformers
 
@@ -134,7 +134,7 @@ class _Pair:
     batches: int = field(default=0)
 
     def run(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What both answer. They take turns at who comes first, and the first batch of all is run once unmeasured."""
+        """Both models' answers. They take turns at coming first; the very first batch is run once without timing."""
         sides = list(zip((self.original, self.fast), self.timed, strict=True))
         if not self.batches:
             for runner, _ in sides:
@@ -175,36 +175,36 @@ def verify(
     source: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Verification:
-    """Compares a transformers model with what `fastcls.optimize` makes of it, on texts of yours.
+    """Compares a transformers model with its fast model from `fastcls.optimize`, on your texts.
 
-    Both see the same batches of texts that follow each other, padded to the longest. A label that changed is explained
-    by rounding if the two logits that changed places could have met by rounding alone: the original's margin between
-    them is at most twice what the two computations may differ by. They may differ by three times the original's own
-    rounding error (its own once, and fastcls's, which is held to twice that), which is measured, as the largest error
-    of its logits, against the same model in float64: on the first 64 texts and on the very text whose label changed. In
-    reduced dtypes it is measured on each text against the original in its own dtype. Labels that go by a logit's sign
-    have the logit as their margin, and it may move by as much once. An answer is far off, whatever its label, where a
-    logit differs by more than ten times what the computations may differ by; that is then at least eight steps of the
-    dtype at the answer's largest logit, because few logits may all be exact by chance. Where there are no labels
-    (scores, regression, encoders), an answer counts as changed where its numbers differ by more than the computations
-    may, and fastcls's own sample texts join the first 64.
+    Both see the same batches of successive texts, padded to the longest. Rounding explains a changed label if the two
+    logits that changed places could have met by rounding alone: the original's margin between them is at most twice the
+    difference that the two computations may have. They may differ by three times the original's own rounding error (its
+    own once, and fastcls's, which is held to twice that). This error, the largest of its logits, is measured against
+    the same model in float64: on the first 64 texts and on the very text whose label changed. In reduced dtypes it is
+    measured on each text against the original in its own dtype. If labels go by a logit's sign, the margin is the logit
+    itself, and may be at most once that difference. Whatever its label, an answer is far off if a logit differs by more
+    than ten times what the computations may; this allowance is then at least eight steps of the dtype at the answer's
+    largest logit, because few logits may all be exact by chance. Without labels (scores, regression, encoders), an
+    answer counts as changed if its numbers differ by more than the computations may, and fastcls's own sample texts
+    join the first 64.
 
     Args:
         model: a transformers model of a supported family, in eval mode.
         tokenizer: the tokenizer that belongs to it.
         texts: any number of them, each a string or a pair; for multiple choice a question and its choices.
-        fast: what to compare; None is ``fastcls.optimize(model)``.
+        fast: the fast model to compare; None is ``fastcls.optimize(model)``.
         reduced: 16-bit dtypes in which the original and fastcls are compared with it, too; needs a float32 model. None
-            is bfloat16 for a float32 model, and none for others.
+            is bfloat16 for a float32 model, and no dtype for others.
         batch_size: texts in a batch.
         truncation: cut texts that are longer than ``tokenizer.model_max_length`` or the model's positions, to the
-            smaller of both; otherwise what is longer than the positions is an error.
+            smaller of both; otherwise a text longer than the positions is an error.
         limit: stop after this many texts.
-        source: the name of the file that the texts are lines of, for messages.
+        source: the name of the file whose lines the texts are, for messages.
         progress: called after each batch with the number of texts done.
 
     Returns:
-        The findings; of what was done, if Ctrl-C came before the end.
+        The findings; if Ctrl-C came before the end, those up to then.
 
     Raises:
         TypeError: a model that is not supported, a table, something that is no text, or another ``fast`` than the
@@ -224,7 +224,7 @@ def verify(
     texts = checked_texts(texts)
     dtypes = _reduced_dtypes(reduced, model.dtype)
     fast = optimize(model) if fast is None else _checked(fast, model, task)
-    # A copy, because a tokenizer keeps padding and truncation as its state, which others may set meanwhile.
+    # A copy, because a tokenizer keeps padding and truncation as its state, which other code may set meanwhile.
     answers = answers_of(model, own_copy(tokenizer), getattr(fast, "num_labels", 0))
     where = model.device
     own = _pair(answers, model, fast)
@@ -249,7 +249,7 @@ def verify(
         with torch.no_grad():
             for batch in encoder.batches(islice(texts, limit), batch_size):
                 if not result.texts and answers.decides == "nothing":
-                    # Of single numbers a few texts' errors may all be small by chance.
+                    # Without labels the errors of a few texts may all be small by chance.
                     _learn_from_samples(answers, own, exact, others, comparison, batch_size)
                 _compare(batch, answers, own, exact, others, result, where)
                 if progress is not None:
@@ -281,7 +281,7 @@ def _compare(
         of_chosen = torch.isin(answers.owners(batch), torch.tensor(suspects))
         errors[suspects] = rounding_errors(original[of_chosen], exact.ask(chosen), answers, chosen)
     lower_errors = [rounding_errors(rows, original, answers, batch) for rows, _ in lower]
-    # From here on nothing takes long, so that Ctrl-C finds whole batches counted.
+    # The rest takes no time, so that Ctrl-C finds whole batches counted.
     if is_reference:
         comparison.learn(errors)
         for other, found in zip(others, lower_errors, strict=True):
@@ -315,7 +315,7 @@ class _TextEncoder:
         self.source = source
 
     def batches(self, texts: Iterator[Text], batch_size: int) -> Iterator[Batch]:
-        """Batches of texts that follow each other; of those that go into a batch together where not all do."""
+        """Batches of successive texts with equal keys."""
         waiting: dict[Hashable, list[Encoded]] = {}
         first = 0
         while chunk := list(islice(texts, batch_size)):
@@ -331,7 +331,6 @@ class _TextEncoder:
     def _encoded(self, texts: list[Text], first: int) -> Iterator[Encoded]:
         answers = self.answers
         for index, given in enumerate(texts, start=first):
-            # Checked at once.
             text: Any = plain(given)
             parts = (text,) if isinstance(text, str) else text
             if not isinstance(parts, (tuple, list)) or not all(isinstance(part, str) for part in parts):
@@ -405,7 +404,7 @@ def _pair(answers: Answers, model: PreTrainedModel, fast: Any) -> _Pair:
 
 
 def _copy(model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
-    # nn.Module.to, because the wrapper that transformers puts around it hides its types.
+    # nn.Module.to, because transformers' wrapper around it hides its types.
     return nn.Module.to(deepcopy(model), device=device, dtype=dtype)
 
 
