@@ -9,7 +9,7 @@ from transformers import AlbertConfig
 
 from ..engine.spec import EncoderSpec, HeadSpec
 from . import bert
-from .family import Built, Family, Head, Names, activation_built, activation_of, layer_modules
+from .family import Built, Family, HeadOf, Names, activation_built, activation_of, layer_modules
 
 _LAYER: Names = {
     "qkv": ("attention.query", "attention.key", "attention.value"),
@@ -60,7 +60,7 @@ def _masked_lm(config: AlbertConfig) -> HeadSpec:
 
 
 _CLASSIFIER = {"dense": "albert.pooler", "out": "classifier"}
-_HEADS: dict[str, Head] = {
+_HEADS: dict[str, HeadOf] = {
     "AlbertForSequenceClassification": HeadSpec("sequence classification", _CLASSIFIER),
     "AlbertForMultipleChoice": HeadSpec("multiple choice", _CLASSIFIER),
     "AlbertForMaskedLM": _masked_lm,

@@ -10,7 +10,7 @@ from ..engine.spec import EncoderSpec, HeadSpec
 from .family import (
     Built,
     Family,
-    Head,
+    HeadOf,
     Names,
     activation_built,
     activation_of,
@@ -86,7 +86,7 @@ def _masked_lm(config: BertConfig) -> HeadSpec:
 
 
 _POOLER = "bert.pooler.dense"
-_HEADS: dict[str, Head] = {
+_HEADS: dict[str, HeadOf] = {
     "BertForSequenceClassification": HeadSpec("sequence classification", {"dense": _POOLER, "out": "classifier"}),
     "BertForNextSentencePrediction": HeadSpec(
         "next sentence prediction", {"dense": _POOLER, "out": "cls.seq_relationship"}

@@ -9,7 +9,7 @@ from transformers import DebertaV2Config
 
 from ..engine.spec import Convolution, Disentangled, EncoderSpec, HeadSpec, Task
 from . import bert
-from .family import Built, Family, Head, Names, activation_of, check_options, layer_modules
+from .family import Built, Family, HeadOf, Names, activation_of, check_options, layer_modules
 
 _LAYER: Names = {
     **bert.LAYER,
@@ -98,12 +98,12 @@ def _masked_lm(config: DebertaV2Config) -> HeadSpec:
     return HeadSpec("masked language modelling", names, activation=activation, eps=config.layer_norm_eps)
 
 
-def _pooled(task: Task) -> Head:
+def _pooled(task: Task) -> HeadOf:
     names = {"dense": "pooler.dense", "out": "classifier"}
     return lambda config: HeadSpec(task, names, activation=activation_of(config, "pooler_hidden_act"))
 
 
-_HEADS: dict[str, Head] = {
+_HEADS: dict[str, HeadOf] = {
     "DebertaV2ForSequenceClassification": _pooled("sequence classification"),
     "DebertaV2ForMultipleChoice": _pooled("multiple choice"),
     "DebertaV2ForMaskedLM": _masked_lm,

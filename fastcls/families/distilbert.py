@@ -8,7 +8,7 @@ from ..engine.spec import EncoderSpec, HeadSpec
 from .family import (
     Built,
     Family,
-    Head,
+    HeadOf,
     Names,
     activation_built,
     activation_of,
@@ -70,7 +70,7 @@ def _masked_lm(config: DistilBertConfig) -> HeadSpec:
 
 
 _CLASSIFIER = {"dense": "pre_classifier", "out": "classifier"}
-_HEADS: dict[str, Head] = {
+_HEADS: dict[str, HeadOf] = {
     "DistilBertForSequenceClassification": HeadSpec("sequence classification", _CLASSIFIER, activation="relu"),
     "DistilBertForMultipleChoice": HeadSpec("multiple choice", _CLASSIFIER, activation="relu"),
     "DistilBertForMaskedLM": _masked_lm,

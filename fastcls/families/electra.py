@@ -8,7 +8,7 @@ from transformers import ElectraConfig
 
 from ..engine.spec import EncoderSpec, HeadSpec
 from . import bert
-from .family import Family, Head, Names, activation_of, check_options
+from .family import Family, HeadOf, Names, activation_of, check_options
 
 
 def _spec(config: ElectraConfig) -> EncoderSpec:
@@ -32,7 +32,7 @@ def _masked_lm(config: ElectraConfig) -> HeadSpec:
 
 
 _CLASSIFIER = {"dense": "classifier.dense", "out": "classifier.out_proj"}
-_HEADS: dict[str, Head] = {
+_HEADS: dict[str, HeadOf] = {
     "ElectraForSequenceClassification": HeadSpec("sequence classification", _CLASSIFIER, activation="gelu"),
     "ElectraForMultipleChoice": _multiple_choice,
     "ElectraForMaskedLM": _masked_lm,

@@ -21,7 +21,7 @@ Names = Mapping[str, str | tuple[str, ...]]
 Built = Mapping[str, Callable[[Any, Any], Any]]
 
 # The head on an encoder: a spec, or a function from the model's config to one.
-Head = HeadSpec | Callable[[Any], HeadSpec]
+HeadOf = HeadSpec | Callable[[Any], HeadSpec]
 
 # transformers' names of the activations that the kernels compute.
 ACTIVATION_NAMES: dict[str, Activation] = {
@@ -93,7 +93,7 @@ class Family:
     prefix: str
     spec: Callable[[Any], EncoderSpec]
     modules: Callable[[Any], Names]
-    heads: Mapping[str, Head]
+    heads: Mapping[str, HeadOf]
     output: str
     built: Built
     buffers: Callable[[Any], Mapping[str, str]] = lambda _: {}

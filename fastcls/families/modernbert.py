@@ -10,7 +10,7 @@ from ..engine.spec import EncoderSpec, HeadSpec, Pooling, Task
 from .family import (
     Built,
     Family,
-    Head,
+    HeadOf,
     Names,
     activation_built,
     activation_of,
@@ -73,7 +73,7 @@ def _modules(config: ModernBertConfig) -> Names:
     }
 
 
-def _head(task: Task, out: str = "classifier") -> Head:
+def _head(task: Task, out: str = "classifier") -> HeadOf:
     def head(config: ModernBertConfig) -> HeadSpec:
         if task == "masked language modelling":
             check_options(config, (("sparse_prediction", False),))
@@ -89,7 +89,7 @@ def _head(task: Task, out: str = "classifier") -> Head:
     return head
 
 
-_HEADS: dict[str, Head] = {
+_HEADS: dict[str, HeadOf] = {
     "ModernBertForSequenceClassification": _head("sequence classification"),
     "ModernBertForMultipleChoice": _head("multiple choice"),
     "ModernBertForMaskedLM": _head("masked language modelling", out="decoder"),

@@ -8,7 +8,7 @@ from transformers import MPNetConfig
 
 from ..engine.spec import BucketBias, EncoderSpec, HeadSpec
 from . import bert
-from .family import Built, Family, Head, Names, check_options, layer_modules
+from .family import Built, Family, HeadOf, Names, check_options, layer_modules
 
 # transformers computes with these, whatever the config says.
 _PADDING_ID, _BUCKETS, _REACH = 1, 32, 128
@@ -49,7 +49,7 @@ def _masked_lm(config: MPNetConfig) -> HeadSpec:
 
 
 _CLASSIFIER = {"dense": "classifier.dense", "out": "classifier.out_proj"}
-_HEADS: dict[str, Head] = {
+_HEADS: dict[str, HeadOf] = {
     "MPNetForSequenceClassification": HeadSpec("sequence classification", _CLASSIFIER),
     "MPNetForMultipleChoice": HeadSpec("multiple choice", {"dense": "mpnet.pooler.dense", "out": "classifier"}),
     "MPNetForMaskedLM": _masked_lm,

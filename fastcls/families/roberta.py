@@ -7,7 +7,7 @@ from typing import Any
 
 from ..engine.spec import EncoderSpec, HeadSpec
 from . import bert
-from .family import Built, Family, Head
+from .family import Built, Family, HeadOf
 
 _BUILT: Built = {**bert.BUILT, "pad_token_id": lambda encoder, _: encoder.embeddings.padding_idx}
 
@@ -25,7 +25,7 @@ def _masked_lm(config: Any) -> HeadSpec:
 def _family(model_type: str, names: str) -> Family:
     classifier = {"dense": "classifier.dense", "out": "classifier.out_proj"}
     choice = {"dense": "roberta.pooler.dense", "out": "classifier"}
-    heads: dict[str, Head] = {
+    heads: dict[str, HeadOf] = {
         f"{names}ForSequenceClassification": HeadSpec("sequence classification", classifier),
         f"{names}ForMultipleChoice": HeadSpec("multiple choice", choice),
         f"{names}ForMaskedLM": _masked_lm,
