@@ -3,8 +3,8 @@
 python benchmarks/floors.py
 python benchmarks/floors.py --measure --out floors.json
 
-Without --measure nothing runs: floors follow from the useful work and two rates, which are given. With it the rates are
-measured on this GPU, and fastcls and its peers are timed side by side, each checked before.
+Without --measure nothing runs: floors follow from the useful work and two given rates. With it the rates are measured
+on this GPU, and fastcls and its peers are checked and then timed side by side.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from fastcls_benchmarks.workloads import Batch, Workload, build_model, lengths_o
 
 DTYPE = torch.bfloat16
 NUM_BATCHES = 3
-# How often a batch is seen before it is timed: a shape is compiled, then captured.
+# How often a batch runs before it is timed: a shape is compiled, then captured.
 WARM_UP_CALLS = 3
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A workload, and the time that is aimed at on one H200 in bfloat16."""
+    """A workload, and the target time on one H200 in bfloat16."""
 
     model: str
     workload: Workload
@@ -60,14 +60,14 @@ GOALS = (
 
 
 class Rates(NamedTuple):
-    """What a chip does at best."""
+    """A chip's best rates."""
 
     flops_per_second: float
     bytes_per_second: float
 
 
 class Floor(NamedTuple):
-    """What a batch needs, on average, and the time below which nobody can go."""
+    """The work that a batch needs, on average, and the shortest possible time."""
 
     tokens: float
     flops: float
@@ -83,7 +83,7 @@ def floor_of(goal: Goal, rates: Rates) -> Floor:
 
 
 class Resident:
-    """Makes providers' forwards over inputs that lie on the GPU before the clock starts."""
+    """Makes providers' forwards over inputs that are on the GPU before the clock starts."""
 
     def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
         self.model = model
@@ -118,7 +118,7 @@ def _lists(batch: Batch) -> list[list[int]]:
 
 
 def measure(goal: Goal, model: Model, seconds: float, console: Console) -> tuple[Case, dict[str, str]]:
-    """Times every provider whose logits check out, in turn; gives the reasons of those that do not."""
+    """Times all providers with correct logits, in turn; returns the reasons why others failed."""
     batches = goal.workload.batches(NUM_BATCHES)
     reference = Reference(model, batches)
     case = Case("model", goal.model, goal.workload.name, str(DTYPE), SDPA.name, goal.workload.batch_size)
@@ -147,7 +147,7 @@ def measure(goal: Goal, model: Model, seconds: float, console: Console) -> tuple
 
 
 def rates_of(device: torch.device) -> Rates:
-    """Measured, at square shapes and the models' own."""
+    """This GPU's rates, measured at square shapes and the models' own."""
     shapes = [shape for name in ("bert-base", "bert-large") for shape in product_shapes(ModelShape.named(name))]
     rates = machine.measure(device, DTYPE, shapes, seconds=2.0)
     return Rates(*(max(rate.per_second for rate in rates if rate.kind == kind) for kind in ("product", "copy")))

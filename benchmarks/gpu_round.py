@@ -1,11 +1,11 @@
-"""All that only a GPU can tell, in one command: tests, the table of tiles, how near the floors are, the release suite.
+"""All checks and measurements that need a GPU, in one command: tests, the table of tiles, floors, the release suite.
 
 python benchmarks/gpu_round.py --out round
 python benchmarks/gpu_round.py --out round --step tests --step floors
 
-A checkout need not be installed. Each step is a process of its own, whose output goes to a file beside its results; one
-that fails or takes longer than its limit does not keep the others from running. The last two steps
-measure with the table of tiles in kernels/fastcls_kernels/configs/: put the new one there, and commit it, before.
+A checkout need not be installed. Each step is its own process, whose output goes to a file beside its results; if one
+fails or takes longer than its limit, the others still run. The last two steps measure with the table of tiles in
+kernels/fastcls_kernels/configs/: put the new one there, and commit it, before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PACKAGES = (".", "kernels", "benchmarks")
 
 
 class Step(NamedTuple):
-    """One part: what it is for, and the command that python runs, in which {out} is the folder of results."""
+    """One part: its purpose, and python's arguments, in which {out} is the folder of results."""
 
     about: str
     command: tuple[str, ...]
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
     log: Path
 
 
-# What a shell reports of a program that took too long.
+# The exit status of `timeout` for a program that took too long.
 TOO_LONG = 124
 
 
@@ -78,7 +78,7 @@ def run(name: str, out: Path, limit: float | None = None) -> Outcome:
 
 
 def round_of(names: Sequence[str], out: Path, limit: float | None, console: Console) -> dict[str, Outcome]:
-    """Runs the steps in turn, and says of each how it ended."""
+    """Runs the steps in turn, and prints how each ended."""
     outcomes: dict[str, Outcome] = {}
     for name in names:
         console.print(f"{name}: {STEPS[name].about} ...")

@@ -1,11 +1,10 @@
-"""fastcls where people already are: sentence-transformers' CrossEncoder and a pipeline of transformers, timed whole.
+"""fastcls in other libraries: sentence-transformers' CrossEncoder and a transformers pipeline, timed as a whole.
 
 python benchmarks/integrations.py
 python benchmarks/integrations.py --case reranking --seconds 120 --out integrations.json
 
-From texts to scores, tokenizing included, as the libraries do it: the model with its own forward against
-``fastcls.optimize`` of it, in turn, in rounds. Scores are compared first. Set OMP_WAIT_POLICY=passive where other
-programs want the same cores.
+From texts to scores, with the libraries' own tokenizing: the model with its own forward against ``fastcls.optimize`` of
+it, in turn, in rounds. Scores are compared first. Set OMP_WAIT_POLICY=passive if other programs need the same cores.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from fastcls_benchmarks.workloads import SEED
 
 ORIGINAL, FASTCLS = "original", "fastcls"
 BATCH_SIZE = 32
-# Of the scores, before any activation or behind a softmax.
+# For the scores, before any activation or after a softmax.
 TOLERANCE = 1e-5
 SST2 = Path(os.environ.get("FASTCLS_SST2", Path(__file__).resolve().parents[2] / "shared" / "data" / "sst2"))
 
@@ -45,7 +44,7 @@ class Job(NamedTuple):
     Attributes:
         about: the texts, in words.
         texts: how many.
-        original, fast: all of the texts to their scores.
+        original, fast: compute the scores of all texts.
     """
 
     about: str
@@ -102,7 +101,7 @@ def reranking(weights: Path, texts: int, device: torch.device) -> Job:
 
 
 def sst2_sentences(count: int) -> list[str]:
-    """The first of the dev split, in the file's order."""
+    """The first ``count`` sentences of the dev split, in the file's order."""
     path = SST2 / "dev.tsv"
     if not path.is_file():
         raise typer.BadParameter(
@@ -138,7 +137,7 @@ CASES: dict[str, Callable[[Path, int, torch.device], Job]] = {"reranking": reran
 
 
 def measure(name: str, job: Job, seconds: float, device: torch.device, progress: Callable[[str], None]) -> Case:
-    """Checks the scores, and times both where they agree."""
+    """Checks the scores, and times both if they agree."""
     case = Case("model", name, f"{BATCH_SIZE} x {job.about}", "float32", ORIGINAL, job.texts)
     with torch.inference_mode():
         difference = float((job.original() - job.fast()).abs().max())

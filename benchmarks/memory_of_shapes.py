@@ -1,10 +1,10 @@
-"""How much a process grows on a CPU while calls of ever other sizes reach it: fastcls beside transformers. On Linux.
+"""How much a process grows on a CPU while it gets calls of ever new sizes: fastcls beside transformers. On Linux.
 
 python benchmarks/memory_of_shapes.py
 python benchmarks/memory_of_shapes.py --model bert-base --calls 400
 
-oneDNN keeps what it compiled for each shape of a product. Each model runs in a process of its own, on the same calls,
-of 1 to 3 texts and up to 400 tokens.
+oneDNN keeps the code that it compiled for each shape of a product. Each model runs in its own process, on the same
+calls of 1 to 3 texts and up to 400 tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def resident_mib() -> float:
 
 
 def growth(model_name: str, provider: str, calls: int, threads: int) -> tuple[float, int]:
-    """MiB that this process grows by, and in how many different sizes of a batch."""
+    """By how many MiB this process grows, and over how many different batch sizes."""
     torch.set_num_threads(threads)
     model = build_model(model_name, torch.device("cpu"), torch.float32)
     called = fastcls.optimize(model) if provider == "fastcls" else model

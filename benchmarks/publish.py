@@ -1,4 +1,4 @@
-"""Publishes a release run: keeps its results, and makes the README's table and picture from all that are kept.
+"""Publishes a release run: keeps its results, and makes the README's table and picture from all kept results.
 
 python benchmarks/publish.py fastcls-bench/2026-01-31-120000/results.json
 python benchmarks/publish.py --check
@@ -23,7 +23,7 @@ from fastcls_benchmarks.tables import NONE, duration, times
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-# The cases that the README shows, of those that a run has.
+# The cases of a run that the README shows.
 FEATURED = (
     "32 x sst2",
     "8 x sst2",
@@ -35,12 +35,12 @@ FEATURED = (
     "128 x mixed-512",
     "32 x squad",
 )
-# Written into the picture: which results it was made from.
+# The picture's field for the digest of the results that it was made from.
 DIGEST = "Source"
 
 
 def reason_not_to_publish(report: Report) -> str | None:
-    """Why a run's figures are none to publish; a commit that only the code itself tells is filled in."""
+    """Why a run's figures may not be published; fills in a commit that only the code itself identifies."""
     if report.suite != "release":
         return f"only the release suite is published, this is {report.suite}"
     if report.partial:
@@ -91,7 +91,7 @@ def _headline(report: Report) -> str:
 
 
 def _invariant(report: Report) -> str | None:
-    """What the same bits in every batch cost."""
+    """The times with the same bits in every batch."""
     costs = [
         f"{case.subject}, {case.workload}: {duration(seconds)} ms"
         for case in report.cases
@@ -124,7 +124,7 @@ def _rows(report: Report) -> Iterator[str]:
     for case in _featured(report):
         peer = fastest_peer(case)
         share = report.share_of_floor(case, FASTCLS.name)
-        # Of a model that transformers does not compute with sdpa.
+        # Marks a model that transformers does not compute with sdpa.
         mark = "" if case.baseline == SDPA.name else f" ({case.baseline.removeprefix('transformers ')})"
         peer_cell = f"{duration(case.typical_seconds(peer))} ({peer})" if peer else NONE
         yield _line(
@@ -145,7 +145,7 @@ def _rows(report: Report) -> Iterator[str]:
 
 
 def fastest_peer(case: Case) -> str | None:
-    """Whoever took least of those that are not ours."""
+    """The fastest provider that is not ours."""
     seconds = {row.provider: case.typical_seconds(row.provider) for row in case.rows if row.provider not in OURS}
     timed = {name: each for name, each in seconds.items() if each is not None}
     return min(timed, key=lambda name: timed[name], default=None)
@@ -178,7 +178,7 @@ def _digest(path: Path) -> str:
 
 
 def draw(results: Path) -> Path | None:
-    """The picture beside a results file, marked with that file's digest; none where nothing is to be seen."""
+    """Draws the picture beside a results file, marked with that file's digest; None if it would show nothing."""
     plot = relative_speed(Report.read(results))
     if plot is None:
         return None
@@ -188,7 +188,7 @@ def draw(results: Path) -> Path | None:
 
 
 def out_of_step(readme: Path, results: Path) -> list[str]:
-    """What no longer shows the results that are kept."""
+    """The files that no longer show the kept results."""
     text = readme.read_text(encoding="utf-8")
     found = [str(readme)] if with_section(text, section_of(results, readme)) != text else []
     for path in sorted(results.glob("*/release.json")):

@@ -4,9 +4,9 @@ python benchmarks/tune.py --dry-run
 python benchmarks/tune.py
 python benchmarks/tune.py --operation linear_gelu --seconds 120 --out sm_90.json
 
-Tiles are run through the public operations. First each is compiled and checked, many at a time, in processes of their
-own; those that are right are then timed in turn, and one takes the present choice's place only where it is faster by
-more than the noise. Of problems that the table cannot tell apart, all count together.
+Tiles run through the public operations. First each is compiled and checked, many at a time, in separate processes; the
+correct ones are then timed in turn, and one replaces the present choice only if it is faster by more than the noise.
+Problems that the table cannot tell apart count together.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ from fastcls_benchmarks.tile_rules import BITS, Winner, table_with, written
 from fastcls_benchmarks.workloads import SEED
 from fastcls_kernels.runtime import tile_tables
 
-# What a plan is for where there is no GPU.
+# The chip of a plan if there is no GPU.
 PLANNED_ARCH = "sm_90"
-# Checking may take this share of the time, in so many processes.
+# Checking may take this share of the time, in this number of processes.
 CHECKING = 0.5
 PROCESSES = max(1, min((os.cpu_count() or 1) - 1, 14))
-# All are timed in one round; so many of them, beside the present choice, in as many as there is time for.
+# All are timed in one round; then this many of them, beside the present choice, in as many rounds as fit into the time.
 FINALISTS = 3
 ONE_ROUND = timing.Effort(0.0, min_rounds=1, max_rounds=1, visit_seconds=0.005, max_calls=5)
-# Large problems have few input sets, and a graph of so many turns takes longer than it costs to replay.
+# Large problems have few input sets, and a CUDA graph of this many turns takes longer than it costs to replay.
 MAX_TURNS = 10
 # For plans: to compile and check a tile; to capture and time it once; to time it in another round.
 CHECK_SECONDS, FIRST_SECONDS, ROUND_SECONDS = 1.5, 0.065, 0.045
 
 
 class Point(NamedTuple):
-    """What the table tells apart, with the problems that are one to it."""
+    """Facts that the table tells apart, with the problems that it cannot tell apart."""
 
     operation: str
     facts: Facts
     problems: list[Problem]
 
     def candidates(self, arch: str) -> dict[str, Tile]:
-        """By their labels, the table's present choice first."""
+        """The tiles to try by their labels, the table's present choice first."""
         present = tile_tables._first_fitting(arch, self.operation, {**BITS, **self.facts})
         has_tma = arch.startswith("sm_") and int(arch[3:]) >= 90
         tiles = (tile for tile in OPERATIONS[self.operation].tiles if suits(tile, self.problems[0], has_tma))
@@ -75,7 +75,7 @@ class Point(NamedTuple):
 
 
 def points_of(name: str) -> list[Point]:
-    """Those of an operation, by shape and size."""
+    """An operation's points, by shape and size."""
     operation = OPERATIONS[name]
     found: dict[tuple[int, ...], Point] = {}
     for shape, size in itertools.product(operation.shapes, operation.sizes):
@@ -89,19 +89,19 @@ _COUNTS = {"num_warps": "w", "num_stages": "s", "SPLITS": "splits"}
 
 
 def label(tile: Tile) -> str:
-    """A tile as tables show it."""
+    """A tile's name in tables."""
     blocks = "x".join(str(value) for name, value in tile.items() if "BLOCK" in name)
     counts = [f"{short}{tile[name]}" for name, short in _COUNTS.items() if name in tile]
     flags = [name for name, value in tile.items() if value is True]
     return " ".join(filter(None, [tile.get("BY"), blocks, *counts, *flags]))
 
 
-# Who is right
+# Checking
 
 
 def shortfall(found: Tensor, eager: Tensor, exact: Tensor) -> str:
     """Why a result is not exact enough: over 1.1 times eager's error in RMS or 2 times at the worst; "" if it is."""
-    # Where eager happens to be better than its dtype can store, rounding the truth is the measure.
+    # If eager happens to be better than its dtype can store, the rounded exact result is the measure.
     errors = [(each.double() - exact).abs() for each in (found, eager, exact.to(eager.dtype))]
     rms, worst = zip(*((float(each.square().mean().sqrt()), float(each.max())) for each in errors), strict=True)
     for what, (error, *bounds), factor in (("RMS", rms, 1.1), ("worst", worst, 2)):
@@ -127,23 +127,23 @@ def _define(problem: Problem, arguments: Arguments, dtype: torch.dtype) -> Tenso
 
 
 def _spilled() -> set[str]:
-    """The kernels of this process that keep registers in memory."""
+    """The kernels of this process that spill registers."""
     modules = [module for name, module in sys.modules.items() if name.startswith("fastcls_kernels.")]
     caches = [getattr(each, "device_caches", {}) for module in modules for each in vars(module).values()]
     kernels = [kernel for each in caches for kernels, *_ in each.values() for kernel in kernels.values()]
-    # One that needs more memory than there is was never loaded, and so cannot tell.
+    # A kernel that needs more memory than the chip has was never loaded, and has no count.
     return {kernel.hash for kernel in kernels if getattr(kernel, "n_spills", 0)}
 
 
 @torch.inference_mode()
 def verdict(problem: Problem, tile: Tile, device: str, dtype: torch.dtype) -> str:
     """Why a tile may not be timed; "" if it may."""
-    # A rule of 16 bits is float16's, too. What is compiled errs alike in both; how a library approximates may not.
+    # A rule of 16 bits is float16's, too. Compiled kernels err alike in both; a library's approximations may not.
     dtypes = (dtype,) if tile.get("BY", "triton") == "triton" else (dtype, torch.float16)
     small, before = problem.to_check(), _spilled()
     try:
         for each in dict.fromkeys(dtypes):
-            # Numbers of its own: memory that a kernel fails to write may hold another tile's result.
+            # Each tile has its own numbers: memory that a kernel fails to write may hold another tile's result.
             random = _source(device, each, zlib.crc32(label(tile).encode()))
             arguments = OPERATIONS[problem.operation].make(random, small)
             found = _run(small, tile, arguments)
@@ -151,17 +151,17 @@ def verdict(problem: Problem, tile: Tile, device: str, dtype: torch.dtype) -> st
             if wrong:
                 return f"{str(each).removeprefix('torch.')}: {wrong}"
     except Exception as error:  # whatever is wrong with a tile is a line of the report, not the end of the run
-        # Raises where the GPU is lost to this process.
+        # Raises if this process has lost the GPU.
         machine.wait_for(torch.device(device))
         return runner.reason_of(error)
-    # tests/test_aot.py would not let it pass.
+    # tests/test_aot.py would refuse it.
     return "it spills registers" if _spilled() - before else ""
 
 
 def in_processes(judge: Callable[..., str], tasks: Iterable[tuple[Any, ...]], until: float) -> Iterator[str]:
-    """What ``judge`` says of each, several at a time; where it raises, its process is given up and no other harmed."""
+    """The results of ``judge``, several at a time; if it raises, only its own process is given up."""
     own = threading.local()
-    # Ctrl-C is for this process to handle.
+    # This process alone handles Ctrl-C.
     options = (multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     with contextlib.ExitStack() as pools, ThreadPoolExecutor(PROCESSES) as threads:
 
@@ -179,11 +179,11 @@ def in_processes(judge: Callable[..., str], tasks: Iterable[tuple[Any, ...]], un
         yield from threads.map(in_own_process, tasks)
 
 
-# Who is fast
+# Timing
 
 
 class _Timed(NamedTuple):
-    """Functions of one problem, each of so many calls."""
+    """Functions of one problem, with the number of calls in each."""
 
     case: Case
     functions: dict[str, timing.Function]
@@ -197,7 +197,7 @@ class _Timed(NamedTuple):
 
 
 def choose(cases: Sequence[Case]) -> str:
-    """The fastest over all cases of those that are faster than the baseline by more than the noise, or the baseline."""
+    """The fastest over all cases among those faster than the baseline by more than the noise, or the baseline."""
     best, gain = cases[0].baseline, 1.0
     for name in cases[0].seconds.keys() - {best, best + AGAIN}:
         intervals = [interval for case in cases if (interval := case.interval(name))]
@@ -208,7 +208,7 @@ def choose(cases: Sequence[Case]) -> str:
 
 
 class Choice(NamedTuple):
-    """What was measured at a point: the labels of the former and the chosen tile, and the times."""
+    """The result at a point: the labels of the former and the chosen tile, and the times."""
 
     point: Point
     former: str
@@ -222,7 +222,7 @@ def _subject(problem: Problem, name: str) -> str:
 
 
 def tasks_of(points: Iterable[Point], arch: str) -> dict[str, tuple[Problem, Tile]]:
-    """What is to be compiled and checked: each tile once for each shape."""
+    """The tiles to compile and check: each once for each shape."""
     return {
         _subject(problem, name): (problem, tile)
         for point in points
@@ -233,7 +233,7 @@ def tasks_of(points: Iterable[Point], arch: str) -> dict[str, tuple[Problem, Til
 
 @dataclass
 class Tuner:
-    """Chooses on one device until the time is over; ``skipped`` says of tiles why they were not timed."""
+    """Chooses on one device until the time is over; ``skipped`` says why tiles were not timed."""
 
     arch: str
     device: torch.device
@@ -244,7 +244,7 @@ class Tuner:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def choices(self, points: Sequence[Point]) -> Iterator[Choice]:
-        """One for each point where something is right."""
+        """One choice for each point with a correct tile."""
         tasks = tasks_of(points, self.arch)
         verdicts = self.judge([(*task, str(self.device), self.dtype) for task in tasks.values()])
         for subject, reason in zip(tasks, verdicts, strict=True):
@@ -290,7 +290,7 @@ class Tuner:
 
     @torch.inference_mode()
     def _prepare(self, problem: Problem, tiles: Mapping[str, Tile]) -> _Timed:
-        """On input sets that no cache holds together; on a GPU replayed from a graph, so that launches do not count."""
+        """On input sets that no cache holds together; on a GPU in a CUDA graph, so that launches do not count."""
         make, random = OPERATIONS[problem.operation].make, _source(str(self.device), self.dtype, SEED)
         sets = [make(random, problem)]
         size = sum(each.nbytes for each in sets[0] if isinstance(each, Tensor))
@@ -311,7 +311,7 @@ class Tuner:
 
 
 def provenance_of(device: torch.device) -> dict[str, Any]:
-    """What the figures behind a rule depend on."""
+    """The provenance of the figures behind a rule."""
     facts = provenance.collect(device)
     kept = ("chip", "driver", "commit", "dirty", "source_digest", "date")
     return {name: facts[name] for name in kept} | {name: facts["versions"][name] for name in ("torch", "triton")}
@@ -321,7 +321,7 @@ def provenance_of(device: torch.device) -> dict[str, Any]:
 
 
 def plan_of(points: Sequence[Point], arch: str, seconds: float) -> Table:
-    """What would be done, and how long it takes at least."""
+    """The planned steps, and the least time that they take."""
     table = plain_table(f"Plan for {arch}, tiles checked in {PROCESSES} processes")
     for heading in ("operation", "shapes", "sizes", "tiles", "timings", "seconds"):
         table.add_column(heading, justify="left" if heading in ("operation", "shapes", "sizes") else "right")
@@ -357,7 +357,7 @@ def result_of(choices: Sequence[Choice]) -> Table:
 
 
 def chip() -> tuple[str | None, str]:
-    """The chip that kernels run on here, or None and why there is none."""
+    """The chip that kernels run on here, or None and the reason."""
     if not torch.cuda.is_available():
         return None, "there is no GPU that torch can use"
     backend, why = ours.explain_backend("cuda")
@@ -402,7 +402,7 @@ def main(
         try:
             for choice in tuner.choices(points):
                 choices.append(choice)
-                # At once: whatever ends the run loses no operation that is complete.
+                # At once, so that whatever ends the run loses no complete operation.
                 keep(complete(points, choices), arch, measured, out)
                 if not errors.is_terminal:
                     passed = time.monotonic() - began
@@ -425,13 +425,13 @@ def main(
 
 
 def keep(winners: Mapping[str, Sequence[Winner]], arch: str, measured: dict[str, Any], out: Path) -> None:
-    """Writes the table, if there is anything new in it."""
+    """Writes the table if it has new rules."""
     if winners:
         out.write_text(written(table_with(arch, winners, measured)), encoding="utf-8")
 
 
 def complete(points: Sequence[Point], choices: Sequence[Choice]) -> dict[str, list[Winner]]:
-    """What won, for those operations that were measured at all of their points."""
+    """The winners of the operations that were measured at all their points."""
     winners: dict[str, list[Winner]] = {}
     for name, group in itertools.groupby(points, key=lambda point: point.operation):
         own = [(choice.point.facts, choice.tile) for choice in choices if choice.point.operation == name]

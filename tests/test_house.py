@@ -15,6 +15,7 @@ from test_imports import BLOCK, run
 
 import fastcls
 import fastcls_kernels
+from fastcls.engine.batch import PaddedBatch
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("fastcls", "kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
@@ -122,3 +123,12 @@ def test_public_names() -> None:
         takes_norm use_backend uses_onednn warming_shapes
     """
     assert sorted(fastcls_kernels.__all__) == sorted((operations + others).split())
+
+
+def test_an_engine_names_rows_that_it_does_not_know() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    batch = PaddedBatch(torch.randint(5, 199, (2, 7)), None, None, None, None)
+    with pytest.raises(ValueError, match="rows must be one of first, mean, all, chosen, got 'last'"):
+        fast.rows(batch, "last")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='chosen must be given with rows "chosen" and with no others, got rows'):
+        fast.rows(batch, "chosen")

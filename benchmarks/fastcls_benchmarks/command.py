@@ -1,4 +1,4 @@
-"""What ``fastcls bench`` does with its options."""
+"""The work of ``fastcls bench``: checking its options, measuring, writing and showing."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 
 class Choice:
-    """What was asked for, checked.
+    """The options, checked.
 
     Raises:
-        ValueError: something that there is not, naming the option, what it was and what it may be.
+        ValueError: a choice that does not exist; it names the option, its value and the possible ones.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ def _check(option: str, names: Sequence[str], known: Collection[str]) -> None:
 
 
 def result_folder(out: Path | None) -> Path:
-    """Where results go.
+    """The folder for results.
 
     Raises:
-        ValueError: there are results already.
+        ValueError: it holds results already.
     """
     if out is None:
         return Path("fastcls-bench") / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
@@ -88,7 +88,7 @@ def result_folder(out: Path | None) -> Path:
 
 
 class _Shown:
-    """A progress bar in seconds of the plan, or in a log a line for each case; what is complete is kept in a file."""
+    """A progress bar in planned seconds, or in a log a line for each case; keeps complete cases in a file."""
 
     def __init__(self, progress: Progress, total: float, path: Path) -> None:
         self.progress = progress
@@ -112,7 +112,7 @@ class _Shown:
 
 
 def measure(choice: Choice, folder: Path, errors: Console) -> Report:
-    """Runs the suite. Ctrl-C ends it early, and what is complete is kept."""
+    """Runs the suite. Ctrl-C ends it early, and complete cases are kept."""
     arguments = {
         "suite": choice.suite.name,
         "device": str(choice.device),
@@ -122,7 +122,7 @@ def measure(choice: Choice, folder: Path, errors: Console) -> Report:
             for plan in choice.suite.models
         ],
     }
-    # Before anything is measured: a folder that cannot be written to is found out now.
+    # Before anything is measured, so that a folder that cannot be written to is an error now.
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(choice.suite.name, provenance.collect(choice.device), arguments)
     columns = (
@@ -148,7 +148,7 @@ def measure(choice: Choice, folder: Path, errors: Console) -> Report:
 
 
 def pictures_missing() -> str | None:
-    """Why neither pictures nor a page can be made."""
+    """Why pictures and the HTML page cannot be made."""
     missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if not missing:
         return None
@@ -156,7 +156,7 @@ def pictures_missing() -> str | None:
 
 
 def write(report: Report, folder: Path) -> list[str]:
-    """JSON, CSV, and where they can be made pictures and the HTML report; returns what was written."""
+    """Writes JSON, CSV, and if possible pictures and the HTML report; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     report.write(folder / RESULTS_FILE)
     report.write_csv(folder / "samples.csv")
@@ -170,7 +170,7 @@ def write(report: Report, folder: Path) -> list[str]:
 
 
 def show(report: Report, console: Console) -> None:
-    """The tables, in 100 columns where there is no terminal."""
+    """Prints the tables, in 100 columns if there is no terminal."""
     if not console.is_terminal:
         console.width = COLUMNS
     for part in tables.render(report):
@@ -178,7 +178,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def show_comparison(old: Report, new: Report, fail_above: float | None, console: Console) -> bool:
-    """What moved; whether nothing became slower by more than ``fail_above`` percent."""
+    """Prints what moved; returns whether nothing became slower by more than ``fail_above`` percent."""
     found = comparison.compare(old, new)
     for part in comparison.render(found):
         console.print(part, highlight=False)
@@ -189,7 +189,7 @@ def show_comparison(old: Report, new: Report, fail_above: float | None, console:
 
 
 def show_choices(device: torch.device, console: Console) -> None:
-    """Suites, models, lengths and providers that there are."""
+    """Prints all suites, models, lengths and providers."""
     dtype = suites.default_dtype(device)
     for heading, rows in (
         ("--suite", [(name, _describe(suites.suite(name, device), device)) for name in SUITES]),

@@ -1,4 +1,4 @@
-"""What moved between two runs: only what is beyond the noise of both."""
+"""Changes between two runs: only those beyond the noise of both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Change:
     """One provider in one case of two runs.
 
     Attributes:
-        before, after: how many times faster than the baseline it was, or for the baseline itself seconds.
+        before, after: how many times faster than the baseline it was; for the baseline itself, seconds.
         ratio: how many times faster it has become; below 1 it has become slower.
         moved: whether that is more than both runs' noise.
     """
@@ -37,10 +37,10 @@ class Comparison:
 
     Attributes:
         changes: of all providers but the baselines, in the order of the new run.
-        machine: how many times faster all baselines have become, in the middle: another machine, or another hour.
-        only_old, only_new: what one of the runs alone has measured.
-        broken: what was timed before and has failed now.
-        differing: what the runs' provenance differs in.
+        machine: how many times faster the baselines have become, as a median: another machine, or another hour.
+        only_old, only_new: measured in one of the runs only.
+        broken: timed before, and failed now.
+        differing: the differences between the runs' provenance.
         same_machine: whether both ran on the same chip with as many threads.
     """
 
@@ -57,7 +57,7 @@ class Comparison:
         return [change for change in self.changes if change.moved]
 
     def reasons_to_fail(self, percent: float) -> list[str]:
-        """Why the new run does not pass for no slower than the old one by more than so much."""
+        """Why the new run does not pass as slower than the old one by at most ``percent``."""
         reasons = [f"{name} has failed" for name in self.broken]
         if not self.same_machine:
             reasons.append("the runs are of different machines or numbers of threads")
@@ -69,7 +69,7 @@ class Comparison:
         ]
 
     def regressions(self, percent: float) -> list[Change]:
-        """What has become slower by more than so much, beyond the noise."""
+        """The changes that are slower by more than ``percent``, beyond the noise."""
         return [change for change in self.moved if 1 / change.ratio - 1 > percent / 100]
 
 
@@ -99,7 +99,7 @@ def compare(old: Report, new: Report) -> Comparison:
 
 
 def _names(report: Report, status: str = "timed") -> dict[str, None]:
-    """Every provider that was timed, with its case; a dict, because it keeps the order."""
+    """Every provider with this status, with its case; a dict, because it keeps the order."""
     return {f"{case.name}, {row.provider}": None for case in report.cases for row in case.rows if row.status == status}
 
 

@@ -1,4 +1,4 @@
-"""A provider's first call and its peak memory, in a fresh process, where nobody's leftovers hide them.
+"""A provider's first call and its peak memory, in a fresh process, where no earlier work hides them.
 
 `measure` starts this module as a program, which prints one line of JSON.
 """
@@ -16,19 +16,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Nothing that imports torch stands here: its import is part of what is timed.
+# Nothing here may import torch: its import is timed, too.
 if TYPE_CHECKING:
     from .results import FirstCall
     from .suites import FirstCallPlan
 
 _PROC = Path("/proc/self")
-# glibc's M_MMAP_THRESHOLD and its own starting value. Set, it no longer grows, and each tensor's memory goes back when
-# the tensor does; left to grow, what is measured is how much freed memory the C library happens to keep.
+# glibc's M_MMAP_THRESHOLD and its own starting value. Once set it no longer grows, and each tensor's memory goes back
+# with the tensor; if it grew, the measurement would be how much freed memory the C library happens to keep.
 _MMAP_THRESHOLD = (-3, 131072)
 
 
 def measure(plan: FirstCallPlan, device: str, threads: int) -> FirstCall:
-    """Runs the plan with as many threads as told."""
+    """Runs the plan with ``threads`` threads."""
     from .results import FirstCall
 
     dtype = str(plan.dtype).removeprefix("torch.")
@@ -65,7 +65,7 @@ def main(work: dict[str, str | int]) -> dict[str, float | int | str | None]:
             importlib.import_module(library)
     from .workloads import ModelInputs, Workload, build_model, class_of, config_of, padded_tokens
 
-    # What `import transformers` puts off until a model is asked for.
+    # `import transformers` puts this import off until a model is asked for.
     name = str(work["model"])
     model_class = class_of(name)
     imported = time.perf_counter()
@@ -105,7 +105,7 @@ def main(work: dict[str, str | int]) -> dict[str, float | int | str | None]:
     if not (_PROC / "clear_refs").exists():
         return result | {"detail": "peak memory on the CPU is read from Linux's /proc"}
     _give_back_freed_memory()
-    # 5 resets the peak ("VmHWM") to what is resident now: man 5 proc.
+    # 5 resets the peak ("VmHWM") to the memory resident now: man 5 proc.
     (_PROC / "clear_refs").write_text("5")
     before = _status("VmRSS")
     forward(largest)
@@ -113,7 +113,7 @@ def main(work: dict[str, str | int]) -> dict[str, float | int | str | None]:
 
 
 def _give_back_freed_memory() -> None:
-    """Memory that the C library kept, or keeps from now on, would serve the forward and not be counted."""
+    """Frees the memory that the C library keeps, now and from now on: the forward would use it uncounted."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.mallopt(*_MMAP_THRESHOLD)

@@ -1,4 +1,4 @@
-"""Single kernels, each beside what people would use instead, at BERT-base's shapes."""
+"""Single kernels, each beside its usual alternatives, at BERT-base's shapes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EPS = 1e-12
 
 
 class Inputs(NamedTuple):
-    """One set of inputs: what the operation takes, in the order of its definition, and how the texts lie."""
+    """One set of inputs: the operation's arguments, in the order of its definition, and the layout of the texts."""
 
     arguments: tuple[Any, ...]
     layout: PackedLayout
@@ -48,8 +48,8 @@ class Prepared(NamedTuple):
     """A provider on one set of inputs.
 
     Attributes:
-        run: what is timed.
-        result: from what ``run`` gives to the shape of the definition's result; None if it is no answer to check.
+        run: the timed call.
+        result: brings the result of ``run`` to the shape of the definition's; None if it is no answer to check.
     """
 
     run: Callable[[], Tensor]
@@ -71,10 +71,10 @@ class Kernel:
 
     Attributes:
         make: the arguments of one set, from a source of random numbers and the texts' lengths.
-        definition: what computes the result in the plainest torch.
+        definition: computes the result in the plainest torch.
         least: (floating point operations, bytes) that it needs, from the inputs and the size of an element.
         providers: the first is the baseline.
-        rounding: an error that is no fault, however small the definition's own happens to be.
+        rounding: an error that is always allowed, however small the definition's own happens to be.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Kernel:
     rounding: Callable[[Inputs], float] = lambda _: 0.0
 
     def inputs(self, workload: Workload, device: torch.device, dtype: torch.dtype, sets: int) -> list[Inputs]:
-        """``sets`` different ones."""
+        """``sets`` different sets of inputs."""
         generator = torch.Generator(device).manual_seed(SEED)
 
         def random(*shape: int) -> Tensor:
@@ -129,7 +129,7 @@ def _by(function: Callable[..., Tensor]) -> Callable[[Inputs], Prepared]:
 
 @functools.cache
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same one for all sets of inputs."""
+    """One compiled function for all sets of inputs."""
     return torch.compile(function, dynamic=True)
 
 
@@ -157,7 +157,7 @@ def _attention_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
 
 
 def _padded_sdpa(inputs: Inputs) -> Prepared:
-    """As a model without packing has it: q, k and v padded, a mask over the keys."""
+    """As in a model without packing: q, k and v padded, a mask over the keys."""
     *qkv, cu_seqlens, max_seqlen, scale = inputs.arguments
     keep = torch.arange(max_seqlen, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
 
@@ -215,20 +215,20 @@ def _our_attention(inputs: Inputs) -> Prepared:
 
 
 def _cls_arguments(random: Callable[..., Tensor], layout: PackedLayout, lengths: list[int]) -> tuple[Any, ...]:
-    # The scale is the head size's, for queries that are products over it; these are not.
+    # Not the head size's scale, which is for queries that are products over it: these are random.
     scale = WIDTH**-0.5
     query, hidden_states = random(len(lengths), NUM_HEADS, WIDTH), random(layout.total_tokens, WIDTH)
     return query, hidden_states, layout.cu_seqlens, layout.max_seqlen, scale
 
 
 def _cls_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
-    # Each token is read, and for each head of each text a query is read and a sum written.
+    # Every token is read once; each head of each text reads a query and writes a sum.
     rows = inputs.tokens + 2 * NUM_HEADS * len(inputs.lengths)
     return 4.0 * NUM_HEADS * WIDTH * inputs.tokens, 1.0 * rows * WIDTH * itemsize
 
 
 def _copy_as_many_bytes(inputs: Inputs) -> Prepared:
-    """Half of them read and half of them written."""
+    """Half of the bytes are read and half are written."""
     hidden_states = inputs.arguments[1]
     _, num_bytes = _cls_least(inputs, hidden_states.itemsize)
     source = hidden_states.new_empty(int(num_bytes / hidden_states.itemsize / 2)).normal_()
@@ -250,7 +250,7 @@ def _our_cls_attention(inputs: Inputs) -> Prepared:
     return Prepared(functools.partial(cls_attention, *inputs.arguments, layout=inputs.layout))
 
 
-# The [CLS] rows before and behind that pass
+# The [CLS] rows before and after that pass
 
 
 def _first_rows(random: Callable[..., Tensor], layout: PackedLayout) -> tuple[Tensor, Tensor]:
@@ -273,7 +273,7 @@ def _query_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
 
 
 def _output_arguments(random: Callable[..., Tensor], layout: PackedLayout, lengths: list[int]) -> tuple[Any, ...]:
-    # In float32, as the pass gives it.
+    # In float32, as from the pass.
     summed = random(len(lengths), NUM_HEADS, WIDTH).float()
     value, out = _projection(random), _projection(random)
     value_bias, out_bias, *norm = (random(WIDTH) for _ in range(4))
@@ -293,7 +293,7 @@ def _classifier_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
     return 2.0 * texts * WIDTH**2, (WIDTH**2 + texts * WIDTH) * itemsize
 
 
-# What works row by row
+# Operations row by row
 
 
 def _norm_arguments(random: Callable[..., Tensor], layout: PackedLayout, _: list[int]) -> tuple[Any, ...]:

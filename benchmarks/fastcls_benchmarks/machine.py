@@ -1,4 +1,4 @@
-"""What this machine can do at best: rates of products and of copies, on random data, measured in the same run."""
+"""The machine's best rates of products and of copies, on random data, measured in the same run."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ PRODUCTS: dict[str, Product] = {"F.linear": F.linear, "fastcls_kernels.linear": 
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was asked for."""
+    """Waits until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def measure(device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int]], seconds: float) -> list[Rate]:
-    """Rates of products of several sizes and of copies of several sizes, the median of repeated tries each.
+    """Rates of products and of copies of several sizes, each the median of repeated tries.
 
     Args:
-        device: where.
+        device: the device to measure.
         dtype: of the products.
-        shapes: (out_features, in_features) of the models' own weights, measured besides square ones.
+        shapes: (out_features, in_features) of the models' own weights, measured in addition to square ones.
         seconds: how long to try, altogether.
     """
     generator = torch.Generator(device).manual_seed(SEED)

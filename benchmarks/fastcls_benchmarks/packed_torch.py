@@ -28,7 +28,7 @@ class Packed(NamedTuple):
         places: (total_tokens,) for each row its place among batch_size * longest.
         keep: (batch_size, 1, 1, longest) whether a place holds a token.
 
-    The last three are None where attention needs no padding.
+    The last three are None if attention needs no padding.
     """
 
     token_ids: Tensor
@@ -69,7 +69,7 @@ class PackedTorchBert(nn.Module):
     def __init__(self, model: BertForSequenceClassification) -> None:
         super().__init__()
         self.model = model
-        # Any: torch types a module's attributes as tensors or modules, without saying which.
+        # Any, since torch does not type a module's attributes as one of tensor or module.
         layers: Any = model.bert.encoder.layer
         self.layers = layers
         self.fused = nn.ModuleList([_fused(layer.attention.self) for layer in layers])

@@ -1,4 +1,4 @@
-"""Pictures of a run: narrow ones, with few words, so that they can be read on a phone and in print."""
+"""Pictures of a run: narrow and with few words, so that they are legible on a phone and in print."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .results import Case, Report
 from .tables import duration, times
 from .workloads import LENGTHS
 
-# Okabe and Ito's colours, which most colour-blind people tell apart; ours is the strongest.
+# Okabe and Ito's colours, which most colour-blind people can tell apart; ours is the strongest.
 _COLOURS = ("#999999", "#0072b2", "#56b4e9", "#009e73", "#44aa99", "#e69f00", "#b8860b", "#cc79a7", "#882255")
 _OURS = "#d55e00"
 _MARKERS = "os^vDPX*<>hp"
 _WIDTH = 5.6
-# From the baseline on; on a CPU the last two are one.
+# The steps after the baseline; on a CPU the last two are one.
 STEPS = (FULL.name, SELECTED.name, ABSORBED.name, FASTCLS.name)
 
 
@@ -28,7 +28,7 @@ class Plot(NamedTuple):
 
     Attributes:
         name: of the file, without its ending.
-        text: what it shows, for those who cannot see it.
+        text: a description, for readers who cannot see it.
     """
 
     name: str
@@ -63,7 +63,7 @@ def _marker(provider: str) -> str:
 
 
 def _timed(case: Case) -> list[str]:
-    """Who was timed, in the order in which providers are listed everywhere."""
+    """The timed providers, in the order in which they are listed everywhere."""
     timed = {row.provider for row in case.rows if case.round_seconds(row.provider)}
     return [name for name in PROVIDERS if name in timed]
 
@@ -73,7 +73,7 @@ def _models(report: Report) -> list[Case]:
 
 
 def _most_contested(report: Report) -> list[Case]:
-    """Those that most providers took part in first."""
+    """The models' cases, those with the most timed providers first."""
     return sorted(_models(report), key=lambda case: -len(_timed(case)))
 
 
@@ -87,7 +87,7 @@ def _bare(axes: object) -> None:
 
 
 def _bars(name: str, text: str, heading: str, groups: Sequence[tuple[str, Sequence[tuple[str, float, str]]]]) -> Plot:
-    """Horizontal bars in groups, each with its own words beside it."""
+    """Horizontal bars in groups, each bar with its own label."""
     count = sum(len(bars) for _, bars in groups) + 1.3 * len(groups)
     figure = _figure(0.5 + 0.235 * count)
     axes = figure.subplots()
@@ -155,7 +155,7 @@ def _lines(
 
 
 def relative_speed(report: Report) -> Plot | None:
-    """How many times faster than the baseline everybody is, for the cases that most took part in."""
+    """How many times faster than the baseline each provider is, for the cases with the most providers."""
     cases = [case for case in _most_contested(report) if len(_timed(case)) > 2]
     groups = []
     for case in cases[:4]:
@@ -183,7 +183,7 @@ def ladder(report: Report) -> Plot | None:
     for case in cases[:4]:
         steps = [name for name in (case.baseline, *STEPS) if name in _timed(case)]
         seconds = {name: case.typical_seconds(name) or 0.0 for name in steps}
-        # Each group has a scale of its own, or a small model's bars would vanish beside a large one's.
+        # Each group has its own scale, or a small model's bars would vanish beside a large one's.
         longest = max(seconds.values())
         bars = [(name, each / longest, f"{duration(each)} ms") for name, each in seconds.items()]
         groups.append((case.name, bars))
@@ -198,7 +198,7 @@ def _sweep(
     keep: Callable[[Case], str | None],
     value: Callable[[Case, str], float],
 ) -> tuple[str, dict[str, list[tuple[float, float]]]] | None:
-    """Of the cases that differ in one thing alone the largest group, and its lines."""
+    """The largest group of cases that differ in only one thing, and its lines."""
     groups: dict[str, list[Case]] = {}
     for case in _models(report):
         kept = keep(case)
@@ -217,7 +217,7 @@ def _sweep(
 
 
 def latency_by_batch(report: Report) -> Plot | None:
-    """Milliseconds a batch against its size."""
+    """Milliseconds per batch against its size."""
     found = _sweep(
         report,
         lambda case: case.batch_size,
@@ -237,7 +237,7 @@ def latency_by_batch(report: Report) -> Plot | None:
 
 
 def throughput_by_length(report: Report) -> Plot | None:
-    """Real tokens a second against the length of texts, all of one length."""
+    """Real tokens per second against the length of texts, all of one length."""
 
     def keep(case: Case) -> str | None:
         length = case.workload.split(" x ")[1]

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: chip, threads, versions, commit, date."""
+"""The provenance of figures: chip, threads, versions, commit, date."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _version(package: str) -> str | None:
 
 
 def output_of(*command: str) -> str | None:
-    """What a command prints, or None where it fails or does not exist."""
+    """A command's output, or None if it fails or does not exist."""
     try:
         return subprocess.run(command, cwd=_FOLDER, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -48,24 +48,24 @@ def _cpu_model() -> str:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_checkout() -> bool:
-    """Whether git's answers are about the code that runs, and not about whatever folder an installed copy lies in."""
+    """Whether git's answers are about the code that runs, and not about the folder of an installed copy."""
     top = output_of("git", "rev-parse", "--show-toplevel")
     return top is not None and Path(top).resolve() == _FOLDER and (_FOLDER / "pyproject.toml").is_file()
 
 
 def _is_dirty() -> bool | None:
-    """Whether the code differs from its commit. What a run itself changes does not count."""
+    """Whether the code differs from its commit. A run's own changes do not count."""
     changes = output_of("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
     return None if changes is None else bool(changes)
 
 
 def source_digest(folders: Iterable[Path] = _SOURCES) -> str:
-    """SHA-256 of the code that runs, which tells its commit where there is no git."""
+    """SHA-256 of the code that runs, which identifies its commit if there is no git."""
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
@@ -75,7 +75,7 @@ def source_digest(folders: Iterable[Path] = _SOURCES) -> str:
 
 
 def collect(device: torch.device) -> dict[str, Any]:
-    """Everything that belongs beside a figure."""
+    """The whole provenance of a run's figures."""
     cores = _cores()
     on_gpu = device.type == "cuda"
     in_checkout = _in_checkout()

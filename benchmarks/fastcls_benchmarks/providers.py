@@ -1,6 +1,6 @@
-"""Who is measured: each provider takes a transformers model and gives a function from a batch to its logits.
+"""The providers that are measured: each makes of a transformers model a function from a batch to its logits.
 
-Those are a classifier's, one row a text, or a masked language model's, one row for each [MASK].
+A classifier gives one row of logits per text, a masked language model one row for each [MASK].
 
 Every provider works on a copy of the model over the same weights, in eval mode and without gradients, and takes batches
 as a tokenizer leaves them: on the CPU.
@@ -35,7 +35,7 @@ ModelClass = type[PreTrainedModel]
 
 
 class Loaded(NamedTuple):
-    """A provider ready to run, and what there is to say about how it was prepared."""
+    """A provider ready to run, and remarks on how it was prepared."""
 
     forward: Forward
     detail: str = ""
@@ -60,7 +60,7 @@ class Provider:
         name: as tables show it.
         description: what it is, in a line.
         bound: the largest difference of a logit from the float32 reference, for a float32 model.
-        load: makes the function that is timed. It leaves the model that it is given as it was.
+        load: makes the function that is timed, and leaves the given model as it was.
         available: the reason why it cannot run on a device in a dtype, or None.
         takes: the reason why it cannot run models of a class, or None.
         spins: whether its threads stay busy for a while after a run.
@@ -80,7 +80,7 @@ class Provider:
 
 
 def own_copy(model: Model) -> Model:
-    """A model of its own over the same weights: what is done to it does not show in ``model``."""
+    """A copy over the same weights: changes to it do not show in ``model``."""
     shared: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in model.parameters()
     }
@@ -94,7 +94,7 @@ def _transformers(model: Model, attention: str) -> Model:
 
 
 def _forward_of(model: Callable[..., Any], device: torch.device, fills: bool) -> Forward:
-    """For modules that want their inputs where their weights are; of one that fills masks the masked tokens' logits."""
+    """For modules that need their inputs on their weights' device; from a mask filler, the masked tokens' logits."""
 
     @torch.inference_mode()
     def forward(batch: Batch) -> Tensor:
@@ -193,7 +193,7 @@ def load_onnxruntime(model: Model) -> Loaded:
     place = "CUDA" if model.device.type == "cuda" else "CPU"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        # The optimizer knows eager attention's graph; of sdpa's it fuses neither attention nor embeddings.
+        # The optimizer knows eager attention's exported graph; in sdpa's it fuses neither attention nor embeddings.
         _export(model, "eager", path)
         detail = f"fused: {_fuse(model, path)}"
         session = onnxruntime.InferenceSession(str(path), options, providers=[f"{place}ExecutionProvider"])
@@ -209,7 +209,7 @@ def load_onnxruntime(model: Model) -> Loaded:
 
 
 def _export(model: Model, attention: str, path: Path) -> None:
-    """Writes the float32 graph that torch's older exporter makes: the newer one's is foreign to ORT's optimizer."""
+    """Writes the float32 graph of torch's older exporter: ORT's optimizer does not know the newer one's."""
     exported = _transformers(model, attention)
     exported = exported.to("cpu", torch.float32)  # type: ignore[arg-type]
     exported.config.return_dict = False
@@ -231,7 +231,7 @@ def _export(model: Model, attention: str, path: Path) -> None:
 
 
 def _fuse(model: Model, path: Path) -> str:
-    """Optimizes the graph in place, in the model's dtype; returns what it fused, counted.
+    """Optimizes the exported graph in place, in the model's dtype; returns the counts of its fusions.
 
     Raises:
         RuntimeError: attention, embeddings, layer norms or GELUs were left unfused: the peer is not at its best.
@@ -277,7 +277,7 @@ def load_openvino(model: Model) -> Loaded:
         path = Path(folder) / "model.onnx"
         _export(model, "sdpa", path)
         core = openvino.Core()
-        # Compiled inside, because reading maps the file's weights.
+        # Compiled inside the folder's context, because reading maps the file's weights.
         compiled = core.compile_model(core.read_model(path), "CPU", settings)
         names = [each.get_any_name() for each in compiled.inputs]
 
@@ -296,7 +296,7 @@ def _fastcls_loader(
     last_layer: LastLayer, cuda_graphs: bool = False, batch_invariant: bool = False
 ) -> Callable[[Model], Loaded]:
     def load(model: Model) -> Loaded:
-        # Of a masked language model the rows of its masks, and not every token's.
+        # A masked language model gives only the rows of its masks.
         options: dict[str, Any] = {"mask_token_id": MASK_ID, "dense": False} if fills_masks(type(model)) else {}
         options |= {"last_layer": last_layer, "cuda_graphs": cuda_graphs, "batch_invariant": batch_invariant}
         fast = fastcls.optimize(own_copy(model), **options)
@@ -386,12 +386,12 @@ INVARIANT = Provider(
     _fastcls_loader("absorbed", cuda_graphs=True, batch_invariant=True),
 )
 
-# Names of what is measured to be compared with peers, and is none.
+# Our own providers, which are compared with peers.
 OURS = frozenset(provider.name for provider in (FULL, SELECTED, ABSORBED, FASTCLS, INVARIANT))
 
 
 def baseline_of(model_class: ModelClass) -> Provider:
-    """transformers as it comes: with sdpa, but for those models that it computes by eager alone."""
+    """transformers as it comes: with sdpa, or with eager for models that have nothing else."""
     return SDPA if SDPA.takes(model_class) is None else EAGER
 
 

@@ -1,4 +1,4 @@
-"""What a run measured, as plain data: written to JSON and CSV, read back from JSON, and what follows from it."""
+"""A run's measurements as plain data: written to JSON and CSV, read back from JSON, with the figures that follow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .stats import Interval, median_interval, noise_of, percentile, round_ratios
 from .work import floor_seconds
 
 FORMAT = 1
-# The baseline is timed twice under two names: what the two differ by is noise.
+# The baseline is timed twice under two names: the difference between the two is noise.
 AGAIN = " (again)"
 
 Status = Literal["timed", "failed", "unavailable"]
@@ -28,10 +28,10 @@ class Row:
     """One provider in one case.
 
     Attributes:
-        difference: the largest from the reference, or None where it was not computed.
-        detail: why it failed or cannot run; otherwise what there is to say about how it was prepared.
-        convert_seconds: from the transformers model to a function, where this case was the provider's first.
-        first_seconds: the first batch of this case: it includes compiling, where the provider compiles.
+        difference: the largest from the reference, or None if it was not computed.
+        detail: why it failed or cannot run; otherwise remarks on how it was prepared.
+        convert_seconds: from the transformers model to a function, if this case was the provider's first.
+        first_seconds: the first batch of this case, compiling included if the provider compiles.
     """
 
     provider: str
@@ -86,7 +86,7 @@ class Case:
         return next((row for row in self.rows if row.provider == provider), None)
 
     def round_seconds(self, provider: str) -> list[float]:
-        """For each round the mean time of a call; empty where nothing was timed."""
+        """For each round the mean time of a call; empty if nothing was timed."""
         return [statistics.fmean(calls) for calls in self.seconds.get(provider, [])]
 
     def call_seconds(self, provider: str) -> list[float]:
@@ -103,7 +103,7 @@ class Case:
         return percentile(seconds, 99) if seconds else None
 
     def per_second(self, provider: str, amount: float) -> float | None:
-        """How much of what a batch holds is done in a second."""
+        """How many units of a batch are done in a second, where a batch holds ``amount``."""
         seconds = self.round_seconds(provider)
         return amount / statistics.median(seconds) if seconds else None
 
@@ -118,7 +118,7 @@ class Case:
         return statistics.median(ratios) if ratios else None
 
     def interval(self, provider: str, baseline: str = "") -> Interval | None:
-        """Where `times_faster` lies with about 95 %, and no narrower than the noise of the case."""
+        """The interval of about 95 % for `times_faster`, and no narrower than the noise of the case."""
         ratios = self.ratios(provider, baseline)
         if len(ratios) < 2:
             return None
@@ -128,14 +128,14 @@ class Case:
 
     @property
     def noise(self) -> float | None:
-        """What the baseline differs from itself by, as a fraction; None where too few rounds were measured."""
+        """The baseline's difference from itself, as a fraction; None if too few rounds were measured."""
         ratios = self.ratios(self.baseline + AGAIN)
         return noise_of(ratios) if len(ratios) > 2 else None
 
 
 @dataclass
 class Rate:
-    """What the machine reached: ``per_second`` is in FLOP/s for products, in bytes/s for copies."""
+    """A rate that the machine reached: ``per_second`` is in FLOP/s for products, in bytes/s for copies."""
 
     kind: Literal["product", "copy"]
     what: str
@@ -145,14 +145,14 @@ class Rate:
 
 @dataclass
 class FirstCall:
-    """One provider in a process of its own, from its start to the first batch's logits.
+    """One provider in its own process, from its start to the first batch's logits.
 
     Attributes:
         import_seconds: torch, transformers and the provider's library.
         load_seconds: building the transformers model, which stands for reading a checkpoint.
         convert_seconds: from there to a function.
         first_seconds: the first batch.
-        peak_bytes: of one more forward on the largest batch, above what was held before; None where unknown.
+        peak_bytes: of one more forward on the largest batch, above the memory held before; None if unknown.
         detail: why something is missing.
     """
 
@@ -170,7 +170,7 @@ class FirstCall:
 
 @dataclass
 class Report:
-    """One run. ``partial`` until it ended by itself."""
+    """One run; ``partial`` unless it ended by itself."""
 
     suite: str
     provenance: dict[str, Any]
@@ -182,19 +182,19 @@ class Report:
     first_calls: list[FirstCall] = field(default_factory=list)
 
     def best_rate(self, kind: Literal["product", "copy"], dtype: str | None = None) -> float | None:
-        """The best that the machine was seen to do, in a dtype or in any."""
+        """The best rate that was measured, in a dtype or in any."""
         found = [rate.per_second for rate in self.rates if rate.kind == kind and dtype in (None, rate.dtype)]
         return max(found, default=None)
 
     def floor_seconds(self, case: Case) -> float | None:
-        """The time of one call below which this machine cannot go."""
+        """The shortest time that one call can take on this machine."""
         products, copies = self.best_rate("product", case.dtype), self.best_rate("copy")
         if products is None or copies is None:
             return None
         return floor_seconds(case.flops, case.num_bytes, products, copies)
 
     def share_of_floor(self, case: Case, provider: str) -> float | None:
-        """The floor over the provider's time: 1 is as fast as can be."""
+        """The floor over the provider's time: 1 is as fast as possible."""
         floor, seconds = self.floor_seconds(case), case.round_seconds(provider)
         return floor / statistics.median(seconds) if floor is not None and seconds else None
 
@@ -206,7 +206,7 @@ class Report:
         return None
 
     def write(self, path: Path) -> None:
-        """JSON; a run that is stopped while writing leaves the file of before."""
+        """Writes JSON; a run that is stopped while writing leaves the former file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=None) + "\n", encoding="utf-8")
@@ -234,7 +234,7 @@ class Report:
             raise ValueError(f"{path} must be a results.json of fastcls bench, format {FORMAT}: {error}") from error
 
     def write_csv(self, path: Path) -> None:
-        """One line a call, each with what its figure depends on."""
+        """Writes one line per call, each with its provenance."""
         facts = {
             **{name: self.provenance[name] for name in sorted(_PROVENANCE - {"versions"})},
             **self.provenance["versions"],
@@ -254,7 +254,7 @@ class Report:
                         yield (*case.key, case.batch_size, provider, number, call, seconds)
 
 
-# What every results file says of its run; a run says more.
+# The keys of provenance that every results file must have; a run writes more.
 _PROVENANCE = {
     *("chip", "driver", "cuda", "cpu", "cores", "threads", "system", "python", "fastcls", "versions"),
     *("commit", "dirty", "source_digest", "date"),

@@ -1,4 +1,4 @@
-"""Runs a suite: checks every provider, times those that passed, keeps what is complete as it goes."""
+"""Runs a suite: checks every provider, times those that pass, and keeps each complete case."""
 
 from __future__ import annotations
 
@@ -32,45 +32,45 @@ from .verify import Reference
 from .work import ModelShape, product_shapes, useful_flops, weight_bytes
 from .workloads import Batch, ModelInputs, build_model, class_of, config_of, padded_tokens, real_tokens
 
-# Different batches that calls take in turn; of those that take long as many as are checked.
+# Different batches that calls take in turn; if a batch takes longer than LONG_SECONDS, only those that are checked.
 NUM_BATCHES = 8
 NUM_LATENCY_BATCHES = 20
 LONG_SECONDS = 0.25
-# Batches on which a provider's logits are checked, and texts where a batch is one.
+# Batches on which a provider's logits are checked; for batches of one text, the number of texts.
 NUM_CHECKED = 2
 NUM_CHECKED_TEXTS = 5
-# How often each batch is seen before anything is timed: on a GPU a CUDA graph is warmed up, then recorded.
+# How often each batch runs before anything is timed: on a GPU a CUDA graph is warmed up, then recorded.
 WARM_UP_CALLS = {"cpu": 1, "cuda": 3}
 # A kernel's sets of inputs hold more than any cache together, so that each call finds its own in main memory.
 INPUT_BYTES = 256 * 2**20
 MAX_INPUT_SETS = 64
-# Calls of a kernel that a captured graph makes at least, so that replaying it costs little beside them.
+# A captured CUDA graph makes at least this many calls of a kernel, so that replaying it costs little beside them.
 GRAPH_CALLS = 100
 
 
 class Listener(Protocol):
-    """Is told how a run goes on."""
+    """Follows the progress of a run."""
 
     def doing(self, what: str) -> None:
-        """What is happening now."""
+        """``what`` is happening now."""
 
     def done(self, what: str, seconds: float) -> None:
-        """A plan that was expected to take so long has ended."""
+        """A plan that was expected to take ``seconds`` has ended."""
 
     def keep(self, report: Report) -> None:
         """The report holds another complete case."""
 
 
-# About what a provider takes to be prepared on two CPU cores, in seconds for each six layers; the others take less than
-# a second. On a GPU, with more cores beside it, about half.
+# About how long preparing a provider takes on two CPU cores, in seconds per six layers; the others take less than a
+# second. On a GPU, with more cores beside it, about half.
 _PREPARING = {COMPILED: 25.0, PACKED_COMPILED: 25.0, AUTOTUNED: 60.0, ONNXRUNTIME: 7.0, OPENVINO: 4.0}
 _PREPARING_KERNEL = 5.0
-# A model with random weights, for each six layers.
+# Building a model with random weights, in seconds per six layers.
 _BUILDING = 1.0
 
 
 def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
-    """About how long each of the plans takes, in the order in which `Listener.done` hears of them."""
+    """About how long each of the plans takes, in the order in which `Listener.done` is called for them."""
     factor = 0.5 if device.type == "cuda" else 1.0
     dtypes = {plan.dtype for plan in suite.models} | {plan.dtype for plan in suite.kernels}
     machine_seconds = suite.machine_seconds * len(dtypes)
@@ -83,7 +83,7 @@ def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
         if built != (plan.model, plan.dtype):
             built, seconds = (plan.model, plan.dtype), seconds + factor * _BUILDING * size
         for provider in plan.providers:
-            # Compilers make a batch of one a case of its own.
+            # Compilers treat a batch of one as a separate case.
             key = (plan.model, plan.dtype, provider.name, plan.workload.batch_size == 1)
             if key not in prepared and provider.missing(class_of(plan.model), device, plan.dtype) is None:
                 seconds += factor * _PREPARING.get(provider, 0.0) * size
@@ -95,9 +95,9 @@ def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
 
 
 def run(suite: Suite, report: Report, device: torch.device, listener: Listener) -> None:
-    """Fills ``report``. Whatever ends it, what is in the report is complete."""
+    """Fills ``report``, which holds only complete cases whatever ends the run."""
     if device.type == "cuda":
-        # Streams and graphs are made on the current device.
+        # Streams and CUDA graphs are made on the current device.
         torch.cuda.set_device(device)
     # A compiler that gives up and runs eager must not be timed under its own name.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -126,7 +126,7 @@ def _run(suite: Suite, report: Report, device: torch.device, listener: Listener)
     session: _Session | None = None
     for plan in suite.models:
         if session is None or (session.name, session.dtype) != (plan.model, plan.dtype):
-            # The models before are given back first: two large ones may not fit.
+            # The former model is freed first: two large ones may not fit.
             session = None
             _free_memory(device)
             listener.doing(f"building {plan.model}")
@@ -137,7 +137,7 @@ def _run(suite: Suite, report: Report, device: torch.device, listener: Listener)
         finished(case.name)
     session = None
     _free_memory(device)
-    # Measured again, because a machine is not as fast at every moment: the best of both counts.
+    # Measured again, since a machine's speed varies: the best of both counts.
     measure_machine()
     for kernel_plan in suite.kernels:
         case = new_kernel_case(kernel_plan)
@@ -154,7 +154,7 @@ def _run(suite: Suite, report: Report, device: torch.device, listener: Listener)
 
 @contextlib.contextmanager
 def _kept(case: Case, report: Report) -> Iterator[None]:
-    """Puts the case into the report whatever ends it; an error is its own and not the end of the run."""
+    """Puts the case into the report whatever ends it; an error ends only the case, not the run."""
     try:
         yield
     except Exception as error:
@@ -165,7 +165,7 @@ def _kept(case: Case, report: Report) -> Iterator[None]:
 
 
 def _free_memory(device: torch.device) -> None:
-    # Forgets what was compiled, with its graphs and the count of its shapes.
+    # Forgets compiled code, with its CUDA graphs and the count of its shapes.
     torch.compiler.reset()
     compiled.cache_clear()
     gc.collect()
@@ -174,7 +174,7 @@ def _free_memory(device: torch.device) -> None:
 
 
 class _Session:
-    """A model with all that was prepared of it, for one workload after the other."""
+    """A model and its prepared providers, for one workload after the other."""
 
     def __init__(self, name: str, dtype: torch.dtype, device: torch.device, model: Model | None = None) -> None:
         self.name = name
@@ -210,7 +210,7 @@ class _Session:
         timing.time_rounds(case, timed, plan.effort, self.device, doing, spinning)
 
     def _warm_up(self, row: Row, forward: Forward, batches: Sequence[Batch]) -> bool:
-        """Runs every batch, because a shape's first run may be slow; whether that went well."""
+        """Runs every batch, since a shape's first run may be slow; returns whether all succeeded."""
         try:
             for batch in batches:
                 for _ in range(WARM_UP_CALLS[self.device.type]):
@@ -222,7 +222,7 @@ class _Session:
         return True
 
     def describe(self, case: Case, batches: Sequence[Batch]) -> None:
-        """Fills in what the work is."""
+        """Fills in the case's tokens, operations and bytes."""
         shape = ModelShape.of(type(self.model), self.model.config)
         case.real_tokens = statistics.fmean(map(real_tokens, batches))
         case.padded_tokens = statistics.fmean(map(padded_tokens, batches))
@@ -247,7 +247,7 @@ class _Session:
             return Row(provider.name, "failed", detail=reason_of(loaded)), None
         try:
             start = time.perf_counter()
-            # A copy: a graph's next replay writes over it.
+            # A copy: the next replay of a CUDA graph writes over it.
             first = loaded.forward(reference.batches[0]).clone()
             machine.wait_for(self.device)
             first_seconds = time.perf_counter() - start
@@ -263,7 +263,7 @@ class _Session:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line: a compiler's message may be pages long."""
+    """An error's first line: a compiler's message may be pages long."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
@@ -274,7 +274,7 @@ def _taking_turns(forward: Forward, batches: Sequence[Batch]) -> timing.Function
 def measure_case(
     model: Model, plan: ModelPlan, device: torch.device, doing: Callable[[str], None] = lambda _: None
 ) -> Case:
-    """One model plan by itself, on a model that is at hand."""
+    """Measures one model plan by itself, on the given model."""
     session = _Session(plan.model, model.dtype, device, model)
     case = session.new_case(plan)
     session.measure(case, plan, doing)
@@ -282,7 +282,7 @@ def measure_case(
 
 
 def new_kernel_case(plan: KernelPlan) -> Case:
-    """A case of which nothing is measured yet."""
+    """A case without measurements."""
     dtype = str(plan.dtype).removeprefix("torch.")
     return Case("kernel", plan.kernel, plan.workload.name, dtype, KERNELS[plan.kernel].providers[0].name)
 
@@ -290,7 +290,7 @@ def new_kernel_case(plan: KernelPlan) -> Case:
 def measure_kernel(
     case: Case, plan: KernelPlan, device: torch.device, doing: Callable[[str], None] = lambda _: None
 ) -> None:
-    """A kernel by everybody who can do it. On a GPU calls are replayed from a graph, so that launches do not count."""
+    """Measures a kernel's providers. On a GPU a CUDA graph replays their calls, so that launches do not count."""
     kernel = KERNELS[plan.kernel]
     doing(f"{case.name}: making inputs")
     with torch.inference_mode():
@@ -359,7 +359,7 @@ def in_turn(functions: Sequence[Callable[[], object]]) -> timing.Function:
 
 
 def captured(functions: Sequence[Callable[[], object]], repeats: int) -> timing.Function:
-    """All functions, several times, as one graph."""
+    """All functions, several times, as one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -373,7 +373,7 @@ def captured(functions: Sequence[Callable[[], object]], repeats: int) -> timing.
                 function()
 
     def replay(_: int, kept: object = functions) -> None:
-        # The graph reads inputs that nobody but the functions keeps alive.
+        # The CUDA graph reads inputs that only the functions keep alive.
         del kept
         graph.replay()
 

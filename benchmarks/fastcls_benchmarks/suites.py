@@ -1,4 +1,4 @@
-"""Which cases a suite measures, with whom, and for how long."""
+"""The cases of each suite, with their providers and times."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """A kernel on a workload, by everybody who can."""
+    """A kernel on a workload, by every provider that can run it."""
 
     kernel: str
     workload: Workload
@@ -69,7 +69,7 @@ class KernelPlan:
 
 @dataclass(frozen=True)
 class FirstCallPlan:
-    """One provider's first call, in a process of its own; ``seconds`` is about what it takes."""
+    """One provider's first call, in its own process; ``seconds`` is about how long it takes."""
 
     model: str
     workload: Workload
@@ -80,10 +80,10 @@ class FirstCallPlan:
 
 @dataclass(frozen=True)
 class Suite:
-    """What is measured, in this order; models that follow each other are loaded once.
+    """The plans to measure, in this order; successive plans for one model load it once.
 
     Attributes:
-        machine_seconds: how long the machine's rates are measured, each time.
+        machine_seconds: how long each measurement of the machine's rates takes.
     """
 
     name: str
@@ -99,7 +99,7 @@ _GPU_LADDER = (FULL, SELECTED, ABSORBED, FASTCLS)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What people run there: float32 on a CPU, bfloat16 on a GPU."""
+    """The usual dtype: float32 on a CPU, bfloat16 on a GPU."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
@@ -118,9 +118,9 @@ def custom(
     providers: Sequence[Provider],
     dtypes: Sequence[torch.dtype],
 ) -> Suite:
-    """Every model on every workload: what ``--model``, ``--batch-size`` and ``--lengths`` ask for.
+    """Every given model on every workload of ``--model``, ``--batch-size`` and ``--lengths``.
 
-    The suite ``name`` gives its first model and workload where nothing is asked for, and the time for each case.
+    The suite ``name`` gives its first model and workload for options that are left out, and the time for each case.
     """
     like = suite(name, device).models[0]
     chosen = tuple(providers) or like.providers
@@ -138,7 +138,7 @@ def custom(
 
 
 def _with_baseline(model: str, providers: Sequence[Provider]) -> tuple[Provider, ...]:
-    """The same and the model's baseline; sdpa gives its place to eager where transformers does not have it."""
+    """The providers and the model's baseline; eager replaces sdpa if transformers does not have it."""
     baseline = baseline_of(class_of(model))
     rest = [each for each in providers if each is not SDPA or baseline is SDPA]
     return tuple(rest) if baseline in rest else (baseline, *rest)
@@ -183,7 +183,7 @@ def _cpu_default() -> Suite:
     )
 
 
-# Each family's model and how many texts and seconds it is given on a CPU, in the order of `fastcls.families`.
+# Each family's model with its number of texts and seconds on a CPU, in the order of `fastcls.families`.
 _FAMILIES = (
     ("bert-base-fill", 32, 22),
     ("roberta-base", 8, 5),
@@ -287,7 +287,7 @@ SUITES = tuple(_CPU)
 
 
 def with_providers(chosen: Suite, names: Sequence[str]) -> Suite:
-    """The same models and workloads by the given providers and the baseline alone: no longer that suite."""
+    """The same models and workloads with only the given providers and the baseline: no longer that suite."""
     providers = [PROVIDERS[name] for name in dict.fromkeys(names)]
     models = tuple(replace(plan, providers=_with_baseline(plan.model, providers)) for plan in chosen.models)
     return Suite("custom", models, machine_seconds=chosen.machine_seconds)

@@ -1,4 +1,4 @@
-"""What a run measured, as tables to read in a terminal of 100 columns."""
+"""A run's measurements as tables for a terminal of 100 columns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NONE = "-"
 
 
 def times(case: Case, provider: str, baseline: str = "") -> str:
-    """How many times faster, to read: "none" where that is within the noise."""
+    """How many times faster, as text: "none" if the difference is within the noise."""
     ratio, interval = case.times_faster(provider, baseline), case.interval(provider, baseline)
     if ratio is None:
         return NONE
@@ -25,7 +25,7 @@ def times(case: Case, provider: str, baseline: str = "") -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits or more, with thousands set apart."""
+    """Three digits or more, with thousands separated."""
     if value is None:
         return NONE
     if value >= 100:
@@ -34,7 +34,7 @@ def number(value: float | None) -> str:
 
 
 def duration(seconds: float | None, unit: str = "ms") -> str:
-    """In milliseconds or microseconds, three digits."""
+    """A time in milliseconds or microseconds, with three digits."""
     if seconds is None:
         return NONE
     scaled = seconds * {"s": 1, "ms": 1e3, "µs": 1e6}[unit]
@@ -43,7 +43,7 @@ def duration(seconds: float | None, unit: str = "ms") -> str:
 
 
 def facts(provenance: dict[str, Any]) -> list[str]:
-    """What the figures depend on, in lines."""
+    """The provenance of the figures, in lines."""
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items() if version)
     commit = f"commit {(provenance['commit'] or 'unknown')[:9]}{' with changes' if provenance['dirty'] else ''}"
     driver = f"driver {provenance['driver']}, CUDA {provenance['cuda']}, " if provenance["driver"] else ""
@@ -55,7 +55,7 @@ def facts(provenance: dict[str, Any]) -> list[str]:
 
 
 def cannot_run(report: Report) -> dict[str, str]:
-    """The providers that could not run here, with the reason; beside those that could not run all models, which."""
+    """The providers that could not run here, with the reason; if some models ran, it says which did not."""
     missing: dict[tuple[str, str], list[str]] = {}
     for case in report.cases:
         for row in case.rows:
@@ -96,7 +96,7 @@ def cells(report: Report, case: Case, row: Row) -> tuple[str, ...]:
         low, _, high = spread(seconds)
         around = f"{duration(low, unit)} to {duration(high, unit)}"
     faster = "1" if row.provider == case.baseline else times(case, row.provider)
-    # A kernel's row without an error is no answer: the floor is not its own.
+    # A kernel's row without an error computes something else, so the floor does not apply.
     is_answer = case.kind == "model" or row.difference is not None
     share = report.share_of_floor(case, row.provider) if is_answer else None
     of_floor = NONE if share is None else f"{share:.0%}"
@@ -120,7 +120,7 @@ def caption(report: Report, case: Case) -> str:
 
 
 def new_remarks(cases: Iterable[Case]) -> list[list[tuple[str, str]]]:
-    """For each case (provider, remark) of those about whom there is something to say that was not said before."""
+    """For each case the remarks on its providers, (provider, remark), that no earlier case had."""
     said: set[tuple[str, str]] = set()
     remarks = []
     for case in cases:
@@ -131,7 +131,7 @@ def new_remarks(cases: Iterable[Case]) -> list[list[tuple[str, str]]]:
 
 
 def render(report: Report) -> Iterator[RenderableType]:
-    """All that there is to show of a run, in order."""
+    """All tables and lines about a run, in order."""
     if report.partial:
         yield "[bold red]Partial: the run was stopped before its end.[/]"
     yield escape("\n".join(facts(report.provenance))) + "\n"
@@ -148,7 +148,7 @@ def render(report: Report) -> Iterator[RenderableType]:
 
 
 def machine_line(report: Report) -> str:
-    """The best rates that were seen."""
+    """The best measured rates."""
     products = {rate.dtype: report.best_rate("product", rate.dtype) for rate in report.rates if rate.kind == "product"}
     shown = [f"{dtype} products {(rate or 0) / 1e9:,.0f} GFLOP/s" for dtype, rate in products.items()]
     copies = report.best_rate("copy")

@@ -1,4 +1,4 @@
-"""What `benchmarks/tune.py` measures: each operation's problems, how their inputs are made, and the tiles to try."""
+"""The operations that `benchmarks/tune.py` measures: their problems, inputs, and tiles to try."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EPS = 1e-12
 
 
 class Problem(NamedTuple):
-    """Inputs of an operation: a shape, for which kernels are compiled, and sizes that they meet at run time."""
+    """Inputs of an operation: a shape, for which kernels are compiled, and sizes known only at run time."""
 
     operation: str
     shape: tuple[int, int]
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
         return f"{self.shape[0]} x {self.shape[1]}, {self.rows} rows{texts}"
 
     def to_check(self) -> Problem:
-        """A small one of the same shape, whose sizes no tile divides."""
+        """A small problem of the same shape, whose sizes no tile divides."""
         return self._replace(rows=9 * 150, mean_seqlen=150) if self.mean_seqlen else self._replace(rows=201)
 
 
@@ -44,9 +44,9 @@ class Operation(NamedTuple):
     Attributes:
         run, definition: as users call it, and in the plainest torch.
         make: a problem's arguments, from a source of random numbers.
-        facts: what the table is asked by, the outermost first: its limit holds for all that come after.
+        facts: the keys into the table, the outermost first: its limit holds for all that come after.
         tiles: candidates; `suits` says for which problems.
-        shapes, sizes: of the problems that are measured; rows, and tokens a text where there are texts.
+        shapes, sizes: of the problems that are measured; sizes are rows, and tokens per text if there are texts.
     """
 
     run: Callable[..., Tensor]
@@ -62,7 +62,7 @@ class Operation(NamedTuple):
 
 
 def _packing(problem: Problem, device: torch.device) -> ours.PackedLayout:
-    """Texts of half the mean to one and a half, evenly spread, shortest first; the mean is exact."""
+    """Texts of half to one and a half times the mean length, evenly spread, shortest first; the mean is exact."""
     texts, mean = problem.rows // problem.mean_seqlen, problem.mean_seqlen
     short = [round(mean * (0.5 + (index + 0.5) / texts)) for index in range(texts // 2)]
     lengths = [*short, *[mean] * (texts % 2), *(2 * mean - length for length in reversed(short))]
@@ -76,7 +76,7 @@ def _projection(random: Random, out_features: int, in_features: int) -> Tensor:
 
 
 def _selected(random: Random, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Hidden states, of which every second row is asked for."""
+    """Hidden states, of which every second row is wanted."""
     hidden_states = random(2 * problem.rows, problem.shape[1])
     return hidden_states, torch.arange(0, 2 * problem.rows, 2, device=hidden_states.device, dtype=torch.int32)
 
@@ -98,13 +98,13 @@ def _cls_attention(random: Random, problem: Problem) -> Arguments:
     width = problem.shape[1]
     x, residual = (random(problem.rows, width) for _ in range(2))
     layout = _packing(problem, x.device)
-    # In float32, as absorb_query gives it.
+    # In float32, as from absorb_query.
     query = random(layout.num_sequences, *problem.shape).float()
     return query, x, layout, width**-0.5, random(width), residual, random(width), random(width), EPS
 
 
 def _run_cls_attention(query: Tensor, x: Tensor, layout: ours.PackedLayout, scale: float, *norm: Any) -> Tensor:
-    """With the layer norm before it, which a tile takes inside or leaves to a pass of its own."""
+    """With the layer norm before it, which a tile computes inside or leaves to a separate pass."""
     norm = ours.AddNorm(*norm)
     return ours.cls_attention(query, x, layout.cu_seqlens, layout.max_seqlen, scale, layout=layout, norm=norm)
 
@@ -139,7 +139,7 @@ def _cls_output(random: Random, problem: Problem) -> Arguments:
     width = problem.shape[1]
     value_weight, out_weight = (_projection(random, width, width) for _ in range(2))
     value_bias, out_bias, *norm = (random(width) for _ in range(4))
-    # In float32, as cls_attention gives it.
+    # In float32, as from cls_attention.
     summed = random(problem.rows, *problem.shape).float()
     return summed, value_weight, value_bias, out_weight, out_bias, *_selected(random, problem), *norm, EPS
 
@@ -201,7 +201,7 @@ _SPLIT_TILES = [
         BY="triton",
     ),
 ]
-# Of more rows there are tiles enough, and parts would be much to write and to read.
+# More rows make enough tiles, and their parts would be much to write and to read.
 _SPLIT_ROWS = 1024
 _ROWS_TILES = _tiles(
     "BLOCK_B BLOCK_N BLOCK_K num_warps num_stages",
@@ -211,7 +211,7 @@ _ROWS_TILES = _tiles(
 
 
 def suits(tile: Tile, problem: Problem, has_tma: bool) -> bool:
-    """Whether a tile is worth trying: it neither lies mostly beyond the last row nor are there needlessly many."""
+    """Whether a tile is worth trying: it does not lie mostly beyond the last row, and does not make needlessly many."""
     # A norm takes all columns in one program.
     if (tile.get("TMA") and not has_tma) or (tile.get("NORM") and problem.shape[1] > 4 * tile["MAX_BLOCK_W"]):
         return False
@@ -224,8 +224,8 @@ def suits(tile: Tile, problem: Problem, has_tma: bool) -> bool:
     return height is None or min(problem.rows // 32, 128) <= height < 2 * max(problem.rows, 16)
 
 
-# What is measured: the shapes of MiniLM, BERT-base and BERT-large, and wider ones where a kernel then works otherwise,
-# because the rules of the widest hold for all that is wider still.
+# The measured shapes: those of MiniLM, BERT-base and BERT-large, and wider ones if a kernel then works otherwise, since
+# the rules of the widest shape hold for all that are wider still.
 
 HEADS = {384: 12, 768: 12, 1024: 16}
 # A multiple of each mean.

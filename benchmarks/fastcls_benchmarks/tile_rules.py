@@ -18,10 +18,10 @@ ABOUT = "Measured by benchmarks/tune.py in bfloat16: what stands under measured.
 
 
 def rules_from(winners: Sequence[Winner]) -> list[Rule]:
-    """Rules that give each measured point its winner, and what lies between points the next larger one's.
+    """Rules that give each measured point its winner, and a point in between the winner of the next larger one.
 
     Facts are taken in their order: a limit on the first holds for all rules about the others. The largest value of each
-    is no limit; neighbours that agree are one.
+    fact is no limit; neighbours that agree become one rule.
     """
     if not winners[0][0]:
         return [Rule({}, winners[0][1])]
@@ -42,7 +42,7 @@ def rules_from(winners: Sequence[Winner]) -> list[Rule]:
 
 
 def table_with(arch: str, winners: Mapping[str, Sequence[Winner]], measured: dict[str, Any]) -> dict[str, Any]:
-    """The chip's table with new rules for some operations. What it says of others, or of wider numbers, stays."""
+    """The chip's table with new rules for some operations. Its rules for others, or for wider numbers, stay."""
     file = tile_tables.config_file(arch)
     own = file != tile_tables.CONFIGS / "default.json"
     table = json.loads(file.read_text(encoding="utf-8")) if own else {"measured": None, "rules": {}}

@@ -1,4 +1,4 @@
-"""How things are timed: in rounds, all of them in turn, in an order that changes from round to round."""
+"""Timing in rounds: in each all functions take turns, in an order that changes from round to round."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .machine import wait_for
 from .results import AGAIN, Case
 from .workloads import SEED
 
-# Computes something on the input set of that number.
+# Computes something on the input set with the given number.
 Function = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is done for one case.
+    """How much is measured for one case.
 
     Attributes:
-        seconds: rounds go on until so much time has passed since the first began.
-        min_rounds, max_rounds: but not fewer, nor more.
-        visit_seconds: in each round a function is called about so long, if `max_calls` allows.
-        min_calls, max_calls: in one round.
+        seconds: rounds go on until this time has passed since the first began.
+        min_rounds, max_rounds: limits on the number of rounds, whatever the time.
+        visit_seconds: in each round a function is called for about this time, if `max_calls` allows.
+        min_calls, max_calls: limits on a function's calls in one round.
     """
 
     seconds: float
@@ -37,7 +37,7 @@ class Effort:
 
 
 # Before each function's turn, and after one whose threads spin on: ONNX Runtime's do for up to 100 ms, and would slow
-# whoever is timed next by a third.
+# the next provider by a third.
 _PAUSE_SECONDS = 0.02
 _SETTLE_SECONDS = 0.15
 
@@ -59,11 +59,11 @@ def time_rounds(
     """Fills ``case.seconds``, one complete round at a time; the baseline is timed twice, under two names.
 
     Args:
-        case: whose baseline must be among the functions, or nothing is timed.
+        case: its baseline must be among the functions, or nothing is timed.
         functions: by provider.
-        effort: how long.
-        device: to wait for.
-        progress: is told what is timed.
+        effort: how long to time them.
+        device: the device to wait for.
+        progress: is called with the round and the provider that is timed.
         spinning: providers whose threads go on for a while after their turn.
     """
     timed = dict(functions)
@@ -76,7 +76,7 @@ def time_rounds(
     began = time.perf_counter()
     for number in range(effort.max_rounds):
         passed = time.perf_counter() - began
-        # The next round is begun only if half of it at least will fit.
+        # The next round begins only if at least half of it will fit.
         if number >= effort.min_rounds and passed * (number + 0.5) / number > effort.seconds:
             break
         this_round = {}
@@ -93,7 +93,7 @@ def time_rounds(
 
 
 def _warm_up(function: Function, index: int, one_call: float, device: torch.device) -> None:
-    """Calls that are not counted, so that nobody pays for what ran before."""
+    """Makes calls that do not count, so that no function pays for the one before it."""
     if one_call > _LONG_SECONDS:
         return
     end = time.perf_counter() + _WARM_UP_SECONDS

@@ -23,9 +23,9 @@ class Verdict(NamedTuple):
 class Reference:
     """The logits of the transformers model in float32 by its baseline, and how far from them a provider may be.
 
-    In float32 the bound is the provider's own, for logits of about 1: random weights give such, over the labels and
-    over the vocabulary. In 16 bits it is twice the difference that transformers eager makes in
-    the same dtype on the same batches: nobody is asked to be more exact than the usual way, or allowed to be cruder.
+    In float32 the bound is the provider's own, for logits of about 1, which random weights give over the labels and
+    over the vocabulary. In 16 bits it is twice the difference that transformers eager makes in the same dtype on the
+    same batches: a provider need not be more exact than the usual way, and may not be cruder.
     """
 
     def __init__(self, model: Model, batches: Sequence[Batch]) -> None:

@@ -1,9 +1,9 @@
 """The least work that an answer needs, and the floor that it puts under a time.
 
-Useful are the products of real tokens with the layers' weights, attention among the tokens of a text that see one
-another, and in the last layer one pass over its input and the products of the rows that are read: no padding, no rows
-that nobody reads. Everything elementwise is left out, and so are a classifier's few labels: the floor lies below what
-anybody can reach.
+The useful work is the products of real tokens with the layers' weights, attention among the tokens of a text that see
+one another, and in the last layer one pass over its input and the products of the rows that are read: no padding, no
+rows that nobody reads. Everything elementwise is left out, and so are a classifier's few labels: no program can reach
+the floor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .workloads import Batch, class_of, config_of, lengths_of, masked_rows
 
 
 class ModelShape(NamedTuple):
-    """What work follows from: an encoder, and what stands on it."""
+    """The shape that decides the work: an encoder's, and its head's."""
 
     spec: EncoderSpec
     head: HeadSpec
@@ -66,7 +66,7 @@ def _head_products(shape: ModelShape) -> list[Product]:
 
 def product_shapes(shape: ModelShape) -> list[Product]:
     """(out_features, in_features) of one layer's four products, query, key and value being one; of the projection of
-    embeddings, where there is one; of a masked language model's head."""
+    embeddings, if there is one; of a masked language model's head."""
     head = _head_products(shape) if shape.fills_masks else []
     return [*_layer_products(shape.spec), *_embedding_products(shape.spec), *head]
 
@@ -76,7 +76,7 @@ def _size(products: list[Product]) -> int:
 
 
 def useful_flops(shape: ModelShape, batch: Batch) -> int:
-    """Floating point operations; a multiply-add is two."""
+    """The number of floating point operations; a multiply-add is two."""
     spec = shape.spec
     width, layer_weights = spec.hidden_size, _size(_layer_products(spec))
     lengths, everything = lengths_of(batch), batch["attention_mask"].nonzero()
@@ -89,10 +89,10 @@ def useful_flops(shape: ModelShape, batch: Batch) -> int:
 
     rows = masked_rows(batch) if shape.fills_masks else _first_rows(lengths)
     seen = _seen(rows, lengths, windows[-1])
-    # A row passes through every weight once, through the value's behind the sum, for which each head reads each token.
+    # A row passes through every weight once, through the value's after the sum, for which each head reads each token.
     row_weights, summed = layer_weights, spec.num_heads * width * seen
     if spec.rotary or isinstance(spec.relative, Disentangled):
-        # Keys depend on where their tokens stand, and are made.
+        # Keys depend on their tokens' positions, so they are made.
         row_weights -= width**2
         scored = width**2 * tokens + width * (seen + _distances(spec, rows, lengths))
     else:
@@ -111,7 +111,7 @@ def _seen(rows: Tensor, lengths: Tensor, window: int | None) -> int:
     Args:
         rows: (num_rows, 2) text and token.
         lengths: of the texts.
-        window: how many tokens to each side a row sees, or None for all.
+        window: how many tokens on each side a row sees, or None for all.
     """
     texts, places = rows.unbind(1)
     before, behind = places, lengths[texts] - 1 - places
@@ -121,9 +121,9 @@ def _seen(rows: Tensor, lengths: Tensor, window: int | None) -> int:
 
 
 def _distances(spec: EncoderSpec, rows: Tensor, lengths: Tensor) -> int:
-    """Products of contents with positions of DeBERTa, for each of its terms.
+    """DeBERTa's products of contents with positions, for each of its terms.
 
-    Of the distances that share an embedding only one counts, so that far ones are left out: each near one has its own.
+    Distances that share an embedding count once, so that far ones are left out: each near one has its own.
     """
     relative = spec.relative
     if not isinstance(relative, Disentangled):
@@ -132,11 +132,11 @@ def _distances(spec: EncoderSpec, rows: Tensor, lengths: Tensor) -> int:
 
 
 def weight_bytes(shape: ModelShape, itemsize: int) -> int:
-    """What every batch must read once: all layers' weights, shared ones once, and the others of `product_shapes`."""
+    """Bytes that every batch must read: all layers' weights, shared ones once, and the others of `product_shapes`."""
     rest = product_shapes(shape)[len(_layer_products(shape.spec)) :]
     return (shape.spec.num_layer_weights * _size(_layer_products(shape.spec)) + _size(rest)) * itemsize
 
 
 def floor_seconds(flops: float, num_bytes: float, flops_per_second: float, bytes_per_second: float) -> float:
-    """The time below which nobody can go: the longer of computing and moving, as if the two overlapped perfectly."""
+    """The shortest possible time: the longer of computing and moving, as if the two overlapped perfectly."""
     return max(flops / flops_per_second, num_bytes / bytes_per_second)

@@ -1,6 +1,6 @@
-"""What is measured: models, and batches of texts of given lengths, each defined once.
+"""The models and the batches of texts that are measured, each defined once.
 
-Token ids and weights are random, since time does not depend on their values; lengths are what time depends on, so each
+Token ids and weights are random, since time does not depend on their values. It depends on lengths, so each
 distribution of lengths says where it comes from.
 """
 
@@ -33,7 +33,7 @@ class Checkpoint:
 
     Attributes:
         model_class: in transformers.
-        options: of its config, where they differ from the class's own.
+        options: of its config, if they differ from the class's own.
     """
 
     model_class: str = "BertForSequenceClassification"
@@ -41,7 +41,7 @@ class Checkpoint:
 
     @property
     def about(self) -> str:
-        """What it is, in a line."""
+        """Describes it in a line."""
         asked = ", one [MASK] a text" if self.model_class.endswith(_FILLS_MASKS) else ""
         return f"{self.model_class}, random weights{asked}"
 
@@ -74,7 +74,7 @@ MODELS: dict[str, Checkpoint] = {
         {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "gelu_new"},
     ),
     "mpnet-base": Checkpoint("MPNetForSequenceClassification", {"vocab_size": 30527, "max_position_embeddings": 514}),
-    # Only the weights' random values differ from the default: to cut them at two deviations takes a minute.
+    # Only the weights' random values differ from the default: cutting them at two deviations takes a minute.
     "modernbert-base": Checkpoint("ModernBertForSequenceClassification", {"initializer_cutoff_factor": 6.0}),
     "deberta-v3-base": Checkpoint(
         "DebertaV2ForSequenceClassification",
@@ -118,18 +118,18 @@ def build_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrain
 
 
 def fills_masks(model_class: type[PreTrainedModel]) -> bool:
-    """Whether what is asked for is the vocabulary's logits of the masked tokens, and not one row of labels a text."""
+    """Whether the logits are the masked tokens' over the vocabulary, and not one row of labels per text."""
     return model_class.__name__.endswith(_FILLS_MASKS)
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What a model reads. As it stands: a BERT classifier's.
+    """A model's inputs; the defaults are a BERT classifier's.
 
     Attributes:
-        vocab_size: token ids lie below.
-        padding_id: behind a text's end. RoBERTa and its relatives count positions by it.
-        token_types: whether a tokenizer gives any: not where there are none, or a single one.
+        vocab_size: token ids are smaller.
+        padding_id: the token after a text's end. RoBERTa and its relatives count positions by it.
+        token_types: whether a tokenizer gives any: not if a model has none, or a single one.
         masks: whether each text has one [MASK], at a random place between its first and its last token.
     """
 
@@ -155,7 +155,7 @@ class Lengths:
     Attributes:
         description: as reports show it.
         source: where the numbers come from.
-        quantiles: the lengths at equally spaced probabilities from 0 to 1; between them it is interpolated.
+        quantiles: the lengths at equally spaced probabilities from 0 to 1, interpolated between them.
     """
 
     description: str
@@ -176,7 +176,7 @@ def _equal(length: int) -> Lengths:
 def _log_normal(mean: float, sigma: float, shortest: int, longest: int) -> tuple[int, ...]:
     """Quantiles of a log-normal distribution cut at both ends, whose mean after the cut is ``mean``."""
     normal = statistics.NormalDist(sigma=sigma)
-    # The middles of 101 equal parts; the median is found by bisection.
+    # The middles of 101 equal parts; bisection finds the median.
     factors = [math.exp(normal.inv_cdf((index + 0.5) / 101)) for index in range(101)]
 
     def cut(median: float) -> list[float]:
@@ -337,9 +337,9 @@ class Workload:
     def batches(self, count: int, inputs: ModelInputs = ModelInputs()) -> list[Batch]:
         """``count`` different batches, padded to their longest, on the CPU, as a tokenizer gives them.
 
-        Lengths are drawn independently. Of many batches those are taken whose tokens, real and padded, are nearest to
-        the average, so that few stand for many and each costs about the same. Single texts are one from each of
-        ``count`` equal parts of the distribution.
+        Lengths are drawn independently. The batches whose tokens, real and padded, are nearest to the average of many
+        are taken, so that few stand for many and each costs about the same. Single texts are one from each of ``count``
+        equal parts of the distribution.
         """
         # crc32, because Python's own hash of a text differs from process to process.
         generator = torch.Generator().manual_seed(SEED + zlib.crc32(self.name.encode()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -154,8 +154,12 @@ class Engine(nn.Module):
             (num_rows, width).
 
         Raises:
-            ValueError: a value of the batch does not fit.
+            ValueError: ``rows`` is another word, ``chosen`` is given with other rows, or a value does not fit.
         """
+        if rows not in get_args(Rows):
+            raise ValueError(f"rows must be one of {', '.join(get_args(Rows))}, got {rows!r}")
+        if (chosen is not None) != (rows == "chosen"):
+            raise ValueError(f'chosen must be given with rows "chosen" and with no others, got rows {rows!r}')
         if chosen is not None and batch.attention_mask is not None:
             chosen = chosen & batch.attention_mask.to(chosen.device).bool()
         per_text = rows in ("first", "mean")
