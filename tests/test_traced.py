@@ -121,8 +121,15 @@ def test_exported_for_every_batch_and_length(model_class: str, family: str) -> N
         assert_same(module(**inputs), fast(**inputs), inputs)
 
 
-@pytest.mark.parametrize("blocked", [(), ("transformers",)], ids=["with_transformers", "without_transformers"])
-@pytest.mark.parametrize("model_class", ["BertForSequenceClassification", "BertModel", "BertForMaskedLM"])
+@pytest.mark.parametrize(
+    ("model_class", "blocked"),
+    [
+        ("BertForSequenceClassification", ()),
+        ("BertForSequenceClassification", ("transformers",)),
+        ("BertModel", ("transformers",)),
+        ("BertForMaskedLM", ("transformers",)),
+    ],
+)
 def test_an_exported_program_runs_in_another_process(
     tmp_path: Path, model_class: str, blocked: tuple[str, ...]
 ) -> None:
