@@ -170,7 +170,7 @@ def _refuse(name: str, found: object, whose: str = "transformers'") -> NoReturn:
 
 
 def _check_own(name: str, function: object) -> None:
-    """Refuses a function whose code is not transformers' own; one without Python code, as a builtin, passes."""
+    """Refuses code that is not transformers', torch's or Python's own; a builtin has no Python code and passes."""
     if type(function) is not FunctionType or function in _known:
         return
     found = stranger_in(function)

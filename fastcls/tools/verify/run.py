@@ -281,7 +281,7 @@ def _compare(
         of_chosen = torch.isin(answers.owners(batch), torch.tensor(suspects))
         errors[suspects] = rounding_errors(original[of_chosen], exact.ask(chosen), answers, chosen)
     lower_errors = [rounding_errors(rows, original, answers, batch) for rows, _ in lower]
-    # The rest takes no time, so that Ctrl-C finds whole batches counted.
+    # Nothing below takes long, so that Ctrl-C finds whole batches counted.
     if is_reference:
         comparison.learn(errors)
         for other, found in zip(others, lower_errors, strict=True):
