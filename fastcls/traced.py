@@ -1,4 +1,4 @@
-"""The name by which programs import `fastcls.engine` that expect transformers' own outputs of an exported program."""
+"""Registers `fastcls.engine` and transformers' outputs, for exported programs whose callers expect those."""
 
 import transformers.modeling_outputs  # noqa: F401  # Registers them.
 
