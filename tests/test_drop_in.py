@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fastcls
 from fastcls.engine.spec import LastLayer
 from fastcls.models import TASKS
+from fastcls_kernels import use_backend
 
 IDS = torch.tensor([[5, 17, 33, 8, 90, 12], [7, 7, 150, 21, 3, 66], [9, 8, 7, 6, 5, 4]])
 
@@ -560,3 +561,70 @@ def test_an_answer_in_the_padding_is_refused() -> None:
 
 def test_every_task_has_a_fast_model() -> None:
     assert {type(fastcls.optimize(tiny_model(name, family))) for name, family in CLASSES} == {*TASKS.values()}
+
+
+@pytest.fixture(params=["torch", "triton"])
+def either_path(request: pytest.FixtureRequest, kernel_device: str) -> Iterator[str]:
+    """Runs operations in PyTorch or as Triton kernels; gives the device."""
+    with use_backend(request.param):
+        yield "cpu" if request.param == "torch" else kernel_device
+
+
+# What a hook makes of rows, and whether that is refused.
+MADE_OF_ROWS: dict[str, tuple[Callable[[Tensor], Any], str | None]] = {
+    "transposed": (lambda rows: rows.T.contiguous().T, None),
+    "every_other": (lambda rows: rows.repeat_interleave(2, 1)[:, ::2], None),
+    "in_wider_rows": (lambda rows: torch.cat([rows, rows], 1)[:, : rows.shape[1]], None),
+    "fewer": (lambda rows: rows[:-1], "of shape"),
+    "narrower": (lambda rows: rows[:, :-4], "of shape"),
+    "another_dtype": (lambda rows: rows.double(), "a tensor of torch.float32, got torch.float64"),
+    "a_list": (lambda rows: rows.tolist(), "a tensor of torch.float32, got list"),
+}
+
+
+@pytest.mark.parametrize("made", MADE_OF_ROWS)
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("encoder.embeddings", "after"),
+        ("encoder.layers.0", "after"),
+        ("encoder.layers.0", "before"),
+        ("encoder", "after"),
+        ("head", "before"),
+    ],
+)
+def test_rows_that_hooks_have_made_are_right_or_refused(path: str, kind: str, made: str, either_path: str) -> None:
+    fast = fastcls.optimize(tiny_bert().to(either_path))
+    change, refused = MADE_OF_ROWS[made]
+    if path == "head" and made == "fewer":
+        refused = None
+    before = fast(IDS).logits
+
+    def changed(given: Any) -> Any:
+        return change(given) if isinstance(given, Tensor) else type(given)(*map(change, given))
+
+    def changed_inputs(_: Any, inputs: Any) -> Any:
+        return (changed(inputs[0]), *inputs[1:])
+
+    module = fast.get_submodule(path)
+    if kind == "after":
+        module.register_forward_hook(lambda _module, _inputs, output: changed(output))
+    else:
+        module.register_forward_pre_hook(changed_inputs)
+    if refused is not None:
+        with pytest.raises((TypeError, ValueError), match=f"hooks must leave .* {refused}"):
+            fast(IDS)
+    elif made != "fewer":
+        assert float((fast(IDS).logits - before).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["encoder.layers.0.up_bias", "encoder.layers.1.qkv_weight", "head.out_weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_that_was_put_in_place_by_hand_and_does_not_fit_is_named(
+    name: str, dtype: torch.dtype, either_path: str
+) -> None:
+    fast = fastcls.optimize(tiny_bert().to(either_path))
+    weight = fast.get_parameter(name)
+    weight.data = weight.data[:1].to(dtype)
+    with pytest.raises((TypeError, ValueError), match=rf"{name} must be .*, got"):
+        fast(IDS)

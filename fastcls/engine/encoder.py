@@ -16,7 +16,7 @@ from .layer import EncoderLayer, HiddenStates
 from .packing import PackedTokens
 from .positions import BiasTable, DisentangledTables, RotaryPositions
 from .spec import BucketBias, Disentangled, EncoderSpec, LastLayer, Rows
-from .weights import Weighted, has_hooks, under
+from .weights import Weighted, checked_rows, has_hooks, under
 
 
 class Embeddings(Weighted):
@@ -134,9 +134,12 @@ class Encoder(nn.Module):
         """Packed tokens to rows of the last layer, (num_rows, hidden_size): all of them for "mean", too."""
         embedded = self.embeddings(packed)
         if has_hooks(self.embeddings):
-            hidden = (packed.layout.total_tokens, self.spec.hidden_size)
-            _check_states("encoder.embeddings", embedded, self.embeddings.word_weight.new_empty(hidden, device="meta"))
+            embedded = self._checked("the embeddings", embedded, packed)
         bias = self.relative() if isinstance(self.relative, BiasTable) else None
+        if bias is not None and has_hooks(cast(BiasTable, self.relative)):
+            shape = (self.spec.num_heads, 2 * cast(BiasTable, self.relative).reach + 1)
+            wide = embedded.new_empty(0, dtype=torch.promote_types(embedded.dtype, torch.float32))
+            bias = checked_rows("the bias of distances", bias, shape, wide)
         positions = TokenPositions(packed.layout, packed.position_ids, bias)
         states = HiddenStates(embedded, embedded)
         chosen = _chosen(packed, rows)
@@ -151,15 +154,21 @@ class Encoder(nn.Module):
                 break
             states = layer(states, positions, attention)
             if has_hooks(layer):
-                _check_states(f"encoder.layers.{weights}", states.normed, embedded)
-                _check_states(f"encoder.layers.{weights}", states.residual, embedded)
+                states = layer.checked(states, positions)
             if index == 0 and self.convolution is not None:
                 convolved = self.convolution(embedded, states.normed, packed.layout)
+                if has_hooks(self.convolution):
+                    convolved = self._checked("the convolution's rows", convolved, packed)
                 states = HiddenStates(convolved, convolved)
         layer, attention = cast(EncoderLayer, self.layers[self.spec.layers[last]]), self._attentions[last]
         if chosen is None:
-            return cast(HiddenStates, layer(states, positions, attention)).normed
+            states = layer(states, positions, attention)
+            return (layer.checked(states, positions) if has_hooks(layer) else states).normed
         return layer.chosen(states, positions, attention, chosen, last_layer, norm)
+
+    def _checked(self, name: str, rows: Tensor, packed: PackedTokens) -> Tensor:
+        shape = (packed.layout.total_tokens, self.spec.hidden_size)
+        return checked_rows(name, rows, shape, self.embeddings.word_weight)
 
     def _leaves_norm(
         self, layer: EncoderLayer, states: HiddenStates, chosen: ChosenRows, last_layer: LastLayer
@@ -183,12 +192,3 @@ def _chosen(packed: PackedTokens, rows: Rows) -> ChosenRows | None:
     assert packed.row_sequences is not None
     bounds = (layout.cu_seqlens[packed.row_sequences], layout.cu_seqlens[packed.row_sequences + 1])
     return ChosenRows(packed.rows, bounds)
-
-
-def _check_states(name: str, states: Tensor, like: Tensor) -> None:
-    """Checks what hooks have made of a module's rows, which the kernels trust."""
-    if states.shape != like.shape or states.dtype != like.dtype or not states.is_contiguous():
-        raise ValueError(
-            f"{name} must give contiguous rows of shape {tuple(like.shape)} in {like.dtype} when it has hooks, got "
-            f"{tuple(states.shape)} in {states.dtype} with strides {states.stride()}"
-        )

@@ -29,7 +29,7 @@ from .packing import (
 from .positions import BiasTable
 from .spec import EncoderSpec, HeadSpec, LastLayer, Rows, check_last_layer
 from .unpacking import unpack_chosen, unpack_rows, unpack_tokens
-from .weights import has_hooks, under
+from .weights import checked_rows, has_hooks, under
 
 # On a CPU a pass over about this many tokens keeps its activations in cache; larger batches run in several passes.
 CPU_TOKENS_PER_PASS = 2048
@@ -79,7 +79,7 @@ class Engine(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes graphs of its own, over its own weights.
-        own = ("_graphs", "_hooks", "_states", "_parameters_of", "_shapes")
+        own = ("_graphs", "_hooks", "_states", "_parameters_of", "_shapes", "_places", "_keys", "_sizes")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -309,9 +309,14 @@ class Engine(nn.Module):
             compute = functools.partial(self._compute, rows=rows, last_layer=last_layer)
             computed = self._graphs(compute, packed, rows, last_layer, device)
         else:
-            if triton:
+            if triton or not self._fit_by_size():
                 self._check_weights()
-            computed = self._compute(packed.to(device), rows, last_layer)
+            try:
+                computed = self._compute(packed.to(device), rows, last_layer)
+            except (RuntimeError, ValueError, TypeError):
+                # A library's error would not say which weight does not fit.
+                self._check_weights()
+                raise
         if rows == "chosen":
             return computed
         return computed[: packed.num_tokens if rows == "all" else packed.num_texts]
@@ -319,23 +324,38 @@ class Engine(nn.Module):
     def _compute(self, packed: PackedTokens, rows: Rows, last_layer: LastLayer) -> Tensor:
         """Packed tokens on the device to rows behind the head."""
         states: Tensor = self.encoder(packed, rows, last_layer)
+        if has_hooks(self.encoder):
+            layout = packed.layout
+            counts = {"first": layout.num_sequences, "chosen": 0 if packed.rows is None else packed.rows.numel()}
+            shape = (counts.get(rows, layout.total_tokens), self.spec.hidden_size)
+            states = checked_rows("the encoder's rows", states, shape, self.encoder.embeddings.word_weight)
         if rows == "mean":
             states = mean_pool(states, packed.layout)
         # An encoder's pooler runs over first rows only, behind the pass: see `head_of`.
         return states if self.head.spec.task == "encoder" else self.head(states)
 
+    def _fit_by_size(self) -> bool:
+        """Whether all weights hold as many numbers as when the engine was built; on a CPU, libraries check the rest."""
+        return list(map(Tensor.numel, map(dict.__getitem__, self._places, self._keys))) == self._sizes
+
     def _check_weights(self) -> None:
-        """Checks weights that were put in place by hand, since the kernels trust them and PyTorch does not."""
+        """Checks weights that may have been put in place by hand, since the kernels trust them.
+
+        Raises:
+            TypeError: one has another dtype than the others.
+            ValueError: another shape, device or stride.
+        """
         device, dtype = self.device, self.dtype
         for (name, parameters), shapes in zip(self._parameters_of, self._shapes, strict=True):
             for (key, weight), shape in zip(parameters.items(), shapes, strict=True):
                 if weight is None:
                     continue
-                found = (weight.shape, weight.dtype, weight.device)
-                if found != (shape, dtype, device) or not weight.is_contiguous():
+                if weight.dtype != dtype:
+                    raise TypeError(f"{name}.{key} must be {dtype} like the other weights, got {weight.dtype}")
+                if (weight.shape, weight.device) != (shape, device) or not weight.is_contiguous():
                     raise ValueError(
-                        f"{name}.{key} must be contiguous, of shape {shape and tuple(shape)}, {dtype} on {device}, got "
-                        f"{tuple(weight.shape)} with strides {weight.stride()}, {weight.dtype} on {weight.device}"
+                        f"{name}.{key} must be contiguous, of shape {shape and tuple(shape)} on {device}, got "
+                        f"{tuple(weight.shape)} with strides {weight.stride()} on {weight.device}"
                     )
 
     def _watch_modules(self) -> None:
@@ -348,6 +368,13 @@ class Engine(nn.Module):
             [None if weight is None else weight.shape for weight in parameters.values()]
             for _, parameters in self._parameters_of
         ]
+        there = [
+            (parameters, key, weight.numel())
+            for _, parameters in self._parameters_of
+            for key, weight in parameters.items()
+            if weight is not None
+        ]
+        self._places, self._keys, self._sizes = (list(each) for each in zip(*there, strict=True))
 
     def is_hooked(self) -> bool:
         """Whether a module has hooks, or one inside has another ``forward`` set on it."""

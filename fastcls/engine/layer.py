@@ -27,7 +27,7 @@ from fastcls_kernels.unchecked import (
 
 from .attention import ChosenRows, LayerAttention, TokenPositions
 from .spec import EncoderSpec, LastLayer
-from .weights import Weighted
+from .weights import Weighted, checked_rows, has_hooks
 
 
 class HiddenStates(NamedTuple):
@@ -67,10 +67,23 @@ class EncoderLayer(Weighted):
 
     def forward(self, states: HiddenStates, positions: TokenPositions, attention: LayerAttention) -> HiddenStates:
         """All rows: (total_tokens, hidden_size) to the same."""
+        if has_hooks(self):
+            states = self.checked(states, positions)
         # No name holds the queries, keys and values when the feed-forward needs their memory.
         return self._feed_forward(
             self._add_attended(self._attend(states.normed, positions, attention), states.residual)
         )
+
+    def checked(self, states: HiddenStates, positions: TokenPositions) -> HiddenStates:
+        """All rows that a hook on the layer may have made.
+
+        Raises:
+            TypeError, ValueError: they are not those of a layer.
+        """
+        if not isinstance(states, tuple) or len(states) != 2:
+            raise TypeError(f"hooks must leave a layer's rows a pair (normed, residual), got {type(states).__name__}")
+        shape = (positions.layout.total_tokens, self.spec.hidden_size)
+        return HiddenStates(*(checked_rows("a layer's rows", rows, shape, self.qkv_weight) for rows in states))
 
     def before_norm(
         self, states: HiddenStates, positions: TokenPositions, attention: LayerAttention

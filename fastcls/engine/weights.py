@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,3 +38,27 @@ def weight_version(weight: Tensor) -> tuple[int, int]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call runs more than the class's ``forward``: hooks, or another ``forward`` set on the module."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def checked_rows(name: str, rows: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Rows that hooks may have made, in one piece, as the kernels take them, which check nothing.
+
+    Args:
+        name: what the message calls them.
+        rows: the rows.
+        shape: the shape that they must have.
+        like: a tensor whose dtype and device they must have.
+
+    Raises:
+        TypeError: they are no tensor, or of another dtype.
+        ValueError: their shape or device is another.
+    """
+    if not isinstance(rows, Tensor) or rows.dtype != like.dtype:
+        found = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"hooks must leave {name} a tensor of {like.dtype}, got {found}")
+    if rows.shape != tuple(shape) or rows.device != like.device:
+        raise ValueError(
+            f"hooks must leave {name} of shape {tuple(shape)} on {like.device}, "
+            f"got {tuple(rows.shape)} on {rows.device}"
+        )
+    return rows.contiguous()

@@ -75,16 +75,25 @@ def checked_labels(labels: Tensor, shape: torch.Size, attention_mask: Tensor | N
     return labels
 
 
-def checked_positions(name: str, positions: Tensor | None, texts: int, attention_mask: Tensor | None) -> Tensor | None:
+def checked_positions(
+    texts: int, attention_mask: Tensor | None, **positions: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Positions of answers, one a text, where tokens are; the loss ignores those beyond the end, as transformers does.
 
     Raises:
         ValueError: there are more or fewer than texts, or one stands where the mask leaves a token out.
     """
-    if positions is not None and positions.numel() != texts:
-        raise ValueError(f"{name} must be one for each of the {texts} texts, got {tuple(positions.shape)}")
-    if positions is None or attention_mask is None:
-        return positions
+    for name, given in positions.items():
+        if given is not None and given.numel() != texts:
+            raise ValueError(f"{name} must be one for each of the {texts} texts, got {tuple(given.shape)}")
+    if attention_mask is None:
+        return tuple(positions.values())
+    return tuple(
+        None if given is None else _positions_within(name, given, attention_mask) for name, given in positions.items()
+    )
+
+
+def _positions_within(name: str, positions: Tensor, attention_mask: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return _checked_positions(positions, attention_mask, name)
     _check_positions(positions, attention_mask, name)

@@ -75,8 +75,9 @@ class FastQuestionAnswerer(ModelWithHead):
         """
         batch = PaddedBatch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         texts = self._checked(batch, kwargs)[0]
-        start_positions = checked_positions("start_positions", start_positions, texts, attention_mask)
-        end_positions = checked_positions("end_positions", end_positions, texts, attention_mask)
+        start_positions, end_positions = checked_positions(
+            texts, attention_mask, start_positions=start_positions, end_positions=end_positions
+        )
         if self.width != 2:
             raise ValueError(f"config.num_labels must be 2 for question answering, got {self.width}")
         start, end = self._rows(batch, "all", torch.finfo(self.dtype).min).unbind(2)
