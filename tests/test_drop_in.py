@@ -563,7 +563,7 @@ def test_every_task_has_a_fast_model() -> None:
     assert {type(fastcls.optimize(tiny_model(name, family))) for name, family in CLASSES} == {*TASKS.values()}
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.full)])
 def either_path(request: pytest.FixtureRequest, kernel_device: str) -> Iterator[str]:
     """Runs operations in PyTorch or as Triton kernels; gives the device."""
     with use_backend(request.param):
