@@ -624,7 +624,20 @@ def test_a_weight_that_was_put_in_place_by_hand_and_does_not_fit_is_named(
     name: str, dtype: torch.dtype, either_path: str
 ) -> None:
     fast = fastcls.optimize(tiny_bert().to(either_path))
+    fast(IDS)
     weight = fast.get_parameter(name)
     weight.data = weight.data[:1].to(dtype)
     with pytest.raises((TypeError, ValueError), match=rf"{name} must be .*, got"):
         fast(IDS)
+
+
+@pytest.mark.parametrize("name", ["encoder.embeddings.token_type_weight", "encoder.layers.0.up_weight"])
+def test_a_weight_without_data_or_dimensions_is_named_and_not_computed_with(name: str) -> None:
+    fast = fastcls.optimize(tiny_bert())
+    fast(IDS)
+    owner, key = fast.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    weight = fast.get_parameter(name)
+    for wrong in (weight.to("meta"), weight.flatten()):
+        setattr(owner, key, nn.Parameter(wrong, requires_grad=False))
+        with pytest.raises(ValueError, match=rf"{name} must be contiguous, of shape"):
+            fast(IDS)

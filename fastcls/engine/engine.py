@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,9 @@ class Engine(nn.Module):
         last_layer, cuda_graphs, batch_invariant: see `FastModel`.
     """
 
+    # Where the weights lay, and of what size they were, when they were last checked.
+    _seen: tuple[list[int], ...]
+
     def __init__(
         self,
         spec: EncoderSpec,
@@ -79,7 +82,7 @@ class Engine(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes graphs of its own, over its own weights.
-        own = ("_graphs", "_hooks", "_states", "_parameters_of", "_shapes", "_places", "_keys", "_sizes")
+        own = ("_graphs", "_hooks", "_states", "_shapes", "_weighted", "_seen")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -309,14 +312,11 @@ class Engine(nn.Module):
             compute = functools.partial(self._compute, rows=rows, last_layer=last_layer)
             computed = self._graphs(compute, packed, rows, last_layer, device)
         else:
-            if triton or not self._fit_by_size():
+            if triton:
                 self._check_weights()
-            try:
-                computed = self._compute(packed.to(device), rows, last_layer)
-            except (RuntimeError, ValueError, TypeError):
-                # A library's error would not say which weight does not fit.
-                self._check_weights()
-                raise
+            else:
+                self._check_changed_weights()
+            computed = self._compute(packed.to(device), rows, last_layer)
         if rows == "chosen":
             return computed
         return computed[: packed.num_tokens if rows == "all" else packed.num_texts]
@@ -334,11 +334,18 @@ class Engine(nn.Module):
         # An encoder's pooler runs over first rows only, behind the pass: see `head_of`.
         return states if self.head.spec.task == "encoder" else self.head(states)
 
-    def _fit_by_size(self) -> bool:
-        """Whether all weights hold as many numbers as when the engine was built; on a CPU, libraries check the rest."""
-        return list(map(Tensor.numel, map(dict.__getitem__, self._places, self._keys))) == self._sizes
+    def _check_changed_weights(self) -> None:
+        """`_check_weights`, where a weight has other memory, size or dimensions than when it was last called.
 
-    def _check_weights(self) -> None:
+        PyTorch takes weights with other strides, and refuses other shapes of the same size: a CPU needs no more.
+        """
+        weights = [module._parameters[key] for module, keys in self._weighted for key in keys]
+        seen = tuple(list(map(cast("Any", fact), weights)) for fact in (Tensor.data_ptr, Tensor.numel, Tensor.dim))
+        if seen != self._seen:
+            self._check_weights(contiguous=False)
+            self._seen = seen
+
+    def _check_weights(self, *, contiguous: bool = True) -> None:
         """Checks weights that may have been put in place by hand, since the kernels trust them.
 
         Raises:
@@ -346,15 +353,16 @@ class Engine(nn.Module):
             ValueError: another shape, device or stride.
         """
         device, dtype = self.device, self.dtype
-        for (name, parameters), shapes in zip(self._parameters_of, self._shapes, strict=True):
-            for (key, weight), shape in zip(parameters.items(), shapes, strict=True):
+        for name, module, shapes in self._shapes:
+            for key, shape in shapes.items():
+                weight = module._parameters.get(key)
                 if weight is None:
                     continue
                 if weight.dtype != dtype:
                     raise TypeError(f"{name}.{key} must be {dtype} like the other weights, got {weight.dtype}")
-                if (weight.shape, weight.device) != (shape, device) or not weight.is_contiguous():
+                if (weight.shape, weight.device) != (shape, device) or (contiguous and not weight.is_contiguous()):
                     raise ValueError(
-                        f"{name}.{key} must be contiguous, of shape {shape and tuple(shape)} on {device}, got "
+                        f"{name}.{key} must be contiguous, of shape {tuple(shape)} on {device}, got "
                         f"{tuple(weight.shape)} with strides {weight.stride()} on {weight.device}"
                     )
 
@@ -363,18 +371,15 @@ class Engine(nn.Module):
         modules = list(self.modules())
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._states = [vars(module) for module in modules[1:]]
-        self._parameters_of = [(name, module._parameters) for name, module in self.named_modules()]
+        # Modules, not their ``_parameters``, which a trace replaces.
         self._shapes = [
-            [None if weight is None else weight.shape for weight in parameters.values()]
-            for _, parameters in self._parameters_of
+            (name, module, {key: each.shape for key, each in module._parameters.items() if each is not None})
+            for name, module in self.named_modules()
+            # Without itself, so that it goes as soon as nobody holds it.
+            if module is not self
         ]
-        there = [
-            (parameters, key, weight.numel())
-            for _, parameters in self._parameters_of
-            for key, weight in parameters.items()
-            if weight is not None
-        ]
-        self._places, self._keys, self._sizes = (list(each) for each in zip(*there, strict=True))
+        self._weighted = [(module, tuple(shapes)) for _, module, shapes in self._shapes]
+        self._seen = ()
 
     def is_hooked(self) -> bool:
         """Whether a module has hooks, or one inside has another ``forward`` set on it."""
@@ -382,8 +387,9 @@ class Engine(nn.Module):
 
     def asking_gradients(self) -> str | None:
         """The name of a parameter that requires gradients, if one does."""
-        for name, parameters in self._parameters_of:
-            for key, weight in parameters.items():
+        for name, module, shapes in self._shapes:
+            for key in shapes:
+                weight = module._parameters.get(key)
                 if weight is not None and weight.requires_grad:
                     return f"{name}.{key}"
         return None
