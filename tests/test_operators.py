@@ -365,3 +365,25 @@ def test_a_graph_holds_it_as_one_node(case: str, device: str) -> None:
     assert called == [f"fastcls_kernels.{case.split('-')[0]}.default"]
     for found, expected in zip(results(compiled), results(call(*args_again, **kwargs)), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_wrong_calls_are_refused_in_a_graph_too() -> None:
+    x, weight = torch.randn(3, 4), torch.randn(2, 4)
+    q, cu_seqlens = torch.randn(6, 2, 16), cu_seqlens_of([2, 4])
+    wrong: tuple[Callable[[], Any], ...] = (
+        lambda: linear(x, weight, hidden_states=x),  # type: ignore[misc]
+        lambda: attention_varlen(q, q, q, cu_seqlens, 4, window_size=(1, 1, 9)),  # type: ignore[arg-type]
+        lambda: cls_attention_kv(q[:2], q, q, cu_seqlens, 4, row_bounds=()),  # type: ignore[arg-type]
+    )
+    for call in wrong:
+        with pytest.raises(Exception, match=r"takes hidden_states|argument 2 is (longer|shorter)|zip\(\)"):
+            torch.compile(call, fullgraph=True, backend="eager")()
+        torch.compiler.reset()
+
+
+def test_sums_that_require_gradients_are_refused() -> None:
+    norm = (torch.ones(SIZE), torch.zeros(SIZE), 1e-5)
+    rows, matrix = torch.randn(3, SIZE), torch.randn(SIZE, SIZE)
+    summed = torch.randn(3, HEADS, SIZE, requires_grad=True)
+    with pytest.raises(RuntimeError, match="summed must not require gradients"):
+        cls_output(summed, matrix, None, matrix, None, rows, None, *norm)

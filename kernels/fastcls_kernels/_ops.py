@@ -86,7 +86,8 @@ def operator(
             if not torch.compiler.is_compiling():
                 return function(*args, **kwargs)
             given = {**defaults, **dict(zip(by_place, args, strict=False)), **kwargs}
-            if len(args) > len(by_place) or set(given) != set(names):
+            twice = set(by_place[: len(args)]) & set(kwargs)
+            if len(args) > len(by_place) or twice or set(given) != set(names):
                 raise TypeError(f"{function.__name__}() takes {', '.join(names)}, got {', '.join(given)}")
             for each in members:
                 given.update(each.split(given[each.argument]))

@@ -22,6 +22,7 @@ from .runtime.checks import (
     check_device,
     check_head_dim,
     check_last_dim_contiguous,
+    check_no_gradient,
     check_rows,
     check_tensor,
     num_rows_of,
@@ -230,6 +231,7 @@ def cls_output(
         raise TypeError(f"summed must be {hidden_states.dtype} like hidden_states or float32, got {summed.dtype}")
     if summed.ndim != 3 or summed.shape[0] != num_rows or summed.shape[2] != width:
         raise ValueError(f"summed must have shape ({num_rows}, nheads, {width}), got {tuple(summed.shape)}")
+    check_no_gradient("summed", summed)
     check_device("summed", summed, hidden_states)
     num_heads = summed.shape[1]
     check_tensor("value_weight", value_weight, "(nheads * headdim, width)", like=hidden_states)

@@ -294,7 +294,9 @@ def add_layer_norm(
     check_add_norm(hidden_states, bias, residual, weight, norm_bias, eps)
     if rows is not None:
         check_rows("rows", rows, hidden_states)
-    normed, summed = _norm_and_sum(hidden_states, bias, residual, weight, norm_bias, eps, rows, keep_sum)
+    normed, summed = add_layer_norm_unchecked(
+        hidden_states, bias, residual, weight, norm_bias, eps, rows, keep_sum=keep_sum
+    )
     return (normed, summed) if keep_sum else normed
 
 
@@ -306,21 +308,10 @@ def add_layer_norm_unchecked(
     norm_bias: Tensor | None,
     eps: float,
     rows: Tensor | None = None,
-) -> Tensor:
-    """`add_layer_norm` of arguments that are known to fit, without the sum."""
-    return _norm_and_sum(hidden_states, bias, residual, weight, norm_bias, eps, rows, keep_sum=False)[0]
-
-
-def _norm_and_sum(
-    hidden_states: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    norm_bias: Tensor | None,
-    eps: float,
-    rows: Tensor | None,
-    keep_sum: bool,
+    *,
+    keep_sum: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` of arguments that are known to fit: the normed rows, and the sum where it is kept."""
     if runs_triton(hidden_states):
         return launch_sum_add_layer_norm(
             *(hidden_states.unsqueeze(1), bias, residual, rows, weight, norm_bias, eps),

@@ -17,7 +17,7 @@ __all__ = ["attention_padded", "attention_padded_unchecked", "attention_varlen",
 
 _WINDOW = Members(
     "window_size",
-    split=lambda window: {"window_left": window[0], "window_right": window[1]},
+    split=lambda window: dict(zip(("window_left", "window_right"), window, strict=True)),
     join=lambda given: (given["window_left"], given["window_right"]),
 )
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .._ops import Members, check_together, operator
-from ..layer_norm import AddNorm, add_layer_norm, check_add_norm
+from ..layer_norm import AddNorm, add_layer_norm_unchecked, check_add_norm
 from ..layout import PackedLayout
 from ..runtime.backend import runs_triton
 from ..runtime.checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
@@ -66,7 +66,7 @@ _NORM = Members(
 )
 _ROW_BOUNDS = Members(
     "row_bounds",
-    split=lambda bounds: dict(zip(("row_starts", "row_ends"), bounds or (None, None), strict=True)),
+    split=lambda bounds: dict(zip(("row_starts", "row_ends"), (None, None) if bounds is None else bounds, strict=True)),
     join=_join_row_bounds,
 )
 
@@ -166,7 +166,7 @@ def cls_attention_unchecked(
 ) -> Tensor:
     """`cls_attention` of arguments that are known to fit."""
     if norm is not None and (keys is not None or norm.bias is None or not takes_norm(hidden_states)):
-        hidden_states, norm = add_layer_norm(hidden_states, *norm), None
+        hidden_states, norm = add_layer_norm_unchecked(hidden_states, *norm)[0], None
     if not runs_triton(query):
         return cls_attention_windows(query, hidden_states, layout, scale, keys, bias, row_bounds)
     return launch_cls_attention(query, hidden_states, layout, scale, num_splits, norm, keys, bias, row_bounds)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..attention.kernel import LOG2_E, isolated, load_rows, softmax_step, strides_of
 from ..layout import PackedLayout
-from ..linear import linear_per_head
+from ..linear import linear_per_head_unchecked
 from ..runtime.backend import device_guard
 from ..runtime.invariance import choices
 from ..runtime.tile_tables import DisentangledTile, arch_of, disentangled_tile, unsqueezed
@@ -197,4 +197,4 @@ def launch_disentangled_attention(
 
 def _products(tokens: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     """(nheads, total_tokens, num_columns), contiguous: every token's products with the table's row of each distance."""
-    return linear_per_head(tokens, table.index_select(0, rows).permute(1, 2, 0)).transpose(0, 1).contiguous()
+    return linear_per_head_unchecked(tokens, table.index_select(0, rows).permute(1, 2, 0)).transpose(0, 1).contiguous()

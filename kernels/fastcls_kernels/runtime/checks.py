@@ -18,11 +18,7 @@ def check_tensor(name: str, tensor: torch.Tensor, shape: str, like: torch.Tensor
     ndim = shape.count(",") + (0 if shape.endswith(",)") else 1)
     if tensor.ndim != ndim:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name} must not require gradients, which fastcls_kernels does not compute: detach it, "
-            "or call this inside torch.no_grad() or torch.inference_mode()"
-        )
+    check_no_gradient(name, tensor)
     if like is None:
         # float64 exists to prove exactness on the PyTorch path; no GPU kernel computes in it.
         allowed = FLOAT_DTYPES if tensor.is_cuda else (*FLOAT_DTYPES, torch.float64)
@@ -32,6 +28,15 @@ def check_tensor(name: str, tensor: torch.Tensor, shape: str, like: torch.Tensor
     if tensor.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype} like the other inputs, got {tensor.dtype}")
     check_device(name, tensor, like)
+
+
+def check_no_gradient(name: str, tensor: torch.Tensor) -> None:
+    """Checks that no gradient is asked for, where one would be computed."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} must not require gradients, which fastcls_kernels does not compute: detach it, "
+            "or call this inside torch.no_grad() or torch.inference_mode()"
+        )
 
 
 def check_device(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
