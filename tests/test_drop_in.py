@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -589,12 +590,13 @@ MADE_OF_ROWS: dict[str, tuple[Callable[[Tensor], Any], str | None]] = {
         ("encoder.embeddings", "after"),
         ("encoder.layers.0", "after"),
         ("encoder.layers.0", "before"),
+        ("encoder.layers.2", "after"),
         ("encoder", "after"),
         ("head", "before"),
     ],
 )
 def test_rows_that_hooks_have_made_are_right_or_refused(path: str, kind: str, made: str, either_path: str) -> None:
-    fast = fastcls.optimize(tiny_bert().to(either_path))
+    fast = fastcls.optimize(tiny_bert().to(either_path), last_layer="full")
     change, refused = MADE_OF_ROWS[made]
     if path == "head" and made == "fewer":
         refused = None
@@ -641,3 +643,101 @@ def test_a_weight_without_data_or_dimensions_is_named_and_not_computed_with(name
         setattr(owner, key, nn.Parameter(wrong, requires_grad=False))
         with pytest.raises(ValueError, match=rf"{name} must be contiguous, of shape"):
             fast(IDS)
+
+
+def test_a_bias_with_strides_is_refused_and_not_read_as_its_neighbours(either_path: str) -> None:
+    fast = fastcls.optimize(tiny_bert().to(either_path))
+    fast(IDS)
+    bias = fast.head.out_bias
+    assert bias is not None
+    wider = torch.stack([bias.data, bias.data + 100], -1)
+    for strided in (wider[:, 0], bias.data[:1].expand(3)):
+        fast.head.out_bias = nn.Parameter(strided, requires_grad=False)
+        with pytest.raises(ValueError, match=r"head.out_bias must be contiguous, of shape \(3,\)"):
+            fast(IDS)
+
+
+def test_a_weight_in_wider_rows_is_taken(either_path: str) -> None:
+    fast = fastcls.optimize(tiny_bert().to(either_path))
+    before = fast(IDS).logits
+    layer: Any = fast.encoder.layers[0]
+    wider = torch.cat([layer.up_weight, layer.up_weight + 1], 1)
+    layer.up_weight = nn.Parameter(wider[:, : layer.up_weight.shape[1]], requires_grad=False)
+    assert float((fast(IDS).logits - before).abs().max()) <= 1e-5
+
+
+def test_a_weight_of_another_dtype_in_the_same_memory_is_named() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    fast(IDS)
+    table: Any = fast.encoder.embeddings.position_weight
+    table.data = table.data.view(torch.int32)
+    with pytest.raises(TypeError, match=r"embeddings.position_weight must be torch.float32 .*, got torch.int32"):
+        fast(IDS)
+
+
+def test_hooks_for_all_modules_may_give_rows_with_strides(either_path: str) -> None:
+    fast = fastcls.optimize(tiny_model("MPNetForSequenceClassification", "mpnet").to(either_path))
+    before = fast(IDS).logits
+
+    def strided(_module: Any, _inputs: Any, output: Any) -> Any:
+        change = MADE_OF_ROWS["every_other"][0]
+        if isinstance(output, Tensor) and output.ndim == 2:
+            return change(output)
+        return type(output)(*map(change, output)) if isinstance(output, tuple) else None
+
+    handle = nn.modules.module.register_module_forward_hook(strided)
+    try:
+        assert float((fast(IDS).logits - before).abs().max()) <= 1e-5
+    finally:
+        handle.remove()
+
+
+def test_modules_and_weights_that_are_replaced_are_computed_with() -> None:
+    fast: Any = fastcls.optimize(tiny_model("ModernBertForSequenceClassification", "modernbert"))
+    before = fast(IDS).logits
+    fast.encoder.rotary = copy.deepcopy(fast.encoder.rotary)
+    assert torch.equal(fast(IDS).logits, before)
+    fast = fastcls.optimize(tiny_model("DebertaV2ForSequenceClassification", "deberta-v2"))
+    before = fast(IDS).logits
+    relative = copy.deepcopy(fast.encoder.relative)
+    relative._layers = fast.encoder.relative._layers
+    fast.encoder.relative = relative
+    assert torch.equal(fast(IDS).logits, before)
+    fast = fastcls.optimize(tiny_bert())
+    layer: Any = fast.encoder.layers[0]
+    before = fast(IDS).logits
+    nn.utils.parametrize.register_parametrization(layer, "out_weight", nn.Identity())
+    assert torch.equal(fast(IDS).logits, before)
+    layer.out_bias = None
+    assert torch.isfinite(fast(IDS).logits).all()
+    fast.adapter = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match=r"adapter.weight must not require gradients"):
+        fast(IDS)
+
+
+PACKED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
+    "an_id_too_large": (lambda packed: {"token_ids": packed.token_ids + 190}, "token_ids must lie from 0 to 198"),
+    "a_negative_position": (lambda packed: {"position_ids": packed.position_ids - 1}, "position_ids must lie from 0"),
+    "positions_with_strides": (
+        lambda packed: {"position_ids": packed.position_ids.repeat_interleave(2)[::2]},
+        "position_ids must be contiguous, of shape",
+    ),
+    "one_position": (lambda packed: {"position_ids": packed.position_ids[:1]}, "position_ids must be contiguous"),
+    "ids_that_are_floats": (lambda packed: {"token_ids": packed.token_ids.float()}, "token_ids must be an int32 or"),
+    "a_type_too_large": (lambda packed: {"token_type_ids": packed.token_ids * 0 + 5}, "token_type_ids must lie from 0"),
+    "more_ids": (lambda packed: {"token_ids": packed.token_ids.repeat(2)}, "token_ids must be contiguous, of shape"),
+    "neither": (lambda _: {"token_ids": None}, "exactly one of token_ids and inputs_embeds"),
+    "embeddings_transposed": (
+        lambda packed: {"token_ids": None, "inputs_embeds": torch.randn(64, len(packed.token_ids)).T},
+        "inputs_embeds must be contiguous, of shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_tokens_that_do_not_fit_are_refused(case: str) -> None:
+    fast = fastcls.optimize(tiny_bert())
+    (packed,) = fast.pack([[5, 6, 7], [8, 9, 10, 11]])
+    change, message = PACKED[case]
+    with pytest.raises((TypeError, ValueError), match=message):
+        fast.forward_packed(dataclasses.replace(packed, **change(packed)))

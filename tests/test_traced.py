@@ -175,6 +175,19 @@ def test_transformers_outputs_take_the_place_of_stand_ins() -> None:
     assert run(code) == "True"
 
 
+@pytest.mark.parametrize("model_class", ["BertForSequenceClassification", "BertForMultipleChoice", "BertModel"])
+def test_a_node_of_an_earlier_program_leaves_the_fill_to_the_task(model_class: str) -> None:
+    fast = fastcls.optimize(tiny_model(model_class, "bert"))
+    inputs = batch(3, 7)
+    inputs["attention_mask"][1] = 0
+    given = (inputs["input_ids"], inputs["attention_mask"], None, None, None)
+    weights = [weight for _, weight in fast.named_parameters()]
+    found = torch.ops.fastcls.forward(weights, fast.description, *fast.options, "texts", 0.0, None, *given)
+    expected = torch.finfo(torch.float32).min if model_class == "BertForMultipleChoice" else float("nan")
+    torch.testing.assert_close(found[1], torch.full_like(found[1], expected), equal_nan=True)
+    assert torch.isfinite(found[[0, 2]]).all()
+
+
 def test_opcheck() -> None:
     fast = fastcls.optimize(tiny_model("BertModel", "bert"))
     weights = [weight for _, weight in fast.named_parameters()]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastcls_kernels import PackedLayout
 
-from .positions import BiasTable, DisentangledTables, PositionTables, RotaryPositions, RotaryTables
+from .positions import BiasTable, DisentangledTables, PositionTables, RotaryTables
 
 
 class TokenPositions(NamedTuple):
@@ -44,8 +44,7 @@ class LayerAttention(NamedTuple):
     Attributes:
         scale: factor on scores.
         window_size: how many tokens a token attends to on its left and right, -1 for all.
-        turns: rotary positions, or None.
-        kind: the rotary frequencies that the layer turns by.
+        rotary: cosines and sines, (max_positions, head_dim // 2) each, or None.
         bias: MPNet's positions, or None.
         tables: DeBERTa's positions, or None.
         layer: the set of layer weights, for which ``tables`` has its own.
@@ -53,16 +52,10 @@ class LayerAttention(NamedTuple):
 
     scale: float
     window_size: tuple[int, int]
-    turns: RotaryPositions | None
-    kind: str
+    rotary: RotaryTables | None
     bias: BiasTable | None
     tables: DisentangledTables | None
     layer: int
-
-    @property
-    def rotary(self) -> RotaryTables | None:
-        """Cosines and sines, (max_positions, head_dim // 2) each, or None."""
-        return None if self.turns is None else self.turns.tables(self.kind)
 
     @property
     def positions(self) -> PositionTables:
@@ -73,7 +66,7 @@ class LayerAttention(NamedTuple):
     @property
     def needs_keys(self) -> bool:
         """Whether keys depend on positions, so that the query cannot absorb their projection."""
-        return self.turns is not None or self.tables is not None
+        return self.rotary is not None or self.tables is not None
 
     def reads_rows(self, chosen: ChosenRows) -> bool:
         """Whether the chosen rows can be computed alone: relative positions are known as a first token sees them."""

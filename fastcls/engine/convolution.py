@@ -11,7 +11,7 @@ from fastcls_kernels import PackedLayout
 from fastcls_kernels.unchecked import add_layer_norm, linear_activation
 
 from .spec import EncoderSpec
-from .weights import Weighted, checked_rows, has_hooks, weight_version
+from .weights import Weighted, checked_rows, is_intercepted, weight_version
 
 
 class EmbeddingConvolution(Weighted):
@@ -57,7 +57,7 @@ class EmbeddingConvolution(Weighted):
 
     def forward(self, embedded: Tensor, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
         """The embeddings and the first layer's result, (total_tokens, hidden_size) each, to the same shape."""
-        if has_hooks(self):
+        if is_intercepted(self):
             shape = (layout.total_tokens, self.norm_weight.shape[0])
             embedded = checked_rows("the embeddings", embedded, shape, self.norm_weight)
             hidden_states = checked_rows("the first layer's rows", hidden_states, shape, self.norm_weight)
@@ -65,7 +65,7 @@ class EmbeddingConvolution(Weighted):
         half = self.spec.kernel_size // 2
         taps = [neighbours(embedded, layout, offset) for offset in range(-half, half + 1)]
         convolved = linear_activation(torch.cat(taps, 1), self._matrix, self.kernel_bias, self.spec.activation)
-        return add_layer_norm(convolved, None, hidden_states, self.norm_weight, self.norm_bias, self.eps)
+        return add_layer_norm(convolved, None, hidden_states, self.norm_weight, self.norm_bias, self.eps)[0]
 
 
 def neighbours(tokens: Tensor, layout: PackedLayout, offset: int) -> Tensor:

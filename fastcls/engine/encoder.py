@@ -16,7 +16,7 @@ from .layer import EncoderLayer, HiddenStates
 from .packing import PackedTokens
 from .positions import BiasTable, DisentangledTables, RotaryPositions
 from .spec import BucketBias, Disentangled, EncoderSpec, LastLayer, Rows
-from .weights import Weighted, checked_rows, has_hooks, under
+from .weights import Weighted, checked_rows, is_intercepted, under
 
 
 class Embeddings(Weighted):
@@ -87,18 +87,15 @@ class Encoder(nn.Module):
             None if spec.convolution is None else EmbeddingConvolution(spec, under("convolution.", weights))
         )
         self.rotary = RotaryPositions(spec, under("rotary.", weights)) if spec.rotary else None
-        # A tuple, so that no module is registered twice.
-        self._attentions = tuple(map(self._attention_of, range(spec.num_layers)))
 
-    def _attention_of(self, index: int) -> LayerAttention:
+    def _attention(self, index: int) -> LayerAttention:
         spec = self.spec
         terms = spec.relative.num_terms if isinstance(spec.relative, Disentangled) else 1
         window = spec.windows[index] if spec.windows else None
         return LayerAttention(
             scale=(spec.head_dim * terms) ** -0.5,
             window_size=(-1, -1) if window is None else (window, window),
-            turns=self.rotary,
-            kind=spec.rotary[index] if spec.rotary else "",
+            rotary=None if self.rotary is None else self.rotary.tables(spec.rotary[index]),
             bias=self.relative if isinstance(self.relative, BiasTable) else None,
             tables=self.relative if isinstance(self.relative, DisentangledTables) else None,
             layer=spec.layers[index],
@@ -133,51 +130,58 @@ class Encoder(nn.Module):
     def forward(self, packed: PackedTokens, rows: Rows, last_layer: LastLayer) -> Tensor:
         """Packed tokens to rows of the last layer, (num_rows, hidden_size): all of them for "mean", too."""
         embedded = self.embeddings(packed)
-        if has_hooks(self.embeddings):
+        if is_intercepted(self.embeddings):
             embedded = self._checked("the embeddings", embedded, packed)
-        bias = self.relative() if isinstance(self.relative, BiasTable) else None
-        if bias is not None and has_hooks(cast(BiasTable, self.relative)):
-            shape = (self.spec.num_heads, 2 * cast(BiasTable, self.relative).reach + 1)
-            wide = embedded.new_empty(0, dtype=torch.promote_types(embedded.dtype, torch.float32))
-            bias = checked_rows("the bias of distances", bias, shape, wide)
-        positions = TokenPositions(packed.layout, packed.position_ids, bias)
+        positions = TokenPositions(packed.layout, packed.position_ids, self._bias(embedded))
         states = HiddenStates(embedded, embedded)
         chosen = _chosen(packed, rows)
         norm = None
         last = len(self.spec.layers) - 1
-        for index, weights in enumerate(self.spec.layers[:last]):
-            layer, attention = cast(EncoderLayer, self.layers[weights]), self._attentions[index]
-            if index == last - 1 and chosen is not None and self._leaves_norm(layer, states, chosen, last_layer):
+        for index in range(last):
+            if index == last - 1 and chosen is not None and self._leaves_norm(index, states, chosen, last_layer):
                 # Only the last layer's pass reads these rows, so it takes their norm on its way.
-                hidden_states, norm = layer.before_norm(states, positions, attention)
+                hidden_states, norm = self._layer(index).before_norm(states, positions, self._attention(index))
                 states = HiddenStates(hidden_states, hidden_states)
                 break
-            states = layer(states, positions, attention)
-            if has_hooks(layer):
-                states = layer.checked(states, positions)
+            states = self._whole_layer(index, states, positions)
             if index == 0 and self.convolution is not None:
                 convolved = self.convolution(embedded, states.normed, packed.layout)
-                if has_hooks(self.convolution):
+                if is_intercepted(self.convolution):
                     convolved = self._checked("the convolution's rows", convolved, packed)
                 states = HiddenStates(convolved, convolved)
-        layer, attention = cast(EncoderLayer, self.layers[self.spec.layers[last]]), self._attentions[last]
-        if chosen is None:
-            states = layer(states, positions, attention)
-            return (layer.checked(states, positions) if has_hooks(layer) else states).normed
-        return layer.chosen(states, positions, attention, chosen, last_layer, norm)
+        if chosen is not None and last_layer != "full":
+            return self._layer(last).chosen(states, positions, self._attention(last), chosen, last_layer, norm)
+        normed = self._whole_layer(last, states, positions).normed
+        return normed if chosen is None else normed[chosen.rows]
+
+    def _layer(self, index: int) -> EncoderLayer:
+        return cast(EncoderLayer, self.layers[self.spec.layers[index]])
+
+    def _whole_layer(self, index: int, states: HiddenStates, positions: TokenPositions) -> HiddenStates:
+        layer = self._layer(index)
+        states = layer(states, positions, self._attention(index))
+        return layer.checked(states, positions) if is_intercepted(layer) else states
+
+    def _bias(self, embedded: Tensor) -> Tensor | None:
+        """MPNet's positions, (num_heads, 2 * reach + 1), at least float32."""
+        if not isinstance(self.relative, BiasTable):
+            return None
+        wide = embedded.new_empty(0, dtype=torch.promote_types(embedded.dtype, torch.float32))
+        return checked_rows(
+            "the bias of distances", self.relative(), (self.spec.num_heads, 2 * self.relative.reach + 1), wide
+        )
 
     def _checked(self, name: str, rows: Tensor, packed: PackedTokens) -> Tensor:
         shape = (packed.layout.total_tokens, self.spec.hidden_size)
         return checked_rows(name, rows, shape, self.embeddings.word_weight)
 
-    def _leaves_norm(
-        self, layer: EncoderLayer, states: HiddenStates, chosen: ChosenRows, last_layer: LastLayer
-    ) -> bool:
-        convolved = len(self.spec.layers) == 2 and self.convolution is not None
+    def _leaves_norm(self, index: int, states: HiddenStates, chosen: ChosenRows, last_layer: LastLayer) -> bool:
+        """Whether the layer before the last may leave its norm to the last one."""
+        layer, convolved = self._layer(index), index == 0 and self.convolution is not None
         return (
-            not has_hooks(layer)
+            not is_intercepted(layer)
             and not convolved
-            and layer.takes_norm_inside(states.normed, self._attentions[-1], chosen, last_layer)
+            and layer.takes_norm_inside(states.normed, self._attention(index + 1), chosen, last_layer)
         )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, cast, get_args
+from operator import attrgetter
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from .packing import (
     FlatBatch,
     PackedTokens,
     PackShape,
+    check_packed,
     fill_rows,
     pack,
     parts_of,
@@ -29,12 +32,15 @@ from .packing import (
 from .positions import BiasTable
 from .spec import EncoderSpec, HeadSpec, LastLayer, Rows, check_last_layer
 from .unpacking import unpack_chosen, unpack_rows, unpack_tokens
-from .weights import checked_rows, has_hooks, under
+from .weights import checked_rows, has_hooks, is_intercepted, under
 
 # On a CPU a pass over about this many tokens keeps its activations in cache; larger batches run in several passes.
 CPU_TOKENS_PER_PASS = 2048
 # On a GPU this many fill the largest chip, and bound the memory of a pass: some 1.6 GB for BERT-base in float32.
 GPU_TOKENS_PER_PASS = 65536
+
+# What a kernel is told of a weight, or trusts: nothing that counts changes.
+_KIND = attrgetter("shape", "dtype", "device")
 
 # Longer texts are rare, and compile their kernels when they come.
 _WARM_TOKENS = 512
@@ -57,8 +63,8 @@ class Engine(nn.Module):
         last_layer, cuda_graphs, batch_invariant: see `FastModel`.
     """
 
-    # Where the weights lay, and of what size they were, when they were last checked.
-    _seen: tuple[list[int], ...]
+    # Facts of all weights, when they were last found to fit.
+    _fitting: list[list[Any]]
 
     def __init__(
         self,
@@ -82,7 +88,7 @@ class Engine(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes graphs of its own, over its own weights.
-        own = ("_graphs", "_hooks", "_states", "_shapes", "_weighted", "_seen")
+        own = ("_graphs", "_hooks", "_states", "_shapes", "_fitting")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,6 +135,11 @@ class Engine(nn.Module):
         """How many numbers a row has behind the head."""
         weight = self.head.out_weight
         return self.spec.hidden_size if weight is None else weight.shape[0]
+
+    @property
+    def fill_of_texts(self) -> float:
+        """Stands for a text that is masked as a whole: NaN, or for a choice, which must not win, the lowest number."""
+        return torch.finfo(self.dtype).min if self.head.spec.task == "multiple choice" else math.nan
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights by our names: parameters, and the rotary frequencies, which no state dict holds."""
@@ -207,7 +218,14 @@ class Engine(nn.Module):
         return [] if flat is None else [part.to(self.device) for part in self._packed(flat)]
 
     def rows_of_packed(self, packed: PackedTokens, rows: Rows) -> Tensor:
-        """Rows of packed tokens, in packed order, without waiting for a GPU."""
+        """Rows of packed tokens of a caller's, in packed order, without waiting for a GPU.
+
+        Raises:
+            TypeError: a dtype that does not fit.
+            ValueError: a shape, stride or device that does not fit, or, on a CPU, an id or position outside its table.
+        """
+        packed = packed.to(self.device)
+        check_packed(packed, self.spec, self.encoder.embeddings.word_weight)
         with self.inference():
             return self._pass(packed, rows)
 
@@ -273,12 +291,10 @@ class Engine(nn.Module):
         return self.encoder.embeddings.word_weight.new_full((*shape, self.width), fill)
 
     def _packed(self, flat: FlatBatch) -> Iterator[PackedTokens]:
-        device = self.device
-        triton = explain_backend(device)[0] == "triton"
+        device, triton = self.device, self._runs_triton
         max_tokens = CPU_TOKENS_PER_PASS if device.type == "cpu" else GPU_TOKENS_PER_PASS
         for part in parts_of(flat, max_tokens, sort=not triton):
-            tokens, texts = part.num_tokens, part.num_texts
-            shape = self._shape(tokens, texts) if triton else fill_rows(tokens, texts)
+            shape = (self._shape if triton else fill_rows)(part.num_tokens, part.num_texts)
             yield pack(flat, part, shape, pin=device.type == "cuda")
 
     def _shape(self, tokens: int, sequences: int) -> PackShape:
@@ -307,15 +323,11 @@ class Engine(nn.Module):
             self._check_hooks(rows)
         self.encoder.prepare()
         last_layer, device = self.last_layer, self.device
-        triton = explain_backend(device)[0] == "triton"
-        if triton and self._replays(packed):
+        if self._runs_triton and self._replays(packed):
             compute = functools.partial(self._compute, rows=rows, last_layer=last_layer)
             computed = self._graphs(compute, packed, rows, last_layer, device)
         else:
-            if triton:
-                self._check_weights()
-            else:
-                self._check_changed_weights()
+            self._check_weights()
             computed = self._compute(packed.to(device), rows, last_layer)
         if rows == "chosen":
             return computed
@@ -324,7 +336,7 @@ class Engine(nn.Module):
     def _compute(self, packed: PackedTokens, rows: Rows, last_layer: LastLayer) -> Tensor:
         """Packed tokens on the device to rows behind the head."""
         states: Tensor = self.encoder(packed, rows, last_layer)
-        if has_hooks(self.encoder):
+        if is_intercepted(self.encoder):
             layout = packed.layout
             counts = {"first": layout.num_sequences, "chosen": 0 if packed.rows is None else packed.rows.numel()}
             shape = (counts.get(rows, layout.total_tokens), self.spec.hidden_size)
@@ -334,65 +346,44 @@ class Engine(nn.Module):
         # An encoder's pooler runs over first rows only, behind the pass: see `head_of`.
         return states if self.head.spec.task == "encoder" else self.head(states)
 
-    def _check_changed_weights(self) -> None:
-        """`_check_weights`, where a weight has other memory, size or dimensions than when it was last called.
-
-        PyTorch takes weights with other strides, and refuses other shapes of the same size: a CPU needs no more.
-        """
-        weights = [module._parameters[key] for module, keys in self._weighted for key in keys]
-        seen = tuple(list(map(cast("Any", fact), weights)) for fact in (Tensor.data_ptr, Tensor.numel, Tensor.dim))
-        if seen != self._seen:
-            self._check_weights(contiguous=False)
-            self._seen = seen
-
-    def _check_weights(self, *, contiguous: bool = True) -> None:
-        """Checks weights that may have been put in place by hand, since the kernels trust them.
+    def _check_weights(self) -> None:
+        """Checks weights that were put in place by hand, since the kernels and some libraries trust them.
 
         Raises:
             TypeError: one has another dtype than the others.
-            ValueError: another shape, device or stride.
+            ValueError: another shape or device, or strides that the kernels do not take.
         """
+        weights = [each for module in self.modules() for each in module._parameters.values() if each is not None]
+        facts: list[list[Any]] = [list(map(_KIND, weights)), list(map(Tensor.stride, weights))]
+        if facts == self._fitting:
+            return
         device, dtype = self.device, self.dtype
-        for name, module, shapes in self._shapes:
-            for key, shape in shapes.items():
-                weight = module._parameters.get(key)
-                if weight is None:
-                    continue
-                if weight.dtype != dtype:
-                    raise TypeError(f"{name}.{key} must be {dtype} like the other weights, got {weight.dtype}")
-                if (weight.shape, weight.device) != (shape, device) or (contiguous and not weight.is_contiguous()):
-                    raise ValueError(
-                        f"{name}.{key} must be contiguous, of shape {tuple(shape)} on {device}, got "
-                        f"{tuple(weight.shape)} with strides {weight.stride()} on {weight.device}"
-                    )
+        for name, weight in self.named_parameters(remove_duplicate=False):
+            shape = self._shapes.get(name)
+            if shape is None:
+                continue
+            # PyTorch alone reads MPNet's table.
+            if weight.dtype != dtype and not (isinstance(self.encoder.relative, BiasTable) and ".relative." in name):
+                raise TypeError(f"{name} must be {dtype} like the other weights, got {weight.dtype}")
+            whole = weight.is_contiguous() if "embeddings" in name else weight.ndim > 2 or _in_rows(weight)
+            if (weight.shape, weight.device) != (shape, device) or not whole:
+                raise ValueError(
+                    f"{name} must be contiguous, of shape {tuple(shape)} on {device}, got "
+                    f"{tuple(weight.shape)} with strides {weight.stride()} on {weight.device}"
+                )
+        self._fitting = facts
 
     def _watch_modules(self) -> None:
-        """Notes where modules keep hooks, parameters and attributes: each call looks there, in microseconds."""
+        """Notes where modules keep hooks and attributes, and their weights' shapes: each call looks there."""
         modules = list(self.modules())
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._states = [vars(module) for module in modules[1:]]
-        # Modules, not their ``_parameters``, which a trace replaces.
-        self._shapes = [
-            (name, module, {key: each.shape for key, each in module._parameters.items() if each is not None})
-            for name, module in self.named_modules()
-            # Without itself, so that it goes as soon as nobody holds it.
-            if module is not self
-        ]
-        self._weighted = [(module, tuple(shapes)) for _, module, shapes in self._shapes]
-        self._seen = ()
+        self._shapes = {name: weight.shape for name, weight in self.named_parameters(remove_duplicate=False)}
+        self._fitting = []
 
     def is_hooked(self) -> bool:
         """Whether a module has hooks, or one inside has another ``forward`` set on it."""
         return any(self._hooks) or any("forward" in state for state in self._states)
-
-    def asking_gradients(self) -> str | None:
-        """The name of a parameter that requires gradients, if one does."""
-        for name, module, shapes in self._shapes:
-            for key in shapes:
-                weight = module._parameters.get(key)
-                if weight is not None and weight.requires_grad:
-                    return f"{name}.{key}"
-        return None
 
     def hooked_inside(self) -> list[tuple[str, nn.Module]]:
         """The modules below this one that have forward hooks, or another ``forward``, by their names."""
@@ -416,3 +407,8 @@ class Engine(nn.Module):
             called = isinstance(module, (BiasTable, EmbeddingConvolution))
             return None if called else "it holds tables that others read"
         return None
+
+
+def _in_rows(weight: Tensor) -> bool:
+    """Whether the numbers of each row are neighbours in memory."""
+    return weight.ndim == 0 or weight.shape[-1] <= 1 or weight.stride(-1) == 1

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastcls_kernels.unchecked import layer_norm, linear, linear_activation, pooler_classifier
 
 from .spec import HeadSpec
-from .weights import Weighted, checked_rows, has_hooks
+from .weights import Weighted, checked_rows, is_intercepted
 
 
 class Head(Weighted):
@@ -29,10 +29,10 @@ class Head(Weighted):
 
     def forward(self, rows: Tensor) -> Tensor:
         """(num_rows, hidden_size) to (num_rows, out_features)."""
-        if has_hooks(self):
+        if is_intercepted(self):
             weights = (self.dense_weight, self.norm_weight, self.out_weight)
-            for first in [weight for weight in weights if weight is not None][:1]:
-                rows = checked_rows("the head's rows", rows, (len(rows), first.shape[-1]), first)
+            first = next((weight for weight in weights if weight is not None), rows)
+            rows = checked_rows("the head's rows", rows, (len(rows), first.shape[-1]), first)
         dense_weight, dense_bias = self.dense_weight, self.dense_bias
         out_weight, out_bias = self.out_weight, self.out_bias
         if (

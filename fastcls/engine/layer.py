@@ -27,7 +27,7 @@ from fastcls_kernels.unchecked import (
 
 from .attention import ChosenRows, LayerAttention, TokenPositions
 from .spec import EncoderSpec, LastLayer
-from .weights import Weighted, checked_rows, has_hooks
+from .weights import Weighted, checked_rows, is_intercepted
 
 
 class HiddenStates(NamedTuple):
@@ -67,7 +67,7 @@ class EncoderLayer(Weighted):
 
     def forward(self, states: HiddenStates, positions: TokenPositions, attention: LayerAttention) -> HiddenStates:
         """All rows: (total_tokens, hidden_size) to the same."""
-        if has_hooks(self):
+        if is_intercepted(self):
             states = self.checked(states, positions)
         # No name holds the queries, keys and values when the feed-forward needs their memory.
         return self._feed_forward(
@@ -104,12 +104,10 @@ class EncoderLayer(Weighted):
         last_layer: LastLayer,
         norm: AddNorm | None = None,
     ) -> Tensor:
-        """The chosen rows: (total_tokens, hidden_size) to (num_rows, hidden_size).
+        """The chosen rows, computed alone: (total_tokens, hidden_size) to (num_rows, hidden_size).
 
         ``norm`` is a layer norm that is still to be taken of the states, where `takes_norm_inside` holds.
         """
-        if last_layer == "full":
-            return self(states, positions, attention).normed[chosen.rows]
         if last_layer == "absorbed" and attention.reads_rows(chosen):
             return self._feed_forward(self._attend_absorbed(states, positions, attention, chosen, norm)).normed
         if attention.reads_rows(chosen):
@@ -199,7 +197,7 @@ class EncoderLayer(Weighted):
         else:
             normed = source
             if norm is not None:
-                residual = normed = add_layer_norm(source, *norm, rows)
+                residual = normed = add_layer_norm(source, *norm, rows)[0]
                 rows = None
             # Encoders without biases have rotary positions.
             assert query_bias is not None

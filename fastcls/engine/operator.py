@@ -70,6 +70,9 @@ def _forward(
     engine = _engine_over(weights, model, options)
     batch = PaddedBatch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
     engine.check(batch)
+    if rows == "texts":
+        # Programs that earlier versions exported leave this to the task.
+        fill = engine.fill_of_texts
     return engine.rows(batch, _rows_named(rows, engine.head.spec, selected is not None), fill, selected)
 
 

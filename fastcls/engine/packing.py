@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from fastcls_kernels import PackedLayout
+from fastcls_kernels.runtime.checks import check_device, check_integers, check_range, check_tensor
+
+from .spec import EncoderSpec
 
 
 class PackShape(NamedTuple):
@@ -162,6 +165,49 @@ def packed_over(
     )
 
 
+def check_packed(packed: PackedTokens, spec: EncoderSpec, word_weight: Tensor) -> None:
+    """Checks packed tokens of a caller's, which need not be what `pack` gave.
+
+    Args:
+        packed: the tokens.
+        spec: the encoder's shape.
+        word_weight: a weight, whose dtype and device count.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, stride or device that does not fit, or, on a CPU, a value outside its table: reading values
+            would stall a GPU.
+    """
+    total = packed.layout.total_tokens
+    check_device("layout", packed.layout.cu_seqlens, word_weight)
+    if (packed.inputs_embeds is None) == (packed.token_ids is None):
+        raise ValueError("exactly one of token_ids and inputs_embeds must be given")
+    sizes = {
+        "token_ids": spec.vocab_size,
+        "token_type_ids": spec.token_types,
+        "position_ids": spec.position_rows or spec.max_positions,
+    }
+    for name, size in sizes.items():
+        ids = getattr(packed, name)
+        if ids is None:
+            continue
+        check_integers(name, ids)
+        check_device(name, ids, word_weight)
+        if ids.shape != (total,) or not ids.is_contiguous() or size == 0:
+            wanted = "None for this model" if size == 0 else f"contiguous, of shape ({total},)"
+            raise ValueError(f"{name} must be {wanted}, got shape {tuple(ids.shape)} with strides {ids.stride()}")
+        if size is not None:
+            check_range(name, ids, size)
+    embeds = packed.inputs_embeds
+    if embeds is not None:
+        check_tensor("inputs_embeds", embeds, "(total_tokens, embedding_size)", like=word_weight)
+        if embeds.shape != (total, spec.embedding_size) or not embeds.is_contiguous():
+            raise ValueError(
+                f"inputs_embeds must be contiguous, of shape ({total}, {spec.embedding_size}), "
+                f"got shape {tuple(embeds.shape)} with strides {embeds.stride()}"
+            )
+
+
 def _aligned(size: int) -> int:
     return size + -size % _ALIGNMENT
 
@@ -263,12 +309,14 @@ class Part(NamedTuple):
     """Texts that one pass computes.
 
     Attributes:
+        num_tokens: how many tokens they have.
         lengths: (num_texts,) int64 on the CPU.
         starts: (num_texts,) int64 on the CPU, where each text begins among the kept tokens.
         order: (num_texts,) int64 on the CPU, which text of the batch each is, or None where they are in order.
         texts: where in the order of the batch they stand.
     """
 
+    num_tokens: int
     lengths: Tensor
     starts: Tensor
     order: Tensor | None
@@ -277,10 +325,6 @@ class Part(NamedTuple):
     @property
     def num_texts(self) -> int:
         return self.lengths.numel()
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.lengths.sum())
 
 
 def parts_of(batch: FlatBatch, max_tokens: int, *, sort: bool) -> Iterator[Part]:
@@ -296,9 +340,9 @@ def parts_of(batch: FlatBatch, max_tokens: int, *, sort: bool) -> Iterator[Part]
     sort = sort and batch.num_texts > 1
     lengths, order = batch.lengths.sort(stable=True) if sort else (batch.lengths, None)
     starts = batch.lengths.cumsum(0) - batch.lengths
-    for texts in _slices(lengths, max_tokens):
+    for texts, tokens in _slices(lengths, max_tokens):
         rows = None if order is None else order[texts]
-        yield Part(lengths[texts], starts[texts] if rows is None else starts[rows], rows, texts)
+        yield Part(tokens, lengths[texts], starts[texts] if rows is None else starts[rows], rows, texts)
 
 
 def pack(batch: FlatBatch, part: Part, shape: PackShape, *, pin: bool = False) -> PackedTokens:
@@ -310,8 +354,8 @@ def pack(batch: FlatBatch, part: Part, shape: PackShape, *, pin: bool = False) -
         shape: what they are filled up to: at least theirs.
         pin: keep what is packed in memory that a GPU copies from while the CPU goes on.
     """
-    lengths, starts, order, texts = part
-    num_texts, tokens = part.num_texts, part.num_tokens
+    tokens, lengths, starts, order, texts = part
+    num_texts = part.num_texts
     device = next(tensor.device for tensor in (batch.kept, batch.token_ids, batch.position_ids) if tensor is not None)
     columns = None
     if order is None:
@@ -387,11 +431,12 @@ def _columns(lengths: Tensor, tokens: int) -> Tensor:
     return torch.arange(tokens, device=lengths.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
 
 
-def _slices(lengths: Tensor, max_tokens: int) -> Iterator[slice]:
+def _slices(lengths: Tensor, max_tokens: int) -> Iterator[tuple[slice, int]]:
+    """Neighbouring texts, and how many tokens they have."""
     start = tokens = 0
     for row, length in enumerate(lengths.tolist()):
         if tokens and tokens + length > max_tokens:
-            yield slice(start, row)
+            yield slice(start, row), tokens
             start, tokens = row, 0
         tokens += length
-    yield slice(start, lengths.numel())
+    yield slice(start, lengths.numel()), tokens

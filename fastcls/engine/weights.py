@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 
 class Weighted(nn.Module):
@@ -38,6 +39,11 @@ def weight_version(weight: Tensor) -> tuple[int, int]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call runs more than the class's ``forward``: hooks, or another ``forward`` set on the module."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether somebody else's code may have a call of a module's rows: its hooks, or those for all modules."""
+    return has_hooks(module) or bool(_global_forward_hooks or _global_forward_pre_hooks)
 
 
 def checked_rows(name: str, rows: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:

@@ -340,7 +340,7 @@ class FastModel(Engine):
         return batch.shape
 
     def _check_no_gradients(self, batch: PaddedBatch) -> None:
-        asking = self.asking_gradients()
+        asking = next((name for name, weight in self.named_parameters() if weight.requires_grad), None)
         if asking is None and batch.inputs_embeds is not None and batch.inputs_embeds.requires_grad:
             asking = "inputs_embeds"
         if asking is not None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import (
@@ -80,7 +78,7 @@ class FastClassifier(Labelled):
         texts = self._checked(batch, kwargs)[0]
         if labels is not None and (labels.ndim == 0 or labels.shape[0] != texts):
             raise ValueError(f"labels must have one row for each of the {texts} texts, got {tuple(labels.shape)}")
-        logits = self._rows(batch, self.head.spec.rows, math.nan)
+        logits = self._rows(batch, self.head.spec.rows, self.fill_of_texts)
         loss = None
         if labels is not None and self.config.model_type == "deberta-v2" and self.config.problem_type is None:
             loss, logits = deberta_loss(logits, labels, self._labels_of_loss())
@@ -134,7 +132,7 @@ class FastNextSentencePredictor(ModelWithHead):
         texts = self._checked(batch, kwargs)[0]
         if labels is not None and labels.numel() != texts:
             raise ValueError(f"labels must be one for each of the {texts} pairs, got {tuple(labels.shape)}")
-        logits = self._rows(batch, self.head.spec.rows, math.nan)
+        logits = self._rows(batch, self.head.spec.rows, self.fill_of_texts)
         loss = None if labels is None else F.cross_entropy(logits, labels.view(-1).to(logits.device))
         return self._given(NextSentencePredictorOutput(loss=loss, logits=logits), return_dict)
 
@@ -177,8 +175,6 @@ class FastMultipleChoice(ModelWithHead):
         texts, choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
         if labels is not None and labels.shape != (texts,):
             raise ValueError(f"labels must have shape ({texts},), one a question, got {tuple(labels.shape)}")
-        # The lowest number there is, so that a choice that is masked as a whole is never taken.
-        lowest = torch.finfo(self.dtype).min
-        logits = self._rows(batch, self.head.spec.rows, lowest).view(texts, choices)
+        logits = self._rows(batch, self.head.spec.rows, self.fill_of_texts).view(texts, choices)
         loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
         return self._given(MultipleChoiceModelOutput(loss=loss, logits=logits), return_dict)

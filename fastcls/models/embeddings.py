@@ -146,7 +146,7 @@ class FastEncoder(FastModel):
         if isinstance(wanted, Tensor):
             states = self._chosen_states(batch, wanted)
         elif wanted == "first":
-            states = self._rows(batch, "first", math.nan)[:, None]
+            states = self._rows(batch, "first", self.fill_of_texts)[:, None]
         elif wanted == "all":
             states = self._rows(batch, "all")
         else:
