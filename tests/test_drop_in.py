@@ -633,6 +633,33 @@ def test_a_weight_that_was_put_in_place_by_hand_and_does_not_fit_is_named(
         fast(IDS)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["layers.0.qkv_weight", "relative.table_weight", "relative.norm_weight", "convolution.kernel_weight"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_that_tables_are_made_of_is_named_before_they_are_made(
+    name: str, dtype: torch.dtype, either_path: str
+) -> None:
+    with_convolution: dict[str, Any] = {"conv_kernel_size": 3, "conv_act": "gelu"}
+    model = tiny_model("DebertaV2ForSequenceClassification", "deberta-v2", **with_convolution)
+    fast = fastcls.optimize(model.to(either_path))
+    fast(IDS)
+    weight = fast.encoder.get_parameter(name)
+    weight.data = weight.data[:-1].to(dtype)
+    with pytest.raises((TypeError, ValueError), match=rf"encoder.{name} must be .*, got"):
+        fast(IDS)
+
+
+def test_rotary_frequencies_that_do_not_fit_are_named(either_path: str) -> None:
+    fast = fastcls.optimize(tiny_model("ModernBertForSequenceClassification", "modernbert").to(either_path))
+    fast(IDS)
+    name, frequencies = next(fast.named_rotary())
+    frequencies.data = frequencies.data[:2]
+    with pytest.raises(ValueError, match=rf"{name} must be contiguous, of shape \(8,\)"):
+        fast(IDS)
+
+
 @pytest.mark.parametrize("name", ["encoder.embeddings.token_type_weight", "encoder.layers.0.up_weight"])
 def test_a_weight_without_data_or_dimensions_is_named_and_not_computed_with(name: str) -> None:
     fast = fastcls.optimize(tiny_bert())

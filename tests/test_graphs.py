@@ -278,6 +278,18 @@ def test_threads_do_not_mix_their_texts(fast: FastClassifier) -> None:
             assert_close(logits, expected[index])
 
 
+@pytest.mark.parametrize("uses", [0, 1])
+def test_a_weight_that_does_not_fit_is_named_before_it_is_captured(fast: FastClassifier, uses: int) -> None:
+    for _ in range(uses):
+        fast.logits_of(texts_of(5))
+    bias = fast.head.out_bias
+    assert bias is not None
+    bias.data = bias.data[:1]
+    for call in (lambda: fast.logits_of(texts_of(5)), lambda: fast.head_of(torch.zeros(1, 64)), fast.warm_up):
+        with pytest.raises(ValueError, match=r"head.out_bias must be contiguous, of shape"):
+            call()
+
+
 @pytest.mark.parametrize("change", ["dtype", "checkpoint", "by_hand"])
 def test_graphs_are_forgotten_when_weights_move(fast: FastClassifier, change: str) -> None:
     texts = texts_of(5, 9)

@@ -272,6 +272,16 @@ def test_a_graph_sees_weights_and_options_change(family: str) -> None:
     assert torch.equal(compiled(**inputs).logits, fast(**inputs).logits)
 
 
+def test_a_weight_that_does_not_fit_is_named_when_the_graph_runs() -> None:
+    fast = fastcls.optimize(tiny_bert())
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    compiled(**batch(3, 7))
+    weight = fast.get_parameter("encoder.layers.0.up_weight")
+    weight.data = weight.data[:-1]
+    with pytest.raises(ValueError, match=r"encoder.layers.0.up_weight must be contiguous, of shape"):
+        compiled(**batch(3, 7))
+
+
 def test_a_graph_sees_one_weight_move_to_other_memory() -> None:
     fast = fastcls.optimize(tiny_bert())
     compiled = torch.compile(fast, fullgraph=True, backend="eager")

@@ -89,6 +89,10 @@ class GraphKey(NamedTuple):
     batch_invariant: bool
 
 
+def _key(packed: PackedTokens, rows: Rows, last_layer: LastLayer) -> GraphKey:
+    return GraphKey(packed.shape, packed.fields, rows, last_layer, is_batch_invariant())
+
+
 class CudaGraphs:
     """The captured passes of one model: made where a shape comes again, kept by use, bounded in number and memory.
 
@@ -132,6 +136,10 @@ class CudaGraphs:
             self._times_gone.clear()
             self._too_large.clear()
 
+    def holds(self, packed: PackedTokens, rows: Rows, last_layer: LastLayer) -> bool:
+        """Whether a pass has been captured, and would be replayed."""
+        return _key(packed, rows, last_layer) in self._graphs
+
     def __call__(
         self, run: Pass, packed: PackedTokens, rows: Rows, last_layer: LastLayer, device: torch.device
     ) -> Tensor:
@@ -143,7 +151,7 @@ class CudaGraphs:
             rows, last_layer: what the pass computes.
             device: where it runs.
         """
-        key = GraphKey(packed.shape, packed.fields, rows, last_layer, is_batch_invariant())
+        key = _key(packed, rows, last_layer)
         with self._lock:
             graph = self._graph(run, key, packed, device)
             if graph is not None:

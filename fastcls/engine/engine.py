@@ -231,6 +231,7 @@ class Engine(nn.Module):
 
     def head_of(self, states: Tensor) -> Tensor:
         """The head over (num_texts, hidden_size); of an encoder its pooler."""
+        self.check_weights()
         with self.inference():
             rows: Tensor = self.head(states)
             return rows
@@ -252,6 +253,7 @@ class Engine(nn.Module):
         """
         if not self._runs_triton:
             return
+        self.check_weights()
         with self.inference():
             self.encoder.prepare()
             longest = self.spec.max_positions or _WARM_TOKENS
@@ -321,13 +323,15 @@ class Engine(nn.Module):
         """One pass, without the rows that fill it up."""
         if self.is_hooked():
             self._check_hooks(rows)
-        self.encoder.prepare()
         last_layer, device = self.last_layer, self.device
-        if self._runs_triton and self._replays(packed):
+        replays = self._runs_triton and self._replays(packed)
+        if not (replays and self._graphs.holds(packed, rows, last_layer)):
+            self.check_weights()
+        self.encoder.prepare()
+        if replays:
             compute = functools.partial(self._compute, rows=rows, last_layer=last_layer)
             computed = self._graphs(compute, packed, rows, last_layer, device)
         else:
-            self._check_weights()
             computed = self._compute(packed.to(device), rows, last_layer)
         if rows == "chosen":
             return computed
@@ -346,26 +350,34 @@ class Engine(nn.Module):
         # An encoder's pooler runs over first rows only, behind the pass: see `head_of`.
         return states if self.head.spec.task == "encoder" else self.head(states)
 
-    def _check_weights(self) -> None:
+    def check_weights(self) -> None:
         """Checks weights that were put in place by hand, since the kernels and some libraries trust them.
+
+        To be called before anything is made of the weights. A graph reads them where they were when it was captured.
 
         Raises:
             TypeError: one has another dtype than the others.
             ValueError: another shape or device, or strides that the kernels do not take.
         """
-        weights = [each for module in self.modules() for each in module._parameters.values() if each is not None]
+        weights: list[Tensor] = [
+            each for module in self.modules() for each in module._parameters.values() if each is not None
+        ]
+        if self.encoder.rotary is not None:
+            weights += self.encoder.rotary.buffers()
         facts: list[list[Any]] = [list(map(_KIND, weights)), list(map(Tensor.stride, weights))]
         if facts == self._fitting:
             return
         device, dtype = self.device, self.dtype
-        for name, weight in self.named_parameters(remove_duplicate=False):
+        for name, weight in self._named():
             shape = self._shapes.get(name)
             if shape is None:
                 continue
-            # PyTorch alone reads MPNet's table.
-            if weight.dtype != dtype and not (isinstance(self.encoder.relative, BiasTable) and ".relative." in name):
+            # PyTorch alone reads these frequencies, and MPNet's table.
+            turns = name.startswith("encoder.rotary.")
+            is_free = turns or (isinstance(self.encoder.relative, BiasTable) and ".relative." in name)
+            if weight.dtype != dtype and not is_free:
                 raise TypeError(f"{name} must be {dtype} like the other weights, got {weight.dtype}")
-            whole = weight.is_contiguous() if "embeddings" in name else weight.ndim > 2 or _in_rows(weight)
+            whole = weight.is_contiguous() if "embeddings" in name else turns or weight.ndim > 2 or _in_rows(weight)
             if (weight.shape, weight.device) != (shape, device) or not whole:
                 raise ValueError(
                     f"{name} must be contiguous, of shape {tuple(shape)} on {device}, got "
@@ -378,8 +390,13 @@ class Engine(nn.Module):
         modules = list(self.modules())
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._states = [vars(module) for module in modules[1:]]
-        self._shapes = {name: weight.shape for name, weight in self.named_parameters(remove_duplicate=False)}
+        self._shapes = {name: weight.shape for name, weight in self._named()}
         self._fitting = []
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        """`weights`, each under all its names."""
+        yield from self.named_parameters(remove_duplicate=False)
+        yield from self.named_rotary()
 
     def is_hooked(self) -> bool:
         """Whether a module has hooks, or one inside has another ``forward`` set on it."""

@@ -213,6 +213,8 @@ class FastModel(Engine):
         if self.is_hooked():
             self._check_no_hooks_inside()
         self.catch_up()
+        # The engine that a graph runs is built over these, whatever their shapes are.
+        self.check_weights()
         return [weight for _, weight in self.weights()]
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
