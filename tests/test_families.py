@@ -355,18 +355,40 @@ def test_what_is_made_from_weights_follows_them(change: str) -> None:
     assert change == "to_float64" or float((before - expected["logits"]).abs().max()) > 1e-3
 
 
-def test_tables_are_made_once_and_keep_their_memory() -> None:
-    fast = fastcls.optimize(deberta_in_float32())
+# What an encoder makes of weights alone, and the weight or frequencies that it is made of.
+MADE_OF_WEIGHTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Tensor]]] = {
+    "disentangled": (
+        deberta_in_float32,
+        lambda encoder: encoder.relative.of_layer(1),
+        lambda encoder: encoder.relative.table_weight,
+    ),
+    "convolution": (
+        lambda: deberta_in_float32(conv_kernel_size=3),
+        lambda encoder: [encoder.convolution._matrix],
+        lambda encoder: encoder.convolution.kernel_weight,
+    ),
+    "rotary": (
+        lambda: tiny_model("ModernBertForSequenceClassification", "modernbert"),
+        lambda encoder: encoder.rotary.tables("full_attention"),
+        lambda encoder: encoder.rotary.full_attention,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MADE_OF_WEIGHTS)
+def test_what_is_made_from_weights_is_made_once_and_keeps_its_memory(kind: str) -> None:
+    make, made_by, made_of = MADE_OF_WEIGHTS[kind]
+    fast = fastcls.optimize(make())
     inputs = batch("right_padding")
     with torch.inference_mode():
         first = answers(fast, inputs)["logits"].clone()
-    made = [table.data_ptr() for table in fast.encoder.relative.of_layer(1)]
+    made = [table.data_ptr() for table in made_by(fast.encoder)]
     assert torch.equal(answers(fast, inputs)["logits"], first)
     with torch.no_grad():
-        fast.encoder.relative.table_weight.mul_(2)
+        made_of(fast.encoder).mul_(2)
     assert not torch.equal(answers(fast, inputs)["logits"], first)
     # A CUDA graph reads them where they were.
-    assert [table.data_ptr() for table in fast.encoder.relative.of_layer(1)] == made
+    assert [table.data_ptr() for table in made_by(fast.encoder)] == made
 
 
 @pytest.mark.parametrize(

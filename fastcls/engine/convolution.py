@@ -11,7 +11,7 @@ from fastcls_kernels import PackedLayout
 from fastcls_kernels.unchecked import add_layer_norm, linear_activation
 
 from .spec import EncoderSpec
-from .weights import Weighted, checked_rows, is_intercepted, weight_version
+from .weights import Weighted, checked_rows, in_memory_of, is_intercepted, weight_version
 
 
 class EmbeddingConvolution(Weighted):
@@ -39,12 +39,7 @@ class EmbeddingConvolution(Weighted):
         if made_of == self._made_of:
             return
         # [out, in, taps] to [out, taps * in]: neighbours stand side by side in a row.
-        matrix = self.kernel_weight.transpose(1, 2).flatten(1)
-        old = self._matrix
-        if old is not None and (old.dtype, old.device) == (matrix.dtype, matrix.device):
-            old.copy_(matrix)
-        else:
-            self._matrix = matrix
+        self._matrix = in_memory_of(self._matrix, self.kernel_weight.transpose(1, 2).flatten(1))
         self._made_of = made_of
 
     def doubt(self) -> None:

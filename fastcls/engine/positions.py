@@ -12,7 +12,7 @@ from fastcls_kernels import Buckets, PackedLayout, is_batch_invariant
 from fastcls_kernels.unchecked import layer_norm, linear, linear_per_head
 
 from .spec import BucketBias, Disentangled, EncoderSpec
-from .weights import Weighted, weight_version
+from .weights import Weighted, in_memory_of, weight_version
 
 # One layer's keys and queries of positions, (rows, num_heads, head_dim) each, or None for a term that is left out.
 PositionTables = tuple[Tensor | None, Tensor | None]
@@ -96,17 +96,8 @@ class DisentangledTables(Weighted):
         if made_of == self._made_of:
             return
         fresh = [self._tables_of(layer) for layer in self._layers]
-        if self._made and all(
-            old is None or (new is not None and old.dtype == new.dtype and old.device == new.device)
-            for before, after in zip(self._made, fresh, strict=True)
-            for old, new in zip(before, after, strict=True)
-        ):
-            for before, after in zip(self._made, fresh, strict=True):
-                for old, new in zip(before, after, strict=True):
-                    if old is not None and new is not None:
-                        old.copy_(new)
-        else:
-            self._made = fresh
+        made = self._made or [(None, None)] * len(fresh)
+        self._made = [_in_memory_of(old, new) for old, new in zip(made, fresh, strict=True)]
         self._made_of = made_of
 
     def doubt(self) -> None:
@@ -184,6 +175,11 @@ class DisentangledTables(Weighted):
         return bias.mul_(scale)
 
 
+def _in_memory_of(old: PositionTables, new: PositionTables) -> PositionTables:
+    keys, queries = (None if fresh is None else in_memory_of(made, fresh) for made, fresh in zip(old, new, strict=True))
+    return keys, queries
+
+
 def _folded(numbers: Tensor) -> Tensor:
     """The sum over the last dimension, always in one order: halves are added to each other, again and again."""
     while (size := numbers.shape[-1]) > 1:
@@ -242,8 +238,8 @@ class RotaryPositions(nn.Module):
             places = torch.arange(self.max_positions, dtype=torch.float, device=frequencies.device)
             angles = places[:, None] * frequencies.float()
             tables = (angles.cos(), angles.sin())
-            if old is not None and old[1][0].device == frequencies.device:
-                tables = (old[1][0].copy_(tables[0]), old[1][1].copy_(tables[1]))
+            if old is not None:
+                tables = (in_memory_of(old[1][0], tables[0]), in_memory_of(old[1][1], tables[1]))
             self._made[kind] = (made_of, tables)
 
     def doubt(self) -> None:

@@ -36,6 +36,13 @@ def weight_version(weight: Tensor) -> tuple[int, int]:
     return weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 
+def in_memory_of(old: Tensor | None, fresh: Tensor) -> Tensor:
+    """``fresh``, written over ``old`` where it fits there, since CUDA graphs may read that memory."""
+    if old is None or (old.shape, old.dtype, old.device) != (fresh.shape, fresh.dtype, fresh.device):
+        return fresh
+    return old.copy_(fresh)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call runs more than the class's ``forward``: hooks, or another ``forward`` set on the module."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
