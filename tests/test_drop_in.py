@@ -742,6 +742,12 @@ def test_modules_and_weights_that_are_replaced_are_computed_with() -> None:
         fast(IDS)
 
 
+def written_to(layout: Any, **values: Any) -> Any:
+    """A layout of a caller's who has written to it since it was checked."""
+    vars(layout).update(values)
+    return layout
+
+
 PACKED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "an_id_too_large": (lambda packed: {"token_ids": packed.token_ids + 190}, "token_ids must lie from 0 to 198"),
     "a_negative_position": (lambda packed: {"position_ids": packed.position_ids - 1}, "position_ids must lie from 0"),
@@ -757,6 +763,14 @@ PACKED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "embeddings_transposed": (
         lambda packed: {"token_ids": None, "inputs_embeds": torch.randn(64, len(packed.token_ids)).T},
         "inputs_embeds must be contiguous, of shape",
+    ),
+    "lengths_written_to": (
+        lambda packed: {"layout": written_to(packed.layout, cu_seqlens=packed.layout.cu_seqlens + 9)},
+        "cu_seqlens must rise from 0 to at most total_tokens",
+    ),
+    "a_longest_that_is_not": (
+        lambda packed: {"layout": written_to(packed.layout, max_seqlen=3)},
+        "max_seqlen must be at least the longest sequence, 4, got 3",
     ),
 }
 

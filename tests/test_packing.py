@@ -78,7 +78,11 @@ def test_every_kept_token_is_packed_once_in_its_place(
     pattern: list[list[bool]], max_tokens: int, sort: bool, fill_up: FillUp
 ) -> None:
     mask = torch.tensor(pattern)
-    parts = pack_mask(mask, max_tokens, sort, fill_up)
+    places = torch.arange(mask.shape[1]).expand(mask.shape).flatten()
+    parts = pack_mask(mask, max_tokens, sort, fill_up, places=places)
+    for part in parts:
+        # A pass trusts it.
+        part.layout.check()
     columns = {row: [column for column, kept in enumerate(kept_row) if kept] for row, kept_row in enumerate(pattern)}
     width = mask.shape[1]
     assert sequences(parts, "position_ids") == columns

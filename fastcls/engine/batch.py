@@ -130,12 +130,11 @@ class BatchReader(NamedTuple):
             positions = positions.expand(shape)
         elif ids is not None and spec.padding_id is not None:
             positions = _padded_positions(ids, spec.padding_id)
-        columns = torch.arange(shape[1], device=place)
         read = [tensor for tensor in (ids, types, positions) if tensor is not None]
-        facts = _facts_of_full(shape, read) if mask is None else _facts(mask, values, read, columns)
+        facts = _facts_of_full(shape, read) if mask is None else _facts(mask, values, read)
         self._check_values(facts, types, positions, ids, needs_first=needs_first)
         if positions is None and facts.has_holes:
-            positions = (columns + spec.first_position).expand(shape)
+            positions = (torch.arange(shape[1], device=place) + spec.first_position).expand(shape)
 
         def flat(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.flatten(0, 1)
@@ -154,7 +153,7 @@ class BatchReader(NamedTuple):
             flat(positions),
             flat(batch.inputs_embeds),
             spec.first_position,
-            flat(columns.expand(shape)) if facts.has_holes and spec.needs_places else None,
+            flat(torch.arange(shape[1], device=place).expand(shape)) if facts.has_holes and spec.needs_places else None,
             flat(placed(chosen)),
             keeps_origins,
             texts,
@@ -285,17 +284,16 @@ def _mask_of(values: Tensor | None, shape: torch.Size, place: torch.device) -> T
     return torch.ones(shape, dtype=torch.bool, device=place) if values is None else values.bool()
 
 
-def _facts(mask: Tensor, values: Tensor | None, read: list[Tensor], columns: Tensor) -> _Facts:
+def _facts(mask: Tensor, values: Tensor | None, read: list[Tensor]) -> _Facts:
     """All that must be known of the values, read at once, so that a GPU is waited for only once.
 
     Args:
         mask: (batch, seqlen) bool.
         values: the attention mask that it was made of, or None.
         read: the integers whose lowest and highest are wanted, (batch, seqlen) each.
-        columns: (seqlen,), numbered.
     """
     binary = mask.new_ones(1) if values is None else (mask.to(values.dtype) == values).all()[None]
-    last = torch.where(mask, columns, -1).amax(1)
+    last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(1)
     ranges = [bound[None] for tensor in read for bound in _bounds(torch.where(mask, tensor, 0))]
     numbers = torch.cat([fact.long() for fact in (mask.sum(1), mask[:, 0], last, binary, *ranges)]).tolist()
     texts = mask.shape[0]

@@ -154,7 +154,7 @@ def packed_over(
         parts.get("token_ids"),
         parts["position_ids"],
         parts.get("token_type_ids"),
-        PackedLayout(parts["cu_seqlens"], max_seqlen, shape.tokens, parts.get("places")),
+        PackedLayout.unchecked(parts["cu_seqlens"], max_seqlen, shape.tokens, parts.get("places")),
         parts.get("rows"),
         parts.get("row_sequences"),
         inputs_embeds,
@@ -180,6 +180,7 @@ def check_packed(packed: PackedTokens, spec: EncoderSpec, word_weight: Tensor) -
     """
     total = packed.layout.total_tokens
     check_device("layout", packed.layout.cu_seqlens, word_weight)
+    packed.layout.check()
     if (packed.inputs_embeds is None) == (packed.token_ids is None):
         raise ValueError("exactly one of token_ids and inputs_embeds must be given")
     sizes = {
@@ -386,7 +387,8 @@ def pack(batch: FlatBatch, part: Part, shape: PackShape, *, pin: bool = False) -
     cu_seqlens, positions = parts["cu_seqlens"], parts["position_ids"]
     ends = ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends
     cu_seqlens[1 : num_texts + 1] = ends
-    cu_seqlens[num_texts + 1 :].fill_(tokens)
+    if shape.sequences > num_texts:
+        cu_seqlens[num_texts + 1 :].fill_(tokens)
     if batch.position_ids is not None:
         positions[:tokens] = batch.position_ids[index]
     else:

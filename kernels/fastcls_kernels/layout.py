@@ -60,6 +60,33 @@ class PackedLayout:
     """
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, total_tokens: int, positions: Tensor | None = None) -> None:
+        self._hold(cu_seqlens, max_seqlen, total_tokens, positions)
+        self.check()
+
+    def _hold(self, cu_seqlens: Tensor, max_seqlen: int, total_tokens: int, positions: Tensor | None) -> None:
+        self.cu_seqlens = cu_seqlens
+        self.max_seqlen = max_seqlen
+        self.total_tokens = total_tokens
+        self.positions = positions
+        self._sequence_tiles: dict[int, Tensor] = {}
+        self._window_bounds: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def unchecked(
+        cls, cu_seqlens: Tensor, max_seqlen: int, total_tokens: int, positions: Tensor | None = None
+    ) -> PackedLayout:
+        """A layout of arguments that are known to fit. `check` checks it later."""
+        layout = cls.__new__(cls)
+        layout._hold(cu_seqlens, max_seqlen, total_tokens, positions)
+        return layout
+
+    def check(self) -> None:
+        """Checks what the layout holds, by value on the CPU.
+
+        Raises:
+            TypeError, ValueError: as the class says.
+        """
+        cu_seqlens, positions = self.cu_seqlens, self.positions
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
             found = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
             raise TypeError(f"cu_seqlens must be a torch.int32 tensor, got {found}")
@@ -68,14 +95,8 @@ class PackedLayout:
                 "cu_seqlens must be contiguous, of shape (num_sequences + 1,), "
                 f"got shape {tuple(cu_seqlens.shape)} with strides {cu_seqlens.stride()}"
             )
-        if not isinstance(max_seqlen, int):
-            raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
-        self.cu_seqlens = cu_seqlens
-        self.max_seqlen = max_seqlen
-        self.total_tokens = total_tokens
-        self.positions = positions
-        self._sequence_tiles: dict[int, Tensor] = {}
-        self._window_bounds: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        if not isinstance(self.max_seqlen, int):
+            raise TypeError(f"max_seqlen must be an int, got {type(self.max_seqlen).__name__}")
         on_cpu = cu_seqlens.device.type == "cpu"
         if on_cpu:
             self._check_values()
