@@ -292,7 +292,7 @@ def demo(
 @_expected_errors
 def bench(
     suite: Annotated[
-        str, typer.Option(help="quick (under 1 minute), default (5) or release (8).", rich_help_panel="What")
+        str, typer.Option(help="quick (under 1 minute), default (5) or release (8 to 9).", rich_help_panel="What")
     ] = "default",
     model: Annotated[
         list[str] | None, typer.Option(help="This model instead of the suite's cases.", rich_help_panel="What")
