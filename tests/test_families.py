@@ -367,6 +367,11 @@ MADE_OF_WEIGHTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callab
         lambda encoder: [encoder.convolution._matrix],
         lambda encoder: encoder.convolution.kernel_weight,
     ),
+    "convolution_of_one": (
+        lambda: deberta_in_float32(conv_kernel_size=1),
+        lambda encoder: [encoder.convolution._matrix],
+        lambda encoder: encoder.convolution.kernel_weight,
+    ),
     "rotary": (
         lambda: tiny_model("ModernBertForSequenceClassification", "modernbert"),
         lambda encoder: encoder.rotary.tables("full_attention"),
@@ -389,6 +394,19 @@ def test_what_is_made_from_weights_is_made_once_and_keeps_its_memory(kind: str) 
     assert not torch.equal(answers(fast, inputs)["logits"], first)
     # A CUDA graph reads them where they were.
     assert [table.data_ptr() for table in made_by(fast.encoder)] == made
+    # What is made is written to, and a weight may be a caller's.
+    assert made_of(fast.encoder).data_ptr() not in made
+
+
+def test_weights_that_were_replaced_stay_as_they_were() -> None:
+    model = deberta_in_float32(conv_kernel_size=1)
+    fast = fastcls.optimize(model)
+    answers(fast, batch())
+    given = dict(model.state_dict())
+    before = {name: weight.clone() for name, weight in given.items()}
+    model.load_state_dict({name: weight * 1.5 for name, weight in given.items()}, assign=True)
+    assert_close(answers(fast, batch()), answers(model, batch()), 1e-4)
+    assert all(torch.equal(weight, before[name]) for name, weight in given.items())
 
 
 @pytest.mark.parametrize(

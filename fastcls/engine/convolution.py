@@ -38,8 +38,10 @@ class EmbeddingConvolution(Weighted):
         made_of = weight_version(self.kernel_weight)
         if made_of == self._made_of:
             return
-        # [out, in, taps] to [out, taps * in]: neighbours stand side by side in a row.
-        self._matrix = in_memory_of(self._matrix, self.kernel_weight.transpose(1, 2).flatten(1))
+        # [out, in, taps] to [out, taps * in]: neighbours stand side by side in a row. A copy, since with one tap a view
+        # would do, and what is made here is written to later.
+        matrix = self.kernel_weight.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(1)
+        self._matrix = in_memory_of(self._matrix, matrix)
         self._made_of = made_of
 
     def doubt(self) -> None:
