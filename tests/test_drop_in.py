@@ -684,6 +684,26 @@ def test_a_bias_with_strides_is_refused_and_not_read_as_its_neighbours(either_pa
             fast(IDS)
 
 
+def test_a_weight_that_is_put_where_there_was_none_is_taken_or_named(either_path: str) -> None:
+    model = tiny_model("ModernBertForSequenceClassification", "modernbert").to(either_path)
+    fast = fastcls.optimize(model)
+    before = fast(IDS).logits
+    layer: Any = fast.encoder.layers[1]
+    zeros = torch.zeros(64, device=either_path)
+    layer.out_bias = nn.Parameter(zeros, requires_grad=False)
+    assert float((fast(IDS).logits - before).abs().max()) <= 1e-5
+    for wrong in (zeros[:1], torch.stack([zeros, zeros + 100], -1)[:, 0]):
+        layer.out_bias = nn.Parameter(wrong, requires_grad=False)
+        with pytest.raises(ValueError, match=r"encoder.layers.1.out_bias must be contiguous, of shape \(64,\)"):
+            fast(IDS)
+    layer.out_bias = None
+    fast.encoder.embeddings.token_type_weight = nn.Parameter(zeros[None, :8], requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"token_type_weight must be None, since this model has none, got shape \(1, 8\)"
+    ):
+        fast(IDS)
+
+
 def test_a_weight_in_wider_rows_is_taken(either_path: str) -> None:
     fast = fastcls.optimize(tiny_bert().to(either_path))
     before = fast(IDS).logits
@@ -768,6 +788,8 @@ PACKED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
         lambda packed: {"layout": written_to(packed.layout, cu_seqlens=packed.layout.cu_seqlens + 9)},
         "cu_seqlens must rise from 0 to at most total_tokens",
     ),
+    "more_texts_than_sequences": (lambda _: {"num_texts": 3}, "num_texts must lie from 0 to 2, .* got 3"),
+    "fewer_tokens_than_none": (lambda _: {"num_tokens": -1}, "num_tokens must lie from 0 to .*, got -1"),
     "a_longest_that_is_not": (
         lambda packed: {"layout": written_to(packed.layout, max_seqlen=3)},
         "max_seqlen must be at least the longest sequence, 4, got 3",
@@ -782,3 +804,15 @@ def test_packed_tokens_that_do_not_fit_are_refused(case: str) -> None:
     change, message = PACKED[case]
     with pytest.raises((TypeError, ValueError), match=message):
         fast.forward_packed(dataclasses.replace(packed, **change(packed)))
+
+
+@pytest.mark.parametrize("name", ["token_ids", "position_ids", "token_type_ids", "layout"])
+def test_packed_tokens_that_would_not_be_moved_are_refused(name: str) -> None:
+    fast = fastcls.optimize(tiny_bert())
+    (packed,) = fast.pack([[5, 6, 7], [8, 9, 10, 11]], [[0, 0, 1], [0, 0, 0, 1]])
+    changed = copy.deepcopy(getattr(packed, name))
+    others = {"token_ids": None, "inputs_embeds": torch.randn(len(packed.position_ids), 64)}
+    on_meta = fast.to("meta")
+    for change in [{name: changed}, *([others] if name == "token_ids" else [])]:
+        with pytest.raises(ValueError, match=rf"{name}.* must lie in the packing's integers to be moved"):
+            on_meta.forward_packed(dataclasses.replace(packed, **change))

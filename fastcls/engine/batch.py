@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .packing import FlatBatch, flat_integers, kept_tokens
+from fastcls_kernels.runtime.checks import check_device, check_integers, check_range, check_tensor
+
+from .packing import FlatBatch, PackedTokens, flat_integers, kept_tokens
 from .spec import EncoderSpec
 
 
@@ -265,6 +267,69 @@ class BatchReader(NamedTuple):
     def _check_place(self, name: str, tensor: Tensor) -> None:
         if tensor.device.type != "cpu" and tensor.device != self.device:
             raise ValueError(f"{name} must be on the CPU or on {self.device} like the model, got {tensor.device}")
+
+
+def check_packed(packed: PackedTokens, spec: EncoderSpec, word_weight: Tensor) -> PackedTokens:
+    """Checks packed tokens of a caller's, which need not be what `pack` gave, and brings them to the weights' device.
+
+    Args:
+        packed: the tokens.
+        spec: the encoder's shape.
+        word_weight: a weight, whose dtype and device count.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, stride or device that does not fit, or, on a CPU, a value outside its table: reading values
+            would stall a GPU.
+    """
+    if packed.integers.device != word_weight.device:
+        _check_in_one_piece(packed)
+        packed = packed.to(word_weight.device)
+    total, sequences = packed.shape
+    check_device("layout", packed.layout.cu_seqlens, word_weight)
+    packed.layout.check()
+    for name, count, most in (("num_texts", packed.num_texts, sequences), ("num_tokens", packed.num_tokens, total)):
+        if not 0 <= count <= most:
+            raise ValueError(f"{name} must lie from 0 to {most}, as the layout says, got {count}")
+    if (packed.inputs_embeds is None) == (packed.token_ids is None):
+        raise ValueError("exactly one of token_ids and inputs_embeds must be given")
+    sizes = {
+        "token_ids": spec.vocab_size,
+        "token_type_ids": spec.token_types,
+        "position_ids": spec.position_rows or spec.max_positions,
+    }
+    for name, size in sizes.items():
+        ids = getattr(packed, name)
+        if ids is None:
+            continue
+        check_integers(name, ids)
+        check_device(name, ids, word_weight)
+        if ids.shape != (total,) or not ids.is_contiguous() or size == 0:
+            wanted = "None for this model" if size == 0 else f"contiguous, of shape ({total},)"
+            raise ValueError(f"{name} must be {wanted}, got shape {tuple(ids.shape)} with strides {ids.stride()}")
+        if size is not None:
+            check_range(name, ids, size)
+    embeds = packed.inputs_embeds
+    if embeds is not None:
+        check_tensor("inputs_embeds", embeds, "(total_tokens, embedding_size)", like=word_weight)
+        if embeds.shape != (total, spec.embedding_size) or not embeds.is_contiguous():
+            raise ValueError(
+                f"inputs_embeds must be contiguous, of shape ({total}, {spec.embedding_size}), "
+                f"got shape {tuple(embeds.shape)} with strides {embeds.stride()}"
+            )
+    return packed
+
+
+def _check_in_one_piece(packed: PackedTokens) -> None:
+    """Checks that all integers lie in the memory that is moved, where a caller has put others in their place."""
+    whole = packed.over(packed.integers)
+    for name in ("token_ids", "position_ids", "token_type_ids"):
+        given, there = getattr(packed, name), getattr(whole, name)
+        if given is not there and (given is None or there is None or given.data_ptr() != there.data_ptr()):
+            found = "None" if given is None else "a tensor of its own"
+            raise ValueError(f"{name} must lie in the packing's integers to be moved, got {found}")
+    if packed.layout.cu_seqlens.data_ptr() != whole.layout.cu_seqlens.data_ptr():
+        raise ValueError("layout.cu_seqlens must lie in the packing's integers to be moved, got a tensor of its own")
 
 
 class _Facts(NamedTuple):

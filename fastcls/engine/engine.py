@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastcls_kernels import batch_invariant, explain_backend, is_batch_invariant, warming_shapes
 from fastcls_kernels.unchecked import mean_pool
 
-from .batch import BatchReader, PaddedBatch
+from .batch import BatchReader, PaddedBatch, check_packed
 from .convolution import EmbeddingConvolution
 from .cuda_graphs import CudaGraphs, being_captured, bucket_of, max_graph_tokens
 from .encoder import Encoder
@@ -24,7 +24,6 @@ from .packing import (
     FlatBatch,
     PackedTokens,
     PackShape,
-    check_packed,
     fill_rows,
     pack,
     parts_of,
@@ -226,8 +225,7 @@ class Engine(nn.Module):
             TypeError: a dtype that does not fit.
             ValueError: a shape, stride or device that does not fit, or, on a CPU, an id or position outside its table.
         """
-        packed = packed.to(self.device)
-        check_packed(packed, self.spec, self.encoder.embeddings.word_weight)
+        packed = check_packed(packed, self.spec, self.encoder.embeddings.word_weight)
         with self.inference():
             return self._pass(packed, rows)
 
@@ -373,9 +371,12 @@ class Engine(nn.Module):
             return
         device, dtype = self.device, self.dtype
         for name, weight in self._named():
-            shape = self._shapes.get(name)
-            if shape is None:
+            if name not in self._shapes:
+                # A caller's module, or what a parametrization makes a weight of.
                 continue
+            shape = self._shapes[name]
+            if shape is None:
+                raise ValueError(f"{name} must be None, since this model has none, got shape {tuple(weight.shape)}")
             # PyTorch alone reads these frequencies, and MPNet's table.
             turns = name.startswith("encoder.rotary.")
             is_free = turns or (isinstance(self.encoder.relative, BiasTable) and ".relative." in name)
@@ -394,7 +395,12 @@ class Engine(nn.Module):
         modules = list(self.modules())
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._states = [vars(module) for module in modules[1:]]
-        self._shapes = {name: weight.shape for name, weight in self._named()}
+        self._shapes: dict[str, torch.Size | None] = {name: weight.shape for name, weight in self._named()}
+        for path, module in self.named_modules():
+            for key in (key for key, weight in module._parameters.items() if weight is None):
+                # A bias may be put where there was none.
+                of = self._shapes.get(f"{path}.{key.removesuffix('bias')}weight") if key.endswith("_bias") else None
+                self._shapes[f"{path}.{key}"] = None if of is None else of[:1]
         self._fitting = []
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:

@@ -17,9 +17,6 @@ import torch
 from torch import Tensor
 
 from fastcls_kernels import PackedLayout
-from fastcls_kernels.runtime.checks import check_device, check_integers, check_range, check_tensor
-
-from .spec import EncoderSpec
 
 
 class PackShape(NamedTuple):
@@ -163,50 +160,6 @@ def packed_over(
         order,
         origins,
     )
-
-
-def check_packed(packed: PackedTokens, spec: EncoderSpec, word_weight: Tensor) -> None:
-    """Checks packed tokens of a caller's, which need not be what `pack` gave.
-
-    Args:
-        packed: the tokens.
-        spec: the encoder's shape.
-        word_weight: a weight, whose dtype and device count.
-
-    Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape, stride or device that does not fit, or, on a CPU, a value outside its table: reading values
-            would stall a GPU.
-    """
-    total = packed.layout.total_tokens
-    check_device("layout", packed.layout.cu_seqlens, word_weight)
-    packed.layout.check()
-    if (packed.inputs_embeds is None) == (packed.token_ids is None):
-        raise ValueError("exactly one of token_ids and inputs_embeds must be given")
-    sizes = {
-        "token_ids": spec.vocab_size,
-        "token_type_ids": spec.token_types,
-        "position_ids": spec.position_rows or spec.max_positions,
-    }
-    for name, size in sizes.items():
-        ids = getattr(packed, name)
-        if ids is None:
-            continue
-        check_integers(name, ids)
-        check_device(name, ids, word_weight)
-        if ids.shape != (total,) or not ids.is_contiguous() or size == 0:
-            wanted = "None for this model" if size == 0 else f"contiguous, of shape ({total},)"
-            raise ValueError(f"{name} must be {wanted}, got shape {tuple(ids.shape)} with strides {ids.stride()}")
-        if size is not None:
-            check_range(name, ids, size)
-    embeds = packed.inputs_embeds
-    if embeds is not None:
-        check_tensor("inputs_embeds", embeds, "(total_tokens, embedding_size)", like=word_weight)
-        if embeds.shape != (total, spec.embedding_size) or not embeds.is_contiguous():
-            raise ValueError(
-                f"inputs_embeds must be contiguous, of shape ({total}, {spec.embedding_size}), "
-                f"got shape {tuple(embeds.shape)} with strides {embeds.stride()}"
-            )
 
 
 def _aligned(size: int) -> int:
