@@ -133,10 +133,15 @@ class BatchReader(NamedTuple):
         elif ids is not None and spec.padding_id is not None:
             positions = _padded_positions(ids, spec.padding_id)
         read = [tensor for tensor in (ids, types, positions) if tensor is not None]
-        facts = _facts_of_full(shape, read) if mask is None else _facts(mask, values, read)
+        if mask is None:
+            facts, places = _facts_of_full(shape, read), None
+        else:
+            columns = torch.arange(shape[1], device=place).expand(shape)
+            facts = _facts(mask, values, read, columns)
+            places = columns if facts.has_holes else None
         self._check_values(facts, types, positions, ids, needs_first=needs_first)
-        if positions is None and facts.has_holes:
-            positions = (torch.arange(shape[1], device=place) + spec.first_position).expand(shape)
+        if positions is None and places is not None:
+            positions = places + spec.first_position
 
         def flat(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.flatten(0, 1)
@@ -155,7 +160,7 @@ class BatchReader(NamedTuple):
             flat(positions),
             flat(batch.inputs_embeds),
             spec.first_position,
-            flat(torch.arange(shape[1], device=place).expand(shape)) if facts.has_holes and spec.needs_places else None,
+            flat(places) if spec.needs_places else None,
             flat(placed(chosen)),
             keeps_origins,
             texts,
@@ -277,13 +282,16 @@ def check_packed(packed: PackedTokens, spec: EncoderSpec, word_weight: Tensor) -
         spec: the encoder's shape.
         word_weight: a weight, whose dtype and device count.
 
+    Returns:
+        The same tokens, on the device of ``word_weight``.
+
     Raises:
         TypeError: a dtype that does not fit.
         ValueError: a shape, stride or device that does not fit, or, on a CPU, a value outside its table: reading values
             would stall a GPU.
     """
     if packed.integers.device != word_weight.device:
-        _check_in_one_piece(packed)
+        packed.check_in_one_piece()
         packed = packed.to(word_weight.device)
     total, sequences = packed.shape
     check_device("layout", packed.layout.cu_seqlens, word_weight)
@@ -320,18 +328,6 @@ def check_packed(packed: PackedTokens, spec: EncoderSpec, word_weight: Tensor) -
     return packed
 
 
-def _check_in_one_piece(packed: PackedTokens) -> None:
-    """Checks that all integers lie in the memory that is moved, where a caller has put others in their place."""
-    whole = packed.over(packed.integers)
-    for name in ("token_ids", "position_ids", "token_type_ids"):
-        given, there = getattr(packed, name), getattr(whole, name)
-        if given is not there and (given is None or there is None or given.data_ptr() != there.data_ptr()):
-            found = "None" if given is None else "a tensor of its own"
-            raise ValueError(f"{name} must lie in the packing's integers to be moved, got {found}")
-    if packed.layout.cu_seqlens.data_ptr() != whole.layout.cu_seqlens.data_ptr():
-        raise ValueError("layout.cu_seqlens must lie in the packing's integers to be moved, got a tensor of its own")
-
-
 class _Facts(NamedTuple):
     lengths: list[int]
     first_column: list[int]
@@ -349,16 +345,17 @@ def _mask_of(values: Tensor | None, shape: torch.Size, place: torch.device) -> T
     return torch.ones(shape, dtype=torch.bool, device=place) if values is None else values.bool()
 
 
-def _facts(mask: Tensor, values: Tensor | None, read: list[Tensor]) -> _Facts:
+def _facts(mask: Tensor, values: Tensor | None, read: list[Tensor], columns: Tensor) -> _Facts:
     """All that must be known of the values, read at once, so that a GPU is waited for only once.
 
     Args:
         mask: (batch, seqlen) bool.
         values: the attention mask that it was made of, or None.
         read: the integers whose lowest and highest are wanted, (batch, seqlen) each.
+        columns: (batch, seqlen), which column each is.
     """
     binary = mask.new_ones(1) if values is None else (mask.to(values.dtype) == values).all()[None]
-    last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(1)
+    last = torch.where(mask, columns, -1).amax(1)
     ranges = [bound[None] for tensor in read for bound in _bounds(torch.where(mask, tensor, 0))]
     numbers = torch.cat([fact.long() for fact in (mask.sum(1), mask[:, 0], last, binary, *ranges)]).tolist()
     texts = mask.shape[0]

@@ -89,7 +89,8 @@ class GraphKey(NamedTuple):
     batch_invariant: bool
 
 
-def _key(packed: PackedTokens, rows: Rows, last_layer: LastLayer) -> GraphKey:
+def graph_key(packed: PackedTokens, rows: Rows, last_layer: LastLayer) -> GraphKey:
+    """What a pass over ``packed`` is kept under."""
     return GraphKey(packed.shape, packed.fields, rows, last_layer, is_batch_invariant())
 
 
@@ -136,22 +137,19 @@ class CudaGraphs:
             self._times_gone.clear()
             self._too_large.clear()
 
-    def holds(self, packed: PackedTokens, rows: Rows, last_layer: LastLayer) -> bool:
+    def __contains__(self, key: GraphKey) -> bool:
         """Whether a pass has been captured, and would be replayed."""
-        return _key(packed, rows, last_layer) in self._graphs
+        return key in self._graphs
 
-    def __call__(
-        self, run: Pass, packed: PackedTokens, rows: Rows, last_layer: LastLayer, device: torch.device
-    ) -> Tensor:
+    def __call__(self, run: Pass, key: GraphKey, packed: PackedTokens, device: torch.device) -> Tensor:
         """A pass over ``packed``, replayed once its shape is known.
 
         Args:
-            run: the pass, for the rows and the last layer that follow. It must not wait for the device.
+            run: the pass, for the rows and the last layer of the key. It must not wait for the device.
+            key: the pass's `graph_key`.
             packed: may lie in pinned memory of the CPU.
-            rows, last_layer: what the pass computes.
             device: where it runs.
         """
-        key = _key(packed, rows, last_layer)
         with self._lock:
             graph = self._graph(run, key, packed, device)
             if graph is not None:

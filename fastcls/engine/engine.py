@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fastcls_kernels import batch_invariant, explain_backend, is_batch_invariant, warming_shapes
+from fastcls_kernels.runtime.checks import has_contiguous_rows
 from fastcls_kernels.unchecked import mean_pool
 
 from .batch import BatchReader, PaddedBatch, check_packed
 from .convolution import EmbeddingConvolution
-from .cuda_graphs import CudaGraphs, being_captured, bucket_of, max_graph_tokens
+from .cuda_graphs import CudaGraphs, being_captured, bucket_of, graph_key, max_graph_tokens
 from .encoder import Encoder
 from .head import Head
 from .packing import (
@@ -40,8 +41,6 @@ GPU_TOKENS_PER_PASS = 65536
 
 # What a kernel is told of a weight, or trusts: nothing that counts changes.
 _KIND = attrgetter("shape", "dtype", "device")
-
-_NOTHING = contextlib.nullcontext()
 
 # Longer texts are rare, and compile their kernels when they come.
 _WARM_TOKENS = 512
@@ -142,9 +141,13 @@ class Engine(nn.Module):
         """Stands for a text that is masked as a whole: NaN, or for a choice, which must not win, the lowest number."""
         return torch.finfo(self.dtype).min if self.head.spec.task == "multiple choice" else math.nan
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights by our names: parameters, and the rotary frequencies, which no state dict holds."""
-        yield from self.named_parameters()
+    def weights(self, *, all_names: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """All weights by our names: parameters, and the rotary frequencies, which no state dict holds.
+
+        Args:
+            all_names: give each under all its names, or under its first alone.
+        """
+        yield from self.named_parameters(remove_duplicate=not all_names)
         yield from self.named_rotary()
 
     def named_rotary(self) -> Iterator[tuple[str, Tensor]]:
@@ -287,7 +290,8 @@ class Engine(nn.Module):
         """No gradients, and no autocast, which would change the dtype between one operation and the next."""
         invariant, device = self.batch_invariant or is_batch_invariant(), self.device.type
         # Entering it takes some 10 us, so it is left out where autocast is off already.
-        autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+        is_on = torch.is_autocast_enabled(device)
+        autocast = torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
         with torch.no_grad(), autocast, batch_invariant(invariant):
             yield
 
@@ -326,15 +330,15 @@ class Engine(nn.Module):
         if self.is_hooked():
             self._check_hooks(rows)
         last_layer, device = self.last_layer, self.device
-        replays = self._runs_triton and self._replays(packed)
-        if not (replays and self._graphs.holds(packed, rows, last_layer)):
+        key = graph_key(packed, rows, last_layer) if self._runs_triton and self._replays(packed) else None
+        if key is None or key not in self._graphs:
             self.check_weights()
         self.encoder.prepare()
-        if replays:
-            compute = functools.partial(self._compute, rows=rows, last_layer=last_layer)
-            computed = self._graphs(compute, packed, rows, last_layer, device)
-        else:
+        if key is None:
             computed = self._compute(packed.to(device), rows, last_layer)
+        else:
+            compute = functools.partial(self._compute, rows=rows, last_layer=last_layer)
+            computed = self._graphs(compute, key, packed, device)
         if rows == "chosen":
             return computed
         return computed[: packed.num_tokens if rows == "all" else packed.num_texts]
@@ -370,7 +374,7 @@ class Engine(nn.Module):
         if facts == self._fitting:
             return
         device, dtype = self.device, self.dtype
-        for name, weight in self._named():
+        for name, weight in self.weights(all_names=True):
             if name not in self._shapes:
                 # A caller's module, or what a parametrization makes a weight of.
                 continue
@@ -382,7 +386,10 @@ class Engine(nn.Module):
             is_free = turns or (isinstance(self.encoder.relative, BiasTable) and ".relative." in name)
             if weight.dtype != dtype and not is_free:
                 raise TypeError(f"{name} must be {dtype} like the other weights, got {weight.dtype}")
-            whole = weight.is_contiguous() if "embeddings" in name else turns or weight.ndim > 2 or _in_rows(weight)
+            if "embeddings" in name:
+                whole = weight.is_contiguous()
+            else:
+                whole = turns or weight.ndim > 2 or has_contiguous_rows(weight)
             if (weight.shape, weight.device) != (shape, device) or not whole:
                 raise ValueError(
                     f"{name} must be contiguous, of shape {tuple(shape)} on {device}, got "
@@ -395,18 +402,16 @@ class Engine(nn.Module):
         modules = list(self.modules())
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._states = [vars(module) for module in modules[1:]]
-        self._shapes: dict[str, torch.Size | None] = {name: weight.shape for name, weight in self._named()}
+        self._shapes: dict[str, torch.Size | None] = {
+            name: weight.shape for name, weight in self.weights(all_names=True)
+        }
         for path, module in self.named_modules():
-            for key in (key for key, weight in module._parameters.items() if weight is None):
-                # A bias may be put where there was none.
-                of = self._shapes.get(f"{path}.{key.removesuffix('bias')}weight") if key.endswith("_bias") else None
-                self._shapes[f"{path}.{key}"] = None if of is None else of[:1]
+            for key, weight in module._parameters.items():
+                if weight is None:
+                    # A bias, which has a weight beside it, may be put where there was none.
+                    of = self._shapes.get(f"{path}.{key.removesuffix('bias')}weight")
+                    self._shapes[f"{path}.{key}"] = None if of is None else of[:1]
         self._fitting = []
-
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        """`weights`, each under all its names."""
-        yield from self.named_parameters(remove_duplicate=False)
-        yield from self.named_rotary()
 
     def is_hooked(self) -> bool:
         """Whether a module has hooks, or one inside has another ``forward`` set on it."""
@@ -434,8 +439,3 @@ class Engine(nn.Module):
             called = isinstance(module, (BiasTable, EmbeddingConvolution))
             return None if called else "it holds tables that others read"
         return None
-
-
-def _in_rows(weight: Tensor) -> bool:
-    """Whether the numbers of each row are neighbours in memory."""
-    return weight.ndim == 0 or weight.shape[-1] <= 1 or weight.stride(-1) == 1

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +129,34 @@ class PackedTokens:
             order=self.order,
             origins=self.origins,
         )
+
+    def check_in_one_piece(self) -> None:
+        """Checks that `to` would move all integers: a caller may have put others in their place.
+
+        Raises:
+            ValueError: some lie elsewhere than in ``integers``, or are read in another way.
+        """
+        moved = self.over(self.integers)._memory()
+        for name, memory in self._memory().items():
+            if memory != moved[name]:
+                found = "None" if memory is None else "another tensor"
+                raise ValueError(
+                    f"{name} must lie in the packing's integers to be moved, as `pack` lays it, got {found}"
+                )
+
+    def _memory(self) -> dict[str, tuple[Any, ...] | None]:
+        """Where integers lie, and how they are read; None for those that are not there."""
+        fields = {
+            "token_ids": self.token_ids,
+            "position_ids": self.position_ids,
+            "token_type_ids": self.token_type_ids,
+            "layout.cu_seqlens": self.layout.cu_seqlens,
+            "layout.positions": self.layout.positions,
+        }
+        return {
+            name: None if field is None else (field.data_ptr(), field.dtype, field.shape, field.stride())
+            for name, field in fields.items()
+        }
 
 
 def packed_over(

@@ -45,9 +45,14 @@ def check_device(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device} like the other inputs, got {tensor.device}")
 
 
+def has_contiguous_rows(tensor: torch.Tensor) -> bool:
+    """Whether neighbours in the last dimension, if there is one, are neighbours in memory."""
+    return tensor.ndim == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+
+
 def check_last_dim_contiguous(name: str, tensor: torch.Tensor) -> None:
     """Checks that neighbours in the last dimension are neighbours in memory."""
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    if not has_contiguous_rows(tensor):
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
 
 
