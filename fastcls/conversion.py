@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from .engine.spec import LastLayer, check_last_layer
+from .engine.spec import LastLayer, Quantize, check_last_layer, check_quantize
 from .families import family_of, supported
 from .families.checkpoint import made_of, map_weights
 from .integrations.auto_classes import register_auto_classes
@@ -30,6 +30,7 @@ def optimize(
     last_layer: LastLayer = "absorbed",
     cuda_graphs: bool = True,
     batch_invariant: bool = False,
+    quantize: Quantize | None = None,
     mask_token_id: int | None = None,
     dense: bool = True,
     select: Literal["all", "first"] | None = None,
@@ -46,7 +47,7 @@ def optimize(
     Args:
         model: a transformers encoder of a supported family, with or without a head, in float32, float16 or bfloat16, on
             one device; or sentence-transformers' CrossEncoder, SentenceTransformer or SparseEncoder with one inside.
-        last_layer, cuda_graphs, batch_invariant: see `FastModel`.
+        last_layer, cuda_graphs, batch_invariant, quantize: see `FastModel`.
         mask_token_id, dense: of a masked language model, see `FastMaskedLM`.
         select: for a model without a head, see `FastEncoder`; None is "all". For a SentenceTransformer, None computes
             what it pools, and "all" keeps every token's embedding even if it pools [CLS] alone.
@@ -65,6 +66,7 @@ def optimize(
             parameters are not plain tensors or lie on several devices; an option that is not the task's.
     """
     check_last_layer(last_layer)
+    check_quantize(quantize)
     if select not in ("all", "first", None):
         raise ValueError(f"select must be 'all' or 'first', got {select!r}; pass a mask to forward")
     if is_sentence_model(model):
@@ -73,7 +75,12 @@ def optimize(
         if batch_invariant:
             check_computes_nothing_else(model)
         inner = partial(
-            optimize, last_layer=last_layer, cuda_graphs=cuda_graphs, batch_invariant=batch_invariant, release=release
+            optimize,
+            last_layer=last_layer,
+            cuda_graphs=cuda_graphs,
+            batch_invariant=batch_invariant,
+            quantize=quantize,
+            release=release,
         )
         return optimize_sentence_model(model, inner, select)
     if not isinstance(model, PreTrainedModel):
@@ -104,7 +111,8 @@ def optimize(
             for own, parts in original.tensors().items()
         }
         fast: FastModel = task(
-            *(type(model), model.config, spec, head, weight_map, weights), last_layer, cuda_graphs, batch_invariant
+            *(type(model), model.config, spec, head, weight_map, weights),
+            *(last_layer, cuda_graphs, batch_invariant, quantize),
         )
     if release:
         settle_all(model)

@@ -8,11 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastcls_kernels.packed import PackedLayer, Packing, packed_layers_
 from fastcls_kernels.unchecked import embedding_layer_norm, linear
 
 from .attention import ChosenRows, LayerAttention, TokenPositions
 from .convolution import EmbeddingConvolution
 from .layer import EncoderLayer, HiddenStates
+from .packed import PackedLayers
 from .packing import PackedTokens
 from .positions import BiasTable, DisentangledTables, RotaryPositions
 from .spec import BucketBias, Disentangled, EncoderSpec, LastLayer, Rows
@@ -87,6 +89,7 @@ class Encoder(nn.Module):
             None if spec.convolution is None else EmbeddingConvolution(spec, under("convolution.", weights))
         )
         self.rotary = RotaryPositions(spec, under("rotary.", weights)) if spec.rotary else None
+        self.packed = PackedLayers(spec, cast(Sequence[nn.Module], self.layers))
 
     def _attention(self, index: int) -> LayerAttention:
         spec = self.spec
@@ -106,11 +109,15 @@ class Encoder(nn.Module):
         kinds = (RotaryPositions, DisentangledTables, EmbeddingConvolution)
         return [each for each in (self.rotary, self.relative, self.convolution) if isinstance(each, kinds)]
 
-    def prepare(self) -> None:
+    def prepare(self, packing: Packing | None) -> None:
         """Makes what follows from weights alone, where weights have changed since.
 
         To be called before a pass, and not while a graph is captured, since the graph reads what was made.
+
+        Args:
+            packing: as what the layers' weights are packed, or None.
         """
+        self.packed.refresh(packing)
         derived = self._derived()
         if derived:
             with torch.inference_mode(False), torch.no_grad():
@@ -119,11 +126,13 @@ class Encoder(nn.Module):
 
     def doubt(self) -> None:
         """Has `prepare` make everything anew, in its place: weights may have changed without a count."""
+        self.packed.doubt()
         for each in self._derived():
             each.doubt()
 
     def clear(self) -> None:
         """Forgets what `prepare` makes."""
+        self.packed.clear()
         for each in self._derived():
             each.clear()
 
@@ -132,9 +141,12 @@ class Encoder(nn.Module):
         embedded = self.embeddings(packed)
         if is_intercepted(self.embeddings):
             embedded = self._checked("the embeddings", embedded, packed)
+        chosen = _chosen(packed, rows)
+        whole = self.packed.whole_layers()
+        if whole is not None and not any(map(is_intercepted, self.layers)):
+            return self._whole_pass(whole, embedded, packed, rows, chosen, last_layer)
         positions = TokenPositions(packed.layout, packed.position_ids, self._bias(embedded))
         states = HiddenStates(embedded, embedded)
-        chosen = _chosen(packed, rows)
         norm = None
         last = len(self.spec.layers) - 1
         for index in range(last):
@@ -153,6 +165,24 @@ class Encoder(nn.Module):
             return self._layer(last).chosen(states, positions, self._attention(last), chosen, last_layer, norm)
         normed = self._whole_layer(last, states, positions).normed
         return normed if chosen is None else normed[chosen.rows]
+
+    def _whole_pass(
+        self,
+        layers: list[PackedLayer],
+        embedded: Tensor,
+        packed: PackedTokens,
+        rows: Rows,
+        chosen: ChosenRows | None,
+        last_layer: LastLayer,
+    ) -> Tensor:
+        """`forward` by the compiled kernels, between layers in float32."""
+        # The layers write over their input, and what a hook gave may be its own.
+        is_ours = not is_intercepted(self.embeddings)
+        states = embedded if is_ours and embedded.dtype == torch.float32 else embedded.to(torch.float32, copy=True)
+        if rows == "first" and last_layer != "full":
+            return packed_layers_(states, packed.layout, layers, "first").to(embedded.dtype)
+        states = packed_layers_(states, packed.layout, layers, "all").to(embedded.dtype)
+        return states if chosen is None else states[chosen.rows]
 
     def _layer(self, index: int) -> EncoderLayer:
         return cast(EncoderLayer, self.layers[self.spec.layers[index]])

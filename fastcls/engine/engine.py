@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcls_kernels import batch_invariant, explain_backend, is_batch_invariant, warming_shapes
+from fastcls_kernels.packed import Packing
 from fastcls_kernels.runtime.checks import has_contiguous_rows
 from fastcls_kernels.unchecked import mean_pool
 
@@ -21,6 +22,7 @@ from .convolution import EmbeddingConvolution
 from .cuda_graphs import CudaGraphs, being_captured, bucket_of, graph_key, max_graph_tokens
 from .encoder import Encoder
 from .head import Head
+from .packed import can_pack, is_plain
 from .packing import (
     FlatBatch,
     PackedTokens,
@@ -30,7 +32,7 @@ from .packing import (
     parts_of,
 )
 from .positions import BiasTable
-from .spec import EncoderSpec, HeadSpec, LastLayer, Rows, check_last_layer
+from .spec import EncoderSpec, HeadSpec, LastLayer, Quantize, Rows, check_last_layer, check_quantize
 from .unpacking import unpack_chosen, unpack_rows, unpack_tokens
 from .weights import checked_rows, has_hooks, is_intercepted, under
 
@@ -40,6 +42,7 @@ CPU_TOKENS_PER_PASS = 2048
 GPU_TOKENS_PER_PASS = 65536
 
 # What a kernel is told of a weight, or trusts: nothing that counts changes.
+_PACKINGS: dict[torch.dtype, Packing] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _KIND = attrgetter("shape", "dtype", "device")
 
 # Longer texts are rare, and compile their kernels when they come.
@@ -52,6 +55,8 @@ class Options(NamedTuple):
     last_layer: LastLayer
     cuda_graphs: bool
     batch_invariant: bool
+    quantize: Quantize | None = None
+    pack_weights: bool = True
 
 
 class Engine(nn.Module):
@@ -60,7 +65,7 @@ class Engine(nn.Module):
     Args:
         spec, head: their shapes.
         weights: their parameters, and the frequencies of rotary positions, by our names.
-        last_layer, cuda_graphs, batch_invariant: see `FastModel`.
+        last_layer, cuda_graphs, batch_invariant, quantize, pack_weights: see `FastModel`.
     """
 
     # Facts of all weights, when they were last found to fit.
@@ -74,12 +79,17 @@ class Engine(nn.Module):
         last_layer: LastLayer = "absorbed",
         cuda_graphs: bool = True,
         batch_invariant: bool = False,
+        quantize: Quantize | None = None,
+        pack_weights: bool = True,
     ) -> None:
         super().__init__()
+        check_quantize(quantize)
         self.spec = spec
         self.last_layer = last_layer
         self.cuda_graphs = cuda_graphs
         self.batch_invariant = batch_invariant
+        self._quantize = quantize
+        self.pack_weights = pack_weights
         self.encoder = Encoder(spec, under("encoder.", weights))
         self.head = Head(head, under("head.", weights))
         self._graphs = CudaGraphs(spec.max_positions)
@@ -118,7 +128,12 @@ class Engine(nn.Module):
     @property
     def options(self) -> Options:
         """What may be set at any time."""
-        return Options(self.last_layer, self.cuda_graphs, self.batch_invariant)
+        return Options(self.last_layer, self.cuda_graphs, self.batch_invariant, self.quantize, self.pack_weights)
+
+    @property
+    def quantize(self) -> Quantize | None:
+        """What products are computed in, if not in `dtype`."""
+        return self._quantize
 
     @property
     def device(self) -> torch.device:
@@ -258,7 +273,7 @@ class Engine(nn.Module):
             return
         self.check_weights()
         with self.inference():
-            self.encoder.prepare()
+            self.encoder.prepare(None)
             longest = self.spec.max_positions or _WARM_TOKENS
             for lengths in warming_shapes(self.device, longest, GPU_TOKENS_PER_PASS):
                 token_ids = [[0] * length for length in lengths]
@@ -280,6 +295,19 @@ class Engine(nn.Module):
     def _reader(self) -> BatchReader:
         weight = self.encoder.embeddings.word_weight
         return BatchReader(self.spec, weight.device, weight.dtype)
+
+    @property
+    def _packing(self) -> Packing | None:
+        """As what the layers' weights are packed now."""
+        if self.device.type != "cpu" or self._runs_triton:
+            return None
+        if self.quantize is not None:
+            return self.quantize
+        packing = _PACKINGS.get(self.dtype) if self.pack_weights else None
+        if packing is None or not can_pack(self.spec, packing):
+            return None
+        # Only whole layers keep the rows between products in float32.
+        return packing if packing == "float32" or is_plain(self.spec) else None
 
     @property
     def _runs_triton(self) -> bool:
@@ -333,7 +361,7 @@ class Engine(nn.Module):
         key = graph_key(packed, rows, last_layer) if self._runs_triton and self._replays(packed) else None
         if key is None or key not in self._graphs:
             self.check_weights()
-        self.encoder.prepare()
+        self.encoder.prepare(self._packing)
         if key is None:
             computed = self._compute(packed.to(device), rows, last_layer)
         else:

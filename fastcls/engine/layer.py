@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastcls_kernels import AddNorm, takes_norm
 from fastcls_kernels.disentangled_attention.buckets import DistanceTables
+from fastcls_kernels.packed import PANEL, PackedWeight
 from fastcls_kernels.unchecked import (
     absorb_query,
     add_layer_norm,
@@ -26,6 +27,7 @@ from fastcls_kernels.unchecked import (
 )
 
 from .attention import ChosenRows, LayerAttention, TokenPositions
+from .packed import PackedProducts
 from .spec import EncoderSpec, LastLayer
 from .weights import Weighted, checked_rows, is_intercepted
 
@@ -64,6 +66,22 @@ class EncoderLayer(Weighted):
         positions = ("position_key_weight", "position_key_bias", "position_query_weight", "position_query_bias")
         super().__init__(weights, (*biases, *positions))
         self.spec = spec
+        # The weights as the CPU's products read them: `PackedLayers` makes them, and keeps them up to the weights.
+        self.packed: PackedProducts | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": None}
+
+    def _product(self, name: str) -> tuple[Tensor | PackedWeight, Tensor | None]:
+        """A product's weight and bias, or both packed."""
+        if self.packed is not None:
+            packed: PackedWeight = getattr(self.packed, name)
+            return packed, None
+        return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+
+    @property
+    def _is_quantised(self) -> bool:
+        return self.packed is not None and self.packed.qkv.packing == "int8"
 
     def forward(self, states: HiddenStates, positions: TokenPositions, attention: LayerAttention) -> HiddenStates:
         """All rows: (total_tokens, hidden_size) to the same."""
@@ -90,10 +108,11 @@ class EncoderLayer(Weighted):
     ) -> tuple[Tensor, AddNorm]:
         """All rows of the last product, and the layer norm that would end the layer, not yet taken."""
         attended = self._add_attended(self._attend(states.normed, positions, attention), states.residual).normed
-        down = linear(self._up(attended), self.down_weight)
+        weight, bias = self._product("down")
+        down = linear(self._up(attended), weight)
         assert self.output_norm_bias is not None
         norm = (self.output_norm_weight, self.output_norm_bias, self.spec.layer_norm_eps)
-        return down, AddNorm(self.down_bias, attended, *norm)
+        return down, AddNorm(bias, attended, *norm)
 
     def chosen(
         self,
@@ -108,7 +127,8 @@ class EncoderLayer(Weighted):
 
         ``norm`` is a layer norm that is still to be taken of the states, where `takes_norm_inside` holds.
         """
-        if last_layer == "absorbed" and attention.reads_rows(chosen):
+        # An absorbed projection is multiplied in another order, by weights that are not quantised.
+        if last_layer == "absorbed" and attention.reads_rows(chosen) and not self._is_quantised:
             return self._feed_forward(self._attend_absorbed(states, positions, attention, chosen, norm)).normed
         if attention.reads_rows(chosen):
             context = self._attend_rows(states.normed, positions, attention, chosen)
@@ -127,7 +147,7 @@ class EncoderLayer(Weighted):
         self, hidden_states: Tensor, positions: TokenPositions, attention: LayerAttention
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (total_tokens, num_heads, head_dim) each."""
-        qkv = linear(hidden_states, self.qkv_weight, self.qkv_bias)
+        qkv = linear(hidden_states, *self._product("qkv"))
         heads, head_dim = self.spec.num_heads, self.spec.head_dim
         if attention.rotary is not None:
             turned = qkv.unflatten(1, (3 * heads, head_dim))[:, : 2 * heads]
@@ -147,10 +167,9 @@ class EncoderLayer(Weighted):
         self, hidden_states: Tensor, positions: TokenPositions, attention: LayerAttention, chosen: ChosenRows
     ) -> Tensor:
         """The chosen rows' queries over the keys and values of every token."""
-        size, bias = self.spec.hidden_size, self.qkv_bias
         heads = (self.spec.num_heads, self.spec.head_dim)
         query = self._query(hidden_states, positions, attention, chosen)
-        kv = linear(hidden_states, self.qkv_weight[size:], None if bias is None else bias[size:])
+        kv = linear(hidden_states, *self._part_of_qkv(1, 2))
         k, v = kv.unflatten(1, (2, *heads)).unbind(1)
         if attention.rotary is not None:
             apply_rotary_(k, positions.position_ids, *attention.rotary)
@@ -161,12 +180,21 @@ class EncoderLayer(Weighted):
         )
         return context.flatten(1)
 
+    def _part_of_qkv(self, first: int, count: int) -> tuple[Tensor | PackedWeight, Tensor | None]:
+        """The product of some of queries, keys and values, which stand in this order."""
+        size = self.spec.hidden_size
+        if self.packed is not None and size % PANEL == 0:
+            return self.packed.qkv.columns(first * size, count * size), None
+        if self._is_quantised:
+            raise ValueError(f'quantize must be None for a hidden size of {size}, since int8 takes multiples of {PANEL}')
+        rows = slice(first * size, (first + count) * size)
+        return self.qkv_weight[rows], None if self.qkv_bias is None else self.qkv_bias[rows]
+
     def _query(
         self, hidden_states: Tensor, positions: TokenPositions, attention: LayerAttention, chosen: ChosenRows
     ) -> Tensor:
         """(num_rows, num_heads, head_dim)."""
-        size, bias = self.spec.hidden_size, self.qkv_bias
-        query = linear(hidden_states[chosen.rows], self.qkv_weight[:size], None if bias is None else bias[:size])
+        query = linear(hidden_states[chosen.rows], *self._part_of_qkv(0, 1))
         query = query.unflatten(1, (self.spec.num_heads, self.spec.head_dim))
         if attention.rotary is not None:
             apply_rotary_(query, positions.position_ids[chosen.rows], *attention.rotary)
@@ -219,14 +247,12 @@ class EncoderLayer(Weighted):
     def _add_attended(self, context: Tensor, residual: Tensor) -> HiddenStates:
         norm = (self.attention_norm_weight, self.attention_norm_bias, self.spec.layer_norm_eps)
         return HiddenStates(
-            *linear_add_layer_norm(
-                context, self.out_weight, self.out_bias, residual, *norm, keep_sum=self.spec.pre_norm
-            )
+            *linear_add_layer_norm(context, *self._product("out"), residual, *norm, keep_sum=self.spec.pre_norm)
         )
 
     def _feed_forward(self, attended: HiddenStates) -> HiddenStates:
         norm = (self.output_norm_weight, self.output_norm_bias, self.spec.layer_norm_eps)
-        weight, bias, residual = self.down_weight, self.down_bias, attended.residual
+        weight, bias, residual = *self._product("down"), attended.residual
         # No name holds the widest rows of the layer, so that their memory is free once they are multiplied.
         return HiddenStates(
             *linear_add_layer_norm(
@@ -236,5 +262,5 @@ class EncoderLayer(Weighted):
 
     def _up(self, hidden_states: Tensor) -> Tensor:
         if self.spec.gated:
-            return gated_activation(linear(hidden_states, self.up_weight, self.up_bias), self.spec.activation)
-        return linear_activation(hidden_states, self.up_weight, self.up_bias, self.spec.activation)
+            return gated_activation(linear(hidden_states, *self._product("up")), self.spec.activation)
+        return linear_activation(hidden_states, *self._product("up"), self.spec.activation)

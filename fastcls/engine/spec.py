@@ -24,12 +24,20 @@ Pooling = Literal["first", "mean"]
 Rows = Literal["first", "mean", "all", "chosen"]
 # How the last layer is computed: see `FastModel.last_layer`.
 LastLayer = Literal["full", "selected", "absorbed"]
+# What products are computed in, if not in the weights' dtype: see `FastModel.quantize`.
+Quantize = Literal["int8"]
 
 
 def check_last_layer(last_layer: str) -> None:
     """Raises ValueError where ``last_layer`` is not one of `LastLayer`."""
     if last_layer not in get_args(LastLayer):
         raise ValueError(f"last_layer must be one of {', '.join(get_args(LastLayer))}, got {last_layer!r}")
+
+
+def check_quantize(quantize: str | None) -> None:
+    """Raises ValueError where ``quantize`` is neither None nor one of `Quantize`."""
+    if quantize is not None and quantize not in get_args(Quantize):
+        raise ValueError(f"quantize must be None or one of {', '.join(get_args(Quantize))}, got {quantize!r}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 from ..engine import Engine, operator
 from ..engine.batch import PaddedBatch
 from ..engine.packing import PackedTokens
-from ..engine.spec import EncoderSpec, HeadSpec, LastLayer, Rows
+from ..engine.spec import EncoderSpec, HeadSpec, LastLayer, Quantize, Rows
 from ..engine.weights import has_hooks
 from ..families.family import WeightMap
 from ..original.companion import Companion
@@ -64,8 +64,9 @@ class FastModel(Engine):
         last_layer: LastLayer = "absorbed",
         cuda_graphs: bool = True,
         batch_invariant: bool = False,
+        quantize: Quantize | None = None,
     ) -> None:
-        super().__init__(spec, head, weights, last_layer, cuda_graphs, batch_invariant)
+        super().__init__(spec, head, weights, last_layer, cuda_graphs, batch_invariant, quantize)
         self.model_class = model_class
         self.config = config
         self.weight_map = weight_map

@@ -20,6 +20,7 @@ from ..runtime.backend import runs_triton
 from ..runtime.checks import check_last_dim_contiguous, check_tensor
 from ..runtime.invariance import choices
 from ..runtime.tile_tables import arch_of, invariant_linear_tile, linear_gelu_tile, linear_norm_tile
+from ..packed import PackedWeight, packed_linear_unchecked
 from .cpu import cpu_product, cpu_product_per_head, product_per_head, uses_onednn
 from .kernel import launch_linear
 from .split import launch_split_linear
@@ -73,8 +74,10 @@ def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return linear_unchecked(hidden_states, weight, bias)
 
 
-def linear_unchecked(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` of arguments that are known to fit."""
+def linear_unchecked(hidden_states: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`linear` of arguments that are known to fit; a packed weight holds its bias."""
+    if isinstance(weight, PackedWeight):
+        return packed_linear_unchecked(hidden_states, weight)
     if runs_triton(hidden_states):
         return _gpu_product(hidden_states, weight, bias, None)
     return cpu_product(hidden_states, weight, bias)
@@ -135,9 +138,11 @@ def linear_activation(hidden_states: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def linear_activation_unchecked(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
+    hidden_states: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, activation: Activation
 ) -> Tensor:
-    """`linear_activation` of arguments that are known to fit."""
+    """`linear_activation` of arguments that are known to fit; a packed weight holds its bias."""
+    if isinstance(weight, PackedWeight):
+        return packed_linear_unchecked(hidden_states, weight, activation)
     if not runs_triton(hidden_states):
         return cpu_product(hidden_states, weight, bias, activation)
     if activation == "gelu" and bias is not None and choices().library_products:
@@ -272,7 +277,7 @@ def linear_add_layer_norm(
 
 def linear_add_layer_norm_unchecked(
     hidden_states: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     bias: Tensor | None,
     residual: Tensor,
     norm_weight: Tensor,
@@ -283,11 +288,14 @@ def linear_add_layer_norm_unchecked(
 ) -> tuple[Tensor, Tensor]:
     """`linear_add_layer_norm` of arguments that are known to fit: the normed rows, and what the next half adds to.
 
-    That is the sum where it is kept, else the normed rows again.
+    That is the sum where it is kept, else the normed rows again. A packed weight holds its bias.
     """
-    if not runs_triton(hidden_states):
-        summed = cpu_product(hidden_states, weight, bias, residual=residual)
-        normed = F.layer_norm(summed, (weight.shape[0],), norm_weight, norm_bias, eps)
+    if isinstance(weight, PackedWeight) or not runs_triton(hidden_states):
+        if isinstance(weight, PackedWeight):
+            summed = packed_linear_unchecked(hidden_states, weight, residual=residual)
+        else:
+            summed = cpu_product(hidden_states, weight, bias, residual=residual)
+        normed = F.layer_norm(summed, norm_weight.shape, norm_weight, norm_bias, eps)
         return normed, summed if keep_sum else normed
     arch, (rows, in_features) = arch_of(hidden_states.device), hidden_states.shape
     tile = linear_norm_tile(arch, hidden_states.dtype, rows, in_features, weight.shape[0])

@@ -1,0 +1,190 @@
+"""A layer of a post-norm encoder over packed weights:
+
+    attended = layer_norm(attention(x Wqkvᵀ) Woutᵀ + x)
+    out = layer_norm(f(attended Wupᵀ) Wdownᵀ + attended)
+
+One call computes it for all rows, or for the first row of each sequence: then keys and values are computed of all rows,
+and the rest of the first ones alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ..layout import PackedLayout
+from ..runtime.activations import Activation, check_activation
+from ..runtime.checks import check_tensor
+from .library import LayerStruct, library
+from .torch_path import torch_layer
+from .weight import PackedWeight, function_number, packs
+
+LayerRows = Literal["all", "first"]
+
+# Up to this many multiply-adds of the products of a layer, a second thread costs more than it brings.
+_FEW_PRODUCTS = 100_000_000
+
+
+class Norm(NamedTuple):
+    """A layer norm's parameters, (width,) float32 each."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class PackedLayer:
+    """The weights of a layer. It never changes, so copies and threads share it.
+
+    Args:
+        qkv: query, key and value joined, (3 * width, width); width is a multiple of 64.
+        out: behind the attention, (width, width).
+        up, down: the feed-forward, (inner, width) and (width, inner).
+        attention_norm, output_norm: weight and bias of the layer norms, (width,) each; a bias may be None.
+        num_heads: divides width into heads, each a multiple of 16.
+        scale: factor on attention scores.
+        eps: added to variances.
+        activation: of the feed-forward.
+
+    Raises:
+        ValueError: shapes that do not fit, weights of several packings, or an unknown activation.
+    """
+
+    def __init__(
+        self,
+        qkv: PackedWeight,
+        out: PackedWeight,
+        up: PackedWeight,
+        down: PackedWeight,
+        attention_norm: tuple[Tensor, Tensor | None],
+        output_norm: tuple[Tensor, Tensor | None],
+        num_heads: int,
+        scale: float,
+        eps: float,
+        activation: Activation,
+    ) -> None:
+        check_activation(activation)
+        width, inner = qkv.in_features, up.out_features
+        if width % 64:
+            raise ValueError(f"qkv must read a multiple of 64 columns, got {width}")
+        if num_heads < 1 or width % (16 * num_heads):
+            raise ValueError(f"num_heads must divide width {width} into heads of a multiple of 16, got {num_heads}")
+        shapes = {"qkv": (3 * width, width), "out": (width, width), "up": (inner, width), "down": (width, inner)}
+        for (name, shape), weight in zip(shapes.items(), (qkv, out, up, down), strict=True):
+            if (weight.out_features, weight.in_features) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {(weight.out_features, weight.in_features)}")
+            if weight.packing != qkv.packing:
+                raise ValueError(f"{name} must be packed as qkv is, {qkv.packing}, got {weight.packing}")
+        norms = []
+        for name, norm in (("attention_norm", attention_norm), ("output_norm", output_norm)):
+            for each in norm:
+                if each is not None and each.shape != (width,):
+                    raise ValueError(f"{name} must have shape ({width},), got {tuple(each.shape)}")
+            # In memory of their own, as packed weights are.
+            norms.append(Norm(*(None if each is None else each.detach().to(torch.float32, copy=True) for each in norm)))
+        self.qkv, self.out, self.up, self.down = qkv, out, up, down
+        self.attention_norm, self.output_norm = norms
+        self.width, self.inner, self.num_heads, self.head_dim = width, inner, num_heads, width // num_heads
+        self.scale, self.eps, self.activation = scale, eps, activation
+        self._struct = LayerStruct(
+            *(width, num_heads, self.head_dim, inner, function_number(activation), scale, eps, 0),
+            *(weight.struct for weight in (qkv, out, up, down)),
+            *(None if each is None else each.data_ptr() for norm in norms for each in norm),
+        )
+        self.pointer = ctypes.byref(self._struct)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> PackedLayer:
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        weights = (self.qkv, self.out, self.up, self.down, self.attention_norm, self.output_norm)
+        return PackedLayer, (*weights, self.num_heads, self.scale, self.eps, self.activation)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of its weights."""
+        norms = [each for norm in (self.attention_norm, self.output_norm) for each in norm if each is not None]
+        return sum(each.nbytes for each in (self.qkv, self.out, self.up, self.down, *norms))
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the compiled kernels compute it on this machine."""
+        return packs(self.qkv.packing, self.width) and packs(self.qkv.packing, self.inner)
+
+
+def packed_layer(
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    layer: PackedLayer,
+    rows: LayerRows = "all",
+    layout: PackedLayout | None = None,
+) -> Tensor:
+    """A layer of a post-norm encoder, for packed sequences on a CPU.
+
+    Args:
+        hidden_states: (total_tokens, width) float32.
+        cu_seqlens: (num_sequences + 1,) int32: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``.
+        max_seqlen: the longest sequence, or any bound above it.
+        layer: its weights.
+        rows: "all", or "first" for the first row of each sequence.
+        layout: made of cu_seqlens and max_seqlen, to make it once for many calls.
+
+    Returns:
+        (total_tokens, width), in which rows of no sequence mean nothing, or (num_sequences, width), in which those of
+        empty sequences mean nothing; float32. A row depends on its own sequence alone, bit for bit.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape or device that does not fit, or another word for ``rows``.
+    """
+    check_tensor("hidden_states", hidden_states, "(total_tokens, width)")
+    if hidden_states.dtype != torch.float32:
+        raise TypeError(f"hidden_states must be torch.float32, got {hidden_states.dtype}")
+    if hidden_states.shape[1] != layer.width or not hidden_states.is_cpu:
+        raise ValueError(
+            f"hidden_states must have shape (total_tokens, {layer.width}) on the CPU, got "
+            f"{tuple(hidden_states.shape)} on {hidden_states.device}"
+        )
+    if rows not in get_args(LayerRows):
+        raise ValueError(f"rows must be one of {', '.join(get_args(LayerRows))}, got {rows!r}")
+    layout = PackedLayout.of(hidden_states, cu_seqlens, max_seqlen, layout)
+    return packed_layers_(hidden_states.detach().clone(memory_format=torch.contiguous_format), layout, [layer], rows)
+
+
+def packed_layers_(x: Tensor, layout: PackedLayout, layers: Sequence[PackedLayer], rows: LayerRows) -> Tensor:
+    """Several layers of one shape, one after the other, of arguments that are known to fit; ``rows`` of the last one.
+
+    Args:
+        x: (total_tokens, width) float32, contiguous; the layers write over it.
+        layout: where each sequence lies.
+        layers: at least one.
+        rows: "all", or "first" for the first row of each sequence.
+    """
+    first, last = layers[0], len(layers) - 1
+    compiled = library()
+    if compiled is None or not first.is_compiled:
+        for index, layer in enumerate(layers):
+            x = torch_layer(x, layout, layer, rows if index == last else "all")
+        return x
+    starts, sequences, longest = layout.cu_seqlens, layout.num_sequences, layout.max_seqlen
+    tokens = int(starts[-1])
+    threads = threads_for(tokens, first)
+    out = x.new_empty(sequences, first.width) if rows == "first" else None
+    memory = torch.empty(
+        compiled.fastcls_layer_memory(first.pointer, tokens, longest, threads), dtype=torch.uint8, device="cpu"
+    )
+    places = [ctypes.c_void_p(each.data_ptr()) for each in (x, starts, memory)]
+    for index, layer in enumerate(layers):
+        to = ctypes.c_void_p(out.data_ptr()) if out is not None and index == last else None
+        compiled.fastcls_layer(layer.pointer, places[0], places[1], sequences, longest, to, places[2], threads)
+    return x if out is None else out
+
+
+def threads_for(tokens: int, layer: PackedLayer) -> int:
+    """How many threads a layer over so many tokens is shared among."""
+    products = tokens * layer.width * (4 * layer.width + 2 * layer.inner)
+    return torch.get_num_threads() if products > _FEW_PRODUCTS else 1

@@ -1,0 +1,97 @@
+"""The compiled kernels: C, built when the package is installed where a C compiler is found, called through ctypes.
+
+They are written for x86-64 with AVX-512 and VNNI. Threads are those of PyTorch's own OpenMP, which the library finds in
+the process: it brings none of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+from pathlib import Path
+
+import torch
+
+# Changes with the structures and functions in source/.
+_INTERFACE = 1
+
+_FOLDER = Path(__file__).parent
+
+
+class WeightStruct(ctypes.Structure):
+    """``weight_t`` of source/products.h."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("in_features", ctypes.c_int32),
+        ("out_features", ctypes.c_int32),
+        ("sums_stride", ctypes.c_int32),
+        ("packed", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+    )
+
+
+class LayerStruct(ctypes.Structure):
+    """``layer_t`` of source/layer.h."""
+
+    _fields_ = (
+        ("width", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("inner", ctypes.c_int32),
+        ("function", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("padding", ctypes.c_int32),
+        ("qkv", WeightStruct),
+        ("out", WeightStruct),
+        ("up", WeightStruct),
+        ("down", WeightStruct),
+        ("attention_norm", ctypes.c_void_p),
+        ("attention_norm_bias", ctypes.c_void_p),
+        ("output_norm", ctypes.c_void_p),
+        ("output_norm_bias", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or the reason why there is none."""
+    paths = [_FOLDER / f"_library{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return None, "they were not built: install fastcls where a C compiler is found (gcc or clang, on x86-64)"
+    # PyTorch's OpenMP, in whose threads the library runs, is in the process by now.
+    torch.get_num_threads()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"they cannot be loaded: {error}"
+    found = library.fastcls_interface()
+    if found != _INTERFACE:
+        return None, f"they were built of another version ({found}, not {_INTERFACE}): install fastcls again"
+    if not library.fastcls_runs_here():
+        return None, "this CPU has no AVX-512 with VNNI"
+    library.fastcls_layer_memory.restype = ctypes.c_size_t
+    return library, ""
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot run: see `explain_compiled`."""
+    return _load()[0]
+
+
+def explain_compiled() -> tuple[bool, str]:
+    """Whether the compiled kernels run on this machine, and the reason in one phrase."""
+    found, reason = _load()
+    return found is not None, reason or "built for this CPU (AVX-512 with VNNI)"
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether the compiled kernels multiply bfloat16 here (AVX512_BF16)."""
+    found = library()
+    return found is not None and bool(found.fastcls_has_bfloat16())

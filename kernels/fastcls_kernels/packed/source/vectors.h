@@ -1,0 +1,114 @@
+/* Vectors of 16 float32 numbers (AVX-512), and the functions of them that the kernels share.
+
+   NaN must stay NaN: _mm512_max_ps and _mm512_min_ps give their second operand where either is NaN, so the number that
+   is looked at stands second. */
+#ifndef FASTCLS_VECTORS_H
+#define FASTCLS_VECTORS_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
+#include <immintrin.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+
+typedef __m512 vec;
+
+enum activation { NONE, GELU, GELU_TANH, RELU, SILU, TANH };
+
+INLINE vec vec_of(float x) { return _mm512_set1_ps(x); }
+INLINE vec load(const float *from) { return _mm512_loadu_ps(from); }
+INLINE void store(float *to, vec x) { _mm512_storeu_ps(to, x); }
+
+/* The first `count` lanes, count < 16. */
+INLINE __mmask16 first_lanes(int count) { return (__mmask16)((1u << count) - 1u); }
+
+INLINE vec exp_of(vec x) {
+  /* 2^n e^r, |r| <= ln(2) / 2, by the polynomial of Taylor's series, whose first left-out term is below 2^-25. */
+  x = _mm512_max_ps(vec_of(-104.0f), x);
+  x = _mm512_min_ps(vec_of(89.0f), x);
+  const vec n = _mm512_roundscale_ps(_mm512_mul_ps(x, vec_of(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  vec r = _mm512_fnmadd_ps(n, vec_of(0.693145752f), x);
+  r = _mm512_fnmadd_ps(n, vec_of(1.42860677e-6f), r);
+  vec p = vec_of(1.0f / 5040);
+  p = _mm512_fmadd_ps(p, r, vec_of(1.0f / 720));
+  p = _mm512_fmadd_ps(p, r, vec_of(1.0f / 120));
+  p = _mm512_fmadd_ps(p, r, vec_of(1.0f / 24));
+  p = _mm512_fmadd_ps(p, r, vec_of(1.0f / 6));
+  p = _mm512_fmadd_ps(p, r, vec_of(0.5f));
+  p = _mm512_fmadd_ps(p, r, vec_of(1.0f));
+  p = _mm512_fmadd_ps(p, r, vec_of(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+INLINE vec erf_of(vec x) {
+  /* Near zero an odd polynomial, else 1 - exp(-t P(t)); both P are least-squares fits, weighted towards equal errors. */
+  const vec t = _mm512_abs_ps(x), s = _mm512_mul_ps(x, x);
+  vec near = vec_of(8.409920532e-05f);
+  near = _mm512_fmadd_ps(near, s, vec_of(-8.152627941e-04f));
+  near = _mm512_fmadd_ps(near, s, vec_of(5.201960229e-03f));
+  near = _mm512_fmadd_ps(near, s, vec_of(-2.685979860e-02f));
+  near = _mm512_fmadd_ps(near, s, vec_of(1.128370331e-01f));
+  near = _mm512_fmadd_ps(near, s, vec_of(-3.761263430e-01f));
+  near = _mm512_fmadd_ps(near, s, vec_of(1.128379167e+00f));
+  near = _mm512_mul_ps(near, x);
+  /* Beyond 4 the result is 1. */
+  const vec u = _mm512_min_ps(vec_of(4.0f), t);
+  vec far = vec_of(1.076335790e-05f);
+  far = _mm512_fmadd_ps(far, u, vec_of(-3.180614490e-04f));
+  far = _mm512_fmadd_ps(far, u, vec_of(3.622925564e-03f));
+  far = _mm512_fmadd_ps(far, u, vec_of(-2.372019962e-02f));
+  far = _mm512_fmadd_ps(far, u, vec_of(1.061876257e-01f));
+  far = _mm512_fmadd_ps(far, u, vec_of(6.351814896e-01f));
+  far = _mm512_fmadd_ps(far, u, vec_of(1.128640966e+00f));
+  far = _mm512_sub_ps(vec_of(1.0f), exp_of(_mm512_fnmadd_ps(far, u, _mm512_setzero_ps())));
+  far = _mm512_castsi512_ps(_mm512_or_si512(
+      _mm512_castps_si512(far),
+      _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32((int)0x80000000u))));
+  return _mm512_mask_mov_ps(near, _mm512_cmp_ps_mask(t, vec_of(0.9f), _CMP_GT_OQ), far);
+}
+
+INLINE vec sigmoid_of(vec x) {
+  const vec one = vec_of(1.0f);
+  return _mm512_div_ps(one, _mm512_add_ps(one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+INLINE vec tanh_of(vec x) {
+  /* 2 sigmoid(2x) - 1 loses its digits near zero, where tanh is an odd polynomial. */
+  const vec s = _mm512_mul_ps(x, x);
+  vec near = vec_of(-0.0218694885f);
+  near = _mm512_fmadd_ps(near, s, vec_of(0.0539682540f));
+  near = _mm512_fmadd_ps(near, s, vec_of(-0.133333333f));
+  near = _mm512_fmadd_ps(near, s, vec_of(0.333333333f));
+  near = _mm512_fnmadd_ps(_mm512_mul_ps(near, s), x, x);
+  const vec far = _mm512_fmsub_ps(vec_of(2.0f), sigmoid_of(_mm512_add_ps(x, x)), vec_of(1.0f));
+  return _mm512_mask_mov_ps(near, _mm512_cmp_ps_mask(_mm512_abs_ps(x), vec_of(0.25f), _CMP_GT_OQ), far);
+}
+
+INLINE vec activate(enum activation function, vec x) {
+  const vec half = _mm512_mul_ps(vec_of(0.5f), x);
+  switch (function) {
+    case GELU:
+      return _mm512_fmadd_ps(half, erf_of(_mm512_mul_ps(x, vec_of(0.707106781f))), half);
+    case GELU_TANH: {
+      const vec cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+      const vec inner = _mm512_mul_ps(vec_of(0.797884561f), _mm512_fmadd_ps(vec_of(0.044715f), cube, x));
+      return _mm512_fmadd_ps(half, tanh_of(inner), half);
+    }
+    case RELU:
+      return _mm512_max_ps(_mm512_setzero_ps(), x);
+    case SILU:
+      return _mm512_mul_ps(x, sigmoid_of(x));
+    case TANH:
+      return tanh_of(x);
+    default:
+      return x;
+  }
+}
+
+#endif
