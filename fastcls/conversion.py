@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any, Literal
 
@@ -10,6 +11,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastcls_kernels.packed import explain_compiled
+
+from .engine.packed import check_quantizes
 from .engine.spec import LastLayer, Quantize, check_last_layer, check_quantize
 from .families import family_of, supported
 from .families.checkpoint import made_of, map_weights
@@ -31,6 +35,7 @@ def optimize(
     cuda_graphs: bool = True,
     batch_invariant: bool = False,
     quantize: Quantize | None = None,
+    pack_weights: bool = True,
     mask_token_id: int | None = None,
     dense: bool = True,
     select: Literal["all", "first"] | None = None,
@@ -47,7 +52,7 @@ def optimize(
     Args:
         model: a transformers encoder of a supported family, with or without a head, in float32, float16 or bfloat16, on
             one device; or sentence-transformers' CrossEncoder, SentenceTransformer or SparseEncoder with one inside.
-        last_layer, cuda_graphs, batch_invariant, quantize: see `FastModel`.
+        last_layer, cuda_graphs, batch_invariant, quantize, pack_weights: see `FastModel`.
         mask_token_id, dense: of a masked language model, see `FastMaskedLM`.
         select: for a model without a head, see `FastEncoder`; None is "all". For a SentenceTransformer, None computes
             what it pools, and "all" keeps every token's embedding even if it pools [CLS] alone.
@@ -80,6 +85,7 @@ def optimize(
             cuda_graphs=cuda_graphs,
             batch_invariant=batch_invariant,
             quantize=quantize,
+            pack_weights=pack_weights,
             release=release,
         )
         return optimize_sentence_model(model, inner, select)
@@ -100,6 +106,17 @@ def optimize(
         raise ValueError(f"select must be left out for {head.task}: it is for a model without a head")
     if mask_token_id is not None and not 0 <= mask_token_id < spec.vocab_size:
         raise ValueError(f"mask_token_id must lie from 0 to {spec.vocab_size - 1}, got {mask_token_id}")
+    if quantize is not None:
+        check_quantizes(spec, model.device, model.dtype)
+        runs, reason = explain_compiled()
+        if not runs:
+            warnings.warn(
+                f"quantize={quantize!r} is left out, and products stay in float32: the compiled kernels cannot run, "
+                f"{reason}. Set quantize on the result to compute in int8 all the same, slower than in float32",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            quantize = None
     check_structure(model, base, config, head)
     weight_map = map_weights(model, family, config, head)
     sources = {**weight_map.sources, **{own: (name,) for own, name in weight_map.buffers.items()}}
@@ -112,11 +129,13 @@ def optimize(
         }
         fast: FastModel = task(
             *(type(model), model.config, spec, head, weight_map, weights),
-            *(last_layer, cuda_graphs, batch_invariant, quantize),
+            *(last_layer, cuda_graphs, batch_invariant, quantize, pack_weights),
         )
     if release:
         settle_all(model)
         release_weights(model)
+        if quantize is not None:
+            fast.let_go()
     else:
         fast.follow(original)
     if isinstance(fast, Labelled):

@@ -8,13 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastcls_kernels.packed import PackedLayer, Packing, packed_layers_
+from fastcls_kernels.packed import PackedLayer, PackedTable, packed_embedding_unchecked, packed_layers_
 from fastcls_kernels.unchecked import embedding_layer_norm, linear
 
 from .attention import ChosenRows, LayerAttention, TokenPositions
 from .convolution import EmbeddingConvolution
 from .layer import EncoderLayer, HiddenStates
-from .packed import PackedLayers
+from .packed import PackedWeights
 from .packing import PackedTokens
 from .positions import BiasTable, DisentangledTables, RotaryPositions
 from .spec import BucketBias, Disentangled, EncoderSpec, LastLayer, Rows
@@ -36,9 +36,28 @@ class Embeddings(Weighted):
         optional = ("position_weight", "token_type_weight", "norm_bias", "projection_weight", "projection_bias")
         super().__init__(weights, optional)
         self.eps = spec.layer_norm_eps
+        # Both are `PackedWeights`' to set.
+        self.is_packed = False
+        self.packed_table: PackedTable | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "is_packed": False, "packed_table": None}
 
     def forward(self, packed: PackedTokens) -> Tensor:
-        """(total_tokens, hidden_size)."""
+        """(total_tokens, hidden_size), in float32 where layers follow that keep it."""
+        if self.is_packed and packed.token_ids is not None and self._takes_compiled():
+            embedded = packed_embedding_unchecked(
+                packed.token_ids,
+                None if self.position_weight is None else packed.position_ids,
+                packed.token_type_ids,
+                self.word_weight if self.packed_table is None else self.packed_table,
+                self.position_weight,
+                self.token_type_weight,
+                self.norm_weight,
+                self.norm_bias,
+                self.eps,
+            )
+            return self._projected(embedded)
         if packed.inputs_embeds is not None:
             # The caller's embeddings stand in for the table of words: one row a token.
             token_ids = torch.arange(packed.inputs_embeds.shape[0], device=packed.inputs_embeds.device)
@@ -57,6 +76,13 @@ class Embeddings(Weighted):
             self.norm_bias,
             self.eps,
         )
+        return self._projected(embedded)
+
+    def _takes_compiled(self) -> bool:
+        """Whether what reads the embeddings takes them in float32."""
+        return self.norm_weight.dtype == torch.float32 or (self.projection_weight is None and not is_intercepted(self))
+
+    def _projected(self, embedded: Tensor) -> Tensor:
         if self.projection_weight is None:
             return embedded
         return linear(embedded, self.projection_weight, self.projection_bias)
@@ -89,7 +115,7 @@ class Encoder(nn.Module):
             None if spec.convolution is None else EmbeddingConvolution(spec, under("convolution.", weights))
         )
         self.rotary = RotaryPositions(spec, under("rotary.", weights)) if spec.rotary else None
-        self.packed = PackedLayers(spec, cast(Sequence[nn.Module], self.layers))
+        self.packed = PackedWeights(spec, self.embeddings, cast(Sequence[EncoderLayer], self.layers))
 
     def _attention(self, index: int) -> LayerAttention:
         spec = self.spec
@@ -109,15 +135,11 @@ class Encoder(nn.Module):
         kinds = (RotaryPositions, DisentangledTables, EmbeddingConvolution)
         return [each for each in (self.rotary, self.relative, self.convolution) if isinstance(each, kinds)]
 
-    def prepare(self, packing: Packing | None) -> None:
+    def prepare(self) -> None:
         """Makes what follows from weights alone, where weights have changed since.
 
         To be called before a pass, and not while a graph is captured, since the graph reads what was made.
-
-        Args:
-            packing: as what the layers' weights are packed, or None.
         """
-        self.packed.refresh(packing)
         derived = self._derived()
         if derived:
             with torch.inference_mode(False), torch.no_grad():
@@ -180,8 +202,8 @@ class Encoder(nn.Module):
         is_ours = not is_intercepted(self.embeddings)
         states = embedded if is_ours and embedded.dtype == torch.float32 else embedded.to(torch.float32, copy=True)
         if rows == "first" and last_layer != "full":
-            return packed_layers_(states, packed.layout, layers, "first").to(embedded.dtype)
-        states = packed_layers_(states, packed.layout, layers, "all").to(embedded.dtype)
+            return packed_layers_(states, packed.layout, layers, "first").to(self.embeddings.norm_weight.dtype)
+        states = packed_layers_(states, packed.layout, layers, "all").to(self.embeddings.norm_weight.dtype)
         return states if chosen is None else states[chosen.rows]
 
     def _layer(self, index: int) -> EncoderLayer:
@@ -203,7 +225,7 @@ class Encoder(nn.Module):
 
     def _checked(self, name: str, rows: Tensor, packed: PackedTokens) -> Tensor:
         shape = (packed.layout.total_tokens, self.spec.hidden_size)
-        return checked_rows(name, rows, shape, self.embeddings.word_weight)
+        return checked_rows(name, rows, shape, self.embeddings.norm_weight)
 
     def _leaves_norm(self, index: int, states: HiddenStates, chosen: ChosenRows, last_layer: LastLayer) -> bool:
         """Whether the layer before the last may leave its norm to the last one."""

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from operator import attrgetter
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -14,15 +13,15 @@ from torch import Tensor, nn
 
 from fastcls_kernels import batch_invariant, explain_backend, is_batch_invariant, warming_shapes
 from fastcls_kernels.packed import Packing
-from fastcls_kernels.runtime.checks import has_contiguous_rows
 from fastcls_kernels.unchecked import mean_pool
 
 from .batch import BatchReader, PaddedBatch, check_packed
 from .convolution import EmbeddingConvolution
 from .cuda_graphs import CudaGraphs, being_captured, bucket_of, graph_key, max_graph_tokens
 from .encoder import Encoder
+from .fitting import WeightFit
 from .head import Head
-from .packed import can_pack, is_plain
+from .packed import LET_GO, can_pack, check_quantizes, is_plain
 from .packing import (
     FlatBatch,
     PackedTokens,
@@ -41,9 +40,7 @@ CPU_TOKENS_PER_PASS = 2048
 # On a GPU this many fill the largest chip, and bound the memory of a pass: some 1.6 GB for BERT-base in float32.
 GPU_TOKENS_PER_PASS = 65536
 
-# What a kernel is told of a weight, or trusts: nothing that counts changes.
 _PACKINGS: dict[torch.dtype, Packing] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_KIND = attrgetter("shape", "dtype", "device")
 
 # Longer texts are rare, and compile their kernels when they come.
 _WARM_TOKENS = 512
@@ -67,9 +64,6 @@ class Engine(nn.Module):
         weights: their parameters, and the frequencies of rotary positions, by our names.
         last_layer, cuda_graphs, batch_invariant, quantize, pack_weights: see `FastModel`.
     """
-
-    # Facts of all weights, when they were last found to fit.
-    _fitting: list[list[Any]]
 
     def __init__(
         self,
@@ -98,7 +92,7 @@ class Engine(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes graphs of its own, over its own weights.
-        own = ("_graphs", "_hooks", "_states", "_shapes", "_fitting")
+        own = ("_graphs", "_hooks", "_states", "_fit")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -108,6 +102,13 @@ class Engine(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Engine:
         # Every way of moving or converting the weights comes through here.
+        if self.encoder.packed.is_alone:
+            probe = fn(self._like.detach())
+            if (probe.device, probe.dtype) == (self.device, self.dtype):
+                return self
+            raise RuntimeError(
+                f"the model must stay in {self.dtype} on {self.device}, got {probe.dtype} on {probe.device}: {LET_GO}"
+            )
         self.forget_made()
         return super()._apply(fn, recurse)
 
@@ -135,15 +136,27 @@ class Engine(nn.Module):
         """What products are computed in, if not in `dtype`."""
         return self._quantize
 
+    @quantize.setter
+    def quantize(self, quantize: Quantize | None) -> None:
+        check_quantize(quantize)
+        if quantize is not None:
+            check_quantizes(self.spec, self.device, self.dtype)
+        self._quantize = quantize
+
+    @property
+    def _like(self) -> Tensor:
+        """A weight that is always there: it tells all weights' device and dtype."""
+        return self.encoder.embeddings.norm_weight
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.encoder.embeddings.word_weight.device
+        return self._like.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights and of the computation."""
-        return self.encoder.embeddings.word_weight.dtype
+        return self._like.dtype
 
     @property
     def width(self) -> int:
@@ -243,7 +256,7 @@ class Engine(nn.Module):
             TypeError: a dtype that does not fit.
             ValueError: a shape, stride or device that does not fit, or, on a CPU, an id or position outside its table.
         """
-        packed = check_packed(packed, self.spec, self.encoder.embeddings.word_weight)
+        packed = check_packed(packed, self.spec, self._like)
         with self.inference():
             return self._pass(packed, rows)
 
@@ -273,7 +286,7 @@ class Engine(nn.Module):
             return
         self.check_weights()
         with self.inference():
-            self.encoder.prepare(None)
+            self.encoder.prepare()
             longest = self.spec.max_positions or _WARM_TOKENS
             for lengths in warming_shapes(self.device, longest, GPU_TOKENS_PER_PASS):
                 token_ids = [[0] * length for length in lengths]
@@ -293,16 +306,17 @@ class Engine(nn.Module):
 
     @property
     def _reader(self) -> BatchReader:
-        weight = self.encoder.embeddings.word_weight
+        weight = self._like
         return BatchReader(self.spec, weight.device, weight.dtype)
 
     @property
     def _packing(self) -> Packing | None:
         """As what the layers' weights are packed now."""
+        if self.quantize is not None:
+            check_quantizes(self.spec, self.device, self.dtype)
+            return self.quantize
         if self.device.type != "cpu" or self._runs_triton:
             return None
-        if self.quantize is not None:
-            return self.quantize
         packing = _PACKINGS.get(self.dtype) if self.pack_weights else None
         if packing is None or not can_pack(self.spec, packing):
             return None
@@ -324,7 +338,7 @@ class Engine(nn.Module):
             yield
 
     def _filled(self, shape: Iterable[int], fill: float) -> Tensor:
-        return self.encoder.embeddings.word_weight.new_full((*shape, self.width), fill)
+        return self._like.new_full((*shape, self.width), fill)
 
     def _packed(self, flat: FlatBatch) -> Iterator[PackedTokens]:
         device, triton = self.device, self._runs_triton
@@ -359,9 +373,13 @@ class Engine(nn.Module):
             self._check_hooks(rows)
         last_layer, device = self.last_layer, self.device
         key = graph_key(packed, rows, last_layer) if self._runs_triton and self._replays(packed) else None
+        packing = self._packing
+        is_packed = self.encoder.packed.is_current(packing)
         if key is None or key not in self._graphs:
-            self.check_weights()
-        self.encoder.prepare(self._packing)
+            self.check_weights(but_packed=is_packed)
+        if not is_packed:
+            self.encoder.packed.refresh(packing)
+        self.encoder.prepare()
         if key is None:
             computed = self._compute(packed.to(device), rows, last_layer)
         else:
@@ -378,68 +396,32 @@ class Engine(nn.Module):
             layout = packed.layout
             counts = {"first": layout.num_sequences, "chosen": 0 if packed.rows is None else packed.rows.numel()}
             shape = (counts.get(rows, layout.total_tokens), self.spec.hidden_size)
-            states = checked_rows("the encoder's rows", states, shape, self.encoder.embeddings.word_weight)
+            states = checked_rows("the encoder's rows", states, shape, self._like)
         if rows == "mean":
             states = mean_pool(states, packed.layout)
         # An encoder's pooler runs over first rows only, behind the pass: see `head_of`.
         return states if self.head.spec.task == "encoder" else self.head(states)
 
-    def check_weights(self) -> None:
+    def check_weights(self, *, but_packed: bool = False) -> None:
         """Checks weights that were put in place by hand, since the kernels and some libraries trust them.
 
         To be called before anything is made of the weights. A graph reads them where they were when it was captured.
+
+        Args:
+            but_packed: leave out the layers' weights, which a pass over packed ones does not read.
 
         Raises:
             TypeError: one has another dtype than the others.
             ValueError: another shape or device, or strides that the kernels do not take.
         """
-        weights: list[Tensor] = [
-            each for module in self.modules() for each in module._parameters.values() if each is not None
-        ]
-        if self.encoder.rotary is not None:
-            weights += self.encoder.rotary.buffers()
-        facts: list[list[Any]] = [list(map(_KIND, weights)), list(map(Tensor.stride, weights))]
-        if facts == self._fitting:
-            return
-        device, dtype = self.device, self.dtype
-        for name, weight in self.weights(all_names=True):
-            if name not in self._shapes:
-                # A caller's module, or what a parametrization makes a weight of.
-                continue
-            shape = self._shapes[name]
-            if shape is None:
-                raise ValueError(f"{name} must be None, since this model has none, got shape {tuple(weight.shape)}")
-            # PyTorch alone reads these frequencies, and MPNet's table.
-            turns = name.startswith("encoder.rotary.")
-            is_free = turns or (isinstance(self.encoder.relative, BiasTable) and ".relative." in name)
-            if weight.dtype != dtype and not is_free:
-                raise TypeError(f"{name} must be {dtype} like the other weights, got {weight.dtype}")
-            if "embeddings" in name:
-                whole = weight.is_contiguous()
-            else:
-                whole = turns or weight.ndim > 2 or has_contiguous_rows(weight)
-            if (weight.shape, weight.device) != (shape, device) or not whole:
-                raise ValueError(
-                    f"{name} must be contiguous, of shape {tuple(shape)} on {device}, got "
-                    f"{tuple(weight.shape)} with strides {weight.stride()} on {weight.device}"
-                )
-        self._fitting = facts
+        self._fit.check(self, but_packed=but_packed)
 
     def _watch_modules(self) -> None:
         """Notes where modules keep hooks and attributes, and their weights' shapes: each call looks there."""
         modules = list(self.modules())
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._states = [vars(module) for module in modules[1:]]
-        self._shapes: dict[str, torch.Size | None] = {
-            name: weight.shape for name, weight in self.weights(all_names=True)
-        }
-        for path, module in self.named_modules():
-            for key, weight in module._parameters.items():
-                if weight is None:
-                    # A bias, which has a weight beside it, may be put where there was none.
-                    of = self._shapes.get(f"{path}.{key.removesuffix('bias')}weight")
-                    self._shapes[f"{path}.{key}"] = None if of is None else of[:1]
-        self._fitting = []
+        self._fit = WeightFit(self)
 
     def is_hooked(self) -> bool:
         """Whether a module has hooks, or one inside has another ``forward`` set on it."""

@@ -185,8 +185,6 @@ class EncoderLayer(Weighted):
         size = self.spec.hidden_size
         if self.packed is not None and size % PANEL == 0:
             return self.packed.qkv.columns(first * size, count * size), None
-        if self._is_quantised:
-            raise ValueError(f'quantize must be None for a hidden size of {size}, since int8 takes multiples of {PANEL}')
         rows = slice(first * size, (first + count) * size)
         return self.qkv_weight[rows], None if self.qkv_bias is None else self.qkv_bias[rows]
 

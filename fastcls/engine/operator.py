@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .batch import PaddedBatch
 from .engine import Engine, Options
-from .spec import BucketBias, Convolution, Disentangled, EncoderSpec, HeadSpec, LastLayer, Rows
+from .spec import BucketBias, Convolution, Disentangled, EncoderSpec, HeadSpec, LastLayer, Quantize, Rows
 from .weights import weight_version
 
 
@@ -47,7 +47,13 @@ def forward(
 ) -> Tensor:
     """`Engine.rows`, dense, as a node of the graph that is being traced; the weights become the graph's."""
     weights = [weight for _, weight in engine.weights()]
-    return _forward(weights, description, *engine.options, rows, fill, chosen, *batch)
+    options = engine.options
+    given = (*options[:_FIRST_OPTIONS], rows, fill, chosen, *batch, *options[_FIRST_OPTIONS:])
+    return _forward(weights, description, *given)
+
+
+# Options that came later stand behind the inputs, since programs that earlier versions exported do not give them.
+_FIRST_OPTIONS = 3
 
 
 @torch.library.custom_op("fastcls::forward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -65,8 +71,10 @@ def _forward(
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
+    quantize: str | None = None,
+    pack_weights: bool = True,
 ) -> Tensor:
-    options = Options(cast(LastLayer, last_layer), cuda_graphs, batch_invariant)
+    options = _options(last_layer, cuda_graphs, batch_invariant, quantize, pack_weights)
     engine = _engine_over(weights, model, options)
     batch = PaddedBatch(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
     engine.check(batch)
@@ -91,6 +99,8 @@ def _(
     _token_type_ids: Tensor | None,
     _position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
+    _quantize: str | None = None,
+    _pack_weights: bool = True,
 ) -> Tensor:
     given = input_ids if inputs_embeds is None else inputs_embeds
     assert given is not None
@@ -101,7 +111,8 @@ def _(
 def pool(engine: Engine, description: str, states: Tensor) -> Tensor:
     """`Engine.head_of` as a node of the graph: what an encoder's pooler makes of (num_texts, hidden_size)."""
     weights = [weight for _, weight in engine.weights()]
-    return _pool(weights, description, *engine.options, states)
+    options = engine.options
+    return _pool(weights, description, *options[:_FIRST_OPTIONS], states, *options[_FIRST_OPTIONS:])
 
 
 @torch.library.custom_op("fastcls::pool", mutates_args=())
@@ -112,8 +123,10 @@ def _pool(
     cuda_graphs: bool,
     batch_invariant: bool,
     states: Tensor,
+    quantize: str | None = None,
+    pack_weights: bool = True,
 ) -> Tensor:
-    options = Options(cast(LastLayer, last_layer), cuda_graphs, batch_invariant)
+    options = _options(last_layer, cuda_graphs, batch_invariant, quantize, pack_weights)
     return _engine_over(weights, model, options).head_of(states)
 
 
@@ -125,8 +138,18 @@ def _(
     _cuda_graphs: bool,
     _batch_invariant: bool,
     states: Tensor,
+    _quantize: str | None = None,
+    _pack_weights: bool = True,
 ) -> Tensor:
     return states.new_empty(states.shape)
+
+
+def _options(
+    last_layer: str, cuda_graphs: bool, batch_invariant: bool, quantize: str | None, pack_weights: bool
+) -> Options:
+    """As an engine takes them, from what a graph holds."""
+    words = (cast(LastLayer, last_layer), cast("Quantize | None", quantize))
+    return Options(words[0], cuda_graphs, batch_invariant, words[1], pack_weights)
 
 
 def _rows_named(name: str, head: HeadSpec, are_chosen: bool) -> Rows:

@@ -6,16 +6,22 @@ Packed weights follow the layers' own: they are made anew before a pass where a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastcls_kernels.packed import PackedLayer, PackedWeight, Packing, pack_weight, packs
+from fastcls_kernels.packed import PANEL, PackedLayer, PackedTable, PackedWeight, Packing, pack_table, pack_weight, packs
 
-from .spec import EncoderSpec
+from .spec import Disentangled, EncoderSpec
+
+# Why something is refused that needs the weights.
+LET_GO = (
+    "the weights were let go when they were quantised, and what is left is int8. Optimize the model again, without "
+    "release"
+)
 
 _VERSION = attrgetter("_version")
 # The products of a layer, by the names of their weights.
@@ -36,41 +42,89 @@ class PackedProducts(NamedTuple):
     layer: PackedLayer | None
 
 
-class PackedLayers:
-    """The packed weights of all layers.
+class PackedWeights:
+    """The packed weights of all layers, and for int8 the table of words.
 
     Args:
         spec: the encoder's shape.
+        embeddings: holds the table of words.
         layers: the sets of layer weights.
+
+    Attributes:
+        is_alone: the weights themselves are gone: see `let_go`.
     """
 
-    def __init__(self, spec: EncoderSpec, layers: Sequence[Any]) -> None:
+    def __init__(self, spec: EncoderSpec, embeddings: Any, layers: Sequence[Any]) -> None:
         self._spec = spec
+        self._embeddings = embeddings
         self._layers = tuple(layers)
         self._made: tuple[PackedProducts, ...] = ()
+        self._table: PackedTable | None = None
+        self.is_alone = False
         self._made_of: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": (), "_made_of": ()}
+        # What can be made anew is left out.
+        return self.__dict__ if self.is_alone else {**self.__dict__, "_made": (), "_table": None, "_made_of": ()}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLayers:
-        copied = PackedLayers(self._spec, copy.deepcopy(self._layers, memo))
-        if self._made and self._made_of == (self.packing, *_state_of(self._layers)):
-            copied._hold(self._made)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._made:
+            self._hold(self._made, self._table)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeights:
+        copied = PackedWeights(self._spec, copy.deepcopy(self._embeddings, memo), copy.deepcopy(self._layers, memo))
+        if self.is_current(self.packing):
+            copied._hold(self._made, self._table)
+            copied.is_alone = self.is_alone
         return copied
 
     @property
     def nbytes(self) -> int:
         """The memory that packed weights take."""
-        return sum(weight.nbytes for made in self._made for weight in made[: len(_PRODUCTS)])
+        products = sum(weight.nbytes for made in self._made for weight in made[: len(_PRODUCTS)])
+        return products + (0 if self._table is None else self._table.nbytes)
 
     @property
     def packing(self) -> Packing | None:
         """How weights are packed at present."""
         return self._made[0].qkv.packing if self._made else None
 
+    def is_current(self, packing: Packing | None) -> bool:
+        """Whether the weights are packed so, and have not changed since.
+
+        Raises:
+            RuntimeError: they have, and cannot be packed anew.
+        """
+        is_current = packing is not None and self._made_of == self._state(packing)
+        if self.is_alone and not is_current:
+            raise RuntimeError(f"weights and options must stay as they were: {LET_GO}")
+        return is_current
+
+    def let_go(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes out of the modules the weights that are packed, so that their memory is given back.
+
+        Tensors on the device "meta" take their place. A weight that something else reads, too, stays.
+
+        Args:
+            weights: all of the model's, under all their names.
+        """
+        names: dict[int, int] = {}
+        for _, weight in weights:
+            names[weight.data_ptr()] = names.get(weight.data_ptr(), 0) + 1
+        places = [(layer, f"{name}_weight") for layer in self._layers for name in _PRODUCTS]
+        if self._table is not None:
+            places.append((self._embeddings, "word_weight"))
+        for module, name in places:
+            weight = module._parameters[name]
+            tables = isinstance(self._spec.relative, Disentangled) and self._spec.relative.shares_projections
+            if names[weight.data_ptr()] == 1 and not (tables and name == "qkv_weight"):
+                module._parameters[name] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        self.is_alone = True
+        self._made_of = self._state(self.packing)
+
     def refresh(self, packing: Packing | None) -> None:
-        """Packs the weights if that was not done, or if they have changed since.
+        """Packs the weights.
 
         Args:
             packing: as what; None forgets what was packed.
@@ -78,30 +132,47 @@ class PackedLayers:
         if packing is None:
             self.clear()
             return
-        made_of = (packing, *_state_of(self._layers))
-        if made_of != self._made_of:
-            with torch.inference_mode(False), torch.no_grad():
-                made = tuple(self._pack(layer, packing) for layer in self._layers)
-            self._hold(made)
-            # As they were before: a write meanwhile counts as a change.
-            self._made_of = made_of
+        made_of = self._state(packing)
+        with torch.inference_mode(False), torch.no_grad():
+            made = tuple(self._pack(layer, packing) for layer in self._layers)
+            table = pack_table(self._embeddings.word_weight) if packing == "int8" else None
+        self._hold(made, table)
+        # As they were before: a write meanwhile counts as a change.
+        self._made_of = made_of
 
     def doubt(self) -> None:
         """Has `refresh` pack everything anew: weights may have changed without a count."""
-        self._made_of = ()
+        if not self.is_alone:
+            self._made_of = ()
 
     def clear(self) -> None:
         """Forgets what was packed."""
-        if self._made:
-            self._made, self._made_of = (), ()
+        if self._made and not self.is_alone:
+            self._made, self._table, self._made_of = (), None, ()
             for layer in self._layers:
                 layer.packed = None
+            self._embeddings.is_packed, self._embeddings.packed_table = False, None
 
-    def _hold(self, made: tuple[PackedProducts, ...]) -> None:
-        self._made = made
+    def _hold(self, made: tuple[PackedProducts, ...], table: PackedTable | None) -> None:
+        self._made, self._table = made, table
         for layer, products in zip(self._layers, made, strict=True):
             layer.packed = products
-        self._made_of = (self.packing, *_state_of(self._layers))
+        self._embeddings.is_packed, self._embeddings.packed_table = True, table
+        self._made_of = self._state(self.packing)
+
+    def _state(self, packing: Packing | None) -> tuple[Any, ...]:
+        """What packed weights are made of: it changes when a weight is replaced or written to.
+
+        Writing through ``.data`` goes unseen.
+        """
+        weights = [each for layer in self._layers for each in layer._parameters.values() if each is not None]
+        weights.append(self._embeddings.word_weight)
+        try:
+            versions = list(map(_VERSION, weights))
+        except RuntimeError:
+            # What was made in inference mode counts no changes.
+            versions = [-1 if each.is_inference() else each._version for each in weights]
+        return packing, list(map(Tensor.data_ptr, weights)), versions
 
     def whole_layers(self) -> list[PackedLayer] | None:
         """All layers in their order, where the compiled kernels compute each in one call."""
@@ -135,6 +206,20 @@ def is_plain(spec: EncoderSpec) -> bool:
     return sizes and not special
 
 
+def check_quantizes(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> None:
+    """Checks that an encoder's products can be computed in int8.
+
+    Raises:
+        ValueError: another device or dtype, or widths that the panels of packed weights do not fit.
+    """
+    if device.type != "cpu" or dtype != torch.float32:
+        raise ValueError(f"quantize must be None for a model in {dtype} on {device}: int8 is for float32 on a CPU")
+    for name, width in (("hidden_size", spec.hidden_size), ("intermediate_size", spec.intermediate_size)):
+        multiple = PANEL if name == "hidden_size" else 16
+        if width % multiple:
+            raise ValueError(f"quantize must be None where {name} is no multiple of {multiple}, got {width}")
+
+
 def can_pack(spec: EncoderSpec, packing: Packing) -> bool:
     """Whether the compiled kernels multiply with the layers' weights on this machine."""
     return packs(packing, spec.hidden_size) and packs(packing, spec.intermediate_size)
@@ -143,14 +228,3 @@ def can_pack(spec: EncoderSpec, packing: Packing) -> bool:
 def _products_of(layer: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
     for name in _PRODUCTS:
         yield getattr(layer, f"{name}_weight"), getattr(layer, f"{name}_bias")
-
-
-def _state_of(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
-    """What changes when a weight is replaced or written to; writing through ``.data`` goes unseen."""
-    weights = [each for layer in layers for each in layer._parameters.values() if each is not None]
-    try:
-        versions = list(map(_VERSION, weights))
-    except RuntimeError:
-        # What was made in inference mode counts no changes.
-        versions = [-1 if each.is_inference() else each._version for each in weights]
-    return list(map(Tensor.data_ptr, weights)), versions

@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..engine import Engine, operator
 from ..engine.batch import PaddedBatch
+from ..engine.packed import LET_GO
 from ..engine.packing import PackedTokens
 from ..engine.spec import EncoderSpec, HeadSpec, LastLayer, Quantize, Rows
 from ..engine.weights import has_hooks
@@ -27,6 +28,13 @@ from .state_dict import register_hooks
 
 # Tables of embeddings, by the ends of their names.
 _TABLES = ("word_weight", "position_weight", "token_type_weight", "relative.table_weight")
+
+
+
+def _place(weight: Tensor) -> object:
+    """What tells weights apart, by their memory as far as they have any."""
+    return id(weight) if weight.is_meta else weight.data_ptr()
+
 
 _Output = TypeVar("_Output", bound=ModelOutput)
 
@@ -65,8 +73,9 @@ class FastModel(Engine):
         cuda_graphs: bool = True,
         batch_invariant: bool = False,
         quantize: Quantize | None = None,
+        pack_weights: bool = True,
     ) -> None:
-        super().__init__(spec, head, weights, last_layer, cuda_graphs, batch_invariant, quantize)
+        super().__init__(spec, head, weights, last_layer, cuda_graphs, batch_invariant, quantize, pack_weights)
         self.model_class = model_class
         self.config = config
         self.weight_map = weight_map
@@ -226,11 +235,11 @@ class FastModel(Engine):
             exclude_embeddings: leave out the tables of embeddings.
         """
         # By their place, since tied weights share one.
-        counts = {weight.data_ptr(): weight.numel() for weight in self.parameters()}
+        counts = {_place(weight): weight.numel() for weight in self.parameters()}
         if exclude_embeddings:
             for name, weight in self.named_parameters():
                 if name.endswith(_TABLES):
-                    counts.pop(weight.data_ptr(), None)
+                    counts.pop(_place(weight), None)
         return 0 if only_trainable else sum(counts.values())
 
     @property
@@ -239,9 +248,10 @@ class FastModel(Engine):
         return self.model_class.main_input_name
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the weights, those that are shared with the original included."""
+        """Bytes of the weights, those that are shared with the original and those that are packed included."""
         tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+        there = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if not tensor.is_meta}
+        return sum(there.values()) + self.encoder.packed.nbytes
 
     @property
     def name_or_path(self) -> str:
@@ -251,7 +261,18 @@ class FastModel(Engine):
     def get_input_embeddings(self) -> nn.Embedding:
         """The table of words, over the same memory: for ``inputs_embeds``."""
         self.catch_up()
+        self.check_not_let_go("get_input_embeddings")
         return nn.Embedding.from_pretrained(self.encoder.embeddings.word_weight.detach(), freeze=True)
+
+    def let_go(self) -> None:
+        """Packs the weights for `quantize`, and lets those go that are packed."""
+        self.encoder.packed.refresh(self._packing)
+        self.encoder.packed.let_go(self.weights(all_names=True))
+
+    def check_not_let_go(self, what: str) -> None:
+        """Raises RuntimeError where the weights are gone that ``what`` gives or takes."""
+        if self.encoder.packed.is_alone:
+            raise RuntimeError(f"{what} must be left out: {LET_GO}")
 
     def can_generate(self) -> bool:
         """False; transformers' pipelines ask."""
@@ -336,6 +357,7 @@ class FastModel(Engine):
             raise RuntimeError("fastcls runs inference only: call .eval() first, or train the transformers model")
         if torch.compiler.is_compiling():
             self._check_no_hooks_inside()
+            self.check_not_let_go("torch.compile and torch.export")
         if torch.is_grad_enabled():
             self._check_no_gradients(batch)
         check_extras(type(self), self.config, extras)

@@ -21,6 +21,7 @@ def register_hooks(model: nn.Module) -> None:
 
 
 def _follow_first(module: Any, _prefix: str, _keep_vars: bool) -> None:
+    module.check_not_let_go("state_dict")
     module.catch_up()
 
 
@@ -38,6 +39,7 @@ def _from_checkpoint_names(
     _unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
+    module.check_not_let_go("load_state_dict")
     try:
         module.catch_up()
     except RuntimeError:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..runtime.activations import Activation, check_activation
 from ..runtime.checks import check_last_dim_contiguous, check_tensor
+from .embedding import PackedTable, pack_table, packed_embedding_unchecked, packs_embedding
 from .layer import PackedLayer, packed_layer, packed_layers_
 from .library import explain_compiled, has_bfloat16, library
 from .torch_path import torch_product
@@ -24,16 +25,20 @@ from .weight import GROUP, PANEL, PackedWeight, Packing, function_number, pack_w
 __all__ = [
     "PANEL",
     "PackedLayer",
+    "PackedTable",
     "PackedWeight",
     "Packing",
     "explain_compiled",
     "has_bfloat16",
+    "pack_table",
     "pack_weight",
+    "packed_embedding_unchecked",
     "packed_layer",
     "packed_layers_",
     "packed_linear",
     "packed_linear_unchecked",
     "packs",
+    "packs_embedding",
 ]
 
 # Up to this many multiply-adds a second thread costs more than it brings.

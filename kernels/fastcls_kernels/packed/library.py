@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ..runtime.backend import is_plain_torch
+
 # Changes with the structures and functions in source/.
 _INTERFACE = 1
 
@@ -31,6 +33,17 @@ class WeightStruct(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
+    )
+
+
+class TableStruct(ctypes.Structure):
+    """``table_t`` of source/embedding.c."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("values", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
     )
 
 
@@ -80,17 +93,18 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot run: see `explain_compiled`."""
-    return _load()[0]
+    """The compiled kernels, or None where they cannot run, or `use_backend` leaves them out: see `explain_compiled`."""
+    return None if is_plain_torch() else _load()[0]
 
 
 def explain_compiled() -> tuple[bool, str]:
     """Whether the compiled kernels run on this machine, and the reason in one phrase."""
+    if is_plain_torch():
+        return False, 'left out by use_backend("torch")'
     found, reason = _load()
     return found is not None, reason or "built for this CPU (AVX-512 with VNNI)"
 
 
-@functools.cache
 def has_bfloat16() -> bool:
     """Whether the compiled kernels multiply bfloat16 here (AVX512_BF16)."""
     found = library()

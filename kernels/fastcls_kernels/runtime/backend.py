@@ -39,6 +39,11 @@ def explain_backend(device: torch.device | str) -> tuple[Backend, str]:
     return _device_backend(torch.device(device))
 
 
+def is_plain_torch() -> bool:
+    """Whether `use_backend` asks for PyTorch's operators, on a CPU too."""
+    return _override.get() == "torch"
+
+
 def runs_triton(tensor: torch.Tensor) -> bool:
     """Whether operations on ``tensor`` run as Triton kernels."""
     override = _override.get()
@@ -53,7 +58,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
     """Run the operations inside the ``with`` block on the backend of your choice, in this thread.
 
     ``"triton"`` works on GPU tensors, and on CPU tensors inside Triton's interpreter (set ``TRITON_INTERPRET=1``
-    before python starts). ``"torch"`` works everywhere.
+    before python starts). ``"torch"`` works everywhere, and leaves the compiled kernels of a CPU out.
 
     Raises:
         ValueError: ``backend`` is neither ``"triton"`` nor ``"torch"``.

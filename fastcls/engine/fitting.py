@@ -1,0 +1,82 @@
+"""Whether weights that were put in place by hand fit: the kernels and some libraries trust them."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastcls_kernels.runtime.checks import has_contiguous_rows
+
+from .positions import BiasTable
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+# What a kernel is told of a weight, or trusts: nothing that counts changes.
+_KIND = attrgetter("shape", "dtype", "device")
+
+
+class WeightFit:
+    """The shapes that an engine's weights had at first, which they must keep.
+
+    Args:
+        engine: the engine.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._shapes: dict[str, torch.Size | None] = {
+            name: weight.shape for name, weight in engine.weights(all_names=True)
+        }
+        for path, module in engine.named_modules():
+            for key, weight in module._parameters.items():
+                if weight is None:
+                    # A bias, which has a weight beside it, may be put where there was none.
+                    of = self._shapes.get(f"{path}.{key.removesuffix('bias')}weight")
+                    self._shapes[f"{path}.{key}"] = None if of is None else of[:1]
+        layers = {id(module) for module in engine.encoder.layers.modules()}
+        modules = [module._parameters for module in engine.modules()]
+        others = [module._parameters for module in engine.modules() if id(module) not in layers]
+        # By whether the layers' weights are left out: where weights are, and their facts when they were last found to
+        # fit.
+        self._places = {False: modules, True: others}
+        self._fitting: dict[bool, list[list[Any]]] = {False: [], True: []}
+
+    def check(self, engine: Engine, *, but_packed: bool) -> None:
+        """See `Engine.check_weights`."""
+        weights: list[Tensor] = [
+            each for place in self._places[but_packed] for each in place.values() if each is not None
+        ]
+        if engine.encoder.rotary is not None:
+            weights += engine.encoder.rotary.buffers()
+        facts: list[list[Any]] = [list(map(_KIND, weights)), list(map(Tensor.stride, weights))]
+        if facts == self._fitting[but_packed]:
+            return
+        for name, weight in engine.weights(all_names=True):
+            # What has no shape here is a caller's module, or what a parametrization makes a weight of.
+            if name in self._shapes and not (but_packed and name.startswith("encoder.layers.")):
+                self._check(engine, name, weight)
+        self._fitting[but_packed] = facts
+
+    def _check(self, engine: Engine, name: str, weight: Tensor) -> None:
+        shape = self._shapes[name]
+        if shape is None:
+            raise ValueError(f"{name} must be None, since this model has none, got shape {tuple(weight.shape)}")
+        # PyTorch alone reads these frequencies, and MPNet's table.
+        turns = name.startswith("encoder.rotary.")
+        is_free = turns or (isinstance(engine.encoder.relative, BiasTable) and ".relative." in name)
+        if weight.dtype != engine.dtype and not is_free:
+            raise TypeError(f"{name} must be {engine.dtype} like the other weights, got {weight.dtype}")
+        if "embeddings" in name:
+            whole = weight.is_contiguous()
+        else:
+            whole = turns or weight.ndim > 2 or has_contiguous_rows(weight)
+        if weight.is_meta and engine.encoder.packed.is_alone:
+            return
+        if (weight.shape, weight.device) != (shape, engine.device) or not whole:
+            raise ValueError(
+                f"{name} must be contiguous, of shape {tuple(shape)} on {engine.device}, got "
+                f"{tuple(weight.shape)} with strides {weight.stride()} on {weight.device}"
+            )
