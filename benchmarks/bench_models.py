@@ -9,7 +9,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastcls_benchmarks.machine import wait_for
-from fastcls_benchmarks.providers import Model, Provider
+from fastcls_benchmarks.provider import Model, Provider
 from fastcls_benchmarks.suites import ModelPlan, suite
 from fastcls_benchmarks.verify import Reference
 from fastcls_benchmarks.workloads import ModelInputs, build_model, class_of, config_of

@@ -26,7 +26,8 @@ import fastcls
 from fastcls.engine.unpacking import unpack_rows
 from fastcls_benchmarks import machine, provenance, timing
 from fastcls_benchmarks.packed_torch import Packed, PackedTorchBert
-from fastcls_benchmarks.providers import FASTCLS, PACKED_COMPILED, SDPA, Forward, Model, Provider, own_copy
+from fastcls_benchmarks.provider import Forward, Model, Provider, own_copy
+from fastcls_benchmarks.providers import FASTCLS, PACKED_COMPILED, SDPA
 from fastcls_benchmarks.results import Case
 from fastcls_benchmarks.tables import duration, plain_table
 from fastcls_benchmarks.verify import Reference

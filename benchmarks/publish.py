@@ -14,9 +14,10 @@ from typing import Annotated
 import typer
 from PIL import Image
 
+from fastcls_benchmarks.peers import ONNXRUNTIME
 from fastcls_benchmarks.plots import relative_speed
 from fastcls_benchmarks.provenance import PACKAGES, output_of, slug, source_digest
-from fastcls_benchmarks.providers import FASTCLS, INVARIANT, ONNXRUNTIME, OURS, SDPA
+from fastcls_benchmarks.providers import FASTCLS, INVARIANT, OURS, SDPA
 from fastcls_benchmarks.results import Case, Report
 from fastcls_benchmarks.tables import NONE, duration, times
 

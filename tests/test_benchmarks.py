@@ -23,35 +23,32 @@ from typer.testing import CliRunner
 
 from fastcls.families import FAMILIES
 from fastcls.tools.cli import app
-from fastcls_benchmarks import comparison, first_call, runner, suites
+from fastcls_benchmarks import comparison, first_call, runner, sentences, suites
 from fastcls_benchmarks.kernels import KERNELS, KernelProvider, Prepared
+from fastcls_benchmarks.peers import ONNXRUNTIME, ONNXRUNTIME_INT8, OPENVINO, OPENVINO_DEFAULT, OPENVINO_INT8
 from fastcls_benchmarks.provenance import slug, source_digest
+from fastcls_benchmarks.provider import Loaded, Model, Provider, own_copy
 from fastcls_benchmarks.providers import (
+    BFLOAT16,
     COMPILED,
     EAGER,
     FASTCLS,
     FLASH,
     FULL,
+    INT8,
     INVARIANT,
-    ONNXRUNTIME,
-    OPENVINO,
     PACKED,
     PROVIDERS,
     SDPA,
     SELECTED,
-    Loaded,
-    Model,
-    Provider,
     baseline_of,
-    load_onnxruntime,
-    own_copy,
 )
 from fastcls_benchmarks.results import AGAIN, Case, FirstCall, Rate, Report, Row
 from fastcls_benchmarks.stats import median_interval, noise_of, percentile, round_ratios, spread
-from fastcls_benchmarks.suites import SUITES, FirstCallPlan, KernelPlan, ModelPlan, Suite
+from fastcls_benchmarks.suites import FirstCallPlan, KernelPlan, ModelPlan, Suite
 from fastcls_benchmarks.tables import cannot_run, render
 from fastcls_benchmarks.timing import Effort, time_rounds
-from fastcls_benchmarks.verify import Reference
+from fastcls_benchmarks.verify import Judge, Reference
 from fastcls_benchmarks.work import ModelShape, floor_seconds, product_shapes, useful_flops, weight_bytes
 from fastcls_benchmarks.workloads import (
     LENGTHS,
@@ -98,7 +95,7 @@ def plots() -> ModuleType:
 # Large enough weights for logits that a wrong mask moves.
 TINY = Checkpoint(
     options={
-        "vocab_size": 100,
+        "vocab_size": 1200,
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -199,7 +196,8 @@ def test_provider_with_wrong_logits_is_caught_and_not_timed(
 
 
 # Some machines that test do not hold what is as deep as two of BERT-base, or RoBERTa with more words.
-SHAPES = [name for name in MODELS if name not in ("bert-large", "xlm-roberta-base", "camembert-base")]
+TOO_LARGE = ("bert-large", "xlm-roberta-base", "camembert-base")
+SHAPES = [name for name, each in MODELS.items() if name not in TOO_LARGE and not each.fitted]
 # BERT-base once more, with other words, half its layers or another task.
 TWINS = ("roberta-base", "electra-base", "distilbert", "bert-base-fill")
 
@@ -246,16 +244,21 @@ def test_provider_that_cannot_run_here_says_why(model: BertForSequenceClassifica
 
 
 @pytest.mark.parametrize("name", [name for name in PROVIDERS if "compile" not in name])
-def test_provider_agrees_with_transformers(
-    model: BertForSequenceClassification, batches: list[Batch], name: str
+def test_provider_agrees_with_transformers_and_prints_nothing(
+    model: BertForSequenceClassification, batches: list[Batch], name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Those that compile take half a minute; `torch packed` is what one of them compiles."""
     provider = PROVIDERS[name]
     missing = provider.available(CPU, torch.float32)
     if missing:
         pytest.skip(missing)
-    verdict = Reference(model, batches).check(provider, provider.load(model).forward)
+    capfd.readouterr()
+    loaded = provider.load(model)
+    assert capfd.readouterr() == ("", "")
+    verdict = Reference(model, batches).check(provider, loaded.forward)
     assert verdict.passed, verdict.reason
+    if provider.reduced:
+        assert not Judge(model, fitted=False).judge(loaded.forward).reason
 
 
 TINY_MODELS = {
@@ -323,7 +326,7 @@ def test_eager_is_no_baseline_where_there_is_sdpa(model: BertForSequenceClassifi
     assert EAGER.load(model).detail == ""
 
 
-@pytest.mark.parametrize("name", ["torch packed", "torch packed, compiled", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", [name for name in PROVIDERS if name.startswith(("torch packed", "onnx", "openvino"))])
 def test_providers_of_bert_classifiers_say_that_they_take_no_others(name: str) -> None:
     provider = dataclasses.replace(PROVIDERS[name], available=lambda _device, _dtype: None)
     assert provider.missing(BertForSequenceClassification, CPU, torch.float32) is None
@@ -342,14 +345,119 @@ def test_onnxruntime_is_fused(model: BertForSequenceClassification) -> None:
     missing = ONNXRUNTIME.available(CPU, torch.float32)
     if missing:
         pytest.skip(missing)
-    detail = load_onnxruntime(model).detail
+    detail = ONNXRUNTIME.load(model).detail
     assert detail == "fused: 1 EmbedLayerNormalization, 2 Attention, 2 BiasGelu, 4 SkipLayerNormalization"
 
 
 def test_providers_that_need_another_device_say_so() -> None:
     assert PROVIDERS["transformers flash"].available(CPU, torch.float32) == "flash-attention needs a GPU and 16 bits"
-    assert OPENVINO.available(GPU, torch.bfloat16) == "measured in float32 on the CPU"
+    for provider in (OPENVINO, OPENVINO_DEFAULT, OPENVINO_INT8, ONNXRUNTIME_INT8, BFLOAT16, INT8):
+        assert provider.available(GPU, torch.bfloat16) == "measured in float32 on the CPU"
     assert SDPA.available(GPU, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(("provider", "package"), [(OPENVINO_INT8, "nncf"), (ONNXRUNTIME_INT8, "onnxruntime")])
+def test_peer_that_is_not_installed_is_named(provider: Provider, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else True)
+    assert provider.available(CPU, torch.float32) == f"{package} not installed"
+
+
+# Reduced precision
+
+
+def test_reduced_precision_is_judged_by_its_labels(
+    model: BertForSequenceClassification, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sentences, "judged", lambda: batches)
+    judge = Judge(model, fitted=True)
+    forward = SDPA.load(model).forward
+    assert judge.judge(forward) == (1.0, 0.0, "")
+    assert judge.judge(lambda batch: forward(batch) + 0.25).mean_error == pytest.approx(0.25)
+
+    def other_label(batch: Batch) -> Tensor:
+        """Of the first text of three."""
+        logits = forward(batch).clone()
+        logits[0] = logits[0].flip(0)
+        return logits
+
+    lost = judge.judge(other_label)
+    assert lost.agreement == pytest.approx(2 / 3)
+    assert lost.reason == "keeps 66.7% of the labels, less than 90%"
+
+
+def test_on_random_weights_only_errors_are_shown_and_what_is_far_off_is_not_timed(
+    model: BertForSequenceClassification,
+) -> None:
+    def load(factor: float) -> Callable[[Model], Loaded]:
+        return lambda model: Loaded(lambda batch: SDPA.load(model).forward(batch) * factor)
+
+    near, far = (dataclasses.replace(BFLOAT16, name=str(factor), load=load(factor)) for factor in (1.001, 2.0))
+    case = measured(model, SDPA, near, far, INT8)
+    assert {row.provider: row.status for row in case.rows} == {
+        SDPA.name: "timed",
+        near.name: "timed",
+        far.name: "failed",
+        INT8.name: "timed",
+    }
+    assert all(row.agreement is None and row.mean_error is not None for row in case.rows)
+    assert "random weights, whose labels mean nothing" in case.judged_on
+    report = new_report()
+    report.cases.append(case)
+    text = text_of(*render(report))
+    assert "mean off" in text
+    assert "of floor" not in text
+    assert "64 random texts" in text
+    assert measured(model, SDPA, FASTCLS).judged_on == ""
+
+
+def test_precision_that_is_not_reduced_is_said(model: BertForSequenceClassification) -> None:
+    same = dataclasses.replace(BFLOAT16, load=FASTCLS.load)
+    row = measured(model, SDPA, same).row(same.name)
+    assert row is not None
+    assert row.detail == "nothing is reduced here, these are float32's logits."
+
+
+@pytest.mark.full
+def test_real_sentences_tell_a_wrong_mask_from_int8(sst2: Callable[[str], Sentences], minilm_path: Path) -> None:
+    pytest.importorskip("sklearn", reason='pip install -e ".[bench]"')
+    assert sentences.missing() is None, (sst2, minilm_path)
+    fitted = sentences.fitted_model("minilm-l6-sst2", CPU, torch.float32)
+    assert fitted is not None
+    judge = Judge(fitted, fitted=True)
+    assert float((judge.logits.argmax(1) == torch.tensor(sst2("dev").labels)).double().mean()) > 0.7
+    assert judge.judge(ignore_mask(fitted).forward).reason
+    for provider in (BFLOAT16, INT8):
+        assert not judge.judge(provider.load(fitted).forward).reason
+
+
+def test_without_sentences_weights_and_calibration_are_random(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sentences, "not_installed", lambda *_: None)
+    monkeypatch.setattr(sentences, "SST2", tmp_path)
+    assert sentences.missing() == "SST-2 not found: set FASTCLS_SST2 to its folder"
+    assert sentences.fitted_model("minilm-l6-sst2", CPU, torch.float32) is None
+    config = BertConfig(vocab_size=1100)
+    texts = sentences.calibration(config)
+    assert len(texts) == sentences.NUM_CALIBRATION
+    assert max(int(batch["input_ids"].max()) for batch in texts) < 1100
+
+
+@pytest.mark.usefixtures("tiny_is_known")
+def test_plan_by_threads_of_its_own_loads_peers_with_them() -> None:
+    seen: list[int] = []
+
+    def load(model: Model) -> Loaded:
+        seen.append(torch.get_num_threads())
+        return SDPA.load(model)
+
+    before = torch.get_num_threads()
+    plans = [dataclasses.replace(plan_of(dataclasses.replace(SDPA, load=load)), threads=count) for count in (1, 2)]
+    report = new_report()
+    runner.run(Suite("tiny", tuple(plans), machine_seconds=0.0), report, CPU, Silent())
+    assert torch.get_num_threads() == before
+    assert seen == [1, 2]
+    assert [case.name.rpartition(", ")[2] for case in report.cases] == ["1 thread", "2 threads"]
+    assert len({case.key for case in report.cases}) == 2
+    assert report.floor_seconds(report.cases[0]) is None
 
 
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -686,11 +794,10 @@ def test_wrong_kernel_is_caught_and_not_timed() -> None:
 # Suites
 
 
-@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize(("name", "device"), [(name, each) for each in (CPU, GPU) for name in suites.names(each)])
 def test_suites_start_with_the_baseline_and_fit_their_time(name: str, device: torch.device) -> None:
     suite = suites.suite(name, device)
-    limit = {"quick": 60, "default": 300, "release": 540}[name]
+    limit = {"quick": 60, "default": 300, "release": 540, "cpu": 1200}[name]
     assert sum(runner.planned_seconds(suite, device)) <= limit
     for plan in suite.models:
         assert plan.model in MODELS
@@ -698,6 +805,14 @@ def test_suites_start_with_the_baseline_and_fit_their_time(name: str, device: to
         assert FASTCLS in plan.providers
         assert all(provider.takes(class_of(plan.model)) is None for provider in plan.providers)
     assert all(plan.kernel in KERNELS for plan in suite.kernels)
+
+
+def test_cpu_suite_sets_each_precision_beside_its_peers() -> None:
+    assert "cpu" not in suites.names(GPU)
+    peers = {ONNXRUNTIME_INT8, OPENVINO_INT8, OPENVINO_DEFAULT, OPENVINO, BFLOAT16, INT8}
+    plans = suites.suite("cpu", CPU).models
+    assert all(peers <= set(plan.providers) for plan in plans)
+    assert {plan.threads for plan in plans} <= {1, 2}
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
@@ -1110,7 +1225,7 @@ def bench(*arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "slow"], "--suite must be one of quick, default, release; got slow"),
+        (["--suite", "slow"], "--suite must be one of quick, default, release, cpu; got slow"),
         (["--model", "bert-huge"], "--model must be one of minilm-l6"),
         (["--lengths", "17"], "--lengths must be one of sst2"),
         (["--provider", "mine"], "--provider must be one of transformers eager"),
@@ -1142,7 +1257,7 @@ def test_bench_does_not_write_over_results(tmp_path: Path) -> None:
 def test_bench_lists_what_there_is() -> None:
     code, output = bench("--list", "--device", "cpu")
     assert code == 0
-    for name in (*SUITES, *MODELS, *LENGTHS, *PROVIDERS):
+    for name in (*suites.names(CPU), *MODELS, *LENGTHS, *PROVIDERS):
         assert name in output
 
 

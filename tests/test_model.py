@@ -334,7 +334,8 @@ def test_rungs_can_be_changed() -> None:
 @pytest.mark.parametrize(("last_layer", "products"), [("full", 4), ("selected", 1), ("absorbed", 0)])
 def test_the_last_layer_does_not_compute_what_it_need_not(last_layer: LastLayer, products: int) -> None:
     # Of every token: queries with keys and values, output and the two of the feed-forward; keys and values; nothing.
-    fast = fastcls.optimize(tiny_bert(num_hidden_layers=1), last_layer=last_layer)
+    # Of PyTorch's operators: what the compiled kernels multiply is not counted.
+    fast = fastcls.optimize(tiny_bert(num_hidden_layers=1), last_layer=last_layer, pack_weights=False)
     with torch.no_grad(), CountTokenProducts(tokens=27) as counted:
         fast(**batch())
     assert counted.count == products

@@ -17,7 +17,7 @@ from rich.table import Table
 from . import comparison, provenance, runner, suites, tables
 from .providers import PROVIDERS
 from .results import Report
-from .suites import SUITES, Suite
+from .suites import Suite
 from .workloads import LENGTHS, MODELS, SEED
 
 RESULTS_FILE = "results.json"
@@ -42,7 +42,7 @@ class Choice:
         dtypes: Sequence[str],
         device: torch.device,
     ) -> None:
-        _check("--suite", [suite], SUITES)
+        _check("--suite", [suite], suites.names(device))
         _check("--model", models, MODELS)
         _check("--lengths", lengths, LENGTHS)
         _check("--provider", providers, PROVIDERS)
@@ -192,7 +192,7 @@ def show_choices(device: torch.device, console: Console) -> None:
     """Prints all suites, models, lengths and providers."""
     dtype = suites.default_dtype(device)
     for heading, rows in (
-        ("--suite", [(name, _describe(suites.suite(name, device), device)) for name in SUITES]),
+        ("--suite", [(name, _describe(suites.suite(name, device), device)) for name in suites.names(device)]),
         ("--model", [(name, each.about) for name, each in MODELS.items()]),
         ("--lengths", [(name, f"{each.description} ({each.source})") for name, each in LENGTHS.items()]),
         ("--provider", [(name, _can(name, device, dtype)) for name in PROVIDERS]),

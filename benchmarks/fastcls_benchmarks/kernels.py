@@ -25,7 +25,8 @@ from fastcls_kernels import (
     reference,
 )
 
-from .providers import Available, compiler_missing
+from .provider import Available
+from .providers import compiler_missing
 from .workloads import SEED, VOCAB_SIZE, Workload, lengths_of
 
 NUM_HEADS, HEAD_DIM, WIDTH, INNER_WIDTH, MAX_POSITIONS = 12, 64, 768, 3072, 512

@@ -9,13 +9,18 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .providers import ABSORBED, FASTCLS, FULL, OURS, PROVIDERS, SELECTED
+from .providers import ABSORBED, FASTCLS, FULL, INVARIANT, OURS, PROVIDERS, SELECTED
 from .results import Case, Report
 from .tables import duration, times
 from .workloads import LENGTHS
 
 # Okabe and Ito's colours, which most colour-blind people can tell apart; ours is the strongest.
-_COLOURS = ("#999999", "#0072b2", "#56b4e9", "#009e73", "#44aa99", "#e69f00", "#b8860b", "#cc79a7", "#882255")
+# fmt: off
+_COLOURS = (
+    "#999999", "#0072b2", "#56b4e9", "#009e73", "#44aa99", "#e69f00", "#b8860b", "#cc79a7", "#882255",
+    "#332288", "#117733", "#999933", "#aa4499",
+)
+# fmt: on
 _OURS = "#d55e00"
 _MARKERS = "os^vDPX*<>hp"
 _WIDTH = 5.6
@@ -159,7 +164,7 @@ def relative_speed(report: Report) -> Plot | None:
     cases = [case for case in _most_contested(report) if len(_timed(case)) > 2]
     groups = []
     for case in cases[:4]:
-        hidden = OURS - {FASTCLS.name}
+        hidden = {*STEPS, INVARIANT.name} - {FASTCLS.name}
         groups.append((case.name, [_relative(case, name) for name in _timed(case) if name not in hidden]))
     if not groups:
         return None
@@ -203,7 +208,8 @@ def _sweep(
     for case in _models(report):
         kept = keep(case)
         if kept is not None:
-            groups.setdefault(f"{case.subject}, {kept}, {case.dtype}", []).append(case)
+            threads = f", threads: {case.threads}" if case.threads else ""
+            groups.setdefault(f"{case.subject}, {kept}, {case.dtype}{threads}", []).append(case)
     name, cases = max(groups.items(), key=lambda group: len(group[1]), default=("", []))
     if len(cases) < 3:
         return None

@@ -18,7 +18,7 @@ import torch
 import fastcls
 import fastcls_kernels
 
-PACKAGES = ("torch", "triton", "transformers", "onnxruntime", "openvino", "flash-attn")
+PACKAGES = ("torch", "triton", "transformers", "onnxruntime", "openvino", "nncf", "flash-attn")
 _SOURCES = tuple(Path(each).resolve().parent for each in (fastcls.__file__, fastcls_kernels.__file__, __file__))
 _FOLDER = _SOURCES[0].parent
 

@@ -32,6 +32,7 @@ class Row:
         detail: why it failed or cannot run; otherwise remarks on how it was prepared.
         convert_seconds: from the transformers model to a function, if this case was the provider's first.
         first_seconds: the first batch of this case, compiling included if the provider compiles.
+        agreement, mean_error: see `verify.Kept`.
     """
 
     provider: str
@@ -40,6 +41,8 @@ class Row:
     detail: str = ""
     convert_seconds: float | None = None
     first_seconds: float | None = None
+    agreement: float | None = None
+    mean_error: float | None = None
 
 
 @dataclass
@@ -54,6 +57,8 @@ class Case:
         real_tokens, padded_tokens: of a batch, on average.
         flops, num_bytes: the least that a batch needs, on average.
         seconds: for each provider and the baseline again, for each complete round, for each call.
+        threads: if they are not the run's own.
+        judged_on: the texts on which labels were compared, if there is a provider of reduced precision.
     """
 
     kind: Kind
@@ -68,14 +73,17 @@ class Case:
     num_bytes: float = 0.0
     rows: list[Row] = field(default_factory=list)
     seconds: dict[str, list[list[float]]] = field(default_factory=dict)
+    threads: int | None = None
+    judged_on: str = ""
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
-        return self.kind, self.subject, self.workload, self.dtype
+    def key(self) -> tuple[str, str, str, str, int | None]:
+        return self.kind, self.subject, self.workload, self.dtype, self.threads
 
     @property
     def name(self) -> str:
-        return f"{self.subject}, {self.workload}, {self.dtype}"
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
+        return f"{self.subject}, {self.workload}, {self.dtype}{threads}"
 
     @property
     def is_latency(self) -> bool:
@@ -187,7 +195,9 @@ class Report:
         return max(found, default=None)
 
     def floor_seconds(self, case: Case) -> float | None:
-        """The shortest time that one call can take on this machine."""
+        """The shortest time that one call can take on this machine by the run's own number of threads."""
+        if case.threads:
+            return None
         products, copies = self.best_rate("product", case.dtype), self.best_rate("copy")
         if products is None or copies is None:
             return None
@@ -259,4 +269,15 @@ _PROVENANCE = {
     *("chip", "driver", "cuda", "cpu", "cores", "threads", "system", "python", "fastcls", "versions"),
     *("commit", "dirty", "source_digest", "date"),
 }
-_SAMPLE_COLUMNS = ("kind", "subject", "workload", "dtype", "batch_size", "provider", "round", "call", "seconds")
+_SAMPLE_COLUMNS = (
+    "kind",
+    "subject",
+    "workload",
+    "dtype",
+    "threads",
+    "batch_size",
+    "provider",
+    "round",
+    "call",
+    "seconds",
+)

@@ -12,25 +12,16 @@ from typing import Protocol
 
 import torch
 
-from . import first_call, machine, timing
+from . import first_call, machine, sentences, timing
 from .kernels import KERNELS, Inputs, Kernel, KernelProvider, Prepared, compiled
-from .providers import (
-    AUTOTUNED,
-    COMPILED,
-    ONNXRUNTIME,
-    OPENVINO,
-    PACKED_COMPILED,
-    Forward,
-    Loaded,
-    Model,
-    Provider,
-    baseline_of,
-)
+from .peers import ONNXRUNTIME, ONNXRUNTIME_RESTING, OPENVINO, OPENVINO_DEFAULT, OPENVINO_INT8
+from .provider import Forward, Loaded, Model, Provider
+from .providers import AUTOTUNED, COMPILED, EAGER, PACKED_COMPILED, baseline_of
 from .results import Case, Report, Row
 from .suites import KernelPlan, ModelPlan, Suite
-from .verify import Reference
+from .verify import Judge, Kept, Reference
 from .work import ModelShape, product_shapes, useful_flops, weight_bytes
-from .workloads import Batch, ModelInputs, build_model, class_of, config_of, padded_tokens, real_tokens
+from .workloads import MODELS, Batch, ModelInputs, build_model, class_of, config_of, padded_tokens, real_tokens
 
 # Different batches that calls take in turn; if a batch takes longer than LONG_SECONDS, only those that are checked.
 NUM_BATCHES = 8
@@ -64,6 +55,9 @@ class Listener(Protocol):
 # About how long preparing a provider takes on two CPU cores, in seconds per six layers; the others take less than a
 # second. On a GPU, with more cores beside it, about half.
 _PREPARING = {COMPILED: 25.0, PACKED_COMPILED: 25.0, AUTOTUNED: 60.0, ONNXRUNTIME: 7.0, OPENVINO: 4.0}
+_PREPARING |= {ONNXRUNTIME_RESTING: 7.0, OPENVINO_DEFAULT: 4.0, OPENVINO_INT8: 12.0}
+# Fitting a head, and comparing labels once for each provider and number of threads.
+_FITTING, _JUDGING = 8.0, 4.0
 _PREPARING_KERNEL = 5.0
 # Building a model with random weights, in seconds per six layers.
 _BUILDING = 1.0
@@ -82,12 +76,16 @@ def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
         seconds = plan.seconds + 0.5 * len(plan.providers) * size
         if built != (plan.model, plan.dtype):
             built, seconds = (plan.model, plan.dtype), seconds + factor * _BUILDING * size
+            seconds += _FITTING if MODELS[plan.model].fitted else 0.0
         for provider in plan.providers:
             # Compilers treat a batch of one as a separate case.
             key = (plan.model, plan.dtype, provider.name, plan.workload.batch_size == 1)
             if key not in prepared and provider.missing(class_of(plan.model), device, plan.dtype) is None:
                 seconds += factor * _PREPARING.get(provider, 0.0) * size
-            prepared.add(key)
+            judged = (plan.model, plan.threads, provider.name)
+            if judged not in prepared and MODELS[plan.model].fitted:
+                seconds += _JUDGING
+            prepared |= {key, judged}
         expected.append(seconds)
     expected.append(machine_seconds)
     expected += [factor * _PREPARING_KERNEL + plan.seconds for plan in suite.kernels]
@@ -132,7 +130,7 @@ def _run(suite: Suite, report: Report, device: torch.device, listener: Listener)
             listener.doing(f"building {plan.model}")
             session = _Session(plan.model, plan.dtype, device)
         case = session.new_case(plan)
-        with _kept(case, report):
+        with _kept(case, report), _threads(plan.threads):
             session.measure(case, plan, listener.doing)
         finished(case.name)
     session = None
@@ -164,6 +162,17 @@ def _kept(case: Case, report: Report) -> Iterator[None]:
             report.cases.append(case)
 
 
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Sets torch's number of threads, which peers are loaded with, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _free_memory(device: torch.device) -> None:
     # Forgets compiled code, with its CUDA graphs and the count of its shapes.
     torch.compiler.reset()
@@ -180,13 +189,19 @@ class _Session:
         self.name = name
         self.dtype = dtype
         self.device = device
-        self.model = build_model(name, device, dtype) if model is None else model
-        self.loaded: dict[str, Loaded | Exception] = {}
+        fitted = sentences.fitted_model(name, device, dtype) if model is None else None
+        self.fitted = fitted is not None
+        self.model = model or fitted or build_model(name, device, dtype)
+        self.judge: Judge | None = None
+        # By name and number of threads.
+        self.loaded: dict[tuple[str, int], Loaded | Exception] = {}
+        self.judged: dict[tuple[str, int], Kept] = {}
 
     def new_case(self, plan: ModelPlan) -> Case:
         dtype = str(plan.dtype).removeprefix("torch.")
         baseline = baseline_of(type(self.model)).name
-        return Case("model", plan.model, plan.workload.name, dtype, baseline, plan.workload.batch_size)
+        batch_size = plan.workload.batch_size
+        return Case("model", plan.model, plan.workload.name, dtype, baseline, batch_size, threads=plan.threads)
 
     def measure(self, case: Case, plan: ModelPlan, doing: Callable[[str], None]) -> None:
         latency = plan.workload.batch_size == 1
@@ -199,10 +214,14 @@ class _Session:
         reference = Reference(self.model, checked)
         if (time.perf_counter() - start) / len(checked) > LONG_SECONDS:
             batches = checked
+        judge = self._judge(plan)
+        case.judged_on = judge.about if judge else ""
+        if judge and not self.fitted and plan.model in MODELS and MODELS[plan.model].fitted:
+            case.judged_on += f" ({sentences.missing()})"
         timed: dict[str, timing.Function] = {}
         for provider in plan.providers:
             doing(f"{case.name}: preparing and checking {provider.name}")
-            row, forward = self._prepare(provider, reference)
+            row, forward = self._prepare(provider, reference, judge)
             case.rows.append(row)
             if forward is not None and self._warm_up(row, forward, batches):
                 timed[provider.name] = _taking_turns(forward, batches)
@@ -229,20 +248,29 @@ class _Session:
         case.flops = statistics.fmean(useful_flops(shape, batch) for batch in batches)
         case.num_bytes = weight_bytes(shape, self.dtype.itemsize)
 
-    def _prepare(self, provider: Provider, reference: Reference) -> tuple[Row, Forward | None]:
+    def _judge(self, plan: ModelPlan) -> Judge | None:
+        """Made only if a provider of reduced precision can run."""
+        asked = [each for each in plan.providers if each.reduced]
+        if all(each.missing(type(self.model), self.device, self.dtype) for each in asked):
+            return None
+        self.judge = self.judge or Judge(self.model, self.fitted)
+        return self.judge
+
+    def _prepare(self, provider: Provider, reference: Reference, judge: Judge | None) -> tuple[Row, Forward | None]:
         """The provider's row, and its function if it may be timed."""
         missing = provider.missing(type(self.model), self.device, self.dtype)
         if missing:
             return Row(provider.name, "unavailable", detail=missing), None
         convert_seconds = None
-        if provider.name not in self.loaded:
+        key = (provider.name, torch.get_num_threads())
+        if key not in self.loaded:
             start = time.perf_counter()
             try:
-                self.loaded[provider.name] = provider.load(self.model)
+                self.loaded[key] = provider.load(self.model)
             except Exception as error:  # a provider that breaks is a row of the table, not the end of the run
-                self.loaded[provider.name] = error
+                self.loaded[key] = error
             convert_seconds = time.perf_counter() - start
-        loaded = self.loaded[provider.name]
+        loaded = self.loaded[key]
         if isinstance(loaded, Exception):
             return Row(provider.name, "failed", detail=reason_of(loaded)), None
         try:
@@ -254,12 +282,19 @@ class _Session:
             verdict = reference.check(
                 provider, lambda batch: first if batch is reference.batches[0] else loaded.forward(batch)
             )
+            if judge is not None and verdict.passed and key not in self.judged:
+                self.judged[key] = judge.judge(loaded.forward)
         except Exception as error:  # likewise
             return Row(provider.name, "failed", None, reason_of(error), convert_seconds), None
-        detail = loaded.detail if verdict.passed else verdict.reason
-        status = "timed" if verdict.passed else "failed"
-        row = Row(provider.name, status, verdict.difference, detail, convert_seconds, first_seconds)  # type: ignore[arg-type]
-        return row, loaded.forward if verdict.passed else None
+        row = Row(provider.name, "timed", verdict.difference, loaded.detail, convert_seconds, first_seconds)
+        why = verdict.reason
+        if judge is not None and verdict.passed:
+            row.agreement, row.mean_error, why = self.judged[key]
+            if provider.reduced and row.mean_error < EAGER.bound:
+                row.detail = f"nothing is reduced here, these are float32's logits. {row.detail}".strip()
+        if why:
+            row.status, row.detail = "failed", why
+        return row, None if why else loaded.forward
 
 
 def reason_of(error: Exception) -> str:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from .kernels import KERNELS
+from .peers import ONNXRUNTIME, ONNXRUNTIME_INT8, ONNXRUNTIME_RESTING, OPENVINO, OPENVINO_DEFAULT, OPENVINO_INT8
+from .provider import Provider
 from .providers import (
     ABSORBED,
     AUTOTUNED,
+    BFLOAT16,
     COMPILED,
     EAGER,
     FASTCLS,
     FLASH,
     FULL,
+    INT8,
     INVARIANT,
-    ONNXRUNTIME,
-    OPENVINO,
     PACKED,
     PACKED_COMPILED,
     PROVIDERS,
     SDPA,
     SELECTED,
-    Provider,
     baseline_of,
 )
 from .timing import Effort
@@ -36,13 +37,14 @@ LATENCY_CALLS = 100
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A model on a workload by some providers, the baseline among them."""
+    """A model on a workload by some providers, the baseline among them; by torch's own number of threads if None."""
 
     model: str
     workload: Workload
     dtype: torch.dtype
     providers: tuple[Provider, ...]
     seconds: float
+    threads: int | None = None
 
     @property
     def effort(self) -> Effort:
@@ -104,9 +106,13 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def suite(name: str, device: torch.device) -> Suite:
-    """One of `SUITES` on a kind of device."""
-    build = _GPU if device.type == "cuda" else _CPU
-    return build[name]()
+    """One of `names` on a kind of device."""
+    return _suites(device)[name]()
+
+
+def names(device: torch.device) -> tuple[str, ...]:
+    """The suites that there are for a kind of device."""
+    return tuple(_suites(device))
 
 
 def custom(
@@ -281,9 +287,25 @@ def _gpu_release() -> Suite:
     )
 
 
-_CPU = {"quick": _cpu_quick, "default": _cpu_default, "release": _cpu_release}
+def _cpu_peers() -> Suite:
+    peers = (ONNXRUNTIME_RESTING, ONNXRUNTIME_INT8, OPENVINO_DEFAULT, OPENVINO, OPENVINO_INT8)
+    providers = (SDPA, FASTCLS, BFLOAT16, INT8, *peers)
+    plans = [
+        replace(plan, threads=threads)
+        for model, seconds in (("minilm-l6-sst2", 12), ("bert-base", 30))
+        for threads in (1, 2)
+        if threads <= torch.get_num_threads()
+        for plan in _plans(model, torch.float32, seconds, providers, (1, "sst2"), (32, "sst2"), (8, "128"))
+    ]
+    return Suite("cpu", tuple(plans))
+
+
+_CPU = {"quick": _cpu_quick, "default": _cpu_default, "release": _cpu_release, "cpu": _cpu_peers}
 _GPU = {"quick": _gpu_quick, "default": _gpu_default, "release": _gpu_release}
-SUITES = tuple(_CPU)
+
+
+def _suites(device: torch.device) -> dict[str, Callable[[], Suite]]:
+    return _GPU if device.type == "cuda" else _CPU
 
 
 def with_providers(chosen: Suite, names: Sequence[str]) -> Suite:

@@ -75,19 +75,21 @@ def headings(case: Case) -> tuple[str, ...]:
     vs = f"vs {baseline if len(baseline) < 8 else 'first row'}"
     if case.kind == "kernel":
         return ("µs", "p20 to p80", vs, "of floor", "error")
-    if case.is_latency:
-        return ("p50 ms", "p99 ms", vs, "texts/s", "tokens/s", "of floor", "logits off")
-    return ("ms", "p20 to p80", vs, "texts/s", "tokens/s", "of floor", "logits off")
+    checked = ("labels", "mean off") if case.judged_on else ("of floor", "logits off")
+    times = ("p50 ms", "p99 ms") if case.is_latency else ("ms", "p20 to p80")
+    return (*times, vs, "texts/s", "tokens/s", *checked)
 
 
 def cells(report: Report, case: Case, row: Row) -> tuple[str, ...]:
     """A row's cells under `headings`."""
-    off = NONE if row.difference is None else f"{row.difference:.1e}"
+    difference = row.mean_error if case.judged_on else row.difference
+    off = NONE if difference is None else f"{difference:.1e}"
+    labels = NONE if row.agreement is None else f"{row.agreement:.1%}"
     seconds = case.round_seconds(row.provider)
     width = len(headings(case))
     if not seconds:
         shown = {"timed": "not timed", "failed": "failed", "unavailable": "cannot run"}[row.status]
-        return (shown, *[NONE] * (width - 2), off)
+        return (shown, *[NONE] * (width - 3), labels, off)
     unit = "µs" if case.kind == "kernel" else "ms"
     typical = duration(case.typical_seconds(row.provider), unit)
     if case.is_latency:
@@ -103,7 +105,7 @@ def cells(report: Report, case: Case, row: Row) -> tuple[str, ...]:
     if case.kind == "kernel":
         return (typical, around, faster, of_floor, off)
     rates = (case.per_second(row.provider, amount) for amount in (case.batch_size, case.real_tokens))
-    return (typical, around, faster, *map(number, rates), of_floor, off)
+    return (typical, around, faster, *map(number, rates), labels if case.judged_on else of_floor, off)
 
 
 def title(case: Case) -> str:
@@ -116,6 +118,8 @@ def caption(report: Report, case: Case) -> str:
     unit = "µs" if case.kind == "kernel" else "ms"
     noise = "unknown" if case.noise is None else f"{case.noise:.1%}"
     rounds = len(case.seconds.get(case.baseline, []))
+    if case.judged_on:
+        return f"Labels kept, and how far a logit is off: {case.judged_on}. Noise {noise} in {rounds} rounds."
     return f"Floor {duration(report.floor_seconds(case), unit)} {unit}. Noise {noise} in {rounds} rounds."
 
 

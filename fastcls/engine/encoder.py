@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastcls_kernels.packed import PackedLayer, PackedTable, packed_embedding_unchecked, packed_layers_
+from fastcls_kernels.packed import PackedLayer, PackedTable, Packing, packed_embedding_unchecked, packed_layers_
 from fastcls_kernels.unchecked import embedding_layer_norm, linear
 
 from .attention import ChosenRows, LayerAttention, TokenPositions
@@ -45,27 +45,18 @@ class Embeddings(Weighted):
 
     def forward(self, packed: PackedTokens) -> Tensor:
         """(total_tokens, hidden_size), in float32 where layers follow that keep it."""
-        if self.is_packed and packed.token_ids is not None and self._takes_compiled():
-            embedded = packed_embedding_unchecked(
-                packed.token_ids,
-                None if self.position_weight is None else packed.position_ids,
-                packed.token_type_ids,
-                self.word_weight if self.packed_table is None else self.packed_table,
-                self.position_weight,
-                self.token_type_weight,
-                self.norm_weight,
-                self.norm_bias,
-                self.eps,
-            )
-            return self._projected(embedded)
+        word_table: Tensor | PackedTable
         if packed.inputs_embeds is not None:
             # The caller's embeddings stand in for the table of words: one row a token.
-            token_ids = torch.arange(packed.inputs_embeds.shape[0], device=packed.inputs_embeds.device)
-            word_table = packed.inputs_embeds
+            rows, word_table = packed.inputs_embeds.shape[0], packed.inputs_embeds
+            token_ids = torch.arange(rows, dtype=torch.int32, device=word_table.device)
         else:
             assert packed.token_ids is not None
-            token_ids, word_table = packed.token_ids, self.word_weight
-        embedded = embedding_layer_norm(
+            token_ids = packed.token_ids
+            word_table = self.word_weight if self.packed_table is None else self.packed_table
+        is_compiled = self.is_packed and self._takes_float32()
+        embed: Any = packed_embedding_unchecked if is_compiled else embedding_layer_norm
+        embedded: Tensor = embed(
             token_ids,
             None if self.position_weight is None else packed.position_ids,
             packed.token_type_ids,
@@ -76,16 +67,13 @@ class Embeddings(Weighted):
             self.norm_bias,
             self.eps,
         )
-        return self._projected(embedded)
-
-    def _takes_compiled(self) -> bool:
-        """Whether what reads the embeddings takes them in float32."""
-        return self.norm_weight.dtype == torch.float32 or (self.projection_weight is None and not is_intercepted(self))
-
-    def _projected(self, embedded: Tensor) -> Tensor:
         if self.projection_weight is None:
             return embedded
         return linear(embedded, self.projection_weight, self.projection_bias)
+
+    def _takes_float32(self) -> bool:
+        """Whether what reads the embeddings takes them in float32."""
+        return self.norm_weight.dtype == torch.float32 or (self.projection_weight is None and not is_intercepted(self))
 
 
 class Encoder(nn.Module):
@@ -135,11 +123,16 @@ class Encoder(nn.Module):
         kinds = (RotaryPositions, DisentangledTables, EmbeddingConvolution)
         return [each for each in (self.rotary, self.relative, self.convolution) if isinstance(each, kinds)]
 
-    def prepare(self) -> None:
+    def prepare(self, packing: Packing | None = None) -> None:
         """Makes what follows from weights alone, where weights have changed since.
 
         To be called before a pass, and not while a graph is captured, since the graph reads what was made.
+
+        Args:
+            packing: as what the layers' weights are packed, or None.
         """
+        if not self.packed.is_current(packing):
+            self.packed.refresh(packing)
         derived = self._derived()
         if derived:
             with torch.inference_mode(False), torch.no_grad():

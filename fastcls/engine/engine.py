@@ -277,14 +277,15 @@ class Engine(nn.Module):
         self._reader.check(batch)
 
     def warm_up(self) -> None:
-        """Compiles every kernel that a batch of token ids may need, so that none waits for it; on a CPU, nothing.
+        """Compiles every kernel that a batch of token ids may need, so that none waits for it; on a CPU, packs weights.
 
         It is for the present `last_layer`. Compiled kernels are kept on disk by triton, for other processes too. CUDA
         graphs are made as batches come.
         """
-        if not self._runs_triton:
-            return
         self.check_weights()
+        if not self._runs_triton:
+            self.encoder.prepare(self._packing)
+            return
         with self.inference():
             self.encoder.prepare()
             longest = self.spec.max_positions or _WARM_TOKENS
@@ -373,13 +374,9 @@ class Engine(nn.Module):
             self._check_hooks(rows)
         last_layer, device = self.last_layer, self.device
         key = graph_key(packed, rows, last_layer) if self._runs_triton and self._replays(packed) else None
-        packing = self._packing
-        is_packed = self.encoder.packed.is_current(packing)
         if key is None or key not in self._graphs:
-            self.check_weights(but_packed=is_packed)
-        if not is_packed:
-            self.encoder.packed.refresh(packing)
-        self.encoder.prepare()
+            self.check_weights()
+        self.encoder.prepare(self._packing)
         if key is None:
             computed = self._compute(packed.to(device), rows, last_layer)
         else:
@@ -402,19 +399,16 @@ class Engine(nn.Module):
         # An encoder's pooler runs over first rows only, behind the pass: see `head_of`.
         return states if self.head.spec.task == "encoder" else self.head(states)
 
-    def check_weights(self, *, but_packed: bool = False) -> None:
+    def check_weights(self) -> None:
         """Checks weights that were put in place by hand, since the kernels and some libraries trust them.
 
         To be called before anything is made of the weights. A graph reads them where they were when it was captured.
-
-        Args:
-            but_packed: leave out the layers' weights, which a pass over packed ones does not read.
 
         Raises:
             TypeError: one has another dtype than the others.
             ValueError: another shape or device, or strides that the kernels do not take.
         """
-        self._fit.check(self, but_packed=but_packed)
+        self._fit.check(self)
 
     def _watch_modules(self) -> None:
         """Notes where modules keep hooks and attributes, and their weights' shapes: each call looks there."""

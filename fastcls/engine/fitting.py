@@ -36,29 +36,24 @@ class WeightFit:
                     # A bias, which has a weight beside it, may be put where there was none.
                     of = self._shapes.get(f"{path}.{key.removesuffix('bias')}weight")
                     self._shapes[f"{path}.{key}"] = None if of is None else of[:1]
-        layers = {id(module) for module in engine.encoder.layers.modules()}
-        modules = [module._parameters for module in engine.modules()]
-        others = [module._parameters for module in engine.modules() if id(module) not in layers]
-        # By whether the layers' weights are left out: where weights are, and their facts when they were last found to
-        # fit.
-        self._places = {False: modules, True: others}
-        self._fitting: dict[bool, list[list[Any]]] = {False: [], True: []}
+        # Where weights are: walking over the modules at each call takes as long as the rest.
+        self._places = [module._parameters for module in engine.modules()]
+        # Facts of all weights, when they were last found to fit.
+        self._fitting: list[list[Any]] = []
 
-    def check(self, engine: Engine, *, but_packed: bool) -> None:
+    def check(self, engine: Engine) -> None:
         """See `Engine.check_weights`."""
-        weights: list[Tensor] = [
-            each for place in self._places[but_packed] for each in place.values() if each is not None
-        ]
+        weights: list[Tensor] = [each for place in self._places for each in place.values() if each is not None]
         if engine.encoder.rotary is not None:
             weights += engine.encoder.rotary.buffers()
         facts: list[list[Any]] = [list(map(_KIND, weights)), list(map(Tensor.stride, weights))]
-        if facts == self._fitting[but_packed]:
+        if facts == self._fitting:
             return
         for name, weight in engine.weights(all_names=True):
             # What has no shape here is a caller's module, or what a parametrization makes a weight of.
-            if name in self._shapes and not (but_packed and name.startswith("encoder.layers.")):
+            if name in self._shapes:
                 self._check(engine, name, weight)
-        self._fitting[but_packed] = facts
+        self._fitting = facts
 
     def _check(self, engine: Engine, name: str, weight: Tensor) -> None:
         shape = self._shapes[name]

@@ -74,7 +74,7 @@ class PackedWeights:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeights:
         copied = PackedWeights(self._spec, copy.deepcopy(self._embeddings, memo), copy.deepcopy(self._layers, memo))
-        if self.is_current(self.packing):
+        if self._made and self.is_current(self.packing):
             copied._hold(self._made, self._table)
             copied.is_alone = self.is_alone
         return copied
@@ -96,7 +96,7 @@ class PackedWeights:
         Raises:
             RuntimeError: they have, and cannot be packed anew.
         """
-        is_current = packing is not None and self._made_of == self._state(packing)
+        is_current = self._made_of == (self._state(packing) if packing else ())
         if self.is_alone and not is_current:
             raise RuntimeError(f"weights and options must stay as they were: {LET_GO}")
         return is_current
@@ -176,7 +176,9 @@ class PackedWeights:
 
     def whole_layers(self) -> list[PackedLayer] | None:
         """All layers in their order, where the compiled kernels compute each in one call."""
-        layers = [self._made[each].layer for each in self._spec.layers] if self._made else []
+        # Looked at once, since another thread may forget it.
+        made = self._made
+        layers = [made[each].layer for each in self._spec.layers] if made else []
         whole = [layer for layer in layers if layer is not None]
         return whole if whole and len(whole) == len(layers) else None
 
