@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import optimize
 from .engine.batch import BadText
-from .engine.spec import LastLayer
+from .engine.spec import LastLayer, Quantize, check_quantize
 from .integrations.sentence_transformers import is_sentence_model
 from .labels import label_names
 from .loading import load_model, load_tokenizer, parse_device, parse_dtype, sorted_options
@@ -91,11 +91,12 @@ class Classifier:
             smaller of both, as transformers' pipeline does; otherwise a text longer than the positions is an error.
             In a pair the longer text is cut ("longest_first"), or the one that "only_first" or "only_second" names.
         copy_tokenizer: False takes the tokenizer itself, which nothing else may then use.
+        quantize: of a transformers classifier, see `FastModel`. A fast model keeps its own.
 
     Raises:
         TypeError: a model that does not classify, or no tokenizer of transformers'.
         ValueError: a config that does not name the model's labels, a tokenizer that cannot be copied, another
-            truncation.
+            truncation or quantize, or a quantize that does not fit the model.
     """
 
     def __init__(
@@ -105,14 +106,20 @@ class Classifier:
         *,
         truncation: Truncation = False,
         copy_tokenizer: bool = True,
+        quantize: Quantize | None = None,
     ) -> None:
         _check_tokenizer(tokenizer)
         read_truncation(truncation)
-        self.model: FastClassifier = optimize(model) if isinstance(model, PreTrainedModel) else model
+        check_quantize(quantize)
+        self.model: FastClassifier = optimize(model, quantize=quantize) if isinstance(model, PreTrainedModel) else model
         if not isinstance(self.model, FastClassifier):
             raise TypeError(
                 "model must be a sequence classifier of transformers' or a FastClassifier, "
                 f"got {type(model).__name__}{_remedy_for(model)}"
+            )
+        if self.model is model and quantize not in (None, self.model.quantize):
+            raise ValueError(
+                f"quantize must be left out for a fast model, got {quantize!r}: pass it to fastcls.optimize"
             )
         label_names(self.model.config.id2label, self.model.num_labels)
         self.tokenizer = own_copy(tokenizer) if copy_tokenizer else tokenizer
@@ -136,6 +143,7 @@ class Classifier:
         truncation: Truncation = False,
         last_layer: LastLayer = "absorbed",
         batch_invariant: bool = False,
+        quantize: Quantize | None = None,
         **options: Any,
     ) -> Classifier:
         """Loads a fine-tuned checkpoint.
@@ -146,6 +154,8 @@ class Classifier:
             dtype: "float32", "float16", "bfloat16" or a torch.dtype; None, or "auto", keeps the checkpoint's own.
             truncation: see `Classifier`.
             last_layer, batch_invariant: see `FastClassifier`.
+            quantize: "int8" computes products in int8, on a CPU and in float32 alone: faster, with answers near the
+                model's own. ``fastcls verify --quantize int8`` says how near on your texts. See `FastClassifier`.
             options: transformers' own: ``revision``, ``token``, ``cache_dir``,
                 ``local_files_only`` and the like for all files; ``id2label``, ``label2id``, ``num_labels`` and
                 ``problem_type`` for the config; ``model_max_length``, ``do_lower_case``, ``truncation_side`` and the
@@ -154,14 +164,16 @@ class Classifier:
         Raises:
             FileNotFoundError, OSError: the checkpoint cannot be found.
             ValueError: it is damaged, quantised or an adapter, has no trained classifier or a config that fastcls does
-                not compute; an unknown device, dtype or last_layer; an option with a value that does not fit it.
+                not compute; an unknown device, dtype, last_layer or quantize; an option with a value that does not
+                fit it.
             TypeError: its model class is not supported; an option that is not taken, or with a value of another type;
                 ``name_or_path`` is neither a folder nor a name.
         """
+        check_quantize(quantize)
         target, torch_dtype, given = parse_device(device), parse_dtype(dtype), sorted_options(options)
         tokenizer = load_tokenizer(name_or_path, **given.hub, **given.tokenizer)
         model = load_model(name_or_path, target, torch_dtype, config_options=given.config, **given.hub, **given.model)
-        fast = optimize(model, last_layer=last_layer, batch_invariant=batch_invariant, release=True)
+        fast = optimize(model, last_layer=last_layer, batch_invariant=batch_invariant, quantize=quantize, release=True)
         return cls(fast, tokenizer, truncation=truncation, copy_tokenizer=False)
 
     # A mapping is one pair, though it is iterable, too.

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .engine.batch import shortened
-from .engine.spec import Task
+from .engine.spec import Quantize, Task, check_quantize
 from .families import FAMILIES, Family, class_for_task, supported
 from .labels import label_names
 from .texts import first_line, read_count
@@ -92,6 +92,7 @@ _TOKENIZER_OPTIONS = frozenset(
 # Advice for options that are not taken.
 _ONE_DEVICE = "pass device=, since fastcls runs on one"
 _OWN_DTYPES = "pass dtype=: fastcls computes in float32, float16 or bfloat16"
+_OWN_INT8 = f'{_OWN_DTYPES}, and with quantize="int8" in int8'
 _AT_EACH_CALL = "pass it to each call"
 _INSTEAD = {
     "torch_dtype": "pass dtype=",
@@ -99,9 +100,9 @@ _INSTEAD = {
     "device_map": _ONE_DEVICE,
     "max_memory": _ONE_DEVICE,
     "tp_plan": _ONE_DEVICE,
-    "quantization_config": _OWN_DTYPES,
+    "quantization_config": _OWN_INT8,
     "load_in_4bit": _OWN_DTYPES,
-    "load_in_8bit": _OWN_DTYPES,
+    "load_in_8bit": _OWN_INT8,
     "ignore_mismatched_sizes": "leave it out: answers from weights that are not the checkpoint's would mean nothing",
     "attn_implementation": "leave it out: fastcls has its own attention",
     "use_auth_token": "pass token=",
@@ -167,8 +168,19 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype in (None, "auto"):
         return None
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        remedy = ': pass quantize="int8"' if dtype in ("int8", torch.int8) else ""
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}{remedy}")
     return _DTYPES[dtype]
+
+
+def parse_quantize(quantize: str | None) -> Quantize | None:
+    """ "int8", or None.
+
+    Raises:
+        ValueError: anything else.
+    """
+    check_quantize(quantize)
+    return cast("Quantize | None", quantize)
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:

@@ -752,6 +752,7 @@ OTHER_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dtype": ({"torch_dtype": torch.float16}, TypeError, "no option torch_dtype: pass dtype="),
     "device": ({"device_map": "auto"}, TypeError, "no option device_map: pass device="),
     "quantised": ({"quantization_config": {}}, TypeError, "no option quantization_config: pass dtype="),
+    "8_bits": ({"load_in_8bit": True}, TypeError, "no option load_in_8bit: pass dtype=.*, and with quantize=.int8. in"),
     "attention": ({"attn_implementation": "flash_attention_2"}, TypeError, "no option attn_implementation: leave it"),
     "unknown": ({"hidden_dropout": 0.1}, TypeError, "no option hidden_dropout: load the model with transformers"),
     "labels": ({"num_labels": 5}, ValueError, "num_labels must fit .*, got 5 labels: its classifier.bias is "),
@@ -798,7 +799,7 @@ def test_weights_are_there_once_while_a_checkpoint_is_loaded(checkpoint: Path, m
 
 
 def test_bad_loading_options_are_named(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, got 'int8'"):
+    with pytest.raises(ValueError, match=r"one of float32, float16, bfloat16, got 'int8': pass quantize=\"int8\"$"):
         fastcls.Classifier.from_pretrained(checkpoint, dtype="int8")
     with pytest.raises(ValueError, match="device must be one that torch can use here, got 'gpu'"):
         fastcls.Classifier.from_pretrained(checkpoint, device="gpu")
@@ -821,6 +822,39 @@ def test_a_dtype_of_auto_and_options_of_none_are_what_is_without_them(checkpoint
     classifier = fastcls.Classifier.from_pretrained(checkpoint, device="cpu", dtype="auto", **nothing)
     assert classifier.model.dtype == torch.float32
     assert classifier(TEXTS) == fastcls.Classifier.from_pretrained(checkpoint, device="cpu")(TEXTS)
+
+
+def test_int8_may_be_chosen(
+    checkpoint: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever the CPU.
+    monkeypatch.setattr("fastcls.conversion.explain_compiled", lambda: (True, ""))
+    loaded = fastcls.Classifier.from_pretrained(checkpoint, device="cpu", quantize="int8")
+    assert loaded.model.quantize == "int8"
+    assert loaded(TEXTS)[0]["label"] in ("bad", "fair", "good")
+    model = sample_bert(tokenizer)
+    made = fastcls.Classifier(model, tokenizer, quantize="int8")
+    assert made.model.quantize == "int8"
+    assert fastcls.Classifier(made.model, tokenizer, quantize="int8").model is made.model
+    assert fastcls.Classifier(made.model, tokenizer).model.quantize == "int8"
+    assert fastcls.Classifier(model, tokenizer).model.quantize is None
+    with pytest.raises(ValueError, match="quantize must be left out for a fast model, got 'int8': pass it to fastcls"):
+        fastcls.Classifier(fastcls.optimize(model), tokenizer, quantize="int8")
+    monkeypatch.setattr("fastcls.conversion.explain_compiled", lambda: (False, "it is made up"))
+    with pytest.warns(RuntimeWarning, match="quantize='int8' is left out.*it is made up"):
+        assert fastcls.Classifier(model, tokenizer, quantize="int8").model.quantize is None
+
+
+def test_another_precision_than_int8_is_named(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    four_bits: Any = "int4"
+    told = "quantize must be None or one of int8, got 'int4'"
+    with pytest.raises(ValueError, match=told):
+        fastcls.Classifier(sample_bert(tokenizer), tokenizer, quantize=four_bits)
+    with pytest.raises(ValueError, match=told):
+        fastcls.Classifier(fastcls.optimize(sample_bert(tokenizer)), tokenizer, quantize=four_bits)
+    with pytest.raises(ValueError, match=told):
+        # Before the checkpoint is looked for.
+        fastcls.Classifier.from_pretrained(checkpoint / "nowhere", quantize=four_bits)
 
 
 def test_torchs_default_device_does_not_count(checkpoint: Path, classifier: fastcls.Classifier, device: str) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from rich.console import Console
 from support import tiny_bert
 from typer.testing import CliRunner, Result
 
+import fastcls
 import fastcls_kernels
 from fastcls.loading import parse_device
 from fastcls.tools import doctor
@@ -294,6 +296,83 @@ def test_doctor_names_the_device_that_is_taken(gpus: int, device: str, monkeypat
     doctor.report(Console(file=out, width=200))
     assert f"fastcls runs on {device}." in out.getvalue()
     assert parse_device(None).type == device
+
+
+INSTRUCTIONS: dict[str, tuple[dict[str, int], bool, str]] = {
+    "both": (
+        {"avx2": True, "avx512_vnni": True, "avx512_bf16": True, "l2_cache_size": 1},
+        True,
+        "int8 and bfloat16 are fast here: the CPU has AVX512_VNNI, AVX512_BF16$",
+    ),
+    "int8": (
+        {"avx512_vnni": True, "avx_vnni": True, "avx512_bf16": False},
+        True,
+        "int8 is fast here, bfloat16 is not: the CPU has AVX512_VNNI, AVX_VNNI$",
+    ),
+    "not_built": (
+        {"amx_int8": True, "amx_bf16": True},
+        False,
+        "bfloat16 is fast here, int8 is not: the CPU has AMX_INT8, AMX_BF16; int8 needs the compiled kernels, too$",
+    ),
+    "arm": ({"neon": True, "bf16": True}, False, "bfloat16 is fast here, int8 is not: the CPU has BF16$"),
+    "neither": ({"avx2": True, "avx512_vnni": False}, False, "neither int8 nor bfloat16 is .*: the CPU has no VNNI"),
+}
+
+
+@pytest.mark.parametrize(("has", "compiled", "told"), list(INSTRUCTIONS.values()), ids=list(INSTRUCTIONS))
+@pytest.mark.parametrize("told_by", ["torch", "system"])
+def test_doctor_says_which_reduced_precision_is_fast(
+    has: dict[str, int], compiled: bool, told: str, told_by: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "explain_compiled", lambda: (compiled, "it is made up"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    if told_by == "system":
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+        flags = " ".join(name for name, value in has.items() if value is True)
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
+        monkeypatch.setattr(doctor, "_CPUINFO", tmp_path / "cpuinfo")
+    out = io.StringIO()
+    doctor.report(Console(file=out, width=300))
+    (path,) = (line for line in out.getvalue().splitlines() if line.split()[:1] == ["path"])
+    assert ("compiled kernels, it is made up;" if compiled else "Compiled kernels cannot run: it is made up") in path
+    (line,) = (line for line in out.getvalue().splitlines() if line.split()[:1] == ["reduced"])
+    assert re.search(told, line.rstrip())
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "not_compiled"])
+def test_doctor_goes_on_where_nothing_is_known_of_the_cpu(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "explain_compiled", lambda: (compiled, "it is made up"))
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(doctor, "_CPUINFO", tmp_path / "none")
+    out = io.StringIO()
+    doctor.report(Console(file=out, width=300))
+    assert f"int8 is {'fast' if compiled else 'not fast'} here; nothing says what the CPU has for" in out.getvalue()
+    assert "fastcls runs on" in out.getvalue()
+
+
+def test_int8_reaches_the_model(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def recorded(given: Any, **options: Any) -> Any:
+        asked.append(options.get("quantize"))
+        return fastcls.optimize(given, **options)
+
+    monkeypatch.setattr("fastcls.classifier.optimize", recorded)
+    for options in ((), ("--quantize", "int8")):
+        done = inside("classify", model, "--device", "cpu", *options, stdin=b"ok\n")
+        assert (done.exit_code, done.stdout.count("\n")) == (0, 1), done.output
+    assert asked == [None, "int8"]
+
+
+@pytest.mark.parametrize("name", ["classify", "verify", "demo"])
+def test_another_precision_than_int8_is_a_mistake(name: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    arguments = ("--model", model) if name == "demo" else (model,)
+    done = inside(name, *arguments, "--quantize", "int4", stdin=b"ok\n")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == "Error: quantize must be None or one of int8, got 'int4'\n"
 
 
 def test_demo_on_a_checkpoint(model: Path) -> None:

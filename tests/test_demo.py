@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from support import tiny_model
 
+import fastcls
 from fastcls.tools.demo import _saved, run_demo, sample_texts, sample_tokenizer
 
 
@@ -34,3 +38,40 @@ def test_texts_are_cut_to_what_a_model_has_positions_for(tmp_path: Path) -> None
     out = io.StringIO()
     run_demo(str(tmp_path), 1, "cpu", None, Console(file=out, width=200), Console(file=io.StringIO()))
     assert "labels equal 64 of 64" in out.getvalue()
+    assert "int8" not in out.getvalue()
+
+
+def test_int8_is_a_step_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = sample_tokenizer(sample_texts())
+    tiny_model("BertForSequenceClassification", "bert", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def off_by_three_in_int8(model: Any, **options: Any) -> Any:
+        fast = fastcls.optimize(model)
+        # Whatever the CPU.
+        fast.quantize = options.get("quantize")
+        if options.get("quantize") == "int8":
+            with torch.no_grad():
+                fast.head.out_bias = torch.nn.Parameter(fast.head.out_bias + 3, requires_grad=False)
+        return fast
+
+    monkeypatch.setattr("fastcls.tools.demo.optimize", off_by_three_in_int8)
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    run_demo(str(tmp_path), 1, "cpu", None, console, Console(file=io.StringIO()), quantize="int8")
+    lines = out.getvalue().splitlines()
+    differences = {
+        found[1]: float(found[2])
+        for line in lines
+        if (found := re.match(r"Agreement(| in int8) +largest logit difference (\S+),", line))
+    }
+    assert differences[""] < 1e-4
+    assert differences[" in int8"] == pytest.approx(3, abs=1)
+    (row,) = (index for index, line in enumerate(lines) if "+ products in int8" in line)
+    assert "keys and values not made" in lines[row - 1]
+    monkeypatch.setattr("fastcls.tools.demo.optimize", lambda model, **_: fastcls.optimize(model))
+    out = io.StringIO()
+    run_demo(str(tmp_path), 1, "cpu", None, Console(file=out, width=200), console, quantize="int8")
+    assert "in int8" not in out.getvalue(), "optimize has left it out"
+    with pytest.raises(ValueError, match="quantize must be None or one of int8, got 'int4'"):
+        run_demo(str(tmp_path), 1, "cpu", None, console, console, quantize="int4")

@@ -27,6 +27,7 @@ import fastcls.tools.verify
 from fastcls.tools.cli import app
 from fastcls.tools.demo import sample_texts, sample_tokenizer
 from fastcls.tools.verify import Verification, verify
+from fastcls.tools.verify.comparison import MAX_CHANGED
 
 TEXTS = [text for text in sample_texts() if len(text) < 160][:24]
 TWO_NAMES: dict[str, Any] = {"num_labels": 2, "id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
@@ -415,6 +416,176 @@ def test_only_a_strict_verdict_asks_reduced_precision(tokenizer: PreTrainedToken
     assert not found.fine(strict=True)
 
 
+# Int8
+
+
+def quantised(model: Any, damage: Callable[[Any], Any] | None = None) -> Any:
+    """The int8 model of a copy, whose weights are then changed."""
+    fast = fastcls.optimize(copy.deepcopy(model))
+    # Whatever the CPU.
+    fast.quantize = "int8"
+    with torch.no_grad():
+        if damage is not None:
+            damage(fast)
+    return fast
+
+
+def prefer_the_second(by: float) -> Callable[[Any], Any]:
+    return lambda fast: fast.head.out_bias[1].add_(by)
+
+
+def half_changed(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any, int]:
+    """A classifier into two, an int8 model of it that changes about half of the labels of `TEXTS`, and how many."""
+    model = sized(tokenizer, "BertForSequenceClassification", **TWO_NAMES)
+    # All texts get the first label, with margins from 10 on.
+    model.classifier.bias.data[0] += 10 + logits(model, tokenizer, TEXTS).diff(dim=1).max()
+    first, second = logits(quantised(model), tokenizer, TEXTS).unbind(1)
+    margins = (first - second).sort().values
+    # In the widest gap of the middle, so that no text is near a tie.
+    middle = slice(len(TEXTS) // 4, -len(TEXTS) // 4)
+    below = len(TEXTS) // 4 + int(margins[middle].diff().argmax())
+    return model, quantised(model, prefer_the_second(float(margins[below : below + 2].mean()))), below + 1
+
+
+def test_of_int8_the_share_of_changed_labels_decides(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, fast, changed = half_changed(tokenizer)
+    percent = 100 * changed / len(TEXTS)
+    for allowed, fine in ((percent, True), (percent - 0.01, False), (None, False), (100, True), (0, False)):
+        found = verify(model, tokenizer, TEXTS, fast=fast, max_changed=allowed, batch_size=7)
+        comparison = found.comparisons[0]
+        assert (comparison.dtype, comparison.changed, comparison.decisions) == ("int8", changed, len(TEXTS))
+        assert comparison.changed_percent == pytest.approx(percent)
+        assert (found.fine(), comparison.beyond_rounding, comparison.rounding) == (fine, 0, None), allowed
+        assert {
+            (each.original.label, each.fastcls.label) for each in comparison.kept if each.original and each.fastcls
+        } == {("bad", "good")}
+        assert found.comparisons[1].changed == 0
+
+
+def test_logits_of_int8_may_be_far_off(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification", **TWO_NAMES)
+    model.classifier.bias.data[0] += 10
+    # The same number for both logits changes no label.
+    fast = quantised(model, lambda fast: fast.head.out_bias.add_(3.0))
+    found = verify(model, tokenizer, TEXTS, fast=fast, max_changed=0)
+    assert found.fine()
+    assert (found.comparisons[0].changed, found.comparisons[0].far_off) == (0, 0)
+    assert found.comparisons[0].differences.mean == pytest.approx(3, abs=0.5)
+    assert found.comparisons[0].differences.largest == pytest.approx(3, abs=1)
+
+
+def test_what_is_no_number_is_not_fine_in_int8(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification")
+    fast = quantised(model, lambda fast: fast.head.out_bias[2].fill_(float("nan")))
+    found = verify(model, tokenizer, TEXTS[:4], fast=fast, max_changed=100)
+    assert not found.fine()
+    out = io.StringIO()
+    fastcls.tools.verify.show(found, Console(file=out, width=300), strict=False)
+    assert "Not numbers: what 4 of 4 texts get in int8 is not finite" in out.getvalue()
+    assert "Fine" not in out.getvalue()
+
+
+def test_int8_is_shown_beside_float32(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification")
+    fast = quantised(model)
+    done: list[int] = []
+    # It is asked at the end, when weights are packed.
+    fast.get_memory_footprint = lambda: 100 + done[-1]
+    found = verify(model, tokenizer, TEXTS, fast=fast, quantize="int8", batch_size=8, progress=done.append)
+    assert found.quantize == "int8"
+    assert [(each.name, each.dtype) for each in found.comparisons] == [("fastcls", "int8"), ("fastcls", "float32")]
+    assert [(each.name, each.dtype, each.texts) for each in found.timed] == [
+        ("original", "float32", len(TEXTS)),
+        ("fastcls", "int8", len(TEXTS)),
+        ("fastcls", "float32", len(TEXTS)),
+    ]
+    float32 = found.comparisons[1]
+    assert (float32.changed, float32.far_off, float32.max_changed) == (0, 0, None)
+    assert float32.differences.largest < 1e-4
+    weights = [each.weight_bytes for each in found.timed]
+    assert weights[:2] == [model.get_memory_footprint(), 100 + len(TEXTS)]
+    assert weights[2] > weights[1]
+    for timed, seconds in zip(found.timed, (4, 2, 1), strict=True):
+        timed.seconds = seconds
+    out = io.StringIO()
+    fastcls.tools.verify.show(found, Console(file=out, width=300), strict=False)
+    rows = [line.split() for line in out.getvalue().splitlines()]
+    assert f"fastcls int8 {len(TEXTS) // 2} 2.00 0.0".split() in rows
+    assert f"fastcls float32 {len(TEXTS)} 4.00 {weights[2] / 1e6:.1f}".split() in rows
+    without = verify(model, tokenizer, TEXTS[:4])
+    assert without.quantize is None
+    assert [each.max_changed for each in without.comparisons] == [None] * 3
+
+
+def test_int8_is_compared_where_it_is_slow(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification")
+    for runs in (False, True):
+        for module in ("fastcls.conversion", "fastcls.tools.verify.report"):
+            monkeypatch.setattr(f"{module}.explain_compiled", lambda runs=runs: (runs, "it is made up"))
+        found = verify(model, tokenizer, TEXTS, quantize="int8", max_changed=100)
+        assert (found.quantize, found.comparisons[0].dtype) == ("int8", "int8")
+        assert found.comparisons[0].differences.largest > 100 * found.comparisons[1].differences.largest
+        out = io.StringIO()
+        fastcls.tools.verify.show(found, Console(file=out, width=300), strict=False)
+        told = "Here optimize would leave int8 out: the compiled kernels cannot run, it is made up."
+        assert (told in out.getvalue()) is not runs
+
+
+def test_a_strict_verdict_asks_every_dtype_beside_int8(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification")
+    found = verify(model, tokenizer, TEXTS[:4], quantize="int8", max_changed=100, reduced=["bfloat16"])
+    assert [each.dtype for each in found.comparisons] == ["int8", "float32", "bfloat16", "bfloat16"]
+    assert found.fine(strict=True)
+    found.comparisons[3].beyond_rounding = 1
+    assert (found.fine(), found.fine(strict=True)) == (True, False)
+
+
+@pytest.mark.parametrize("number", [0.0, float("nan")], ids=["numbers", "nan"])
+def test_a_model_without_labels_gets_no_share(tokenizer: PreTrainedTokenizerBase, number: float) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification", num_labels=1)
+    with pytest.raises(ValueError, match="max_changed must be left out for a model without labels, got 5"):
+        verify(model, tokenizer, TEXTS, quantize="int8", max_changed=5)
+    found = verify(model, tokenizer, TEXTS, fast=quantised(model, lambda fast: fast.head.out_bias.add_(3 + number)))
+    assert (found.comparisons[0].max_changed, found.comparisons[0].changed_percent) == (None, None)
+    assert found.fine() is not math.isnan(number)
+    out = io.StringIO()
+    fastcls.tools.verify.show(found, Console(file=out, width=300), strict=False)
+    assert "No labels that int8 could change" in out.getvalue()
+    assert ("Not numbers" in out.getvalue()) is math.isnan(number)
+
+
+# True labels
+
+
+@pytest.mark.parametrize("given", ["names", "numbers", "digits"])
+def test_accuracy_is_that_of_both_models(tokenizer: PreTrainedTokenizerBase, given: str) -> None:
+    model = sized(tokenizer, "BertForSequenceClassification", **TWO_NAMES)
+    fast = damaged(model, negate)
+    right = logits(model, tokenizer, TEXTS).argmax(1).tolist()
+    # Every fourth label is another than the original's, and all of the damaged model's are.
+    true = [1 - index if place % 4 == 0 else index for place, index in enumerate(right)]
+    labels: list[Any] = [("bad", "good")[index] if given == "names" else index for index in true]
+    labels = [str(label) for label in labels] if given == "digits" else labels
+    found = verify(model, tokenizer, TEXTS, fast=fast, labels=labels, batch_size=5, reduced=["bfloat16"])
+    wrong = len(TEXTS) // 4
+    accuracy = found.comparisons[0].accuracy
+    assert accuracy == (len(TEXTS), len(TEXTS) - wrong, wrong)
+    assert accuracy is not None
+    assert accuracy.to_json() == {"texts": len(TEXTS), "original": 75.0, "compared": 25.0, "difference": -50.0}
+    assert [each.accuracy is not None for each in found.comparisons] == [True] * 3
+    assert verify(model, tokenizer, TEXTS[:4]).comparisons[0].accuracy is None
+
+
+def test_names_that_are_numbers_are_names(tokenizer: PreTrainedTokenizerBase) -> None:
+    stars: dict[str, Any] = {"id2label": {0: "1", 1: "2", 2: "3"}, "label2id": {"1": 0, "2": 1, "3": 2}}
+    model = sized(tokenizer, "BertForSequenceClassification", **stars)
+    labels = [index + 1 for index in logits(model, tokenizer, TEXTS).argmax(1).tolist()]
+    accuracy = verify(model, tokenizer, TEXTS, labels=labels, reduced=()).comparisons[0].accuracy
+    assert accuracy == (len(TEXTS), len(TEXTS), len(TEXTS))
+    with pytest.raises(ValueError, match=r"labels\[1\] must be one of \['1', '2', '3'\], got 0"):
+        verify(model, tokenizer, TEXTS, labels=[1, 0, 1], reduced=())
+
+
 # Options of the function
 
 
@@ -427,6 +598,8 @@ def test_bad_options_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
     unnamed = sized(tokenizer, "BertForSequenceClassification", id2label={1: "a", 2: "b", 3: "c"})
     short = copy.deepcopy(tokenizer)
     short.model_max_length = 1
+    scores = sized(tokenizer, "BertForSequenceClassification", num_labels=1)
+    four_bits: Any = "int4"
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (ValueError, "batch_size must be at least 1, got 0", lambda: verify(model, tokenizer, TEXTS, batch_size=0)),
         (ValueError, "limit must be at least 1, got 0", lambda: verify(model, tokenizer, TEXTS, limit=0)),
@@ -449,6 +622,30 @@ def test_bad_options_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
         (ValueError, "in float32, got one in bfloat16", lambda: verify(half, tokenizer, TEXTS, reduced=["float16"])),
         (ValueError, "fast must be in float32", lambda: verify(model, tokenizer, TEXTS, fast=fastcls.optimize(half))),
         (TypeError, "for sequence classification, got", lambda: verify(model, tokenizer, TEXTS, fast=token_classifier)),
+        (ValueError, "None or one of int8, got 'int4'", lambda: verify(model, tokenizer, TEXTS, quantize=four_bits)),
+        (
+            ValueError,
+            "quantize must be that of fast, None, or left out, got 'int8'",
+            lambda: verify(model, tokenizer, TEXTS, fast=fastcls.optimize(model), quantize="int8"),
+        ),
+        (
+            ValueError,
+            "max_changed must be left out where nothing is quantised",
+            lambda: verify(model, tokenizer, TEXTS, max_changed=1),
+        ),
+        (
+            ValueError,
+            "max_changed must be a percentage from 0 to 100, got nan",
+            lambda: verify(model, tokenizer, TEXTS, quantize="int8", max_changed=math.nan),
+        ),
+        (
+            ValueError,
+            r"labels\[1\] must be one of .*'0', '1', '2'\], got 3",
+            lambda: verify(model, tokenizer, ["ok", "ok"], labels=[0, 3]),
+        ),
+        (ValueError, "got 1 for more texts", lambda: verify(model, tokenizer, ["ok", "ok"], labels=[0])),
+        (ValueError, "got more for 2 texts", lambda: verify(model, tokenizer, ["ok", "ok"], labels=[0, 1, 2])),
+        (ValueError, "does not give each text one of several", lambda: verify(scores, tokenizer, TEXTS, labels=[0])),
         (ValueError, "does not fit the model.*below 199", lambda: verify(tiny_bert(), tokenizer, TEXTS)),
         (ValueError, r"texts\[0\] is 202 tokens long.*96", lambda: verify(model, tokenizer, ["ok " * 200])),
     ]
@@ -617,23 +814,99 @@ def test_a_narrow_terminal_keeps_every_number(checkpoint: Path, file: Path) -> N
     assert any(row and row[0].startswith("1e-0") for row in rows)
 
 
+@pytest.fixture
+def half_wrong(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A checkpoint, which the command compares with an int8 model that changes about half of the labels of `TEXTS`."""
+    model, fast, _ = half_changed(tokenizer)
+
+    def compare(model: Any, *arguments: Any, **options: Any) -> Verification:
+        return verify(model, *arguments, **options, fast=fast)
+
+    monkeypatch.setattr(fastcls.tools.verify, "verify", compare)
+    return saved(model, tokenizer, tmp_path)
+
+
+def test_int8_is_status_1_beyond_the_share_that_may_change(half_wrong: Path) -> None:
+    stdin = ("\n".join(TEXTS) + "\n").encode()
+    for arguments, allowed, status in (
+        (("--max-changed", 99), "99%", 0),
+        (("--max-changed", "0.5"), "0.5%", 1),
+        ((), "1%", 1),
+    ):
+        done = run(half_wrong, "--quantize", "int8", *arguments, stdin=stdin)
+        assert done.exit_code == status, done.output
+        found = json.loads(run(half_wrong, "--quantize", "int8", *arguments, "--json", stdin=stdin).stdout)
+        assert_fits(found, SCHEMA)
+        assert (found["fine"], found["quantize"]) == (status == 0, "int8")
+        int8 = found["comparisons"][0]
+        assert int8["changed_percent"] == pytest.approx(100 * int8["changed"] / len(TEXTS))
+        assert f"{int8['max_changed']:g}%" == allowed
+        counts = f"{int8['changed']} of {len(TEXTS)} labels changed in int8, {int8['changed_percent']:.3g}%"
+        assert f"{'Differs' if status else 'Fine'}: {counts}; --max-changed allows {allowed}." in done.stdout
+        assert "With --quantize that share decides, not rounding" in done.stdout
+        for row in ("original float32", "fastcls int8", "fastcls float32", "Changed in int8"):
+            assert row in done.stdout
+        assert "not finite" not in done.stdout
+        assert "weights, MB" in done.stdout
+
+
+def test_int8_fits_a_narrow_terminal(half_wrong: Path) -> None:
+    stdin = ("\n".join(f"{text}\t0" for text in TEXTS) + "\n").encode()
+    done = run(half_wrong, "--quantize", "int8", "--labelled", "--reduced", "bfloat16", stdin=stdin, columns=80)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_accuracy_is_shown_of_labelled_lines(half_wrong: Path) -> None:
+    # The original gives all of them the first label.
+    named = "\n".join(f"{text}\tbad" for text in TEXTS) + "\n"
+    done = run(half_wrong, "--quantize", "int8", "--labelled", stdin=named.encode())
+    found = json.loads(run(half_wrong, "--quantize", "int8", "--labelled", "--json", stdin=named.encode()).stdout)
+    assert_fits(found, SCHEMA)
+    changed = found["comparisons"][0]["changed"]
+    right, after = len(TEXTS) - changed, 100 - 100 * changed / len(TEXTS)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert f"original float32 {len(TEXTS)} of {len(TEXTS)} 100.00%".split() in rows
+    assert f"fastcls int8 {right} of {len(TEXTS)} {after:.2f}% {after - 100:+.2f}".split() in rows
+    accuracy = found["comparisons"][0]["accuracy"]
+    assert accuracy["texts"] == len(TEXTS)
+    assert [accuracy[name] for name in ("original", "compared", "difference")] == pytest.approx(
+        [100, after, after - 100]
+    )
+    pairs = run(
+        half_wrong, "--quantize", "int8", "--labelled", "--pairs", "--json", stdin=b"is it late?\tno\t0\n\t\t1\n"
+    )
+    assert json.loads(pairs.stdout)["comparisons"][0]["accuracy"]["texts"] == 2
+    limited = run(half_wrong, "--quantize", "int8", "--labelled", "--limit", 3, "--json", stdin=named.encode())
+    assert json.loads(limited.stdout)["comparisons"][0]["accuracy"]["texts"] == 3
+
+
+def test_help_says_how_much_int8_may_change() -> None:
+    assert f"Default: {MAX_CHANGED:g}." in " ".join(run("--help").stdout.split())
+
+
 SCHEMA: dict[str, Any] = {
     "model_class": str,
     "task": str,
     "device": str,
     "dtype": str,
+    "quantize": (str, type(None)),
     "texts": int,
     "tokens": int,
     "interrupted": bool,
     "fine": bool,
     "versions": {"fastcls": str, "torch": str, "transformers": str},
-    "times": [{"name": str, "dtype": str, "texts": int, "seconds": float, "texts_per_second": float}],
+    "times": [
+        {"name": str, "dtype": str, "texts": int, "seconds": float, "texts_per_second": float, "weight_bytes": int}
+    ],
     "comparisons": [
         {
             "name": str,
             "dtype": str,
             "labels": int,
             "changed": int,
+            "changed_percent": float,
+            "max_changed": (float, type(None)),
+            "accuracy": ({"texts": int, "original": float, "compared": float, "difference": float}, type(None)),
             "beyond_rounding": (int, type(None)),
             "far_off": (int, type(None)),
             "furthest_line": (int, type(None)),
@@ -669,6 +942,9 @@ def assert_fits(value: Any, schema: Any, where: str = "") -> None:
         assert set(value) == set(schema), where
         for name, part in schema.items():
             assert_fits(value[name], part, f"{where}.{name}")
+    elif isinstance(schema, tuple) and isinstance(schema[0], dict):
+        if value is not None:
+            assert_fits(value, schema[0], where)
     elif isinstance(schema, list):
         for part in value:
             assert_fits(part, schema[0], f"{where}[]")
@@ -700,6 +976,9 @@ def test_the_picture_is_one(checkpoint: Path, file: Path, tmp_path: Path) -> Non
     pytest.importorskip("matplotlib")
     assert run(checkpoint, file, "--plot", tmp_path / "out.png").exit_code == 0
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    reduced = ("--quantize", "int8", "--reduced", "bfloat16", "--reduced", "float16")
+    assert run(checkpoint, file, *reduced, "--max-changed", 100, "--plot", tmp_path / "int8.png").exit_code == 0
+    assert (tmp_path / "int8.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_ctrl_c_is_status_130_with_a_report(
@@ -741,7 +1020,8 @@ def edited(folder: Path, to: Path, **changes: Any) -> Path:
 def test_mistakes_are_one_line_and_status_2(
     checkpoint: Path, file: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    empty, latin, long = (tmp_path / name for name in ("empty.txt", "latin.txt", "long.txt"))
+    empty, latin, long, labelled = (tmp_path / name for name in ("empty.txt", "latin.txt", "long.txt", "labels.txt"))
+    labelled.write_text("fine\tgood\nbad\t2\n")
     empty.touch()
     latin.write_bytes("fine\ncafé\n".encode("latin-1"))
     long.write_text("ok\n" + "word " * 200 + "\n")
@@ -765,6 +1045,16 @@ def test_mistakes_are_one_line_and_status_2(
             (checkpoint, file, "--reduced", "none", "--reduced", "bfloat16"),
             "--reduced none must stand alone, got none,",
         ),
+        ((checkpoint, file, "--quantize", "int4"), "quantize must be None or one of int8, got 'int4'"),
+        ((tmp_path / "nowhere", file, "--quantize", "int4"), "quantize must be None or one of int8, got 'int4'"),
+        ((checkpoint, file, "--max-changed", "1"), "--max-changed needs --quantize"),
+        ((checkpoint, file, "--labelled"), f"{file}, line 1: --labelled needs a tab before the label, got"),
+        (
+            (checkpoint, labelled, "--labelled"),
+            f"{labelled}, line 2: label must be one of ['bad', 'good', '0', '1'], got",
+        ),
+        ((checkpoint, labelled, "--labelled", "--pairs"), "--pairs needs a tab"),
+        ((choice, labelled, "--labelled"), "--labelled must be left out: the model does not give each text one of"),
         ((checkpoint, file, "--reduced", "int8"), "reduced must name bfloat16 or float16, got 'int8'"),
         ((checkpoint, file, "--dtype", "float16", "--reduced", "bfloat16"), "with an original in float32"),
         ((checkpoint, file, "--plot", tmp_path / "a.txt"), "--plot must be a file that ends in .pdf, .png, .svg"),

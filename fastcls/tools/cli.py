@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import traceback
-from collections.abc import Callable
-from functools import wraps
+from itertools import tee
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, NoReturn, ParamSpec
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from .lines import Lines, count_lines, decoded_lines, opened, texts_of, write_utf8
+from .lines import Lines, count_lines, decoded_lines, labelled, opened, texts_of, write_utf8
+from .terminal import INTERRUPTED, expected_errors, fail, progress_bar, set_threads, stderr
 
 app = typer.Typer(
     help="BERT classifiers that compute only what the label needs.",
@@ -26,66 +23,33 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_stderr = Console(stderr=True)
-
-_P = ParamSpec("_P")
-
-# A shell's exit statuses after SIGINT and SIGPIPE; by number, since not every system has SIGPIPE.
-_INTERRUPTED, _CLOSED_PIPE = 130, 141
 
 Device = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda:0 and so on. Default: a GPU if there is one.")
 ]
+Pairs = Annotated[bool, typer.Option("--pairs", help="Each line is two texts with a tab between.")]
+Truncate = Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long for the model.")]
 DType = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's own.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="int8: compute products in it, on a CPU and in float32 alone; see what fastcls verify says of it."
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's own choice.")]
 
 
-def _fail(message: str) -> NoReturn:
-    _stderr.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
-    raise typer.Exit(2)
-
-
-def _expected_errors(command: Callable[_P, None]) -> Callable[_P, None]:
-    """Shows errors that the user can mend in one line; any other error is a bug and keeps its traceback."""
-
-    @wraps(command)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except BrokenPipeError:
-            # The reader of our output is gone; Python would complain once more when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(_CLOSED_PIPE) from None
-        except KeyboardInterrupt:
-            _stderr.print("Interrupted.")
-            raise typer.Exit(_INTERRUPTED) from None
-        except OSError as error:
-            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        except (ValueError, TypeError) as error:
-            if not _is_ours(error):
-                raise
-            _fail(str(error))
-
-    return run
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether one of our checks raised the error, and not a defect somewhere below."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    module: str = frame.f_globals["__name__"]
-    return module.split(".")[0] in ("fastcls", "fastcls_kernels", "fastcls_benchmarks")
-
-
 @app.command()
-@_expected_errors
+@expected_errors
 def classify(
     model: Annotated[str, typer.Argument(help="A folder with a fine-tuned checkpoint, or a name on the hub.")],
     file: Annotated[Path, typer.Argument(help="UTF-8 text, one text a line; - is standard input.")] = Path("-"),
-    pairs: Annotated[bool, typer.Option("--pairs", help="Each line is two texts with a tab between.")] = False,
+    pairs: Pairs = False,
     top_k: Annotated[int | None, typer.Option(min=1, help="Give this many labels for each text, best first.")] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long for the model.")] = False,
+    truncate: Truncate = False,
     device: Device = None,
     dtype: DType = None,
+    quantize: Quantize = None,
     threads: Threads = None,
 ) -> None:
     """Classify lines of text: one JSON object a line on standard output, in the order of the input.
@@ -99,14 +63,18 @@ def classify(
     """
     total = None if str(file) == "-" else count_lines(file)
     from ..classifier import Classifier
+    from ..loading import parse_quantize
     from ..texts import TextError
 
-    _set_threads(threads)
-    with _stderr.status("Loading the model", spinner="dots"):
-        classifier = Classifier.from_pretrained(model, device=device, dtype=dtype, truncation=truncate)
+    set_threads(threads)
+    products = parse_quantize(quantize)
+    with stderr.status("Loading the model", spinner="dots"):
+        classifier = Classifier.from_pretrained(
+            model, device=device, dtype=dtype, truncation=truncate, quantize=products
+        )
     write_utf8()
     done = not_finite = first_not_finite = 0
-    with opened(file) as source, _progress() as progress:
+    with opened(file) as source, progress_bar() as progress:
         task = progress.add_task("texts", total=total)
         texts = Lines(source, str(file), pairs)
         try:
@@ -126,13 +94,13 @@ def classify(
             raise ValueError(f"{file}, line {error.index + 1} {error.problem}{remedy}") from error
         except KeyboardInterrupt:
             progress.stop()
-            _stderr.print(f"Interrupted: {done} texts classified.")
-            raise typer.Exit(_INTERRUPTED) from None
+            stderr.print(f"Interrupted: {done} texts classified.")
+            raise typer.Exit(INTERRUPTED) from None
         finally:
             sys.stdout.flush()
             progress.stop()
             if not_finite:
-                _stderr.print(
+                stderr.print(
                     f"[yellow]Not finite:[/] {not_finite} of {done} texts have a score that is infinite or no number, "
                     f"written as null; the first is line {first_not_finite}.",
                     highlight=False,
@@ -154,23 +122,40 @@ def _json_label(label: dict[str, Any]) -> dict[str, Any]:
 
 
 @app.command()
-@_expected_errors
+@expected_errors
 def verify(
     model: Annotated[str, typer.Argument(help="A folder with a checkpoint of any supported head, or a hub name.")],
     file: Annotated[Path, typer.Argument(help="UTF-8 text, one text a line; - is standard input.")] = Path("-"),
-    pairs: Annotated[bool, typer.Option("--pairs", help="Each line is two texts with a tab between.")] = False,
+    pairs: Pairs = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 32,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long for the model.")] = False,
+    truncate: Truncate = False,
+    labelled_lines: Annotated[
+        bool,
+        typer.Option(
+            "--labelled", help="Each line ends with a tab and its true label, by name or number: show accuracy, too."
+        ),
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Compare the first so many texts.")] = None,
     reduced: Annotated[
         list[str] | None,
         typer.Option(
             help="bfloat16 or float16: compare both models in it with the float32 original, too. Can be given "
-            "several times. Default: bfloat16; none leaves it out."
+            "several times. Default: bfloat16, or with --quantize none, which leaves it out."
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8: compare fastcls with products in it, on a CPU and in float32 alone.")
+    ] = None,
+    max_changed: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="With --quantize: status 1 if more percent of the labels changed. Default: 1.",
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Labels of fastcls in reduced precision decide the exit status, too.")
+        bool, typer.Option("--strict", help="Labels of fastcls in every dtype shown decide the exit status, too.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for machines.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a histogram of the differences: .png, .pdf, .svg.")] = None,
@@ -197,9 +182,16 @@ def verify(
     rounding explains a changed label where the original preferred its own by
     at most twice that, since both logits may move. Where a model gives no
     labels, numbers that differ by more than that count instead.
+
+    With --quantize rounding decides nothing, because int8 moves every logit by
+    more. Exit status 1 then says that more labels changed than --max-changed
+    allows, or that a number is not finite. Where a model gives no labels, only
+    the latter counts.
     """
+    if max_changed is not None and quantize is None:
+        raise ValueError("--max-changed needs --quantize: without it rounding decides which labels may change")
     total = None if str(file) == "-" else count_lines(file)
-    from ..loading import load_model, load_tokenizer, parse_device, parse_dtype
+    from ..loading import load_model, load_tokenizer, parse_device, parse_dtype, parse_quantize
     from .verify import check_picture, draw, show, task_of
     from .verify import verify as compare
 
@@ -209,22 +201,29 @@ def verify(
         if len(reduced) > 1:
             raise ValueError(f"--reduced none must stand alone, got {', '.join(reduced)}")
         reduced = []
-    _set_threads(threads)
-    place, torch_dtype = parse_device(device), parse_dtype(dtype)
-    with _stderr.status("Loading the model", spinner="dots"):
+    set_threads(threads)
+    place, torch_dtype, products = parse_device(device), parse_dtype(dtype), parse_quantize(quantize)
+    with stderr.status("Loading the model", spinner="dots"):
         tokenizer = load_tokenizer(model)
         original = load_model(model, place, torch_dtype, task=None)
     is_choice = task_of(original) == "multiple choice"
     if is_choice and pairs:
         raise ValueError("--pairs is not for multiple choice: each line is a question and its choices, tabs between")
-    with opened(file) as source, _progress() as progress:
+    with opened(file) as source, progress_bar() as progress:
         lines = decoded_lines(source, str(file))
+        labels = None
+        if labelled_lines:
+            rows, again = tee(labelled(lines, str(file)))
+            lines, labels = (line for line, _ in rows), (label for _, label in again)
         texts = (line.split("\t") for line in lines) if is_choice else texts_of(lines, str(file), pairs)
         task = progress.add_task("texts", total=total if total is None or limit is None else min(total, limit))
         found = compare(
             original,
             tokenizer,
             texts,
+            labels=labels,
+            quantize=products,
+            max_changed=max_changed,
             reduced=reduced,
             batch_size=batch_size,
             truncation=truncate,
@@ -240,35 +239,14 @@ def verify(
     if found.texts and plot is not None:
         draw(found, plot)
     if found.interrupted:
-        _stderr.print(f"Interrupted: {found.texts} texts compared.")
-        raise typer.Exit(_INTERRUPTED)
+        stderr.print(f"Interrupted: {found.texts} texts compared.")
+        raise typer.Exit(INTERRUPTED)
     if not found.fine(strict=strict):
         raise typer.Exit(1)
 
 
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=_stderr,
-        # A log file needs no animation.
-        disable=not _stderr.is_terminal,
-        transient=True,
-    )
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
 @app.command()
-@_expected_errors
+@expected_errors
 def demo(
     model: Annotated[
         str | None, typer.Option(help="A real checkpoint (folder or hub name) instead of random weights.")
@@ -276,6 +254,7 @@ def demo(
     rounds: Annotated[int, typer.Option(min=1, help="How often each variant is timed.")] = 5,
     device: Device = None,
     dtype: DType = None,
+    quantize: Quantize = None,
     threads: Threads = None,
 ) -> None:
     """See transformers and fastcls side by side: agreement, time, and where the time went.
@@ -284,15 +263,15 @@ def demo(
     """
     from .demo import run_demo
 
-    _set_threads(threads)
-    run_demo(model, rounds, device, dtype, Console(), _stderr)
+    set_threads(threads)
+    run_demo(model, rounds, device, dtype, Console(), stderr, quantize=quantize)
 
 
 @app.command()
-@_expected_errors
+@expected_errors
 def bench(
     suite: Annotated[
-        str, typer.Option(help="quick (under 1 minute), default (5) or release (8 to 9).", rich_help_panel="What")
+        str, typer.Option(help="quick (under 1 minute), default (5), release (8 to 9) or cpu.", rich_help_panel="What")
     ] = "default",
     model: Annotated[
         list[str] | None, typer.Option(help="This model instead of the suite's cases.", rich_help_panel="What")
@@ -343,7 +322,7 @@ def bench(
 
     from ..loading import parse_device
 
-    _set_threads(threads)
+    set_threads(threads)
     place = parse_device(device)
     if list_choices:
         command.show_choices(place, Console())
@@ -355,9 +334,9 @@ def bench(
     else:
         folder = command.result_folder(out)
         if missing := command.pictures_missing():
-            _stderr.print(missing, style="yellow")
+            stderr.print(missing, style="yellow")
         choice = command.Choice(suite, model or [], lengths or [], batch_size or [], provider or [], dtype or [], place)
-        report = command.measure(choice, folder, _stderr)
+        report = command.measure(choice, folder, stderr)
     console = Console()
     command.show(report, console)
     if folder is not None:
@@ -365,7 +344,7 @@ def bench(
         console.print(f"\nWritten to [bold]{escape(str(folder))}[/]: {', '.join(written)}.")
     fine = old is None or command.show_comparison(old, report, fail_above, console)
     if report.partial and from_file is None:
-        raise typer.Exit(_INTERRUPTED)
+        raise typer.Exit(INTERRUPTED)
     if not fine:
         raise typer.Exit(1)
 
@@ -376,12 +355,12 @@ def _bench_command() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "fastcls_benchmarks":
             raise
-        _fail("fastcls_benchmarks is not found: in a checkout that is not installed, add benchmarks/ to PYTHONPATH")
+        fail("fastcls_benchmarks is not found: in a checkout that is not installed, add benchmarks/ to PYTHONPATH")
     return command
 
 
 @app.command()
-@_expected_errors
+@expected_errors
 def doctor(
     warm: Annotated[
         bool, typer.Option("--warm", help="Compile the GPU's kernels now, so that no first batch waits for it.")

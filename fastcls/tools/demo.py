@@ -26,7 +26,7 @@ from transformers import (
 
 from ..conversion import optimize
 from ..engine.spec import LastLayer
-from ..loading import load_model, load_tokenizer, parse_device, parse_dtype
+from ..loading import load_model, load_tokenizer, parse_device, parse_dtype, parse_quantize
 from ..texts import length_limit
 
 BATCH_SIZE = 32
@@ -44,10 +44,17 @@ class _Variant(NamedTuple):
 
 
 def run_demo(
-    name_or_path: str | None, rounds: int, device: str | None, dtype: str | None, out: Console, progress: Console
+    name_or_path: str | None,
+    rounds: int,
+    device: str | None,
+    dtype: str | None,
+    out: Console,
+    progress: Console,
+    *,
+    quantize: str | None = None,
 ) -> None:
     """Runs the demo and prints its tables to ``out``, its progress to ``progress``."""
-    target, torch_dtype = parse_device(device), parse_dtype(dtype)
+    target, torch_dtype, products = parse_device(device), parse_dtype(dtype), parse_quantize(quantize)
     texts = sample_texts()
     with progress.status("Building the model" if name_or_path is None else f"Loading {name_or_path}"):
         if name_or_path is None:
@@ -57,6 +64,10 @@ def run_demo(
             tokenizer = load_tokenizer(name_or_path)
             model = load_model(name_or_path, target, torch_dtype)
         fast = optimize(model)
+        quantised = None if products is None else optimize(model, quantize=products)
+        if quantised is not None and quantised.quantize is None:
+            # It cannot be fast here: a warning has said why.
+            quantised = None
     batches = [
         tokenizer(
             texts[start : start + BATCH_SIZE],
@@ -78,11 +89,15 @@ def run_demo(
 
     variants = [_Variant(f"transformers ({model.config._attn_implementation})", lambda batch: model(**batch).logits)]
     variants += [_Variant(name, rung(last_layer)) for last_layer, name in _RUNGS]
+    if quantised is not None:
+        variants.append(_Variant(f"  + products in {products}", lambda batch: quantised(**batch).logits))
     with torch.inference_mode():
         # The first call of each variant warms it up and gives the logits to compare.
         logits = [torch.cat([variant.classify(batch) for batch in batches]).float() for variant in variants]
         seconds = _time(variants, batches, rounds, progress)
-    _show_agreement(out, logits[0], logits[-1])
+    _show_agreement(out, logits[0], logits[len(_RUNGS)])
+    if quantised is not None:
+        _show_agreement(out, logits[0], logits[-1], f" in {products}")
     _show_ladder(out, [variant.name for variant in variants], seconds)
     out.print(
         "\nNow with your own: [bold]fastcls demo --model PATH[/], [bold]fastcls classify PATH FILE[/], or in Python "
@@ -159,10 +174,10 @@ def _time(variants: list[_Variant], batches: list[BatchEncoding], rounds: int, c
     return seconds
 
 
-def _show_agreement(out: Console, theirs: Tensor, ours: Tensor) -> None:
+def _show_agreement(out: Console, theirs: Tensor, ours: Tensor, where: str = "") -> None:
     equal = int((theirs.argmax(-1) == ours.argmax(-1)).sum())
     out.print(
-        f"[bold]Agreement[/]  largest logit difference {float((theirs - ours).abs().max()):.1e}, "
+        f"[bold]Agreement{where}[/]  largest logit difference {float((theirs - ours).abs().max()):.1e}, "
         f"labels equal {equal} of {len(theirs)}",
         highlight=False,
     )

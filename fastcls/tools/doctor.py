@@ -6,15 +6,22 @@ import importlib.metadata
 import os
 import platform
 import time
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import fastcls_kernels
+from fastcls_kernels.packed import explain_compiled
 from fastcls_kernels.runtime.tile_tables import arch_of, explain_tiles
 
 from .. import __version__
+
+# Instructions that multiply numbers of a dtype faster than float32: of x86, and "bf16" of Arm.
+_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8")
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def report(console: Console) -> None:
@@ -27,6 +34,7 @@ def report(console: Console) -> None:
         table.add_row(package, _version_of(package))
     table.add_row("CPU", f"{os.cpu_count()} cores seen, torch uses {torch.get_num_threads()} threads")
     table.add_row("  path", _cpu_path())
+    table.add_row("  reduced", _cpu_reduced())
     gpus = torch.cuda.device_count()
     if not gpus:
         table.add_row("GPU", "none that torch can use")
@@ -89,4 +97,37 @@ def _cpu_path() -> str:
         products = "matrix products by oneDNN where it is the faster one"
     else:
         products = "matrix products by torch's BLAS: this build of torch has no oneDNN, which is often faster"
-    return f"plain PyTorch on packed data, {products}"
+    torch_path = f"plain PyTorch on packed data, {products}"
+    runs, reason = explain_compiled()
+    if runs:
+        return f"compiled kernels, {reason}; for what they do not compute, {torch_path}"
+    return f"{torch_path}. Compiled kernels cannot run: {reason}"
+
+
+def _cpu_reduced() -> str:
+    """Which reduced precision is fast on the CPU, and by which instructions."""
+    int8_is_fast, _ = explain_compiled()
+    instructions = _cpu_instructions()
+    if instructions is None:
+        return f"int8 is {'' if int8_is_fast else 'not '}fast here; nothing says what the CPU has for bfloat16"
+    verdict = {
+        (True, True): "int8 and bfloat16 are fast here",
+        (True, False): "int8 is fast here, bfloat16 is not",
+        (False, True): "bfloat16 is fast here, int8 is not",
+        (False, False): "neither int8 nor bfloat16 is fast here",
+    }[int8_is_fast, not instructions.isdisjoint(_BFLOAT16)]
+    found = [name.upper() for name in (*_INT8, *_BFLOAT16) if name in instructions]
+    needs = "" if int8_is_fast or instructions.isdisjoint(_INT8) else "; int8 needs the compiled kernels, too"
+    return f"{verdict}: the CPU has {', '.join(found) or 'no VNNI, AVX512_BF16 or AMX'}{needs}"
+
+
+def _cpu_instructions() -> set[str] | None:
+    """Names of the CPU's instruction sets, in lower case; None if they cannot be found out."""
+    # Older versions of torch do not have it.
+    if (ask := getattr(torch.cpu, "get_capabilities", None)) is not None:
+        return {name for name, has in ask().items() if has is True}
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next(({*line.split()} for line in lines if line.startswith(("flags", "Features"))), None)

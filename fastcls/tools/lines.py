@@ -46,6 +46,15 @@ def texts_of(lines: Iterator[str], name: str, pairs: bool) -> Iterator[str | tup
         yield text, pair
 
 
+def labelled(lines: Iterator[str], name: str) -> Iterator[tuple[str, str]]:
+    """Each line without its label, and the label: what follows its last tab."""
+    for number, line in enumerate(lines, start=1):
+        rest, tab, label = line.rpartition("\t")
+        if tab == "":
+            raise ValueError(f"{name}, line {number}: --labelled needs a tab before the label, got {line!r}")
+        yield rest, label
+
+
 def decoded_lines(source: BinaryIO, name: str) -> Iterator[str]:
     """Lines of UTF-8, without their line ends."""
     for number, raw in enumerate(source, start=1):

@@ -21,6 +21,8 @@ FAR_OFF = 10
 _LEAST_STEPS = 8
 # How many changed answers are kept to be shown, those with the largest margins.
 KEPT = 20
+# How many percent of the labels may change in a quantised model if nothing else is said.
+MAX_CHANGED = 1.0
 # Bins of differences: two per decade from 1e-20 to 1e6; the first and the last take all that lies beyond.
 _BINS_A_DECADE, _LOWEST, _DECADES = 2, -20, 26
 
@@ -113,12 +115,36 @@ class Differences:
             yield low, high, int(self._bins[index])
 
 
+class Accuracy(NamedTuple):
+    """How many texts get their true label.
+
+    Attributes:
+        texts: how many have a true label.
+        original, compared: to how many the original and the compared model give it.
+    """
+
+    texts: int = 0
+    original: int = 0
+    compared: int = 0
+
+    @property
+    def percent(self) -> tuple[float, float]:
+        """Of the original and of the compared model."""
+        return 100 * self.original / self.texts, 100 * self.compared / self.texts
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Verification.to_json`."""
+        before, after = self.percent
+        return {"texts": self.texts, "original": before, "compared": after, "difference": after - before}
+
+
 class Comparison:
     """One model's answers against the original's.
 
     Attributes:
         name: of the model that is compared.
-        dtype: that it computes in, "bfloat16".
+        dtype: that it computes in, "bfloat16"; "int8" if its products are.
+        max_changed: how many percent of the labels may change; None if this share decides nothing.
         differences: between their numbers.
         decisions: how many labels were compared.
         changed: how many labels differ; without labels, how many answers differ by more than rounding explains.
@@ -130,13 +156,17 @@ class Comparison:
         other_than_original: in how many of these texts such numbers are not the same in both.
         first_not_finite: the line of the first of these texts.
         rounding: the largest rounding error of the original in ``dtype`` that was seen on the first texts; None if
-            changes are counted but not judged.
+            changes are counted but not judged by it.
+        accuracy: of both models; None if no true labels are known.
         cosines: between an encoder's embeddings: their number, sum and lowest.
     """
 
-    def __init__(self, name: str, dtype: str, answers: Answers, *, judged: bool) -> None:
+    def __init__(
+        self, name: str, dtype: str, answers: Answers, *, judged: bool, max_changed: float | None = None
+    ) -> None:
         self.name = name
         self.dtype = dtype
+        self.max_changed = max_changed
         self.answers = answers
         self.differences = Differences()
         self.decisions = self.changed = self.beyond_rounding = self.far_off = 0
@@ -145,6 +175,7 @@ class Comparison:
         self.not_finite = self.other_than_original = 0
         self.first_not_finite: int | None = None
         self.rounding: float | None = 0.0 if judged else None
+        self.accuracy: Accuracy | None = None
         self.cosines = (0, 0.0, 1.0)
         self._kept: list[tuple[bool, float, int, Changed]] = []
 
@@ -152,6 +183,21 @@ class Comparison:
     def kept(self) -> list[Changed]:
         """The changed answers that were kept, those beyond rounding first, then by margin."""
         return [entry[-1] for entry in sorted(self._kept, reverse=True)]
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether it can decide a verdict, by rounding or by a share."""
+        return self.rounding is not None or self.max_changed is not None
+
+    @property
+    def changed_percent(self) -> float | None:
+        """How many percent of the labels changed; None without labels."""
+        return 100 * self.changed / self.decisions if self.decisions else None
+
+    @property
+    def beyond_share(self) -> bool:
+        """Whether more labels changed than `max_changed` allows."""
+        return self.max_changed is not None and (self.changed_percent or 0) > self.max_changed
 
     @property
     def mean_cosine(self) -> float | None:
@@ -176,13 +222,21 @@ class Comparison:
             wrong |= self._far_off(batch, original, differences, allowed)
         return sorted(set(self.answers.owners(batch)[wrong].tolist()))
 
-    def add(self, batch: Batch, original: Tensor, rows: Tensor, errors: Tensor | None = None) -> None:
+    def add(
+        self,
+        batch: Batch,
+        original: Tensor,
+        rows: Tensor,
+        errors: Tensor | None = None,
+        true_labels: Tensor | None = None,
+    ) -> None:
         """Adds a batch.
 
         Args:
             batch: its texts.
             original, rows: the answers of the original and of the compared model, (num_rows, width).
             errors: (num_texts,) the original's rounding errors for these texts, if they are known; needed for judging.
+            true_labels: (num_texts,) their indices, if they are known.
         """
         counted, owners = self.answers.counted(batch), self.answers.owners(batch)
         differences = differences_of(original, rows, counted)
@@ -205,8 +259,16 @@ class Comparison:
             self._keep(batch, where, margins[where], allowed[where], lambda _: (None, None))
             return
         self.decisions += len(rows)
-        self._add_far_off(batch, original, differences, allowed)
-        where = (self._choices(original, batch) != self._choices(rows, batch)).nonzero()[:, 0]
+        if self.rounding is not None:
+            self._add_far_off(batch, original, differences, allowed)
+        their_choices, our_choices = self._choices(original, batch), self._choices(rows, batch)
+        if true_labels is not None:
+            right = [int((choices == true_labels).sum()) for choices in (their_choices, our_choices)]
+            before = self.accuracy or Accuracy()
+            self.accuracy = Accuracy(
+                before.texts + len(true_labels), before.original + right[0], before.compared + right[1]
+            )
+        where = (their_choices != our_choices).nonzero()[:, 0]
         original, rows = original[where].double(), rows[where].double()
         if counted is not None:
             original, rows = (each.masked_fill(~counted[where], -math.inf) for each in (original, rows))
@@ -310,6 +372,9 @@ class Comparison:
             "dtype": self.dtype,
             "labels": self.decisions,
             "changed": self.changed,
+            "changed_percent": self.changed_percent,
+            "max_changed": self.max_changed,
+            "accuracy": self.accuracy and self.accuracy.to_json(),
             "beyond_rounding": None if self.rounding is None else self.beyond_rounding,
             "far_off": None if self.rounding is None else self.far_off,
             "furthest_line": self.furthest,

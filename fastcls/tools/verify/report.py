@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fastcls_kernels.packed import explain_compiled
+
 from .answers import Text
 from .comparison import ALLOWANCE, FAR_OFF, Changed, Comparison
-from .run import Timed, Verification
+from .run import Verification
 
 # How many of the kept changed answers are shown for a dtype that does not decide.
 _SHOWN_REDUCED = 5
@@ -21,7 +23,7 @@ _TEXT_WIDTHS, _LABEL_WIDTH, _BAR_WIDTHS = (8, 60), 14, (2, 12)
 _PERCENT_WIDTH = 7
 _ENDINGS = (".pdf", ".png", ".svg")
 # Okabe and Ito's colours, which most colour-blind people can tell apart; fastcls gets the strong ones.
-_COLOURS = {"fastcls": ("#d55e00", "#cc79a7", "#e69f00"), "original": ("#0072b2", "#56b4e9")}
+_COLOURS = {"fastcls": ("#d55e00", "#cc79a7", "#e69f00", "#009e73"), "original": ("#0072b2", "#56b4e9")}
 
 
 def check_picture(path: Path) -> None:
@@ -48,9 +50,10 @@ def show(found: Verification, console: Console, *, strict: bool) -> None:
         highlight=False,
     )
     _show_agreement(found, console)
+    _show_accuracy(found, console)
     _show_times(found, console)
     for index, comparison in enumerate(found.comparisons):
-        if comparison.rounding is not None:
+        if comparison.is_judged:
             _show_changed(comparison, console, None if index == 0 or strict else _SHOWN_REDUCED)
     _show_differences(found, console)
     _show_verdict(found, console, strict)
@@ -119,23 +122,49 @@ def _show_agreement(found: Verification, console: Console) -> None:
         if comparison.rounding is not None
     )
     notes.append(f"The original's own rounding error is up to {measured}; fastcls may differ by {ALLOWANCE} times it.")
+    if found.quantize is not None:
+        notes.append(f"It does not judge {found.quantize}.")
     console.print(" ".join(notes) + "\n", highlight=False, style="dim")
 
 
+def _show_accuracy(found: Verification, console: Console) -> None:
+    first = found.comparisons[0].accuracy
+    if first is None:
+        return
+    table = _table("Accuracy", "", "right", "accuracy", "difference")
+    before, _ = first.percent
+    table.add_row(f"original {found.dtype}", f"{first.original:,} of {first.texts:,}", f"{before:.2f}%", "")
+    for comparison in found.comparisons:
+        if (accuracy := comparison.accuracy) is not None:
+            _, after = accuracy.percent
+            right = f"{accuracy.compared:,} of {accuracy.texts:,}"
+            table.add_row(f"{comparison.name} {comparison.dtype}", right, f"{after:.2f}%", f"{after - before:+.2f}")
+    console.print(table)
+    console.print("Difference: in percentage points, below 0 if accuracy was lost.\n", highlight=False, style="dim")
+
+
 def _show_times(found: Verification, console: Console) -> None:
-    table = _table("Time", "", "texts a second", "times as fast")
-    baselines: dict[str, Timed] = {}
+    table = _table("Time and weights", "", "texts a second", "times as fast", "weights, MB")
+    baselines = {timed.dtype: timed for timed in found.timed if timed.name == "original"}
     for timed in found.timed:
-        baseline = baselines.setdefault(timed.dtype, timed)
+        baseline = baselines.get(timed.dtype, found.timed[0])
         speed, base = timed.texts_per_second, baseline.texts_per_second
         shown = ("-", "-") if speed is None or base is None else (f"{speed:,.0f}", f"{speed / base:.2f}")
-        table.add_row(f"{timed.name} {timed.dtype}", *shown)
+        table.add_row(f"{timed.name} {timed.dtype}", *shown, f"{timed.weight_bytes / 1e6:,.1f}")
     console.print(table)
     console.print(
-        "Taken in passing, batch by batch in turns, without tokenizing. To measure, use fastcls bench.\n",
+        "Taken in passing, batch by batch in turns, without tokenizing. To measure, use fastcls bench.",
         highlight=False,
         style="dim",
     )
+    runs, reason = explain_compiled()
+    if found.quantize is not None and not runs:
+        console.print(
+            f"[yellow]Here optimize would leave {found.quantize} out:[/] the compiled kernels cannot run, {reason}. "
+            "Times are not those of machines where they run; answers are.",
+            highlight=False,
+        )
+    console.print()
 
 
 def _show_changed(comparison: Comparison, console: Console, shown: int | None) -> None:
@@ -143,8 +172,11 @@ def _show_changed(comparison: Comparison, console: Console, shown: int | None) -
     if not changed:
         return
     title = f"Changed in {comparison.dtype}, {'largest margins' if len(changed) < comparison.changed else 'all'} first"
-    table = _table(title, "line", "text", "original", "fastcls", "margin", "explained")
-    rows = [_changed_row(entry) for entry in changed]
+    headings = ["line", "text", "original", "fastcls", "margin", "explained"]
+    if comparison.rounding is None:
+        headings.pop()
+    table = _table(title, *headings)
+    rows = [_changed_row(entry)[: len(headings)] for entry in changed]
     for index, column in enumerate(table.columns):
         column.no_wrap = True
         column.justify = "left" if column.header in ("text", "original", "fastcls") else "right"
@@ -208,11 +240,16 @@ def _bar(share: float, width: int) -> str:
 
 
 def _show_verdict(found: Verification, console: Console, strict: bool) -> None:
-    decisive = [each for each in found.comparisons if each.rounding is not None][: None if strict else 1]
+    if found.quantize is not None:
+        _show_verdict_by_share(found.comparisons[0], found, console)
+        if not strict:
+            return
+    judged = [each for each in found.comparisons if each.rounding is not None]
+    decisive = judged[: None if strict else 1]
     beyond = {each.dtype: each.beyond_rounding for each in decisive if each.beyond_rounding}
     far_off = [each for each in decisive if each.far_off]
     not_finite = [each for each in decisive if each.not_finite]
-    own = found.comparisons[0]
+    own = judged[0]
     what = "labels" if own.decisions else "answers"
     verdict: str | None
     if beyond:
@@ -239,6 +276,27 @@ def _show_verdict(found: Verification, console: Console, strict: bool) -> None:
             f"explains {allowed:.1e}.",
             highlight=False,
         )
+
+
+def _show_verdict_by_share(quantised: Comparison, found: Verification, console: Console) -> None:
+    name, percent, allowed = quantised.dtype, quantised.changed_percent, quantised.max_changed
+    if quantised.not_finite:
+        console.print(_not_finite(quantised, found.texts), highlight=False)
+    if percent is None or allowed is None:
+        console.print(
+            f"[bold yellow]No labels[/] that {name} could change: only numbers that are not finite are status 1. "
+            "Whether the differences above are small enough is for you to say.",
+            highlight=False,
+        )
+        return
+    counts = f"{quantised.changed:,} of {quantised.decisions:,} labels changed in {name}, {percent:.3g}%"
+    if quantised.beyond_share:
+        console.print(f"[bold red]Differs:[/] {counts}; --max-changed allows {allowed:g}%.", highlight=False)
+    elif not quantised.not_finite:
+        console.print(f"[bold green]Fine:[/] {counts}; --max-changed allows {allowed:g}%.", highlight=False)
+    console.print(
+        f"With --quantize that share decides, not rounding, and not how far logits in {name} are off.", highlight=False
+    )
 
 
 def _not_finite(comparison: Comparison, texts: int) -> str:
