@@ -6,7 +6,7 @@ void round_row(const float *from, int count, uint16_t *to) {
   for (int i = 0; i < count; i += LANES) _mm256_storeu_si256((__m256i *)(to + i), (__m256i)_mm512_cvtneps_pbh(load(from + i)));
 }
 
-INLINE void multiply(const int count, const uint16_t *rows, ptrdiff_t stride, const weight_t *weight, int panel, vec sums[ROWS][4]) {
+INLINE void multiply(const int count, const uint16_t *rows, ptrdiff_t stride, const weight_t *weight, int panel, const char *ahead, vec sums[ROWS][4]) {
   const uint16_t *packed = (const uint16_t *)weight->packed + (ptrdiff_t)panel * PANEL * weight->in_features;
   vec total[ROWS][4];
 #pragma GCC unroll 6
@@ -14,6 +14,7 @@ INLINE void multiply(const int count, const uint16_t *rows, ptrdiff_t stride, co
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) total[r][j] = _mm512_setzero_ps();
   for (int k = 0; k < weight->in_features; k += 2) {
+    if (ahead) _mm_prefetch(ahead + (ptrdiff_t)k * 32, _MM_HINT_T1);
     __m512i column[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) column[j] = _mm512_loadu_si512(packed + (ptrdiff_t)k * PANEL + 2 * LANES * j);
@@ -33,13 +34,21 @@ INLINE void multiply(const int count, const uint16_t *rows, ptrdiff_t stride, co
     for (int j = 0; j < 4; j++) sums[r][j] = total[r][j];
 }
 
-void multiply_bfloat16(int count, const uint16_t *rows, ptrdiff_t stride, const weight_t *weight, int panel, vec sums[ROWS][4]) {
+#define TAKE(COUNT)                                                                                                      \
+  case COUNT: {                                                                                                          \
+    vec sums[ROWS][4];                                                                                                   \
+    multiply(COUNT, (const uint16_t *)rows->values + row * rows->stride, rows->stride, weight, panel, ahead, sums);      \
+    finish(COUNT, 0, sums, weight, panel, row, result, tile);                                                            \
+    break;                                                                                                               \
+  }
+
+void block_bfloat16(const weight_t *weight, const rows_t *rows, int row, int count, int panel, const char *ahead, const result_t *result, float *tile) {
   switch (count) {
-    case 1: multiply(1, rows, stride, weight, panel, sums); break;
-    case 2: multiply(2, rows, stride, weight, panel, sums); break;
-    case 3: multiply(3, rows, stride, weight, panel, sums); break;
-    case 4: multiply(4, rows, stride, weight, panel, sums); break;
-    case 5: multiply(5, rows, stride, weight, panel, sums); break;
-    case 6: multiply(6, rows, stride, weight, panel, sums); break;
+    TAKE(1)
+    TAKE(2)
+    TAKE(3)
+    TAKE(4)
+    TAKE(5)
+    TAKE(6)
   }
 }

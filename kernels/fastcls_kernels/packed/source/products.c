@@ -54,7 +54,7 @@ void read_rows(enum kind kind, const float *x, ptrdiff_t stride, int count, rows
     for (int start = 0; start < to->width; start += GROUP) read_group(kind, x + row * stride + start, row, start, to);
 }
 
-INLINE void multiply_int8(const int count, const rows_t *rows, int row, const weight_t *weight, int panel, vec sums[ROWS][4]) {
+INLINE void multiply_int8(const int count, const rows_t *rows, int row, const weight_t *weight, int panel, const char *ahead, vec sums[ROWS][4]) {
   const int width = rows->width;
   const uint8_t *values = (const uint8_t *)rows->values + row * rows->stride;
   const int8_t *packed = (const int8_t *)weight->packed + (ptrdiff_t)panel * PANEL * width;
@@ -74,6 +74,7 @@ INLINE void multiply_int8(const int count, const rows_t *rows, int row, const we
       for (int j = 0; j < 4; j++) whole[r][j] = _mm512_mullo_epi32(zero, _mm512_loadu_si512(column_sums + LANES * j));
     }
     for (int step = 0; step < steps; step++) {
+      if (ahead) _mm_prefetch(ahead + (ptrdiff_t)(start / 4 + step) * 64, _MM_HINT_T1);
       __m512i column[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) column[j] = _mm512_loadu_si512(packed + ((ptrdiff_t)start + 4 * step) * PANEL + PANEL * j);
@@ -102,7 +103,7 @@ INLINE void multiply_int8(const int count, const rows_t *rows, int row, const we
   }
 }
 
-INLINE void multiply_float32(const int count, const rows_t *rows, int row, const weight_t *weight, int panel, vec sums[ROWS][4]) {
+INLINE void multiply_float32(const int count, const rows_t *rows, int row, const weight_t *weight, int panel, const char *ahead, vec sums[ROWS][4]) {
   const float *packed = (const float *)weight->packed + (ptrdiff_t)panel * PANEL * weight->in_features;
   const float *x = (const float *)rows->values + row * rows->stride;
   vec total[ROWS][4];
@@ -111,6 +112,7 @@ INLINE void multiply_float32(const int count, const rows_t *rows, int row, const
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) total[r][j] = _mm512_setzero_ps();
   for (int k = 0; k < weight->in_features; k++) {
+    if (ahead) _mm_prefetch(ahead + (ptrdiff_t)k * 64, _MM_HINT_T1);
     vec column[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) column[j] = load(packed + (ptrdiff_t)k * PANEL + LANES * j);
@@ -127,58 +129,52 @@ INLINE void multiply_float32(const int count, const rows_t *rows, int row, const
     for (int j = 0; j < 4; j++) sums[r][j] = total[r][j];
 }
 
-/* Sums to results, for the columns of one panel: to memory, or to a `tile` of two panels. */
-INLINE void finish(const int count, vec sums[ROWS][4], const weight_t *weight, int panel, int row, const result_t *result, float *tile) {
-  const int first = panel * PANEL, columns = weight->out_features - first;
-  for (int r = 0; r < count; r++)
-    for (int j = 0; j < 4 && LANES * j < columns; j++) {
-      const int at = first + LANES * j;
-      const __mmask16 there = columns - LANES * j < LANES ? first_lanes(columns - LANES * j) : 0xffff;
-      vec x = activate(result->function, _mm512_add_ps(sums[r][j], load(weight->bias + at)));
-      if (result->residual)
-        x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(there, result->residual + (row + r) * result->residual_stride + at));
-      if (tile)
-        store(tile + r * GROUP + at % GROUP, x);
-      else
-        _mm512_mask_storeu_ps(result->out + (row + r) * result->out_stride + at, there, x);
-    }
+/* A step of a panel is four lines of the cache. Each of the first four blocks of rows fetches one line of each step of the
+   next panel, so that it is there when its turn comes: from memory a panel takes as long as its products. */
+INLINE const char *ahead_of(const weight_t *weight, int panel, int block) {
+  if (block >= 4) return NULL;
+  const ptrdiff_t size = weight->kind == INT8 ? 1 : weight->kind == BFLOAT16 ? 2 : 4;
+  const ptrdiff_t bytes = size * PANEL * weight->in_features;
+  return (const char *)weight->packed + (panel + 1) * bytes + block * (bytes / 4);
 }
 
-#define TAKE(COUNT)                                                                              \
-  case COUNT:                                                                                    \
-    if (weight->kind == INT8)                                                                    \
-      multiply_int8(COUNT, rows, row, weight, panel, sums);                                      \
-    else                                                                                         \
-      multiply_float32(COUNT, rows, row, weight, panel, sums);                                   \
-    break;
+#define TAKE(COUNT)                                                             \
+  case COUNT: {                                                                 \
+    vec sums[ROWS][4];                                                          \
+    if (weight->kind == INT8) {                                                 \
+      multiply_int8(COUNT, rows, row, weight, panel, ahead, sums);              \
+      finish(COUNT, 0, sums, weight, panel, row, result, tile);                 \
+    } else {                                                                    \
+      multiply_float32(COUNT, rows, row, weight, panel, ahead, sums);           \
+      finish(COUNT, 1, sums, weight, panel, row, result, tile);                 \
+    }                                                                           \
+    break;                                                                      \
+  }
 
-static void block(const weight_t *weight, const rows_t *rows, int row, int count, int panel, const result_t *result, float *tile) {
-  vec sums[ROWS][4];
-  if (weight->kind == BFLOAT16)
-    multiply_bfloat16(count, (const uint16_t *)rows->values + row * rows->stride, rows->stride, weight, panel, sums);
-  else
-    switch (count) {
-      TAKE(1)
-      TAKE(2)
-      TAKE(3)
-      TAKE(4)
-      TAKE(5)
-      TAKE(6)
-    }
-  finish(count, sums, weight, panel, row, result, tile);
+static void block(const weight_t *weight, const rows_t *rows, int row, int count, int panel, const char *ahead, const result_t *result, float *tile) {
+  switch (count) {
+    TAKE(1)
+    TAKE(2)
+    TAKE(3)
+    TAKE(4)
+    TAKE(5)
+    TAKE(6)
+  }
 }
 
 void product(const weight_t *weight, const rows_t *rows, int count, const result_t *result, int threads) {
   /* Two panels are one group of the next product's rows. */
   const int pairs = groups_of(weight->out_features), panels = panels_of(weight->out_features);
   const int chunks = (count + CHUNK - 1) / CHUNK;
+  void (*take)(const weight_t *, const rows_t *, int, int, int, const char *, const result_t *, float *) = weight->kind == BFLOAT16 ? block_bfloat16 : block;
 #pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
   for (int item = 0; item < chunks * pairs; item++) {
     const int pair = item % pairs, begin = item / pairs * CHUNK, end = least(begin + CHUNK, count);
     for (int row = begin; row < end; row += ROWS) {
       float tile[ROWS * GROUP] __attribute__((aligned(64)));
       const int taken = least(ROWS, end - row), last = least(2 * pair + 2, panels);
-      for (int panel = 2 * pair; panel < last; panel++) block(weight, rows, row, taken, panel, result, result->rows ? tile : NULL);
+      for (int panel = 2 * pair; panel < last; panel++) 
+        take(weight, rows, row, taken, panel, ahead_of(weight, panel, (row - begin) / ROWS), result, result->rows ? tile : NULL);
       for (int r = 0; result->rows && r < taken; r++) read_group(weight->kind, tile + r * GROUP, row + r, pair * GROUP, result->rows);
     }
   }

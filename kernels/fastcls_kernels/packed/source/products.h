@@ -51,6 +51,26 @@ void product(const weight_t *weight, const rows_t *rows, int count, const result
 
 /* Of BFLOAT16, in a file of their own, since they need another instruction set. */
 void round_row(const float *from, int count, uint16_t *to);
-void multiply_bfloat16(int count, const uint16_t *rows, ptrdiff_t stride, const weight_t *weight, int panel, vec sums[ROWS][4]);
+void block_bfloat16(const weight_t *weight, const rows_t *rows, int row, int count, int panel, const char *ahead, const result_t *result, float *tile);
+
+/* Sums to results, for the columns of one panel: to memory, or to a `tile` of two panels. */
+INLINE void finish(const int count, const int is_exact, vec sums[ROWS][4], const weight_t *weight, int panel, int row, const result_t *result, float *tile) {
+  const int first = panel * PANEL, columns = weight->out_features - first;
+  for (int j = 0; j < 4 && LANES * j < columns; j++) {
+    const int at = first + LANES * j;
+    const __mmask16 there = columns - LANES * j < LANES ? first_lanes(columns - LANES * j) : 0xffff;
+    const vec bias = load(weight->bias + at);
+#pragma GCC unroll 6
+    for (int r = 0; r < count; r++) {
+      vec x = activate(result->function, is_exact, _mm512_add_ps(sums[r][j], bias));
+      if (result->residual)
+        x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(there, result->residual + (row + r) * result->residual_stride + at));
+      if (tile)
+        store(tile + r * GROUP + at % GROUP, x);
+      else
+        _mm512_mask_storeu_ps(result->out + (row + r) * result->out_stride + at, there, x);
+    }
+  }
+}
 
 #endif

@@ -73,6 +73,21 @@ INLINE vec erf_of(vec x) {
   return _mm512_mask_mov_ps(near, _mm512_cmp_ps_mask(t, vec_of(0.9f), _CMP_GT_OQ), far);
 }
 
+INLINE vec rough_erf_of(vec x) {
+  /* An odd polynomial up to 3, off by 2.4e-5 at most: a third of the time, for numbers that are rounded coarser next. */
+  const vec t = _mm512_min_ps(vec_of(3.0f), _mm512_max_ps(vec_of(-3.0f), x)), s = _mm512_mul_ps(t, t);
+  vec p = vec_of(4.074195379e-08f);
+  p = _mm512_fmadd_ps(p, s, vec_of(-1.944816813e-06f));
+  p = _mm512_fmadd_ps(p, s, vec_of(4.106042971e-05f));
+  p = _mm512_fmadd_ps(p, s, vec_of(-5.110360662e-04f));
+  p = _mm512_fmadd_ps(p, s, vec_of(4.235423568e-03f));
+  p = _mm512_fmadd_ps(p, s, vec_of(-2.510285076e-02f));
+  p = _mm512_fmadd_ps(p, s, vec_of(1.110793201e-01f));
+  p = _mm512_fmadd_ps(p, s, vec_of(-3.753148656e-01f));
+  p = _mm512_fmadd_ps(p, s, vec_of(1.128268423e+00f));
+  return _mm512_mul_ps(p, t);
+}
+
 INLINE vec sigmoid_of(vec x) {
   const vec one = vec_of(1.0f);
   return _mm512_div_ps(one, _mm512_add_ps(one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x))));
@@ -90,11 +105,12 @@ INLINE vec tanh_of(vec x) {
   return _mm512_mask_mov_ps(near, _mm512_cmp_ps_mask(_mm512_abs_ps(x), vec_of(0.25f), _CMP_GT_OQ), far);
 }
 
-INLINE vec activate(enum activation function, vec x) {
+INLINE vec activate(enum activation function, int is_exact, vec x) {
   const vec half = _mm512_mul_ps(vec_of(0.5f), x);
   switch (function) {
     case GELU:
-      return _mm512_fmadd_ps(half, erf_of(_mm512_mul_ps(x, vec_of(0.707106781f))), half);
+      x = _mm512_mul_ps(x, vec_of(0.707106781f));
+      return _mm512_fmadd_ps(half, is_exact ? erf_of(x) : rough_erf_of(x), half);
     case GELU_TANH: {
       const vec cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
       const vec inner = _mm512_mul_ps(vec_of(0.797884561f), _mm512_fmadd_ps(vec_of(0.044715f), cube, x));
