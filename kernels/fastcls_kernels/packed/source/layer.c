@@ -143,7 +143,7 @@ static void some_first(const layer_t *layer, const float *x, const int32_t *star
 }
 
 /* Tokens that a thread takes at once, in whole sequences: about as many as its cache holds. */
-#define TOKENS 256
+#define TOKENS 128
 
 typedef struct {
   int apart;   /* each thread takes sequences of its own, so that none waits; else all share each operation */

@@ -2,6 +2,8 @@
 
 /* Rows that share a pass over the weight. */
 #define CHUNK 192
+/* Columns of float32 rows that are multiplied at a time. */
+#define STEPS 384
 
 static void quantise_group(const float *from, int count, uint8_t *values, float *scale, int32_t *zero_point) {
   vec x[GROUP / LANES];
@@ -103,15 +105,16 @@ INLINE void multiply_int8(const int count, const rows_t *rows, int row, const we
   }
 }
 
-INLINE void multiply_float32(const int count, const rows_t *rows, int row, const weight_t *weight, int panel, const char *ahead, vec sums[ROWS][4]) {
-  const float *packed = (const float *)weight->packed + (ptrdiff_t)panel * PANEL * weight->in_features;
-  const float *x = (const float *)rows->values + row * rows->stride;
+/* Of float32 some steps at a time, behind `partial`, the sums of the steps before: so many of a panel stay in the cache. */
+INLINE void multiply_float32(const int count, const rows_t *rows, int row, const weight_t *weight, int panel, int begin, int end, const float *partial, const char *ahead, vec sums[ROWS][4]) {
+  const float *packed = (const float *)weight->packed + ((ptrdiff_t)panel * weight->in_features + begin) * PANEL;
+  const float *x = (const float *)rows->values + row * rows->stride + begin;
   vec total[ROWS][4];
 #pragma GCC unroll 6
   for (int r = 0; r < count; r++)
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) total[r][j] = _mm512_setzero_ps();
-  for (int k = 0; k < weight->in_features; k++) {
+    for (int j = 0; j < 4; j++) total[r][j] = begin ? load(partial + r * PANEL + LANES * j) : _mm512_setzero_ps();
+  for (int k = 0; k < end - begin; k++) {
     if (ahead) _mm_prefetch(ahead + (ptrdiff_t)k * 64, _MM_HINT_T1);
     vec column[4];
 #pragma GCC unroll 4
@@ -129,29 +132,56 @@ INLINE void multiply_float32(const int count, const rows_t *rows, int row, const
     for (int j = 0; j < 4; j++) sums[r][j] = total[r][j];
 }
 
-/* A step of a panel is four lines of the cache. Each of the first four blocks of rows fetches one line of each step of the
-   next panel, so that it is there when its turn comes: from memory a panel takes as long as its products. */
-INLINE const char *ahead_of(const weight_t *weight, int panel, int block) {
+/* A step of a panel is four lines of the cache. Each of the first four blocks of rows fetches one line of each step of
+   what comes next, so that it is there when its turn comes: from memory it takes as long as its products. */
+INLINE const char *ahead_of(const weight_t *weight, int panel, int begin, int end, int block) {
   if (block >= 4) return NULL;
-  const ptrdiff_t size = weight->kind == INT8 ? 1 : weight->kind == BFLOAT16 ? 2 : 4;
-  const ptrdiff_t bytes = size * PANEL * weight->in_features;
-  return (const char *)weight->packed + (panel + 1) * bytes + block * (bytes / 4);
+  const ptrdiff_t step = weight->kind == INT8 ? 1 : weight->kind == BFLOAT16 ? 2 : 4;
+  const ptrdiff_t row = step * PANEL, here = ((ptrdiff_t)panel * weight->in_features + end) * row;
+  return (const char *)weight->packed + here + block * ((end - begin) * row / 4);
 }
 
-#define TAKE(COUNT)                                                             \
-  case COUNT: {                                                                 \
-    vec sums[ROWS][4];                                                          \
-    if (weight->kind == INT8) {                                                 \
-      multiply_int8(COUNT, rows, row, weight, panel, ahead, sums);              \
-      finish(COUNT, 0, sums, weight, panel, row, result, tile);                 \
-    } else {                                                                    \
-      multiply_float32(COUNT, rows, row, weight, panel, ahead, sums);           \
-      finish(COUNT, 1, sums, weight, panel, row, result, tile);                 \
-    }                                                                           \
-    break;                                                                      \
+#define TAKE_FLOAT32(COUNT)                                                                                    \
+  case COUNT: {                                                                                                \
+    vec sums[ROWS][4];                                                                                         \
+    multiply_float32(COUNT, rows, row, weight, panel, begin, end, partial, ahead, sums);                       \
+    if (end == weight->in_features)                                                                            \
+      finish(COUNT, 1, sums, weight, panel, row, result, NULL);                                                \
+    else                                                                                                       \
+      for (int r = 0; r < COUNT; r++)                                                                          \
+        for (int j = 0; j < 4; j++) store(partial + r * PANEL + LANES * j, sums[r][j]);                        \
+    break;                                                                                                     \
   }
 
-static void block(const weight_t *weight, const rows_t *rows, int row, int count, int panel, const char *ahead, const result_t *result, float *tile) {
+/* All columns of a panel, for some rows. */
+static void panel_float32(const weight_t *weight, const rows_t *rows, int first, int last, int panel, const result_t *result) {
+  float partials[CHUNK * PANEL] __attribute__((aligned(64)));
+  for (int begin = 0; begin < weight->in_features; begin += STEPS) {
+    const int end = least(begin + STEPS, weight->in_features);
+    for (int row = first; row < last; row += ROWS) {
+      float *partial = partials + (row - first) * PANEL;
+      const char *ahead = ahead_of(weight, panel, begin, end, (row - first) / ROWS);
+      switch (least(ROWS, last - row)) {
+        TAKE_FLOAT32(1)
+        TAKE_FLOAT32(2)
+        TAKE_FLOAT32(3)
+        TAKE_FLOAT32(4)
+        TAKE_FLOAT32(5)
+        TAKE_FLOAT32(6)
+      }
+    }
+  }
+}
+
+#define TAKE(COUNT)                                                      \
+  case COUNT: {                                                          \
+    vec sums[ROWS][4];                                                   \
+    multiply_int8(COUNT, rows, row, weight, panel, ahead, sums);         \
+    finish(COUNT, 0, sums, weight, panel, row, result, tile);            \
+    break;                                                               \
+  }
+
+static void block_int8(const weight_t *weight, const rows_t *rows, int row, int count, int panel, const char *ahead, const result_t *result, float *tile) {
   switch (count) {
     TAKE(1)
     TAKE(2)
@@ -162,20 +192,29 @@ static void block(const weight_t *weight, const rows_t *rows, int row, int count
   }
 }
 
-void product(const weight_t *weight, const rows_t *rows, int count, const result_t *result, int threads) {
-  /* Two panels are one group of the next product's rows. */
-  const int pairs = groups_of(weight->out_features), panels = panels_of(weight->out_features);
-  const int chunks = (count + CHUNK - 1) / CHUNK;
-  void (*take)(const weight_t *, const rows_t *, int, int, int, const char *, const result_t *, float *) = weight->kind == BFLOAT16 ? block_bfloat16 : block;
-#pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
-  for (int item = 0; item < chunks * pairs; item++) {
-    const int pair = item % pairs, begin = item / pairs * CHUNK, end = least(begin + CHUNK, count);
-    for (int row = begin; row < end; row += ROWS) {
-      float tile[ROWS * GROUP] __attribute__((aligned(64)));
-      const int taken = least(ROWS, end - row), last = least(2 * pair + 2, panels);
-      for (int panel = 2 * pair; panel < last; panel++) 
-        take(weight, rows, row, taken, panel, ahead_of(weight, panel, (row - begin) / ROWS), result, result->rows ? tile : NULL);
-      for (int r = 0; result->rows && r < taken; r++) read_group(weight->kind, tile + r * GROUP, row + r, pair * GROUP, result->rows);
+/* Of int8 and bfloat16 a block of rows takes two panels, one group of the next product's rows. */
+static void pair_of_panels(const weight_t *weight, const rows_t *rows, int first, int last, int pair, const result_t *result) {
+  float tile[ROWS * GROUP] __attribute__((aligned(64)));
+  const int end = least(2 * pair + 2, panels_of(weight->out_features));
+  for (int row = first; row < last; row += ROWS) {
+    const int count = least(ROWS, last - row);
+    for (int panel = 2 * pair; panel < end; panel++) {
+      const char *ahead = ahead_of(weight, panel, 0, weight->in_features, (row - first) / ROWS);
+      (weight->kind == INT8 ? block_int8 : block_bfloat16)(weight, rows, row, count, panel, ahead, result, result->rows ? tile : NULL);
     }
+    for (int r = 0; result->rows && r < count; r++) read_group(weight->kind, tile + r * GROUP, row + r, pair * GROUP, result->rows);
+  }
+}
+
+void product(const weight_t *weight, const rows_t *rows, int count, const result_t *result, int threads) {
+  const int columns = weight->kind == FLOAT32 ? panels_of(weight->out_features) : groups_of(weight->out_features);
+  const int chunks = (count + CHUNK - 1) / CHUNK;
+#pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
+  for (int item = 0; item < chunks * columns; item++) {
+    const int first = item / columns * CHUNK, last = least(first + CHUNK, count);
+    if (weight->kind == FLOAT32)
+      panel_float32(weight, rows, first, last, item % columns, result);
+    else
+      pair_of_panels(weight, rows, first, last, item % columns, result);
   }
 }
