@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastcls_kernels.packed import PackedLayer, PackedTable, Packing, packed_embedding_unchecked, packed_layers_
+from fastcls_kernels.packed import PackedTable, Packing, packed_embedding_unchecked
+from fastcls_kernels.packed_layer import PackedLayer, packed_layers_
 from fastcls_kernels.unchecked import embedding_layer_norm, linear
 
 from .attention import ChosenRows, LayerAttention, TokenPositions

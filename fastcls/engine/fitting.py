@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcls_kernels.runtime.checks import has_contiguous_rows
 
+from .encoder import Encoder
 from .positions import BiasTable
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 # What a kernel is told of a weight, or trusts: nothing that counts changes.
 _KIND = attrgetter("shape", "dtype", "device")
+
+
+class Owner(Protocol):
+    """An engine, as far as its weights go."""
+
+    @property
+    def encoder(self) -> Encoder: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def weights(self, *, all_names: bool = False) -> Iterator[tuple[str, Tensor]]: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
 
 
 class WeightFit:
@@ -26,7 +39,7 @@ class WeightFit:
         engine: the engine.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Owner) -> None:
         self._shapes: dict[str, torch.Size | None] = {
             name: weight.shape for name, weight in engine.weights(all_names=True)
         }
@@ -41,7 +54,7 @@ class WeightFit:
         # Facts of all weights, when they were last found to fit.
         self._fitting: list[list[Any]] = []
 
-    def check(self, engine: Engine) -> None:
+    def check(self, engine: Owner) -> None:
         """See `Engine.check_weights`."""
         weights: list[Tensor] = [each for place in self._places for each in place.values() if each is not None]
         if engine.encoder.rotary is not None:
@@ -55,7 +68,7 @@ class WeightFit:
                 self._check(engine, name, weight)
         self._fitting = facts
 
-    def _check(self, engine: Engine, name: str, weight: Tensor) -> None:
+    def _check(self, engine: Owner, name: str, weight: Tensor) -> None:
         shape = self._shapes[name]
         if shape is None:
             raise ValueError(f"{name} must be None, since this model has none, got shape {tuple(weight.shape)}")

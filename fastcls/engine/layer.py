@@ -244,13 +244,12 @@ class EncoderLayer(Weighted):
 
     def _add_attended(self, context: Tensor, residual: Tensor) -> HiddenStates:
         norm = (self.attention_norm_weight, self.attention_norm_bias, self.spec.layer_norm_eps)
-        return HiddenStates(
-            *linear_add_layer_norm(context, *self._product("out"), residual, *norm, keep_sum=self.spec.pre_norm)
-        )
+        weight, bias = self._product("out")
+        return HiddenStates(*linear_add_layer_norm(context, weight, bias, residual, *norm, keep_sum=self.spec.pre_norm))
 
     def _feed_forward(self, attended: HiddenStates) -> HiddenStates:
         norm = (self.output_norm_weight, self.output_norm_bias, self.spec.layer_norm_eps)
-        weight, bias, residual = *self._product("down"), attended.residual
+        (weight, bias), residual = self._product("down"), attended.residual
         # No name holds the widest rows of the layer, so that their memory is free once they are multiplied.
         return HiddenStates(
             *linear_add_layer_norm(

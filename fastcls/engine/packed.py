@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcls_kernels.packed import PANEL, PackedLayer, PackedTable, PackedWeight, Packing, pack_table, pack_weight, packs
+from fastcls_kernels.packed import PANEL, PackedTable, PackedWeight, Packing, pack_table, pack_weight, packs
+from fastcls_kernels.packed_layer import PackedLayer
 
 from .spec import Disentangled, EncoderSpec
 
@@ -82,7 +83,7 @@ class PackedWeights:
     @property
     def nbytes(self) -> int:
         """The memory that packed weights take."""
-        products = sum(weight.nbytes for made in self._made for weight in made[: len(_PRODUCTS)])
+        products = sum(each.nbytes for made in self._made for each in (made.qkv, made.out, made.up, made.down))
         return products + (0 if self._table is None else self._table.nbytes)
 
     @property
@@ -183,22 +184,17 @@ class PackedWeights:
         return whole if whole and len(whole) == len(layers) else None
 
     def _pack(self, layer: Any, packing: Packing) -> PackedProducts:
-        weights = [pack_weight(*product, packing) for product in _products_of(layer)]
-        return PackedProducts(*weights, self._whole(layer, weights))
-
-    def _whole(self, layer: Any, weights: list[PackedWeight]) -> PackedLayer | None:
-        spec = self._spec
-        if not is_plain(spec):
-            return None
-        return PackedLayer(
-            *weights,
-            (layer.attention_norm_weight, layer.attention_norm_bias),
-            (layer.output_norm_weight, layer.output_norm_bias),
-            spec.num_heads,
-            spec.head_dim**-0.5,
-            spec.layer_norm_eps,
-            spec.activation,
-        )
+        qkv, out, up, down = (pack_weight(*product, packing) for product in _products_of(layer))
+        spec, whole = self._spec, None
+        if is_plain(spec):
+            norms = (
+                (layer.attention_norm_weight, layer.attention_norm_bias),
+                (layer.output_norm_weight, layer.output_norm_bias),
+            )
+            scale: float = spec.head_dim**-0.5
+            options = (spec.num_heads, scale, spec.layer_norm_eps, spec.activation)
+            whole = PackedLayer(qkv, out, up, down, *norms, *options)
+        return PackedProducts(qkv, out, up, down, whole)
 
 
 def is_plain(spec: EncoderSpec) -> bool:

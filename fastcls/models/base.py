@@ -30,7 +30,6 @@ from .state_dict import register_hooks
 _TABLES = ("word_weight", "position_weight", "token_type_weight", "relative.table_weight")
 
 
-
 def _place(weight: Tensor) -> object:
     """What tells weights apart, by their memory as far as they have any."""
     return id(weight) if weight.is_meta else weight.data_ptr()

@@ -15,6 +15,8 @@ from .layer_norm import AddNorm, add_layer_norm, layer_norm
 from .layout import PackedLayout
 from .linear import linear, linear_activation, linear_add_layer_norm, linear_gelu, linear_per_head, uses_onednn
 from .mean_pool import mean_pool
+from .packed import PackedWeight, Packing, explain_compiled, pack_weight, packed_linear
+from .packed_layer import PackedLayer, packed_layer
 from .pooler_classifier import pooler_classifier
 from .rotary import apply_rotary_
 from .runtime.activations import Activation
@@ -29,7 +31,10 @@ __all__ = [
     "AddNorm",
     "Backend",
     "Buckets",
+    "PackedLayer",
     "PackedLayout",
+    "PackedWeight",
+    "Packing",
     "absorb_query",
     "add_layer_norm",
     "apply_rotary_",
@@ -42,6 +47,7 @@ __all__ = [
     "disentangled_attention",
     "embedding_layer_norm",
     "explain_backend",
+    "explain_compiled",
     "gated_activation",
     "is_batch_invariant",
     "layer_norm",
@@ -51,6 +57,9 @@ __all__ = [
     "linear_gelu",
     "linear_per_head",
     "mean_pool",
+    "pack_weight",
+    "packed_layer",
+    "packed_linear",
     "pooler_classifier",
     "takes_norm",
     "use_backend",

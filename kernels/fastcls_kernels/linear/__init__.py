@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .._ops import operator
 from ..layer_norm import check_norm, check_vector, fake_norm_and_sum, launch_sum_add_layer_norm
+from ..packed import PackedWeight, packed_linear_unchecked
 from ..runtime.activations import Activation, activate_, check_activation
 from ..runtime.backend import runs_triton
 from ..runtime.checks import check_last_dim_contiguous, check_tensor
 from ..runtime.invariance import choices
 from ..runtime.tile_tables import arch_of, invariant_linear_tile, linear_gelu_tile, linear_norm_tile
-from ..packed import PackedWeight, packed_linear_unchecked
 from .cpu import cpu_product, cpu_product_per_head, product_per_head, uses_onednn
 from .kernel import launch_linear
 from .split import launch_split_linear

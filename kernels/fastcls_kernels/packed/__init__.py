@@ -1,10 +1,9 @@
-"""Products and layers over weights that are packed once, on a CPU: float32, bfloat16 and int8.
+"""Products with weights that are packed once, on a CPU: float32, bfloat16 and int8.
 
 A library packs a float32 weight at each call, which for few rows takes as long as the product. Here a weight is packed
-once (weight.py), and the compiled kernels (source/, called through library.py) read it as it lies: a product
-(`packed_linear`), or a whole layer of a post-norm encoder in one call (`packed_layer`). Where the compiled kernels
-cannot run, see `explain_compiled`, PyTorch's operators compute the same from the same packed weights, no faster than
-without packing.
+once (weight.py), and the compiled kernels (source/, called through library.py) read it as it lies. Where they cannot
+run, see `explain_compiled`, PyTorch's operators compute the same from the same packed weights (torch_path.py), no
+faster than without packing. `fastcls_kernels.packed_layer` computes a whole layer so, in one call.
 """
 
 from __future__ import annotations
@@ -17,14 +16,12 @@ from torch import Tensor
 from ..runtime.activations import Activation, check_activation
 from ..runtime.checks import check_last_dim_contiguous, check_tensor
 from .embedding import PackedTable, pack_table, packed_embedding_unchecked, packs_embedding
-from .layer import PackedLayer, packed_layer, packed_layers_
 from .library import explain_compiled, has_bfloat16, library
 from .torch_path import torch_product
 from .weight import GROUP, PANEL, PackedWeight, Packing, function_number, pack_weight, packs
 
 __all__ = [
     "PANEL",
-    "PackedLayer",
     "PackedTable",
     "PackedWeight",
     "Packing",
@@ -33,8 +30,6 @@ __all__ = [
     "pack_table",
     "pack_weight",
     "packed_embedding_unchecked",
-    "packed_layer",
-    "packed_layers_",
     "packed_linear",
     "packed_linear_unchecked",
     "packs",

@@ -1,20 +1,13 @@
-"""The same products and layers by PyTorch's operators, from the same packed weights."""
+"""The same products by PyTorch's operators, from the same packed weights."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import attention_varlen_unchecked
-from ..layout import PackedLayout
 from ..runtime.activations import Activation, activate_
 from .weight import GROUP, PackedWeight
-
-if TYPE_CHECKING:
-    from .layer import PackedLayer
 
 # Where all numbers of a group lie closer to zero, they are taken for zero.
 _SMALLEST_RANGE = 1e-30
@@ -46,22 +39,3 @@ def torch_product(
     if activation is not None:
         product = activate_(activation, product)
     return product if residual is None else product.add_(residual)
-
-
-def torch_layer(hidden_states: Tensor, layout: PackedLayout, layer: PackedLayer, rows: Literal["all", "first"]) -> Tensor:
-    """`packed_layer` of float32 rows."""
-    heads = (layer.num_heads, layer.head_dim)
-    q, k, v = torch_product(hidden_states, layer.qkv).unflatten(1, (3, *heads)).unbind(1)
-    context = attention_varlen_unchecked(q, k, v, layout, layer.scale).flatten(1)
-    residual = hidden_states
-    if rows == "first":
-        if not layout.total_tokens:
-            return hidden_states.new_zeros(layout.num_sequences, layer.width)
-        # Behind the last row stand empty sequences.
-        first = layout.cu_seqlens[:-1].clamp(max=layout.total_tokens - 1)
-        context, residual = context[first], hidden_states[first]
-    width = (layer.width,)
-    attended = torch_product(context, layer.out, residual=residual)
-    attended = F.layer_norm(attended, width, *layer.attention_norm, layer.eps)
-    inner = torch_product(attended, layer.up, layer.activation)
-    return F.layer_norm(torch_product(inner, layer.down, residual=attended), width, *layer.output_norm, layer.eps)

@@ -14,14 +14,16 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import PackedLayout
-from ..runtime.activations import Activation, check_activation
-from ..runtime.checks import check_tensor
-from .library import LayerStruct, library
-from .torch_path import torch_layer
-from .weight import PackedWeight, function_number, packs
+from .attention import attention_varlen_unchecked
+from .layout import PackedLayout
+from .packed.library import LayerStruct, library
+from .packed.torch_path import torch_product
+from .packed.weight import PackedWeight, function_number, packs
+from .runtime.activations import Activation, check_activation
+from .runtime.checks import check_tensor
 
 LayerRows = Literal["all", "first"]
 
@@ -34,6 +36,10 @@ class Norm(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    return parameter.detach().to(torch.float32, copy=True)
 
 
 class PackedLayer:
@@ -73,18 +79,19 @@ class PackedLayer:
         if num_heads < 1 or width % (16 * num_heads):
             raise ValueError(f"num_heads must divide width {width} into heads of a multiple of 16, got {num_heads}")
         shapes = {"qkv": (3 * width, width), "out": (width, width), "up": (inner, width), "down": (width, inner)}
-        for (name, shape), weight in zip(shapes.items(), (qkv, out, up, down), strict=True):
-            if (weight.out_features, weight.in_features) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {(weight.out_features, weight.in_features)}")
-            if weight.packing != qkv.packing:
-                raise ValueError(f"{name} must be packed as qkv is, {qkv.packing}, got {weight.packing}")
-        norms = []
+        for (name, shape), packed in zip(shapes.items(), (qkv, out, up, down), strict=True):
+            if (packed.out_features, packed.in_features) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {(packed.out_features, packed.in_features)}")
+            if packed.packing != qkv.packing:
+                raise ValueError(f"{name} must be packed as qkv is, {qkv.packing}, got {packed.packing}")
+        norms: list[Norm] = []
         for name, norm in (("attention_norm", attention_norm), ("output_norm", output_norm)):
             for each in norm:
                 if each is not None and each.shape != (width,):
                     raise ValueError(f"{name} must have shape ({width},), got {tuple(each.shape)}")
             # In memory of their own, as packed weights are.
-            norms.append(Norm(*(None if each is None else each.detach().to(torch.float32, copy=True) for each in norm)))
+            weight, bias = norm
+            norms.append(Norm(_copy(weight), None if bias is None else _copy(bias)))
         self.qkv, self.out, self.up, self.down = qkv, out, up, down
         self.attention_norm, self.output_norm = norms
         self.width, self.inner, self.num_heads, self.head_dim = width, inner, num_heads, width // num_heads
@@ -106,8 +113,8 @@ class PackedLayer:
     @property
     def nbytes(self) -> int:
         """The memory of its weights."""
-        norms = [each for norm in (self.attention_norm, self.output_norm) for each in norm if each is not None]
-        return sum(each.nbytes for each in (self.qkv, self.out, self.up, self.down, *norms))
+        norms = sum(each.nbytes for each in (*self.attention_norm, *self.output_norm) if each is not None)
+        return norms + sum(each.nbytes for each in (self.qkv, self.out, self.up, self.down))
 
     @property
     def is_compiled(self) -> bool:
@@ -182,6 +189,25 @@ def packed_layers_(x: Tensor, layout: PackedLayout, layers: Sequence[PackedLayer
         to = ctypes.c_void_p(out.data_ptr()) if out is not None and index == last else None
         compiled.fastcls_layer(layer.pointer, places[0], places[1], sequences, longest, to, places[2], threads)
     return x if out is None else out
+
+
+def torch_layer(hidden_states: Tensor, layout: PackedLayout, layer: PackedLayer, rows: LayerRows) -> Tensor:
+    """A layer by PyTorch's operators, of arguments that are known to fit."""
+    heads = (layer.num_heads, layer.head_dim)
+    q, k, v = torch_product(hidden_states, layer.qkv).unflatten(1, (3, *heads)).unbind(1)
+    context = attention_varlen_unchecked(q, k, v, layout, layer.scale).flatten(1)
+    residual = hidden_states
+    if rows == "first":
+        if not layout.total_tokens:
+            return hidden_states.new_zeros(layout.num_sequences, layer.width)
+        # Behind the last row stand empty sequences.
+        first = layout.cu_seqlens[:-1].clamp(max=layout.total_tokens - 1)
+        context, residual = context[first], hidden_states[first]
+    width = (layer.width,)
+    attended = torch_product(context, layer.out, residual=residual)
+    attended = F.layer_norm(attended, width, *layer.attention_norm, layer.eps)
+    inner = torch_product(attended, layer.up, layer.activation)
+    return F.layer_norm(torch_product(inner, layer.down, residual=attended), width, *layer.output_norm, layer.eps)
 
 
 def threads_for(tokens: int, layer: PackedLayer) -> int:
