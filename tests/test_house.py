@@ -117,11 +117,12 @@ def test_public_names() -> None:
     operations = """
         absorb_query add_layer_norm apply_rotary_ attention_padded attention_varlen cls_attention cls_attention_kv
         cls_output disentangled_attention embedding_layer_norm gated_activation layer_norm linear linear_activation
-        linear_add_layer_norm linear_gelu linear_per_head mean_pool pooler_classifier
+        linear_add_layer_norm linear_gelu linear_per_head mean_pool pack_weight packed_layer packed_linear
+        pooler_classifier
     """
     others = """
-        Activation AddNorm Backend Buckets HAS_TRITON PackedLayout batch_invariant explain_backend is_batch_invariant
-        takes_norm use_backend uses_onednn warming_shapes
+        Activation AddNorm Backend Buckets HAS_TRITON PackedLayer PackedLayout PackedWeight Packing batch_invariant
+        explain_backend explain_compiled is_batch_invariant takes_norm use_backend uses_onednn warming_shapes
     """
     assert sorted(fastcls_kernels.__all__) == sorted((operations + others).split())
 

@@ -192,8 +192,9 @@ class PackedWeights:
                 (layer.output_norm_weight, layer.output_norm_bias),
             )
             scale: float = spec.head_dim**-0.5
-            options = (spec.num_heads, scale, spec.layer_norm_eps, spec.activation)
-            whole = PackedLayer(qkv, out, up, down, *norms, *options)
+            whole = PackedLayer(
+                *(qkv, out, up, down, *norms), spec.num_heads, scale, spec.layer_norm_eps, spec.activation
+            )
         return PackedProducts(qkv, out, up, down, whole)
 
 
