@@ -44,8 +44,9 @@ def optimize(
     """A module with the same interface that gives the same results, faster. Inference only.
 
     The model stays as it was, bit for bit and storage for storage. Its weights are shared, except query, key and value,
-    which are copied and joined to one matrix: a fifth of BERT-base's memory, 85 of 438 MB. The copy, and all else that
-    follows from weights, is made anew when an optimizer, ``load_state_dict`` or another tensor in their place changes
+    which are copied and joined to one matrix: a fifth of BERT-base's memory, 85 of 438 MB. On a CPU that runs the
+    compiled kernels the layers' weights are packed as well, see ``pack_weights``. These copies, and all else that
+    follows from weights, are made anew when an optimizer, ``load_state_dict`` or another tensor in their place changes
     them. So you can train the model further and evaluate it with this one. A change that no count shows, as
     ``weight.data.mul_(2)``, is seen after `FastModel.clear_caches`.
 
@@ -56,7 +57,8 @@ def optimize(
         mask_token_id, dense: of a masked language model, see `FastMaskedLM`.
         select: for a model without a head, see `FastEncoder`; None is "all". For a SentenceTransformer, None computes
             what it pools, and "all" keeps every token's embedding even if it pools [CLS] alone.
-        release: take the weights out of the model, so that none is there twice; the model is of no use afterwards.
+        release: take the weights out of the model, so that only packed ones are there twice; the model is of no use
+            afterwards. With ``quantize`` the packed ones are then all that is kept of the layers' products.
             Without it the model's own query, key and value go once nobody holds the model any more.
 
     Returns:

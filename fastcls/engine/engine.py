@@ -21,7 +21,7 @@ from .cuda_graphs import CudaGraphs, being_captured, bucket_of, graph_key, max_g
 from .encoder import Encoder
 from .fitting import WeightFit
 from .head import Head
-from .packed import LET_GO, can_pack, check_quantizes, is_plain
+from .packed import LET_GO, check_quantizes, packing_of
 from .packing import (
     FlatBatch,
     PackedTokens,
@@ -30,6 +30,7 @@ from .packing import (
     pack,
     parts_of,
 )
+from .plain import pack_plain
 from .positions import BiasTable
 from .spec import EncoderSpec, HeadSpec, LastLayer, Quantize, Rows, check_last_layer, check_quantize
 from .unpacking import unpack_chosen, unpack_rows, unpack_tokens
@@ -39,8 +40,6 @@ from .weights import checked_rows, has_hooks, is_intercepted, under
 CPU_TOKENS_PER_PASS = 2048
 # On a GPU this many fill the largest chip, and bound the memory of a pass: some 1.6 GB for BERT-base in float32.
 GPU_TOKENS_PER_PASS = 65536
-
-_PACKINGS: dict[torch.dtype, Packing] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 # Longer texts are rare, and compile their kernels when they come.
 _WARM_TOKENS = 512
@@ -86,6 +85,7 @@ class Engine(nn.Module):
         self.pack_weights = pack_weights
         self.encoder = Encoder(spec, under("encoder.", weights))
         self.head = Head(head, under("head.", weights))
+        self.encoder.packed.take_head(self.head)
         self._graphs = CudaGraphs(spec.max_positions)
         self._watch_modules()
         self.eval()
@@ -213,6 +213,10 @@ class Engine(nn.Module):
         if not batch.shape[0] or (chosen is not None and not bool(chosen.any())):
             return self._filled(empty, fill)
         with self.inference():
+            takes_plain = per_text and self._packing is not None
+            plain = pack_plain(batch, self.spec, CPU_TOKENS_PER_PASS) if takes_plain else None
+            if plain is not None:
+                return self._pass(plain, rows)
             flat = self._reader.flatten(batch, needs_first=rows == "first", chosen=chosen, keeps_origins=not per_text)
             if not flat.num_texts:
                 return self._filled(empty, fill)
@@ -263,6 +267,7 @@ class Engine(nn.Module):
     def head_of(self, states: Tensor) -> Tensor:
         """The head over (num_texts, hidden_size); of an encoder its pooler."""
         self.check_weights()
+        self.encoder.prepare(self._packing)
         with self.inference():
             rows: Tensor = self.head(states)
             return rows
@@ -313,16 +318,8 @@ class Engine(nn.Module):
     @property
     def _packing(self) -> Packing | None:
         """As what the layers' weights are packed now."""
-        if self.quantize is not None:
-            check_quantizes(self.spec, self.device, self.dtype)
-            return self.quantize
-        if self.device.type != "cpu" or self._runs_triton:
-            return None
-        packing = _PACKINGS.get(self.dtype) if self.pack_weights else None
-        if packing is None or not can_pack(self.spec, packing):
-            return None
-        # Only whole layers keep the rows between products in float32.
-        return packing if packing == "float32" or is_plain(self.spec) else None
+        on_cpu = self.device.type == "cpu" and not self._runs_triton
+        return packing_of(self.spec, self._like, self.quantize, may_pack=self.pack_weights and on_cpu)
 
     @property
     def _runs_triton(self) -> bool:
@@ -332,10 +329,11 @@ class Engine(nn.Module):
     def inference(self) -> Iterator[None]:
         """No gradients, and no autocast, which would change the dtype between one operation and the next."""
         invariant, device = self.batch_invariant or is_batch_invariant(), self.device.type
-        # Entering it takes some 10 us, so it is left out where autocast is off already.
-        is_on = torch.is_autocast_enabled(device)
-        autocast = torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
-        with torch.no_grad(), autocast, batch_invariant(invariant):
+        # Entering one takes some 10 us, so those are left out that would change nothing.
+        nothing, is_on = contextlib.nullcontext(), torch.is_autocast_enabled(device)
+        autocast = torch.autocast(device, enabled=False) if is_on else nothing
+        grad = torch.no_grad() if torch.is_grad_enabled() else nothing
+        with grad, autocast, batch_invariant(invariant) if invariant != is_batch_invariant() else nothing:
             yield
 
     def _filled(self, shape: Iterable[int], fill: float) -> Tensor:

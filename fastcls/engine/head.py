@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
+from fastcls_kernels import Activation
+from fastcls_kernels.packed import PackedWeight
+from fastcls_kernels.packed import packed_linear_unchecked as packed_linear
 from fastcls_kernels.unchecked import layer_norm, linear, linear_activation, pooler_classifier
 
 from .spec import HeadSpec
@@ -26,6 +30,11 @@ class Head(Weighted):
         names = ("dense_weight", "dense_bias", "norm_weight", "norm_bias", "out_weight", "out_bias")
         super().__init__(weights, names)
         self.spec = spec
+        # Its products in their order, and what is behind each: `PackedWeights` makes them.
+        self.packed: tuple[tuple[PackedWeight, Activation | None], ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": ()}
 
     def forward(self, rows: Tensor) -> Tensor:
         """(num_rows, hidden_size) to (num_rows, out_features)."""
@@ -33,6 +42,12 @@ class Head(Weighted):
             weights = (self.dense_weight, self.norm_weight, self.out_weight)
             first = next((weight for weight in weights if weight is not None), rows)
             rows = checked_rows("the head's rows", rows, (len(rows), first.shape[-1]), first)
+        if self.packed:
+            # In float32 until the end, as the layers before.
+            wide = rows.float()
+            for weight, activation in self.packed:
+                wide = packed_linear(wide, weight, activation)
+            return wide.to(rows.dtype)
         dense_weight, dense_bias = self.dense_weight, self.dense_bias
         out_weight, out_bias = self.out_weight, self.out_bias
         if (
@@ -48,3 +63,11 @@ class Head(Weighted):
         if self.norm_weight is not None:
             rows = layer_norm(rows, self.norm_weight, self.norm_bias, self.spec.eps)
         return rows if out_weight is None else linear(rows, out_weight, out_bias)
+
+    def products(self) -> Iterator[tuple[Tensor, Tensor | None, Activation | None]]:
+        """Each product's weight and bias and what is behind it, where the head is nothing but products."""
+        if self.norm_weight is None:
+            if self.dense_weight is not None:
+                yield self.dense_weight, self.dense_bias, self.spec.activation
+            if self.out_weight is not None:
+                yield self.out_weight, self.out_bias, None

@@ -66,7 +66,7 @@ class EncoderLayer(Weighted):
         positions = ("position_key_weight", "position_key_bias", "position_query_weight", "position_query_bias")
         super().__init__(weights, (*biases, *positions))
         self.spec = spec
-        # The weights as the CPU's products read them: `PackedLayers` makes them, and keeps them up to the weights.
+        # The weights as the CPU's products read them: `PackedWeights` makes them, and keeps them up to the weights.
         self.packed: PackedProducts | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastcls_kernels import Activation
 from fastcls_kernels.packed import PANEL, PackedTable, PackedWeight, Packing, pack_table, pack_weight, packs
 from fastcls_kernels.packed_layer import PackedLayer
 
-from .spec import Disentangled, EncoderSpec
+from .spec import Disentangled, EncoderSpec, Quantize
 
 # Why something is refused that needs the weights.
 LET_GO = (
@@ -25,6 +26,9 @@ LET_GO = (
 )
 
 _VERSION = attrgetter("_version")
+_PACKINGS: dict[torch.dtype, Packing] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# A table of words that a head multiplies by is not worth its memory a second time.
+_LARGEST_OF_HEAD = 1 << 22
 # The products of a layer, by the names of their weights.
 _PRODUCTS = ("qkv", "out", "up", "down")
 
@@ -59,6 +63,7 @@ class PackedWeights:
         self._spec = spec
         self._embeddings = embeddings
         self._layers = tuple(layers)
+        self._head: Any = None
         self._made: tuple[PackedProducts, ...] = ()
         self._table: PackedTable | None = None
         self.is_alone = False
@@ -75,15 +80,22 @@ class PackedWeights:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeights:
         copied = PackedWeights(self._spec, copy.deepcopy(self._embeddings, memo), copy.deepcopy(self._layers, memo))
+        copied._head = copy.deepcopy(self._head, memo)
         if self._made and self.is_current(self.packing):
             copied._hold(self._made, self._table)
             copied.is_alone = self.is_alone
         return copied
 
+    def take_head(self, head: Any) -> None:
+        """Packs the products of a head, too, in the dtype of its weights: few rows are multiplied there."""
+        self._head = head
+
     @property
     def nbytes(self) -> int:
         """The memory that packed weights take."""
         products = sum(each.nbytes for made in self._made for each in (made.qkv, made.out, made.up, made.down))
+        head = () if self._head is None else self._head.packed
+        products += sum(weight.nbytes for weight, _ in head)
         return products + (0 if self._table is None else self._table.nbytes)
 
     @property
@@ -153,13 +165,29 @@ class PackedWeights:
             for layer in self._layers:
                 layer.packed = None
             self._embeddings.is_packed, self._embeddings.packed_table = False, None
+            if self._head is not None:
+                self._head.packed = ()
 
     def _hold(self, made: tuple[PackedProducts, ...], table: PackedTable | None) -> None:
         self._made, self._table = made, table
         for layer, products in zip(self._layers, made, strict=True):
             layer.packed = products
         self._embeddings.is_packed, self._embeddings.packed_table = True, table
+        if self._head is not None:
+            self._head.packed = self._pack_head()
         self._made_of = self._state(self.packing)
+
+    def _pack_head(self) -> tuple[tuple[PackedWeight, Activation | None], ...]:
+        products = tuple(self._head.products())
+        packing: Packing | None = _PACKINGS.get(self._embeddings.norm_weight.dtype)
+        fits = all(
+            packing is not None and packs(packing, weight.shape[1]) and weight.numel() <= _LARGEST_OF_HEAD
+            for weight, _, _ in products
+        )
+        if packing is None or not fits:
+            return ()
+        with torch.inference_mode(False), torch.no_grad():
+            return tuple((pack_weight(weight, bias, packing), activation) for weight, bias, activation in products)
 
     def _state(self, packing: Packing | None) -> tuple[Any, ...]:
         """What packed weights are made of: it changes when a weight is replaced or written to.
@@ -168,6 +196,8 @@ class PackedWeights:
         """
         weights = [each for layer in self._layers for each in layer._parameters.values() if each is not None]
         weights.append(self._embeddings.word_weight)
+        if self._head is not None:
+            weights += [each for each in self._head._parameters.values() if each is not None]
         try:
             versions = list(map(_VERSION, weights))
         except RuntimeError:
@@ -217,6 +247,28 @@ def check_quantizes(spec: EncoderSpec, device: torch.device, dtype: torch.dtype)
         multiple = PANEL if name == "hidden_size" else 16
         if width % multiple:
             raise ValueError(f"quantize must be None where {name} is no multiple of {multiple}, got {width}")
+
+
+def packing_of(spec: EncoderSpec, like: Tensor, quantize: Quantize | None, *, may_pack: bool) -> Packing | None:
+    """As what weights are packed, or None.
+
+    Args:
+        spec: the encoder's shape.
+        like: a weight, whose device and dtype count.
+        quantize: see `Engine`.
+        may_pack: whether weights in their own dtype may be packed.
+
+    Raises:
+        ValueError: ``quantize`` is asked for where it cannot be.
+    """
+    if quantize is not None:
+        check_quantizes(spec, like.device, like.dtype)
+        return quantize
+    packing = _PACKINGS.get(like.dtype) if may_pack else None
+    if packing is None or not can_pack(spec, packing):
+        return None
+    # Only whole layers keep the rows between products in float32.
+    return packing if packing == "float32" or is_plain(spec) else None
 
 
 def can_pack(spec: EncoderSpec, packing: Packing) -> bool:

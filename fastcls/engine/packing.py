@@ -190,6 +190,15 @@ def packed_over(
     )
 
 
+def lay_out(
+    shape: PackShape, fields: PackFields, device: torch.device | str = "cpu", *, pin: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Zeros for the integers of a packing, and the part of them that each field takes."""
+    size = sum(_aligned(size) for size in _sizes(shape, fields).values())
+    integers = torch.zeros(size, dtype=torch.int32, device=device, pin_memory=pin)
+    return integers, _sections(integers, shape, fields)
+
+
 def _aligned(size: int) -> int:
     return size + -size % _ALIGNMENT
 
@@ -362,9 +371,7 @@ def pack(batch: FlatBatch, part: Part, shape: PackShape, *, pin: bool = False) -
         places=batch.places is not None,
         rows=None if rows is None else rows.numel(),
     )
-    size = sum(_aligned(size) for size in _sizes(shape, fields).values())
-    integers = torch.zeros(size, dtype=torch.int32, device=device, pin_memory=pin and device.type == "cpu")
-    parts = _sections(integers, shape, fields)
+    integers, parts = lay_out(shape, fields, device, pin=pin and device.type == "cpu")
     cu_seqlens, positions = parts["cu_seqlens"], parts["position_ids"]
     ends = ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends
     cu_seqlens[1 : num_texts + 1] = ends

@@ -49,12 +49,19 @@ class FastModel(Engine):
         spec: the encoder's shape.
         last_layer: how the last layer is computed: "absorbed" (no values, and no keys where they do not depend on
             positions, for the wanted rows alone), "selected" (keys and values for all tokens, the rest for the wanted
-            rows alone) or "full" (every row). The results are the same up to rounding. May be set at any time.
+            rows alone) or "full" (every row). The results are the same up to rounding. Where the compiled kernels take
+            whole layers on a CPU, "absorbed" computes what "selected" does. May be set at any time.
         cuda_graphs: whether small passes are replayed as CUDA graphs, on a GPU with the Triton kernels. A graph is made
             at the second use of a shape and reads the weights where they were then: whoever puts others in their place
             by hand (``parameter.data = ...``) calls `clear_caches`. May be set at any time.
         batch_invariant: whether a text's answer is the same bit for bit whatever batch it comes in, on one machine with
             one number of threads: see `fastcls_kernels.batch_invariant`. It costs speed. May be set at any time.
+        quantize: "int8" computes the layers' products in int8, of a float32 model on a CPU; None computes them in
+            `dtype`. Answers come near the model's own: ``fastcls verify --quantize int8`` says how near. May be set at
+            any time, unless the weights were let go.
+        pack_weights: whether a CPU that runs the compiled kernels (`fastcls_kernels.explain_compiled`) keeps a packed
+            copy of the layers' weights, once more their memory, and is faster for it. False runs PyTorch's operators.
+            With ``quantize`` weights are packed all the same. May be set at any time.
     """
 
     # transformers' Trainer asks. Losses are means over a batch's labels, whatever number the Trainer would divide by.

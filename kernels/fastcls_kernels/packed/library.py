@@ -36,6 +36,23 @@ class WeightStruct(ctypes.Structure):
     )
 
 
+class BatchStruct(ctypes.Structure):
+    """``batch_t`` of source/ids.c."""
+
+    _fields_ = (
+        ("ids", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("types", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("num_ids", ctypes.c_int64),
+        ("num_types", ctypes.c_int64),
+        ("longest", ctypes.c_int64),
+        ("padding_id", ctypes.c_int64),
+        ("first_position", ctypes.c_int64),
+    )
+
+
 class TableStruct(ctypes.Structure):
     """``table_t`` of source/embedding.c."""
 
@@ -89,6 +106,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if not library.fastcls_runs_here():
         return None, "this CPU has no AVX-512 with VNNI"
     library.fastcls_layer_memory.restype = ctypes.c_size_t
+    library.fastcls_count_tokens.restype = library.fastcls_pack_ids.restype = ctypes.c_int64
     return library, ""
 
 

@@ -1,6 +1,17 @@
+#include <omp.h>
+
 #include "layer.h"
 
-#include <omp.h>
+/* A chunk is some whole sequences. Threads share a batch in one of two ways:
+
+   apart     each thread takes chunks of its own, and none waits for another before the layer's end;
+   together  where there are too few sequences for that: each thread takes some rows of a chunk, and all wait once,
+             until keys and values of all rows are there.
+
+   To share each operation instead means seven waits a layer, and each is as long as the slowest core is late. */
+
+/* Tokens of a thread's share of a chunk: about as many as its cache holds. */
+#define TOKENS 128
 
 void add_norm_row(const float *x, int width, const float *weight, const float *bias, float eps, float *out) {
   vec total = _mm512_setzero_ps();
@@ -18,83 +29,111 @@ void add_norm_row(const float *x, int width, const float *weight, const float *b
   }
 }
 
-/* Memory of a thread, in 64-byte steps, for as many tokens as it takes at once. */
+/* A thread's memory, for as many rows as it takes at once. */
 typedef struct {
-  float *qkv, *context, *attended, *inner, *scratch;
-  size_t scratch_size;
-  int tokens;
+  float *context, *attended, *inner; /* [rows][width], [rows][width], [rows][inner] */
   rows_t x, middle;
+  float *scratch;                    /* of the attention */
+  int rows;
 } memory_t;
 
+/* Adds `size` bytes, in whole lines of the cache. */
 static void *take(char **from, size_t size) {
   void *here = *from;
   *from += (size + 63) / 64 * 64;
   return here;
 }
 
-static rows_t take_rows(enum kind kind, char **from, int tokens, int width) {
+static rows_t take_rows(enum kind kind, char **from, int rows, int width) {
   rows_t made = {NULL, width, NULL, NULL, width, groups_of(width)};
-  if (kind != FLOAT32) made.values = take(from, (size_t)tokens * width * (kind == INT8 ? 1 : 2));
+  if (kind != FLOAT32) made.values = take(from, (size_t)rows * width * (kind == INT8 ? 1 : 2));
   if (kind == INT8) {
-    made.scales = take(from, sizeof(float) * tokens * made.groups);
-    made.zero_points = take(from, sizeof(int32_t) * tokens * made.groups);
+    made.scales = take(from, sizeof(float) * rows * made.groups);
+    made.zero_points = take(from, sizeof(int32_t) * rows * made.groups);
   }
   return made;
 }
 
-static size_t lay_out(const layer_t *layer, int tokens, int longest, int threads, char *from, memory_t *memory) {
-  char *at = from;
-  const size_t panels = panels_of(longest);
-  memory->tokens = tokens;
-  memory->qkv = take(&at, sizeof(float) * tokens * 3 * layer->width);
-  memory->context = take(&at, sizeof(float) * tokens * layer->width);
-  memory->attended = take(&at, sizeof(float) * tokens * layer->width);
-  memory->inner = layer->up.kind == FLOAT32 ? take(&at, sizeof(float) * tokens * layer->inner) : NULL;
-  memory->x = take_rows(layer->qkv.kind, &at, tokens, layer->width);
-  memory->middle = take_rows(layer->down.kind, &at, tokens, layer->inner);
-  memory->scratch_size = panels * PANEL * (layer->head_dim + ROWS);
-  memory->scratch = take(&at, threads * sizeof(float) * memory->scratch_size);
-  return (size_t)(at - from);
+/* Lays a thread's memory out, and returns where it ends. */
+static char *lay_out(const layer_t *layer, int rows, int longest, char *from, memory_t *memory) {
+  memory->rows = rows;
+  memory->context = take(&from, sizeof(float) * rows * layer->width);
+  memory->attended = take(&from, sizeof(float) * rows * layer->width);
+  memory->inner = layer->up.kind == FLOAT32 ? take(&from, sizeof(float) * rows * layer->inner) : NULL;
+  memory->x = take_rows(layer->qkv.kind, &from, rows, layer->width);
+  memory->middle = take_rows(layer->down.kind, &from, rows, layer->inner);
+  memory->scratch = take(&from, sizeof(float) * panels_of(longest) * PANEL * (layer->head_dim + ROWS));
+  return from;
 }
 
-static void multiply(const weight_t *weight, const float *x, rows_t *rows, int count, result_t result, int threads) {
-  read_rows(weight->kind, x, weight->in_features, count, rows, threads);
-  product(weight, rows, count, &result, threads);
+/* How a layer is shared, and the memory that it needs: for each thread its own, and queries, keys and values of a chunk. */
+typedef struct {
+  int threads, apart, chunks;
+  int tokens;      /* a chunk's sequences begin within so many tokens */
+  int most;        /* tokens that a chunk may have: its last sequence may end behind them */
+  int rows;        /* of a thread's memory */
+  size_t own, qkv; /* bytes */
+} plan_t;
+
+static plan_t plan_of(const layer_t *layer, int tokens, int longest, int threads) {
+  plan_t plan = {.threads = threads, .apart = threads == 1 || longest * threads <= tokens + tokens / 8};
+  const int share = plan.apart ? TOKENS : TOKENS * threads;
+  plan.chunks = (tokens + share - 1) / share;
+  /* As many chunks for each thread. */
+  if (plan.apart) plan.chunks += (threads - plan.chunks % threads) % threads;
+  plan.tokens = plan.chunks ? (tokens + plan.chunks - 1) / plan.chunks : 1;
+  plan.most = least(plan.tokens + longest, tokens);
+  plan.rows = plan.apart ? plan.most : plan.most / threads + 2 * ROWS;
+  memory_t memory;
+  plan.own = (size_t)(lay_out(layer, plan.rows, longest, NULL, &memory) - (char *)NULL);
+  char *end = NULL;
+  take(&end, sizeof(float) * plan.most * 3 * layer->width);
+  plan.qkv = (size_t)(end - (char *)NULL);
+  return plan;
 }
 
-/* Behind the attention, for rows in one piece: `x` is the residual and takes the result. */
-static void finish_rows(const layer_t *layer, float *x, int rows, memory_t *memory, int threads) {
+static void multiply(const weight_t *weight, const float *x, rows_t *rows, int count, result_t result) {
+  read_rows(weight->kind, x, weight->in_features, count, rows, 1);
+  product(weight, rows, count, &result, 1);
+}
+
+/* Behind the attention: `x` is the residual and takes the result. */
+static void finish_rows(const layer_t *layer, float *x, int rows, memory_t *memory) {
   const int width = layer->width;
-  multiply(&layer->out, memory->context, &memory->x, rows, (result_t){NONE, x, width, memory->attended, width, NULL}, threads);
-#pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
-  for (int row = 0; row < rows; row++)
-    add_norm_row(memory->attended + (ptrdiff_t)row * width, width, layer->attention_norm, layer->attention_norm_bias, layer->eps,
-                 memory->attended + (ptrdiff_t)row * width);
-  result_t raised = {layer->function, NULL, 0, memory->inner, layer->inner, memory->inner ? NULL : &memory->middle};
-  multiply(&layer->up, memory->attended, &memory->x, rows, raised, threads);
-  if (memory->inner) read_rows(FLOAT32, memory->inner, layer->inner, rows, &memory->middle, threads);
-  const result_t lowered = {NONE, memory->attended, width, x, width, NULL};
-  product(&layer->down, &memory->middle, rows, &lowered, threads);
-#pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
-  for (int row = 0; row < rows; row++)
-    add_norm_row(x + (ptrdiff_t)row * width, width, layer->output_norm, layer->output_norm_bias, layer->eps, x + (ptrdiff_t)row * width);
+  multiply(&layer->out, memory->context, &memory->x, rows, (result_t){NONE, x, width, memory->attended, width, NULL});
+  for (float *row = memory->attended; row < memory->attended + (ptrdiff_t)rows * width; row += width)
+    add_norm_row(row, width, layer->attention_norm, layer->attention_norm_bias, layer->eps, row);
+  const int function = layer->function;
+  multiply(&layer->up, memory->attended, &memory->x, rows,
+           (result_t){function, NULL, 0, memory->inner, layer->inner, memory->inner ? NULL : &memory->middle});
+  if (memory->inner) read_rows(FLOAT32, memory->inner, layer->inner, rows, &memory->middle, 1);
+  const result_t result = {NONE, memory->attended, width, x, width, NULL};
+  product(&layer->down, &memory->middle, rows, &result, 1);
+  for (float *row = x; row < x + (ptrdiff_t)rows * width; row += width)
+    add_norm_row(row, width, layer->output_norm, layer->output_norm_bias, layer->eps, row);
 }
 
-/* All rows of some whole sequences. */
-static void some(const layer_t *layer, float *x, const int32_t *starts, int sequences, memory_t *memory, int threads) {
-  const int width = layer->width, first = starts[0], tokens = starts[sequences] - first;
-  float *rows = x + (ptrdiff_t)first * width;
-  multiply(&layer->qkv, rows, &memory->x, tokens, (result_t){NONE, NULL, 0, memory->qkv, 3 * width, NULL}, threads);
-#pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
-  for (int item = 0; item < sequences * layer->num_heads; item++) {
-    const int sequence = item / layer->num_heads, head = item % layer->num_heads, start = starts[sequence] - first;
-    const int length = starts[sequence + 1] - starts[sequence];
-    const float *qkv = memory->qkv + (ptrdiff_t)start * 3 * width;
-    int thread = threads > 1 ? omp_get_thread_num() : 0;
-    attend(layer, qkv, 3 * width, length, qkv + width, qkv + 2 * width, 3 * width, length, head,
-           memory->context + (ptrdiff_t)start * width, width, memory->scratch + thread * memory->scratch_size);
+/* Queries, keys and values of rows from `begin` to `end` of a chunk: `x` and `qkv` begin with its first one. */
+static void project(const layer_t *layer, const float *x, int begin, int end, float *qkv, memory_t *memory) {
+  const int width = layer->width;
+  for (int row = begin; row < end; row += memory->rows)
+    multiply(&layer->qkv, x + (ptrdiff_t)row * width, &memory->x, least(memory->rows, end - row),
+             (result_t){NONE, NULL, 0, qkv + (ptrdiff_t)row * 3 * width, 3 * width, NULL});
+}
+
+/* The rest of the layer for rows from `begin` to `end` of a chunk. */
+static void attend_rows(const layer_t *layer, float *x, const int32_t *starts, int sequences, int begin, int end, const float *qkv, memory_t *memory) {
+  const int width = layer->width;
+  for (int i = 0; i < sequences; i++) {
+    const int start = starts[i] - starts[0], stop = starts[i + 1] - starts[0];
+    const int first = start > begin ? start : begin, last = least(stop, end);
+    if (first >= last) continue;
+    const float *keys = qkv + (ptrdiff_t)start * 3 * width + width, *queries = qkv + (ptrdiff_t)first * 3 * width;
+    for (int head = 0; head < layer->num_heads; head++)
+      attend(layer, queries, 3 * width, last - first, keys, keys + width, 3 * width, stop - start, head,
+             memory->context + (ptrdiff_t)(first - begin) * width, width, memory->scratch);
   }
-  finish_rows(layer, rows, tokens, memory, threads);
+  finish_rows(layer, x + (ptrdiff_t)begin * width, end - begin, memory);
 }
 
 /* Some columns of a weight, from a multiple of 64 on. */
@@ -108,66 +147,41 @@ static weight_t columns_of(const weight_t *weight, int first, int count) {
   return part;
 }
 
-/* The first rows of some sequences, behind their keys and values, which begin with those of token `origin`. */
-static void first_rows_of(const layer_t *layer, const float *x, const int32_t *starts, int sequences, int origin, memory_t *memory, int threads, float *out) {
+/* Keys and values alone, for `attend_first_rows`. */
+static void project_keys(const layer_t *layer, const float *x, int begin, int end, float *kv, memory_t *memory) {
+  const int width = layer->width;
+  const weight_t of_rest = columns_of(&layer->qkv, width, 2 * width);
+  for (int row = begin; row < end; row += memory->rows)
+    multiply(&of_rest, x + (ptrdiff_t)row * width, &memory->x, least(memory->rows, end - row),
+             (result_t){NONE, NULL, 0, kv + (ptrdiff_t)row * 2 * width, 2 * width, NULL});
+}
+
+/* The rest of the layer for the first row of each of some sequences: `x` and `kv` begin with row `origin`. */
+static void attend_first_rows(const layer_t *layer, const float *x, const int32_t *starts, int sequences, int origin, const float *kv, memory_t *memory, float *out) {
   const int width = layer->width;
   const weight_t of_query = columns_of(&layer->qkv, 0, width);
-  for (int i = 0; i < sequences; i++) {
-    float *to = out + (ptrdiff_t)i * width;
-    /* An empty sequence has no first row. */
-    if (starts[i + 1] > starts[i])
-      memcpy(to, x + (ptrdiff_t)starts[i] * width, sizeof(float) * width);
-    else
-      memset(to, 0, sizeof(float) * width);
+  /* Where sequences are empty there may be more of them than rows. */
+  for (int done = 0; done < sequences; done += memory->rows) {
+    const int count = least(memory->rows, sequences - done);
+    float *to = out + (ptrdiff_t)done * width;
+    for (int i = 0; i < count; i++) {
+      const int32_t *start = starts + done + i;
+      /* An empty sequence has no first row. */
+      if (start[1] > start[0])
+        memcpy(to + (ptrdiff_t)i * width, x + (ptrdiff_t)(start[0] - origin) * width, sizeof(float) * width);
+      else
+        memset(to + (ptrdiff_t)i * width, 0, sizeof(float) * width);
+    }
+    multiply(&of_query, to, &memory->x, count, (result_t){NONE, NULL, 0, memory->attended, width, NULL});
+    for (int i = 0; i < count; i++) {
+      const int start = starts[done + i], length = starts[done + i + 1] - start;
+      const float *keys = kv + (ptrdiff_t)(start - origin) * 2 * width;
+      for (int head = 0; head < layer->num_heads; head++)
+        attend_first(layer, memory->attended + (ptrdiff_t)i * width, keys, keys + width, 2 * width, length, head,
+                     memory->context + (ptrdiff_t)i * width, memory->scratch);
+    }
+    finish_rows(layer, to, count, memory);
   }
-  multiply(&of_query, out, &memory->x, sequences, (result_t){NONE, NULL, 0, memory->attended, width, NULL}, threads);
-#pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
-  for (int i = 0; i < sequences; i++) {
-    const float *keys = memory->qkv + (ptrdiff_t)(starts[i] - origin) * 2 * width;
-    float *scores = memory->scratch + (threads > 1 ? omp_get_thread_num() : 0) * memory->scratch_size;
-    for (int head = 0; head < layer->num_heads; head++)
-      attend_first(layer, memory->attended + (ptrdiff_t)i * width, keys, keys + width, 2 * width, starts[i + 1] - starts[i], head,
-                   memory->context + (ptrdiff_t)i * width, scores);
-  }
-  finish_rows(layer, out, sequences, memory, threads);
-}
-
-/* The first row of each of some whole sequences: keys and values of all rows, the rest for the first ones alone. */
-static void some_first(const layer_t *layer, const float *x, const int32_t *starts, int sequences, memory_t *memory, int threads, float *out) {
-  const int width = layer->width, first = starts[0], tokens = starts[sequences] - first;
-  const weight_t of_rest = columns_of(&layer->qkv, width, 2 * width);
-  multiply(&of_rest, x + (ptrdiff_t)first * width, &memory->x, tokens, (result_t){NONE, NULL, 0, memory->qkv, 2 * width, NULL}, threads);
-  /* Where sequences are empty there may be more of them than tokens. */
-  for (int i = 0; i < sequences; i += memory->tokens)
-    first_rows_of(layer, x, starts + i, least(memory->tokens, sequences - i), first, memory, threads, out + (ptrdiff_t)i * width);
-}
-
-/* Tokens that a thread takes at once, in whole sequences: about as many as its cache holds. */
-#define TOKENS 128
-
-typedef struct {
-  int apart;   /* each thread takes sequences of its own, so that none waits; else all share each operation */
-  int tokens;  /* a chunk's sequences begin within so many tokens */
-} plan_t;
-
-static plan_t plan_of(int tokens, int longest, int threads) {
-  plan_t plan;
-  plan.apart = threads > 1 && longest * threads <= tokens + tokens / 8;
-  /* As many chunks for each thread. */
-  int chunks = (tokens + TOKENS - 1) / TOKENS;
-  if (plan.apart) chunks += (threads - chunks % threads) % threads;
-  plan.tokens = chunks ? (tokens + chunks - 1) / chunks : 1;
-  return plan;
-}
-
-/* The most tokens that a chunk may have: its last sequence may end behind it. */
-static int most_of(plan_t plan, int tokens, int longest) { return least(plan.tokens + longest, tokens); }
-
-EXPORT size_t fastcls_layer_memory(const layer_t *layer, int tokens, int longest, int threads) {
-  memory_t memory;
-  const plan_t plan = plan_of(tokens, longest, threads);
-  const size_t size = lay_out(layer, most_of(plan, tokens, longest), longest, plan.apart ? 1 : threads, NULL, &memory) + 64;
-  return size * (plan.apart ? threads : 1);
 }
 
 /* The first sequence that begins at a token or behind it. */
@@ -180,24 +194,54 @@ static int first_from(const int32_t *starts, int sequences, int token) {
   return low;
 }
 
+/* A thread's part of one chunk: all of it, or apart from the others some of its rows. */
+static void chunk_of(const layer_t *layer, float *x, const int32_t *starts, int sequences, int part, int parts, float *qkv, memory_t *memory, float *first_rows) {
+  const int tokens = starts[sequences] - starts[0];
+  /* Whole blocks of rows. */
+  const int share = ((tokens + parts - 1) / parts + ROWS - 1) / ROWS * ROWS;
+  const int begin = least(part * share, tokens), end = least(begin + share, tokens);
+  x += (ptrdiff_t)starts[0] * layer->width;
+  if (first_rows)
+    project_keys(layer, x, begin, end, qkv, memory);
+  else
+    project(layer, x, begin, end, qkv, memory);
+  if (parts > 1) {
+#pragma omp barrier
+  }
+  if (!first_rows) {
+    attend_rows(layer, x, starts, sequences, begin, end, qkv, memory);
+    return;
+  }
+  const int each = (sequences + parts - 1) / parts, first = least(part * each, sequences), last = least(first + each, sequences);
+  attend_first_rows(layer, x, starts + first, last - first, starts[0], qkv, memory, first_rows + (ptrdiff_t)first * layer->width);
+}
+
+EXPORT size_t fastcls_layer_memory(const layer_t *layer, int tokens, int longest, int threads) {
+  const plan_t plan = plan_of(layer, tokens, longest, threads);
+  return 64 + plan.own * threads + plan.qkv * (plan.apart ? threads : 1);
+}
+
 /* x: [tokens][width], in place where `first_rows` is NULL; else [sequences][width] go there. */
 EXPORT void fastcls_layer(const layer_t *layer, float *x, const int32_t *starts, int sequences, int longest, float *first_rows, char *space, int threads) {
   const int tokens = starts[sequences] - starts[0];
-  const plan_t plan = plan_of(tokens, longest, threads);
-  const int inside = plan.apart ? 1 : threads, most = most_of(plan, tokens, longest);
-  const int chunks = (tokens + plan.tokens - 1) / plan.tokens;
-#pragma omp parallel for if (plan.apart) num_threads(threads) schedule(dynamic)
-  for (int i = 0; i < chunks; i++) {
-    const int begin = first_from(starts, sequences, i * plan.tokens);
-    const int end = i + 1 < chunks ? first_from(starts, sequences, (i + 1) * plan.tokens) : sequences;
-    if (begin == end) continue;
+  const plan_t plan = plan_of(layer, tokens, longest, threads);
+  space = (char *)(((uintptr_t)space + 63) / 64 * 64);
+#pragma omp parallel if (threads > 1) num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), there = omp_get_num_threads();
     memory_t memory;
-    char *from = (char *)(((uintptr_t)space + 63) / 64 * 64);
-    const size_t size = lay_out(layer, most, longest, inside, from, &memory);
-    if (plan.apart) lay_out(layer, most, longest, inside, from + size * omp_get_thread_num(), &memory);
-    if (first_rows)
-      some_first(layer, x, starts + begin, end - begin, &memory, inside, first_rows + (ptrdiff_t)begin * layer->width);
-    else
-      some(layer, x, starts + begin, end - begin, &memory, inside);
+    lay_out(layer, plan.rows, longest, space + plan.own * thread, &memory);
+    float *qkv = (float *)(space + plan.own * threads + (plan.apart ? plan.qkv * thread : 0));
+    for (int i = plan.apart ? thread : 0; i < plan.chunks; i += plan.apart ? there : 1) {
+      const int begin = first_from(starts, sequences, i * plan.tokens);
+      const int end = i + 1 < plan.chunks ? first_from(starts, sequences, (i + 1) * plan.tokens) : sequences;
+      if (begin == end) continue;
+      float *to = first_rows ? first_rows + (ptrdiff_t)begin * layer->width : NULL;
+      chunk_of(layer, x, starts + begin, end - begin, plan.apart ? 0 : thread, plan.apart ? 1 : there, qkv, &memory, to);
+      if (!plan.apart && there > 1) {
+        /* The next chunk writes over keys and values. */
+#pragma omp barrier
+      }
+    }
   }
 }
