@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcls_kernels.packed import PackedTable, Packing, packed_embedding_unchecked
-from fastcls_kernels.packed_layer import PackedLayer, packed_layers_
+from fastcls_kernels.packed_layer import PackedStack
 from fastcls_kernels.unchecked import embedding_layer_norm, linear
 
 from .attention import ChosenRows, LayerAttention, TokenPositions
@@ -158,7 +158,7 @@ class Encoder(nn.Module):
         if is_intercepted(self.embeddings):
             embedded = self._checked("the embeddings", embedded, packed)
         chosen = _chosen(packed, rows)
-        whole = self.packed.whole_layers()
+        whole = self.packed.stack
         if whole is not None and not any(map(is_intercepted, self.layers)):
             return self._whole_pass(whole, embedded, packed, rows, chosen, last_layer)
         positions = TokenPositions(packed.layout, packed.position_ids, self._bias(embedded))
@@ -184,7 +184,7 @@ class Encoder(nn.Module):
 
     def _whole_pass(
         self,
-        layers: list[PackedLayer],
+        stack: PackedStack,
         embedded: Tensor,
         packed: PackedTokens,
         rows: Rows,
@@ -196,8 +196,8 @@ class Encoder(nn.Module):
         is_ours = not is_intercepted(self.embeddings)
         states = embedded if is_ours and embedded.dtype == torch.float32 else embedded.to(torch.float32, copy=True)
         if rows == "first" and last_layer != "full":
-            return packed_layers_(states, packed.layout, layers, "first").to(self.embeddings.norm_weight.dtype)
-        states = packed_layers_(states, packed.layout, layers, "all").to(self.embeddings.norm_weight.dtype)
+            return stack(states, packed.layout, "first").to(self.embeddings.norm_weight.dtype)
+        states = stack(states, packed.layout, "all").to(self.embeddings.norm_weight.dtype)
         return states if chosen is None else states[chosen.rows]
 
     def _layer(self, index: int) -> EncoderLayer:

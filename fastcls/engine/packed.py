@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastcls_kernels import Activation
 from fastcls_kernels.packed import PANEL, PackedTable, PackedWeight, Packing, pack_table, pack_weight, packs
-from fastcls_kernels.packed_layer import PackedLayer
+from fastcls_kernels.packed_layer import PackedLayer, PackedStack
 
 from .spec import Disentangled, EncoderSpec, Quantize
 
@@ -66,12 +66,14 @@ class PackedWeights:
         self._head: Any = None
         self._made: tuple[PackedProducts, ...] = ()
         self._table: PackedTable | None = None
+        self._stack: PackedStack | None = None
         self.is_alone = False
         self._made_of: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # What can be made anew is left out.
-        return self.__dict__ if self.is_alone else {**self.__dict__, "_made": (), "_table": None, "_made_of": ()}
+        left = {"_stack": None} if self.is_alone else {"_made": (), "_table": None, "_stack": None, "_made_of": ()}
+        return {**self.__dict__, **left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -161,7 +163,7 @@ class PackedWeights:
     def clear(self) -> None:
         """Forgets what was packed."""
         if self._made and not self.is_alone:
-            self._made, self._table, self._made_of = (), None, ()
+            self._made, self._table, self._stack, self._made_of = (), None, None, ()
             for layer in self._layers:
                 layer.packed = None
             self._embeddings.is_packed, self._embeddings.packed_table = False, None
@@ -170,6 +172,9 @@ class PackedWeights:
 
     def _hold(self, made: tuple[PackedProducts, ...], table: PackedTable | None) -> None:
         self._made, self._table = made, table
+        layers = [made[each].layer for each in self._spec.layers]
+        whole = [layer for layer in layers if layer is not None]
+        self._stack = PackedStack(whole) if len(whole) == len(layers) else None
         for layer, products in zip(self._layers, made, strict=True):
             layer.packed = products
         self._embeddings.is_packed, self._embeddings.packed_table = True, table
@@ -205,13 +210,10 @@ class PackedWeights:
             versions = [-1 if each.is_inference() else each._version for each in weights]
         return packing, list(map(Tensor.data_ptr, weights)), versions
 
-    def whole_layers(self) -> list[PackedLayer] | None:
-        """All layers in their order, where the compiled kernels compute each in one call."""
-        # Looked at once, since another thread may forget it.
-        made = self._made
-        layers = [made[each].layer for each in self._spec.layers] if made else []
-        whole = [layer for layer in layers if layer is not None]
-        return whole if whole and len(whole) == len(layers) else None
+    @property
+    def stack(self) -> PackedStack | None:
+        """All layers in their order, where the compiled kernels compute them in one call."""
+        return self._stack
 
     def _pack(self, layer: Any, packing: Packing) -> PackedProducts:
         qkv, out, up, down = (pack_weight(*product, packing) for product in _products_of(layer))

@@ -21,14 +21,18 @@ from .attention import attention_varlen_unchecked
 from .layout import PackedLayout
 from .packed.library import LayerStruct, library
 from .packed.torch_path import torch_product
-from .packed.weight import PackedWeight, function_number, packs
+from .packed.weight import PackedWeight, Packing, function_number, packs
 from .runtime.activations import Activation, check_activation
 from .runtime.checks import check_tensor
 
 LayerRows = Literal["all", "first"]
 
-# Up to this many multiply-adds of the products of a layer, a second thread costs more than it brings.
-_FEW_PRODUCTS = 100_000_000
+# What a multiply-add costs, beside float32's.
+_COST: dict[Packing, float] = {"float32": 1.0, "bfloat16": 0.45, "int8": 0.25}
+# Multiply-adds from which several threads share: of all layers, and of one. A core of 250 GFLOP/s takes 0.2 ms and
+# 0.8 ms.
+_MUCH_APART = 25_000_000
+_MUCH_TOGETHER = 100_000_000
 
 
 class Norm(NamedTuple):
@@ -96,12 +100,12 @@ class PackedLayer:
         self.attention_norm, self.output_norm = norms
         self.width, self.inner, self.num_heads, self.head_dim = width, inner, num_heads, width // num_heads
         self.scale, self.eps, self.activation = scale, eps, activation
-        self._struct = LayerStruct(
+        self.struct = LayerStruct(
             *(width, num_heads, self.head_dim, inner, function_number(activation), scale, eps, 0),
             *(weight.struct for weight in (qkv, out, up, down)),
             *(None if each is None else each.data_ptr() for norm in norms for each in norm),
         )
-        self.pointer = ctypes.byref(self._struct)
+        self.pointer = ctypes.byref(self.struct)
 
     def __deepcopy__(self, memo: dict[int, object]) -> PackedLayer:
         return self
@@ -159,36 +163,71 @@ def packed_layer(
     if rows not in get_args(LayerRows):
         raise ValueError(f"rows must be one of {', '.join(get_args(LayerRows))}, got {rows!r}")
     layout = PackedLayout.of(hidden_states, cu_seqlens, max_seqlen, layout)
-    return packed_layers_(hidden_states.detach().clone(memory_format=torch.contiguous_format), layout, [layer], rows)
+    own = hidden_states.detach().clone(memory_format=torch.contiguous_format)
+    return PackedStack([layer])(own, layout, rows)
 
 
-def packed_layers_(x: Tensor, layout: PackedLayout, layers: Sequence[PackedLayer], rows: LayerRows) -> Tensor:
-    """Several layers of one shape, one after the other, of arguments that are known to fit; ``rows`` of the last one.
+class PackedStack:
+    """Layers of one shape, one after the other: at least one. A layer may stand in it several times.
 
     Args:
-        x: (total_tokens, width) float32, contiguous; the layers write over it.
-        layout: where each sequence lies.
-        layers: at least one.
-        rows: "all", or "first" for the first row of each sequence.
+        layers: the layers.
     """
-    first, last = layers[0], len(layers) - 1
-    compiled = library()
-    if compiled is None or not first.is_compiled:
-        for index, layer in enumerate(layers):
-            x = torch_layer(x, layout, layer, rows if index == last else "all")
-        return x
-    starts, sequences, longest = layout.cu_seqlens, layout.num_sequences, layout.max_seqlen
-    tokens = int(starts[-1])
-    threads = threads_for(tokens, first)
-    out = x.new_empty(sequences, first.width) if rows == "first" else None
-    memory = torch.empty(
-        compiled.fastcls_layer_memory(first.pointer, tokens, longest, threads), dtype=torch.uint8, device="cpu"
-    )
-    places = [ctypes.c_void_p(each.data_ptr()) for each in (x, starts, memory)]
-    for index, layer in enumerate(layers):
-        to = ctypes.c_void_p(out.data_ptr()) if out is not None and index == last else None
-        compiled.fastcls_layer(layer.pointer, places[0], places[1], sequences, longest, to, places[2], threads)
-    return x if out is None else out
+
+    def __init__(self, layers: Sequence[PackedLayer]) -> None:
+        self.layers = tuple(layers)
+        addresses = [ctypes.addressof(layer.struct) for layer in layers]
+        self.pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+
+    def __call__(self, x: Tensor, layout: PackedLayout, rows: LayerRows) -> Tensor:
+        """The layers over arguments that are known to fit.
+
+        Args:
+            x: (total_tokens, width) float32, contiguous; the layers write over it.
+            layout: where each sequence lies.
+            rows: "all", or "first" for the first row of each sequence.
+
+        Returns:
+            As `packed_layer` does, of the last one; for all rows ``x`` itself, where the compiled kernels run.
+        """
+        first, compiled = self.layers[0], library()
+        if compiled is None or not first.is_compiled:
+            for layer in self.layers[:-1]:
+                x = torch_layer(x, layout, layer, "all")
+            return torch_layer(x, layout, self.layers[-1], rows)
+        starts, sequences, longest = layout.cu_seqlens, layout.num_sequences, layout.max_seqlen
+        tokens = int(starts[-1])
+        threads = self._threads(tokens, longest)
+        out = x.new_empty(sequences, first.width) if rows == "first" else None
+        size = compiled.fastcls_layers_memory(first.pointer, tokens, longest, threads)
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        compiled.fastcls_layers(
+            self.pointers,
+            len(self.layers),
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_void_p(starts.data_ptr()),
+            sequences,
+            longest,
+            None if out is None else ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_void_p(memory.data_ptr()),
+            threads,
+        )
+        return x if out is None else out
+
+    def _threads(self, tokens: int, longest: int) -> int:
+        """How many threads share the work.
+
+        Where each has sequences of its own, none waits before the end, and sharing pays early. Else all wait in each
+        layer for the slowest, which on a busy machine may be a time slice late.
+        """
+        threads = torch.get_num_threads()
+        if threads == 1:
+            return 1
+        layer = self.layers[0]
+        products = tokens * layer.width * (4 * layer.width + 2 * layer.inner) * _COST[layer.qkv.packing]
+        apart = longest * threads <= tokens + tokens // 8
+        is_much = products * len(self.layers) > _MUCH_APART if apart else products > _MUCH_TOGETHER
+        return threads if is_much else 1
 
 
 def torch_layer(hidden_states: Tensor, layout: PackedLayout, layer: PackedLayer, rows: LayerRows) -> Tensor:
@@ -208,9 +247,3 @@ def torch_layer(hidden_states: Tensor, layout: PackedLayout, layer: PackedLayer,
     attended = F.layer_norm(attended, width, *layer.attention_norm, layer.eps)
     inner = torch_product(attended, layer.up, layer.activation)
     return F.layer_norm(torch_product(inner, layer.down, residual=attended), width, *layer.output_norm, layer.eps)
-
-
-def threads_for(tokens: int, layer: PackedLayer) -> int:
-    """How many threads a layer over so many tokens is shared among."""
-    products = tokens * layer.width * (4 * layer.width + 2 * layer.inner)
-    return torch.get_num_threads() if products > _FEW_PRODUCTS else 1

@@ -16,7 +16,7 @@ import torch
 from ..runtime.backend import is_plain_torch
 
 # Changes with the structures and functions in source/.
-_INTERFACE = 1
+_INTERFACE = 2
 
 _FOLDER = Path(__file__).parent
 
@@ -105,7 +105,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"they were built of another version ({found}, not {_INTERFACE}): install fastcls again"
     if not library.fastcls_runs_here():
         return None, "this CPU has no AVX-512 with VNNI"
-    library.fastcls_layer_memory.restype = ctypes.c_size_t
+    library.fastcls_layers_memory.restype = ctypes.c_size_t
     library.fastcls_count_tokens.restype = library.fastcls_pack_ids.restype = ctypes.c_int64
     return library, ""
 

@@ -2,15 +2,15 @@
 
 #include "layer.h"
 
-/* A chunk is some whole sequences. Threads share a batch in one of two ways:
+/* Threads share a batch in one of two ways:
 
-   apart     each thread takes chunks of its own, and none waits for another before the layer's end;
-   together  where there are too few sequences for that: each thread takes some rows of a chunk, and all wait once,
+   apart     each takes sequences of its own through all layers, and nobody waits before the end;
+   together  where there are too few sequences for that: each takes some rows of all, and in each layer all wait once,
              until keys and values of all rows are there.
 
-   To share each operation instead means seven waits a layer, and each is as long as the slowest core is late. */
+   To share each operation instead means seven waits a layer, each as long as the slowest core is late. */
 
-/* Tokens of a thread's share of a chunk: about as many as its cache holds. */
+/* Tokens that a thread takes at once, in whole sequences: about as many as its cache holds. */
 #define TOKENS 128
 
 void add_norm_row(const float *x, int width, const float *weight, const float *bias, float eps, float *out) {
@@ -66,24 +66,25 @@ static char *lay_out(const layer_t *layer, int rows, int longest, char *from, me
   return from;
 }
 
-/* How a layer is shared, and the memory that it needs: for each thread its own, and queries, keys and values of a chunk. */
+/* How a batch is shared, and the memory that it needs. */
 typedef struct {
-  int threads, apart, chunks;
-  int tokens;      /* a chunk's sequences begin within so many tokens */
-  int most;        /* tokens that a chunk may have: its last sequence may end behind them */
-  int rows;        /* of a thread's memory */
-  size_t own, qkv; /* bytes */
+  int apart;
+  int tokens; /* that a chunk's sequences begin within; together, there is one chunk */
+  int chunks;
+  int rows;   /* of a thread's memory */
+  int most;   /* tokens that a chunk may have: its last sequence may end behind the others */
+  size_t own; /* bytes of a thread's memory */
+  size_t qkv; /* bytes of a chunk's queries, keys and values */
 } plan_t;
 
 static plan_t plan_of(const layer_t *layer, int tokens, int longest, int threads) {
-  plan_t plan = {.threads = threads, .apart = threads == 1 || longest * threads <= tokens + tokens / 8};
-  const int share = plan.apart ? TOKENS : TOKENS * threads;
-  plan.chunks = (tokens + share - 1) / share;
+  plan_t plan = {.apart = threads == 1 || longest * threads <= tokens + tokens / 8};
+  plan.chunks = plan.apart ? (tokens + TOKENS - 1) / TOKENS : 1;
   /* As many chunks for each thread. */
   if (plan.apart) plan.chunks += (threads - plan.chunks % threads) % threads;
   plan.tokens = plan.chunks ? (tokens + plan.chunks - 1) / plan.chunks : 1;
-  plan.most = least(plan.tokens + longest, tokens);
-  plan.rows = plan.apart ? plan.most : plan.most / threads + 2 * ROWS;
+  plan.most = plan.apart ? least(plan.tokens + longest, tokens) : tokens;
+  plan.rows = plan.apart ? plan.most : least(tokens, TOKENS);
   memory_t memory;
   plan.own = (size_t)(lay_out(layer, plan.rows, longest, NULL, &memory) - (char *)NULL);
   char *end = NULL;
@@ -121,7 +122,7 @@ static void project(const layer_t *layer, const float *x, int begin, int end, fl
              (result_t){NONE, NULL, 0, qkv + (ptrdiff_t)row * 3 * width, 3 * width, NULL});
 }
 
-/* The rest of the layer for rows from `begin` to `end` of a chunk. */
+/* The rest of the layer for rows from `begin` to `end` of a chunk, at most as many as the thread's memory holds. */
 static void attend_rows(const layer_t *layer, float *x, const int32_t *starts, int sequences, int begin, int end, const float *qkv, memory_t *memory) {
   const int width = layer->width;
   for (int i = 0; i < sequences; i++) {
@@ -194,53 +195,57 @@ static int first_from(const int32_t *starts, int sequences, int token) {
   return low;
 }
 
-/* A thread's part of one chunk: all of it, or apart from the others some of its rows. */
+/* A thread's part of a chunk: all of it, or together with others some of its rows. `first_rows` takes those of the last
+   layer, where they alone are wanted. */
 static void chunk_of(const layer_t *layer, float *x, const int32_t *starts, int sequences, int part, int parts, float *qkv, memory_t *memory, float *first_rows) {
   const int tokens = starts[sequences] - starts[0];
   /* Whole blocks of rows. */
   const int share = ((tokens + parts - 1) / parts + ROWS - 1) / ROWS * ROWS;
   const int begin = least(part * share, tokens), end = least(begin + share, tokens);
   x += (ptrdiff_t)starts[0] * layer->width;
-  if (first_rows)
-    project_keys(layer, x, begin, end, qkv, memory);
-  else
-    project(layer, x, begin, end, qkv, memory);
+  (first_rows ? project_keys : project)(layer, x, begin, end, qkv, memory);
   if (parts > 1) {
 #pragma omp barrier
   }
-  if (!first_rows) {
-    attend_rows(layer, x, starts, sequences, begin, end, qkv, memory);
-    return;
-  }
-  const int each = (sequences + parts - 1) / parts, first = least(part * each, sequences), last = least(first + each, sequences);
-  attend_first_rows(layer, x, starts + first, last - first, starts[0], qkv, memory, first_rows + (ptrdiff_t)first * layer->width);
+  if (first_rows) {
+    const int each = (sequences + parts - 1) / parts, first = least(part * each, sequences), last = least(first + each, sequences);
+    attend_first_rows(layer, x, starts + first, last - first, starts[0], qkv, memory, first_rows + (ptrdiff_t)first * layer->width);
+  } else
+    for (int row = begin; row < end; row += memory->rows)
+      attend_rows(layer, x, starts, sequences, row, least(row + memory->rows, end), qkv, memory);
 }
 
-EXPORT size_t fastcls_layer_memory(const layer_t *layer, int tokens, int longest, int threads) {
+EXPORT size_t fastcls_layers_memory(const layer_t *layer, int tokens, int longest, int threads) {
   const plan_t plan = plan_of(layer, tokens, longest, threads);
-  return 64 + plan.own * threads + plan.qkv * (plan.apart ? threads : 1);
+  return 64 + plan.own * threads + plan.qkv * (plan.apart ? threads : 2);
 }
 
-/* x: [tokens][width], in place where `first_rows` is NULL; else [sequences][width] go there. */
-EXPORT void fastcls_layer(const layer_t *layer, float *x, const int32_t *starts, int sequences, int longest, float *first_rows, char *space, int threads) {
-  const int tokens = starts[sequences] - starts[0];
-  const plan_t plan = plan_of(layer, tokens, longest, threads);
+/* Layers of one shape. x: [tokens][width], in place where `first_rows` is NULL; else [sequences][width] of the last layer
+   go there, and x means nothing. */
+EXPORT void fastcls_layers(const layer_t *const *layers, int count, float *x, const int32_t *starts, int sequences, int longest,
+                           float *first_rows, char *space, int threads) {
+  const int tokens = starts[sequences] - starts[0], width = layers[0]->width;
+  const plan_t plan = plan_of(layers[0], tokens, longest, threads);
   space = (char *)(((uintptr_t)space + 63) / 64 * 64);
 #pragma omp parallel if (threads > 1) num_threads(threads)
   {
     const int thread = omp_get_thread_num(), there = omp_get_num_threads();
+    const int part = plan.apart ? 0 : thread, parts = plan.apart ? 1 : there;
+    /* Neighbouring chunks for each thread. */
+    const int each = (plan.chunks + there - 1) / there;
+    const int from = plan.apart ? thread * each : 0, to = plan.apart ? least(from + each, plan.chunks) : 1;
     memory_t memory;
-    lay_out(layer, plan.rows, longest, space + plan.own * thread, &memory);
-    float *qkv = (float *)(space + plan.own * threads + (plan.apart ? plan.qkv * thread : 0));
-    for (int i = plan.apart ? thread : 0; i < plan.chunks; i += plan.apart ? there : 1) {
-      const int begin = first_from(starts, sequences, i * plan.tokens);
-      const int end = i + 1 < plan.chunks ? first_from(starts, sequences, (i + 1) * plan.tokens) : sequences;
-      if (begin == end) continue;
-      float *to = first_rows ? first_rows + (ptrdiff_t)begin * layer->width : NULL;
-      chunk_of(layer, x, starts + begin, end - begin, plan.apart ? 0 : thread, plan.apart ? 1 : there, qkv, &memory, to);
-      if (!plan.apart && there > 1) {
-        /* The next chunk writes over keys and values. */
-#pragma omp barrier
+    lay_out(layers[0], plan.rows, longest, space + plan.own * thread, &memory);
+    for (int index = 0; index < count; index++) {
+      /* Together, two take turns: the next layer's are written while others read this one's. */
+      const size_t place = plan.apart ? (size_t)thread : (size_t)(index % 2);
+      float *qkv = (float *)(space + plan.own * threads + plan.qkv * place);
+      for (int chunk = from; chunk < to && tokens; chunk++) {
+        const int begin = first_from(starts, sequences, chunk * plan.tokens);
+        const int end = chunk + 1 < plan.chunks ? first_from(starts, sequences, (chunk + 1) * plan.tokens) : sequences;
+        if (begin == end) continue;
+        float *of_chunk = first_rows && index == count - 1 ? first_rows + (ptrdiff_t)begin * width : NULL;
+        chunk_of(layers[index], x, starts + begin, end - begin, part, parts, qkv, &memory, of_chunk);
       }
     }
   }

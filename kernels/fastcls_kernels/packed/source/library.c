@@ -8,7 +8,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* What the Python side asks before it calls anything: the layout of the structures, and what this CPU can run. */
-EXPORT int32_t fastcls_interface(void) { return 1; }
+EXPORT int32_t fastcls_interface(void) { return 2; }
 
 EXPORT int32_t fastcls_runs_here(void) {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
