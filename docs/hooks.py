@@ -28,10 +28,12 @@ LINK = re.compile(r"(?<=\]\()[^)\s]+(?=\))")
 PAGES = {
     "README.md": "index.md",
     "README.md#families-and-heads": "families.md",
+    "README.md#on-a-cpu": "performance.md#on-a-cpu",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "benchmarks.md",
     "kernels/README.md": "derivation.md",
+    "kernels/README.md#the-cpu": "kernels.md#the-cpu",
 }
 # What is shown or linked to as it is, under the same path.
 SHOWN = ("benchmarks/results/*/*.png", "examples/*.py")

@@ -63,7 +63,8 @@ def reading_order() -> list[tuple[str, str]]:
 
 
 def test_the_way_down_is_the_one_that_contributing_lists() -> None:
-    fast = fastcls.optimize(tiny_bert())
+    # The kernels in C take a shorter way for plain batches.
+    fast = fastcls.optimize(tiny_bert(), pack_weights=False)
     ids = torch.randint(5, 199, (2, 7))
     fast(input_ids=ids)
     entered: list[tuple[str, str]] = []

@@ -161,6 +161,8 @@ class Encoder(nn.Module):
         whole = self.packed.stack
         if whole is not None and not any(map(is_intercepted, self.layers)):
             return self._whole_pass(whole, embedded, packed, rows, chosen, last_layer)
+        # Compiled embeddings are float32, whatever the weights are.
+        embedded = embedded.to(self.embeddings.norm_weight.dtype)
         positions = TokenPositions(packed.layout, packed.position_ids, self._bias(embedded))
         states = HiddenStates(embedded, embedded)
         norm = None
@@ -197,7 +199,13 @@ class Encoder(nn.Module):
         states = embedded if is_ours and embedded.dtype == torch.float32 else embedded.to(torch.float32, copy=True)
         if rows == "first" and last_layer != "full":
             return stack(states, packed.layout, "first").to(self.embeddings.norm_weight.dtype)
-        states = stack(states, packed.layout, "all").to(self.embeddings.norm_weight.dtype)
+        dtype, but_last = self.embeddings.norm_weight.dtype, stack.but_last
+        if rows == "chosen" and chosen is not None and last_layer != "full" and but_last is not None:
+            states = but_last(states, packed.layout, "all").to(dtype)
+            positions, last = TokenPositions(packed.layout, packed.position_ids, None), len(self.spec.layers) - 1
+            between = HiddenStates(states, states)
+            return self._layer(last).chosen(between, positions, self._attention(last), chosen, last_layer)
+        states = stack(states, packed.layout, "all").to(dtype)
         return states if chosen is None else states[chosen.rows]
 
     def _layer(self, index: int) -> EncoderLayer:

@@ -74,10 +74,15 @@ class EncoderLayer(Weighted):
 
     def _product(self, name: str) -> tuple[Tensor | PackedWeight, Tensor | None]:
         """A product's weight and bias, or both packed."""
-        if self.packed is not None:
+        if self._takes_packed:
             packed: PackedWeight = getattr(self.packed, name)
             return packed, None
         return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+
+    @property
+    def _takes_packed(self) -> bool:
+        """Whether rows of the weights' dtype can be multiplied with packed ones, which takes float32."""
+        return self.packed is not None and self.packed.qkv.packing != "bfloat16"
 
     @property
     def _is_quantised(self) -> bool:
@@ -101,7 +106,7 @@ class EncoderLayer(Weighted):
         if not isinstance(states, tuple) or len(states) != 2:
             raise TypeError(f"hooks must leave a layer's rows a pair (normed, residual), got {type(states).__name__}")
         shape = (positions.layout.total_tokens, self.spec.hidden_size)
-        return HiddenStates(*(checked_rows("a layer's rows", rows, shape, self.qkv_weight) for rows in states))
+        return HiddenStates(*(checked_rows("a layer's rows", rows, shape, self.attention_norm_weight) for rows in states))
 
     def before_norm(
         self, states: HiddenStates, positions: TokenPositions, attention: LayerAttention
@@ -183,7 +188,7 @@ class EncoderLayer(Weighted):
     def _part_of_qkv(self, first: int, count: int) -> tuple[Tensor | PackedWeight, Tensor | None]:
         """The product of some of queries, keys and values, which stand in this order."""
         size = self.spec.hidden_size
-        if self.packed is not None and size % PANEL == 0:
+        if self.packed is not None and self._takes_packed and size % PANEL == 0:
             return self.packed.qkv.columns(first * size, count * size), None
         rows = slice(first * size, (first + count) * size)
         return self.qkv_weight[rows], None if self.qkv_bias is None else self.qkv_bias[rows]

@@ -10,6 +10,7 @@ and the rest of the first ones alone.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -146,7 +147,8 @@ def packed_layer(
 
     Returns:
         (total_tokens, width), in which rows of no sequence mean nothing, or (num_sequences, width), in which those of
-        empty sequences mean nothing; float32. A row depends on its own sequence alone, bit for bit.
+        empty sequences mean nothing; float32. By the compiled kernels a row depends on its own
+        sequence alone, bit for bit, whatever else is computed and by how many threads.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -178,6 +180,11 @@ class PackedStack:
         self.layers = tuple(layers)
         addresses = [ctypes.addressof(layer.struct) for layer in layers]
         self.pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+
+    @functools.cached_property
+    def but_last(self) -> PackedStack | None:
+        """All of them but the last one, or None where there is one alone."""
+        return PackedStack(self.layers[:-1]) if len(self.layers) > 1 else None
 
     def __call__(self, x: Tensor, layout: PackedLayout, rows: LayerRows) -> Tensor:
         """The layers over arguments that are known to fit.

@@ -52,7 +52,8 @@ def packed_linear(
         residual: (num_rows, out_features) float32, contiguous last dimension, or None.
 
     Returns:
-        (num_rows, out_features) float32. A row depends on its own numbers alone, bit for bit.
+        (num_rows, out_features) float32. By the compiled kernels a row depends on its own numbers
+        alone, bit for bit, whatever else is computed and by how many threads.
 
     Raises:
         TypeError: a dtype that does not fit.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.activations import Activation, activate_
+from ..runtime.invariance import choices, in_blocks, in_pieces_
 from .weight import GROUP, PackedWeight
 
 # Where all numbers of a group lie closer to zero, they are taken for zero.
@@ -35,7 +38,11 @@ def torch_product(
         rows = quantised(rows)
     elif weight.packing == "bfloat16":
         rows = rows.bfloat16().float()
-    product = F.linear(rows, weight.unpacked(), weight.bias[: weight.out_features])
-    if activation is not None:
-        product = activate_(activation, product)
+    given = (rows, weight.unpacked(), weight.bias[: weight.out_features])
+    if choices().library_products:
+        product = F.linear(*given)
+        product = product if activation is None else activate_(activation, product)
+    else:
+        product = in_blocks(F.linear, *given, name="product of packed weights")
+        product = product if activation is None else in_pieces_(functools.partial(activate_, activation), product)
     return product if residual is None else product.add_(residual)
