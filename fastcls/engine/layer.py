@@ -106,7 +106,9 @@ class EncoderLayer(Weighted):
         if not isinstance(states, tuple) or len(states) != 2:
             raise TypeError(f"hooks must leave a layer's rows a pair (normed, residual), got {type(states).__name__}")
         shape = (positions.layout.total_tokens, self.spec.hidden_size)
-        return HiddenStates(*(checked_rows("a layer's rows", rows, shape, self.attention_norm_weight) for rows in states))
+        return HiddenStates(
+            *(checked_rows("a layer's rows", rows, shape, self.attention_norm_weight) for rows in states)
+        )
 
     def before_norm(
         self, states: HiddenStates, positions: TokenPositions, attention: LayerAttention

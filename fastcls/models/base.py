@@ -272,6 +272,8 @@ class FastModel(Engine):
 
     def let_go(self) -> None:
         """Packs the weights for `quantize`, and lets those go that are packed."""
+        if self.encoder.packed.is_alone:
+            return
         self.encoder.packed.refresh(self._packing)
         self.encoder.packed.let_go(self.weights(all_names=True))
 

@@ -363,7 +363,7 @@ def _bench_command() -> ModuleType:
 @expected_errors
 def doctor(
     warm: Annotated[
-        bool, typer.Option("--warm", help="Compile the GPU's kernels now, so that no first batch waits for it.")
+        bool, typer.Option("--warm", help="Compile the GPU's kernels now; on a CPU say what packed weights take.")
     ] = False,
     model: Annotated[
         str | None, typer.Option(help="With --warm: the checkpoint to compile for. Default: BERT-base's shapes.")
@@ -371,7 +371,9 @@ def doctor(
     device: Device = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="With --warm: float32, float16 or bfloat16. Default: the checkpoint's own, or bfloat16."),
+        typer.Option(
+            help="With --warm: float32, float16 or bfloat16. Default: the checkpoint's own, or the usual one."
+        ),
     ] = None,
 ) -> None:
     """Report what was found (torch, triton, GPU) and which path would run, and why."""

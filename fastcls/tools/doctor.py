@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -17,6 +18,9 @@ from fastcls_kernels.packed import explain_compiled
 from fastcls_kernels.runtime.tile_tables import arch_of, explain_tiles
 
 from .. import __version__
+
+if TYPE_CHECKING:
+    from ..models import FastModel
 
 # Instructions that multiply numbers of a dtype faster than float32: of x86, and "bf16" of Arm.
 _INT8 = ("avx512_vnni", "avx_vnni", "amx_int8")
@@ -53,7 +57,7 @@ def report(console: Console) -> None:
 
 
 def warm(console: Console, model: str | None, device: str | None, dtype: str | None) -> None:
-    """Compiles the kernels for a checkpoint, or for BERT-base, ahead of their first use.
+    """Compiles the kernels for a checkpoint, or for BERT-base, ahead of their first use; on a CPU packs.
 
     Raises:
         ValueError: an unknown device or dtype, or a checkpoint that does not fit.
@@ -67,22 +71,40 @@ def warm(console: Console, model: str | None, device: str | None, dtype: str | N
 
     target, torch_dtype = parse_device(device), parse_dtype(dtype)
     backend, reason = fastcls_kernels.explain_backend(target)
-    if backend != "triton":
+    if backend != "triton" and target.type != "cpu":
         console.print(f"Nothing to compile: on {target} plain PyTorch runs ({reason}).")
         return
     if model is None:
         with target:
             # A BertConfig without arguments is BERT-base.
             made = BertForSequenceClassification(BertConfig()).eval()
-        fast = optimize(made).to(torch_dtype or torch.bfloat16)
+        usual = torch.float32 if target.type == "cpu" else torch.bfloat16
+        fast = optimize(made).to(torch_dtype or usual)
     else:
         fast = optimize(load_model(model, target, torch_dtype), release=True)
+    if target.type == "cpu":
+        _say_what_packing_takes(console, model or "BERT-base", fast)
+        return
     start = time.perf_counter()
     with console.status("compiling"):
         fast.warm_up()
         torch.cuda.synchronize(target)
     seconds = time.perf_counter() - start
     console.print(f"Compiled for {model or 'BERT-base'} in {fast.dtype} on {target} in {seconds:.1f} s.")
+
+
+def _say_what_packing_takes(console: Console, name: str, fast: FastModel) -> None:
+    own, start = fast.get_memory_footprint(), time.perf_counter()
+    fast.warm_up()
+    seconds, packed = time.perf_counter() - start, fast.encoder.packed.nbytes
+    if not packed:
+        console.print(f"Nothing to compile or pack: for {name} in {fast.dtype} plain PyTorch runs.")
+        return
+    console.print(
+        f"Nothing to compile. {name} in {fast.dtype} takes {own / 1e6:,.1f} MB, and its packed weights, made in "
+        f"{seconds:.1f} s before a process's first call, {packed / 1e6:,.1f} MB more. "
+        "pack_weights=False does without them."
+    )
 
 
 def _version_of(package: str) -> str:
