@@ -6,7 +6,7 @@ Packed weights follow the layers' own: they are made anew before a pass where a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -149,7 +149,7 @@ class PackedWeights:
             return
         made_of = self._state(packing)
         with torch.inference_mode(False), torch.no_grad():
-            made = tuple(self._pack(layer, packing) for layer in self._layers)
+            made = tuple(self._pack(index, packing) for index in range(len(self._layers)))
             table = pack_table(self._embeddings.word_weight) if packing == "int8" else None
         self._hold(made, table)
         # As they were before: a write meanwhile counts as a change.
@@ -215,8 +215,17 @@ class PackedWeights:
         """All layers in their order, where the compiled kernels compute them in one call."""
         return self._stack
 
-    def _pack(self, layer: Any, packing: Packing) -> PackedProducts:
-        qkv, out, up, down = (pack_weight(*product, packing) for product in _products_of(layer))
+    def _pack(self, index: int, packing: Packing) -> PackedProducts:
+        layer = self._layers[index]
+        qkv, out, up, down = (
+            pack_weight(
+                getattr(layer, f"{name}_weight"),
+                getattr(layer, f"{name}_bias"),
+                packing,
+                name=f"encoder.layers.{index}.{name}_weight",
+            )
+            for name in _PRODUCTS
+        )
         spec, whole = self._spec, None
         if is_plain(spec):
             norms = (
@@ -276,8 +285,3 @@ def packing_of(spec: EncoderSpec, like: Tensor, quantize: Quantize | None, *, ma
 def can_pack(spec: EncoderSpec, packing: Packing) -> bool:
     """Whether the compiled kernels multiply with the layers' weights on this machine."""
     return packs(packing, spec.hidden_size) and packs(packing, spec.intermediate_size)
-
-
-def _products_of(layer: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for name in _PRODUCTS:
-        yield getattr(layer, f"{name}_weight"), getattr(layer, f"{name}_bias")

@@ -93,7 +93,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     paths = [_FOLDER / f"_library{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
-        return None, "they were not built: install fastcls where a C compiler is found (gcc or clang, on x86-64)"
+        return None, "they were not built: install fastcls where GCC is found, on x86-64"
     # PyTorch's OpenMP, in whose threads the library runs, is in the process by now.
     torch.get_num_threads()
     try:

@@ -109,13 +109,16 @@ class PackedWeight:
         return weight[: self.out_features]
 
 
-def pack_weight(weight: Tensor, bias: Tensor | None = None, packing: Packing = "float32") -> PackedWeight:
+def pack_weight(
+    weight: Tensor, bias: Tensor | None = None, packing: Packing = "float32", *, name: str = "weight"
+) -> PackedWeight:
     """Packs a weight for `packed_linear`.
 
     Args:
         weight: (out_features, in_features), on the CPU; in_features is a multiple of 16.
         bias: (out_features,) or None.
         packing: "float32", "bfloat16" or "int8".
+        name: what messages call the weight.
 
     Raises:
         TypeError: weight or bias is no floating point tensor.
@@ -125,10 +128,10 @@ def pack_weight(weight: Tensor, bias: Tensor | None = None, packing: Packing = "
         raise ValueError(f"packing must be one of {', '.join(_KINDS)}, got {packing!r}")
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight must be a floating point tensor, got {found}")
+        raise TypeError(f"{name} must be a floating point tensor, got {found}")
     if weight.ndim != 2 or weight.device.type != "cpu" or not weight.numel() or weight.shape[1] % 16:
         raise ValueError(
-            f"weight must have shape (out_features, a multiple of 16) on the CPU, got {tuple(weight.shape)} on "
+            f"{name} must have shape (out_features, a multiple of 16) on the CPU, got {tuple(weight.shape)} on "
             f"{weight.device}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -143,7 +146,7 @@ def pack_weight(weight: Tensor, bias: Tensor | None = None, packing: Packing = "
         scales = sums = None
         if packing == "int8":
             if not bool(wide.isfinite().all()):
-                raise ValueError("weight must be finite for packing int8, got NaN or infinity in it")
+                raise ValueError(f"{name} must be finite for packing int8, got NaN or infinity in it")
             # The smallest normal number stands in for a column of zeros.
             scales = (wide.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
             wide = (wide / scales[:, None]).round_().clamp_(-127, 127)

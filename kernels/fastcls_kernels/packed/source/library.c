@@ -1,8 +1,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if !defined(__x86_64__) || !defined(__GNUC__)
-#error "The compiled kernels are written for x86-64, GCC and Clang. Without them fastcls runs PyTorch's operators."
+#if !defined(__x86_64__) || !defined(__GNUC__) || defined(__clang__)
+#error "The compiled kernels are written for x86-64 and GCC. Without them fastcls runs PyTorch's operators."
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
