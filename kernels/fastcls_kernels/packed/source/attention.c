@@ -26,27 +26,6 @@ INLINE void score(const int rows, const float *query, ptrdiff_t stride, const fl
     for (int j = 0; j < 4; j++) store(scores + r * ld + LANES * j, _mm512_mul_ps(sums[r][j], scale));
 }
 
-/* In place; returns the weights' sum. Lanes beyond `length` become zero. */
-INLINE float softmax_row(float *scores, int length) {
-  const int whole = length / LANES, rest = length % LANES;
-  vec highest = vec_of(-INFINITY);
-  for (int i = 0; i < whole; i++) highest = _mm512_max_ps(highest, load(scores + LANES * i));
-  if (rest) highest = _mm512_max_ps(highest, _mm512_mask_loadu_ps(vec_of(-INFINITY), first_lanes(rest), scores + LANES * whole));
-  const vec shift = vec_of(_mm512_reduce_max_ps(highest));
-  vec total = _mm512_setzero_ps();
-  for (int i = 0; i < whole; i++) {
-    const vec weight = exp_of(_mm512_sub_ps(load(scores + LANES * i), shift));
-    total = _mm512_add_ps(total, weight);
-    store(scores + LANES * i, weight);
-  }
-  if (rest) {
-    const vec weight = _mm512_maskz_mov_ps(first_lanes(rest), exp_of(_mm512_sub_ps(load(scores + LANES * whole), shift)));
-    total = _mm512_add_ps(total, weight);
-    store(scores + LANES * whole, weight);
-  }
-  return _mm512_reduce_add_ps(total);
-}
-
 #define MIX(VECTORS)                                                                                                   \
   INLINE void mix_##VECTORS(const int rows, const float *weights, int ld, const float *values, ptrdiff_t stride,       \
                             int length, const float *sums_of, float *out, ptrdiff_t out_stride) {                      \
@@ -90,13 +69,17 @@ void attend(const layer_t *layer, const float *query, ptrdiff_t query_stride, in
   const int head_dim = layer->head_dim, first = head * head_dim, panels = panels_of(length);
   float *turned = scratch, *scores = scratch + (ptrdiff_t)panels * PANEL * head_dim;
   query += first, keys += first, values += first, out += first;
-  const __m512i lanes = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)stride));
   for (int start = 0; start < panels * PANEL; start += LANES) {
-    const int left = length - start;
-    const __mmask16 there = left >= LANES ? 0xffff : left > 0 ? first_lanes(left) : 0;
     float *to = turned + (ptrdiff_t)(start / PANEL) * PANEL * head_dim + start % PANEL;
-    for (int d = 0; d < head_dim; d++)
-      store(to + d * PANEL, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, lanes, keys + (ptrdiff_t)start * stride + d, 4));
+    for (int d = 0; d < head_dim; d += LANES) {
+      __m512i rows[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++)
+        rows[i] = start + i < length ? _mm512_loadu_si512(keys + (ptrdiff_t)(start + i) * stride + d) : _mm512_setzero_si512();
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) _mm512_storeu_si512(to + (d + i) * PANEL, rows[i]);
+    }
   }
   int row = 0;
   for (; row + ROWS <= num_queries; row += ROWS)

@@ -62,7 +62,7 @@ static char *lay_out(const layer_t *layer, int rows, int longest, char *from, me
   memory->inner = layer->up.kind == FLOAT32 ? take(&from, sizeof(float) * rows * layer->inner) : NULL;
   memory->x = take_rows(layer->qkv.kind, &from, rows, layer->width);
   memory->middle = take_rows(layer->down.kind, &from, rows, layer->inner);
-  memory->scratch = take(&from, sizeof(float) * panels_of(longest) * PANEL * (layer->head_dim + ROWS));
+  memory->scratch = take(&from, sizeof(float) * scratch_of(layer, longest));
   return from;
 }
 
@@ -131,7 +131,7 @@ static void attend_rows(const layer_t *layer, float *x, const int32_t *starts, i
     if (first >= last) continue;
     const float *keys = qkv + (ptrdiff_t)start * 3 * width + width, *queries = qkv + (ptrdiff_t)first * 3 * width;
     for (int head = 0; head < layer->num_heads; head++)
-      attend(layer, queries, 3 * width, last - first, keys, keys + width, 3 * width, stop - start, head,
+      (layer->qkv.kind == BFLOAT16 ? attend_bfloat16 : attend)(layer, queries, 3 * width, last - first, keys, keys + width, 3 * width, stop - start, head,
              memory->context + (ptrdiff_t)(first - begin) * width, width, memory->scratch);
   }
   finish_rows(layer, x + (ptrdiff_t)begin * width, end - begin, memory);

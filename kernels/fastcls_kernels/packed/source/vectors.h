@@ -28,6 +28,38 @@ INLINE void store(float *to, vec x) { _mm512_storeu_ps(to, x); }
 /* The first `count` lanes, count < 16. */
 INLINE __mmask16 first_lanes(int count) { return (__mmask16)((1u << count) - 1u); }
 
+/* 16 vectors of 16 words: row i's word j goes to row j's place i. Four rounds, each of pairs of rows. */
+INLINE void transpose(__m512i rows[LANES]) {
+  __m512i half[LANES];
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES; i += 2) {
+    half[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    half[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      rows[i + 2 * j] = _mm512_unpacklo_epi64(half[i + j], half[i + j + 2]);
+      rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(half[i + j], half[i + j + 2]);
+    }
+  /* Here rows[4 a + b] holds, in each of its four parts c, word 4 c + b of rows 4 a to 4 a + 3. */
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; b++) {
+    half[b] = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0x88);
+    half[4 + b] = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0xdd);
+    half[8 + b] = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0x88);
+    half[12 + b] = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; b++) {
+    rows[b] = _mm512_shuffle_i32x4(half[b], half[8 + b], 0x88);
+    rows[4 + b] = _mm512_shuffle_i32x4(half[4 + b], half[12 + b], 0x88);
+    rows[8 + b] = _mm512_shuffle_i32x4(half[b], half[8 + b], 0xdd);
+    rows[12 + b] = _mm512_shuffle_i32x4(half[4 + b], half[12 + b], 0xdd);
+  }
+}
+
 INLINE vec exp_of(vec x) {
   /* 2^n e^r, |r| <= ln(2) / 2, by the polynomial of Taylor's series, whose first left-out term is below 2^-25. */
   x = _mm512_max_ps(vec_of(-104.0f), x);
