@@ -39,6 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).with_suffix(".toml")
 # What a copy goes without: a test that all faults apply fails wherever one has been.
 LEFT_OUT = ("tests/mutations.py", "tests/mutations.toml", "tests/test_mutations.py")
+# Built from the sources, and ignored by git: without it the tests of the compiled kernels are skipped in a copy.
+BUILT = "kernels/fastcls_kernels/packed/_library*"
 # Of the faults that the full run notices the short one must notice so many.
 ENOUGH = 0.95
 # The rest of the tests may take so many times as long as those near a fault.
@@ -306,10 +308,11 @@ def _culprit(status: int, output: str) -> str:
 
 
 def copy_tree(target: Path) -> None:
-    """Copies what git tracks or would take up."""
+    """Copies what git tracks or would take up, and the compiled kernels."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    for name in filter(None, listed.split("\0")):
+    built = [str(path.relative_to(ROOT)) for path in ROOT.glob(BUILT)]
+    for name in filter(None, [*listed.split("\0"), *built]):
         source = ROOT / name
         # A file that was deleted is listed until that is committed.
         if name not in LEFT_OUT and source.is_file():

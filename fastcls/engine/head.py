@@ -42,10 +42,12 @@ class Head(Weighted):
             weights = (self.dense_weight, self.norm_weight, self.out_weight)
             first = next((weight for weight in weights if weight is not None), rows)
             rows = checked_rows("the head's rows", rows, (len(rows), first.shape[-1]), first)
-        if self.packed:
+        # Read once, since another thread may forget it.
+        packed = self.packed
+        if packed:
             # In float32 until the end, as the layers before.
             wide = rows.float()
-            for weight, activation in self.packed:
+            for weight, activation in packed:
                 wide = packed_linear(wide, weight, activation)
             return wide.to(rows.dtype)
         dense_weight, dense_bias = self.dense_weight, self.dense_bias

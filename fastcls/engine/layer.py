@@ -74,19 +74,23 @@ class EncoderLayer(Weighted):
 
     def _product(self, name: str) -> tuple[Tensor | PackedWeight, Tensor | None]:
         """A product's weight and bias, or both packed."""
-        if self._takes_packed:
-            packed: PackedWeight = getattr(self.packed, name)
+        products = self._packed_products
+        if products is not None:
+            packed: PackedWeight = getattr(products, name)
             return packed, None
         return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
 
     @property
-    def _takes_packed(self) -> bool:
-        """Whether rows of the weights' dtype can be multiplied with packed ones, which takes float32."""
-        return self.packed is not None and self.packed.qkv.packing != "bfloat16"
+    def _packed_products(self) -> PackedProducts | None:
+        """Packed weights that rows of the weights' dtype can be multiplied with, which takes float32."""
+        # Read once, since another thread may forget it.
+        packed = self.packed
+        return None if packed is None or packed.qkv.packing == "bfloat16" else packed
 
     @property
     def _is_quantised(self) -> bool:
-        return self.packed is not None and self.packed.qkv.packing == "int8"
+        packed = self.packed
+        return packed is not None and packed.qkv.packing == "int8"
 
     def forward(self, states: HiddenStates, positions: TokenPositions, attention: LayerAttention) -> HiddenStates:
         """All rows: (total_tokens, hidden_size) to the same."""
@@ -189,9 +193,9 @@ class EncoderLayer(Weighted):
 
     def _part_of_qkv(self, first: int, count: int) -> tuple[Tensor | PackedWeight, Tensor | None]:
         """The product of some of queries, keys and values, which stand in this order."""
-        size = self.spec.hidden_size
-        if self.packed is not None and self._takes_packed and size % PANEL == 0:
-            return self.packed.qkv.columns(first * size, count * size), None
+        size, packed = self.spec.hidden_size, self._packed_products
+        if packed is not None and size % PANEL == 0:
+            return packed.qkv.columns(first * size, count * size), None
         rows = slice(first * size, (first + count) * size)
         return self.qkv_weight[rows], None if self.qkv_bias is None else self.qkv_bias[rows]
 

@@ -134,7 +134,10 @@ class PackedWeights:
             weight = module._parameters[name]
             tables = isinstance(self._spec.relative, Disentangled) and self._spec.relative.shares_projections
             if names[weight.data_ptr()] == 1 and not (tables and name == "qkv_weight"):
-                module._parameters[name] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+                empty = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+                # As the last one, since many a library asks the first one for a model's device.
+                del module._parameters[name]
+                module._parameters[name] = empty
         self.is_alone = True
         self._made_of = self._state(self.packing)
 

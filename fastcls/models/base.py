@@ -57,8 +57,8 @@ class FastModel(Engine):
         batch_invariant: whether a text's answer is the same bit for bit whatever batch it comes in, on one machine with
             one number of threads: see `fastcls_kernels.batch_invariant`. It costs speed. May be set at any time.
         quantize: "int8" computes the layers' products in int8, of a float32 model on a CPU; None computes them in
-            `dtype`. Answers come near the model's own: ``fastcls verify --quantize int8`` says how near. May be set at
-            any time, unless the weights were let go.
+            `dtype`. Answers come near the model's own: ``fastcls verify --quantize int8`` says how near. May be set
+            while no call runs, unless the weights were let go.
         pack_weights: whether a CPU that runs the compiled kernels (`fastcls_kernels.explain_compiled`) keeps a packed
             copy of the layers' weights, once more their memory, and is faster for it. False runs PyTorch's operators.
             With ``quantize`` weights are packed all the same. May be set at any time.

@@ -78,6 +78,11 @@ INLINE vec exp_of(vec x) {
   return _mm512_scalef_ps(p, n);
 }
 
+/* A positive number with the sign of another. */
+INLINE vec signed_as(vec number, vec sign) {
+  return _mm512_or_ps(number, _mm512_and_ps(sign, vec_of(-0.0f)));
+}
+
 INLINE vec erf_of(vec x) {
   /* Near zero an odd polynomial, else 1 - exp(-t P(t)); both P are least-squares fits, weighted towards equal errors. */
   const vec t = _mm512_abs_ps(x), s = _mm512_mul_ps(x, x);
@@ -99,10 +104,7 @@ INLINE vec erf_of(vec x) {
   far = _mm512_fmadd_ps(far, u, vec_of(6.351814896e-01f));
   far = _mm512_fmadd_ps(far, u, vec_of(1.128640966e+00f));
   far = _mm512_sub_ps(vec_of(1.0f), exp_of(_mm512_fnmadd_ps(far, u, _mm512_setzero_ps())));
-  far = _mm512_castsi512_ps(_mm512_or_si512(
-      _mm512_castps_si512(far),
-      _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32((int)0x80000000u))));
-  return _mm512_mask_mov_ps(near, _mm512_cmp_ps_mask(t, vec_of(0.9f), _CMP_GT_OQ), far);
+  return _mm512_mask_mov_ps(near, _mm512_cmp_ps_mask(t, vec_of(0.9f), _CMP_GT_OQ), signed_as(far, x));
 }
 
 INLINE vec rough_erf_of(vec x) {
@@ -117,7 +119,9 @@ INLINE vec rough_erf_of(vec x) {
   p = _mm512_fmadd_ps(p, s, vec_of(1.110793201e-01f));
   p = _mm512_fmadd_ps(p, s, vec_of(-3.753148656e-01f));
   p = _mm512_fmadd_ps(p, s, vec_of(1.128268423e+00f));
-  return _mm512_mul_ps(p, t);
+  /* Beyond 3 the sign, so that GELU of a number far from zero is the number or nothing. */
+  const __mmask16 is_far = _mm512_cmp_ps_mask(_mm512_abs_ps(x), vec_of(3.0f), _CMP_GE_OQ);
+  return _mm512_mask_mul_ps(_mm512_mul_ps(p, t), is_far, t, vec_of(1.0f / 3));
 }
 
 INLINE vec sigmoid_of(vec x) {
@@ -126,15 +130,21 @@ INLINE vec sigmoid_of(vec x) {
 }
 
 INLINE vec tanh_of(vec x) {
-  /* 2 sigmoid(2x) - 1 loses its digits near zero, where tanh is an odd polynomial. */
+  /* Up to 1.2 an odd polynomial, a least-squares fit: 1 - 2 / (e^2x + 1) loses digits there. */
   const vec s = _mm512_mul_ps(x, x);
-  vec near = vec_of(-0.0218694885f);
-  near = _mm512_fmadd_ps(near, s, vec_of(0.0539682540f));
-  near = _mm512_fmadd_ps(near, s, vec_of(-0.133333333f));
-  near = _mm512_fmadd_ps(near, s, vec_of(0.333333333f));
-  near = _mm512_fnmadd_ps(_mm512_mul_ps(near, s), x, x);
-  const vec far = _mm512_fmsub_ps(vec_of(2.0f), sigmoid_of(_mm512_add_ps(x, x)), vec_of(1.0f));
-  return _mm512_mask_mov_ps(near, _mm512_cmp_ps_mask(_mm512_abs_ps(x), vec_of(0.25f), _CMP_GT_OQ), far);
+  vec near = vec_of(-2.150083522e-05f);
+  near = _mm512_fmadd_ps(near, s, vec_of(2.065340608e-04f));
+  near = _mm512_fmadd_ps(near, s, vec_of(-9.744262561e-04f));
+  near = _mm512_fmadd_ps(near, s, vec_of(3.181782193e-03f));
+  near = _mm512_fmadd_ps(near, s, vec_of(-8.633885312e-03f));
+  near = _mm512_fmadd_ps(near, s, vec_of(2.178923966e-02f));
+  near = _mm512_fmadd_ps(near, s, vec_of(-5.395200771e-02f));
+  near = _mm512_fmadd_ps(near, s, vec_of(1.333316957e-01f));
+  near = _mm512_fmadd_ps(near, s, vec_of(-3.333332758e-01f));
+  near = _mm512_fmadd_ps(_mm512_mul_ps(near, s), x, x);
+  const vec t = _mm512_abs_ps(x), one = vec_of(1.0f);
+  const vec far = _mm512_sub_ps(one, _mm512_div_ps(vec_of(2.0f), _mm512_add_ps(exp_of(_mm512_add_ps(t, t)), one)));
+  return _mm512_mask_mov_ps(near, _mm512_cmp_ps_mask(t, vec_of(1.2f), _CMP_GT_OQ), signed_as(far, x));
 }
 
 INLINE vec activate(enum activation function, int is_exact, vec x) {
