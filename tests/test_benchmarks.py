@@ -1050,7 +1050,11 @@ def test_csv_holds_every_sample_with_its_provenance(tmp_path: Path) -> None:
     report = made_up_report()
     report.write_csv(tmp_path / "samples.csv")
     with (tmp_path / "samples.csv").open(encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        lines = list(reader)
+    assert reader.fieldnames is not None
+    assert len(set(reader.fieldnames)) == len(reader.fieldnames)
+    assert {line["threads"] for line in lines} == {"2"}
     assert len(lines) == sum(
         len(calls) for case in report.cases for rounds in case.seconds.values() for calls in rounds
     )

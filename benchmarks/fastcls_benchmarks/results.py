@@ -246,7 +246,8 @@ class Report:
     def write_csv(self, path: Path) -> None:
         """Writes one line per call, each with its provenance."""
         facts = {
-            **{name: self.provenance[name] for name in sorted(_PROVENANCE - {"versions"})},
+            # A case's own threads stand in a column of this name.
+            **{name: self.provenance[name] for name in sorted(_PROVENANCE - {"versions", "threads"})},
             **self.provenance["versions"],
             "suite": self.suite,
         }
@@ -258,10 +259,12 @@ class Report:
 
     def _samples(self) -> Iterator[tuple[object, ...]]:
         for case in self.cases:
+            *key, threads = case.key
+            threads = threads or self.provenance["threads"]
             for provider, rounds in case.seconds.items():
                 for number, calls in enumerate(rounds):
                     for call, seconds in enumerate(calls):
-                        yield (*case.key, case.batch_size, provider, number, call, seconds)
+                        yield (*key, threads, case.batch_size, provider, number, call, seconds)
 
 
 # The keys of provenance that every results file must have; a run writes more.

@@ -32,9 +32,9 @@ LayerRows = Literal["all", "first"]
 # What a multiply-add costs, beside float32's.
 _COST: dict[Packing, float] = {"float32": 1.0, "bfloat16": 0.45, "int8": 0.25}
 # Multiply-adds from which several threads share: of all layers, and of one. A core of 250 GFLOP/s takes 0.2 ms and
-# 0.8 ms.
+# 0.3 ms.
 _MUCH_APART = 25_000_000
-_MUCH_TOGETHER = 100_000_000
+_MUCH_TOGETHER = 35_000_000
 
 
 class Norm(NamedTuple):
