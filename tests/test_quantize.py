@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import importlib
 import pickle
 import sys
@@ -32,6 +33,8 @@ from test_families import (
 from test_invariance import check_random_batches, texts_of
 from test_original import CHANGES, FOLLOWING, IDS, answer, by_other_tensors, in_place
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrize
 from transformers import BertConfig, BertForSequenceClassification
 
 import fastcls
@@ -342,6 +345,48 @@ def test_what_is_loaded_or_put_in_place_is_packed(quantize: Any) -> None:
 
 def places(fast: Any) -> set[int]:
     return {made.qkv.panels.data_ptr() for made in fast.encoder.packed._made}
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("encoder.layers.0", "up_weight"),
+        ("encoder.layers.1", "output_norm_bias"),
+        ("encoder.embeddings", "word_weight"),
+        ("head", "dense_weight"),
+    ],
+)
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_what_a_parametrization_makes_is_packed_as_it_is_now(where: str, name: str, quantize: Any) -> None:
+    class Twice(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    model = tiny_bert()
+    fast, plain = (fastcls.optimize(copy.deepcopy(model), quantize=quantize) for _ in range(2))
+    answer(fast)
+    place = fast.get_submodule(where)
+    parametrize.register_parametrization(place, name, Twice())
+    answer(fast)
+    original = cast(Any, place).parametrizations[name].original
+    original.data.mul_(1.5)
+    with torch.no_grad():
+        plain.get_submodule(where).get_parameter(name).copy_(2 * original)
+    assert torch.equal(answer(fast), answer(plain))
+
+
+def test_the_memory_of_a_packed_weight_is_held_until_another_is_packed() -> None:
+    fast = fastcls.optimize(tiny_bert(), release=True)
+    answer(fast)
+    layer = fast.encoder.layers[0]
+    memory = StorageWeakRef(layer.up_weight.untyped_storage())
+    layer.up_weight = nn.Parameter(torch.zeros_like(layer.up_weight), requires_grad=False)
+    gc.collect()
+    # Else a second new weight might get its address, and be taken for the one that is packed.
+    assert not memory.expired()
+    answer(fast)
+    gc.collect()
+    assert memory.expired()
 
 
 @pytest.mark.parametrize("quantize", ["int8", None], ids=str)

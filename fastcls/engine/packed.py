@@ -69,11 +69,14 @@ class PackedWeights:
         self._stack: PackedStack | None = None
         self.is_alone = False
         self._made_of: tuple[Any, ...] = ()
+        # The memory of the weights that are packed: held, so that no new weight gets an old one's address and is taken
+        # for it.
+        self._memory: list[torch.UntypedStorage] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # What can be made anew is left out.
-        left = {"_stack": None} if self.is_alone else {"_made": (), "_table": None, "_stack": None, "_made_of": ()}
-        return {**self.__dict__, **left}
+        anew = {"_made": (), "_table": None, "_made_of": ()}
+        return {**self.__dict__, "_stack": None, "_memory": [], **({} if self.is_alone else anew)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -139,7 +142,7 @@ class PackedWeights:
                 del module._parameters[name]
                 module._parameters[name] = empty
         self.is_alone = True
-        self._made_of = self._state(self.packing)
+        self._note(self._state(self.packing))
 
     def refresh(self, packing: Packing | None) -> None:
         """Packs the weights.
@@ -156,7 +159,7 @@ class PackedWeights:
             table = pack_table(self._embeddings.word_weight) if packing == "int8" else None
         self._hold(made, table)
         # As they were before: a write meanwhile counts as a change.
-        self._made_of = made_of
+        self._note(made_of)
 
     def doubt(self) -> None:
         """Has `refresh` pack everything anew: weights may have changed without a count."""
@@ -166,7 +169,7 @@ class PackedWeights:
     def clear(self) -> None:
         """Forgets what was packed."""
         if self._made and not self.is_alone:
-            self._made, self._table, self._stack, self._made_of = (), None, None, ()
+            self._made, self._table, self._stack, self._made_of, self._memory = (), None, None, (), []
             for layer in self._layers:
                 layer.packed = None
             self._embeddings.is_packed, self._embeddings.packed_table = False, None
@@ -183,7 +186,20 @@ class PackedWeights:
         self._embeddings.is_packed, self._embeddings.packed_table = True, table
         if self._head is not None:
             self._head.packed = self._pack_head()
-        self._made_of = self._state(self.packing)
+        self._note(self._state(self.packing))
+
+    def _note(self, made_of: tuple[Any, ...]) -> None:
+        """Notes what the packed weights are made of."""
+        self._memory = [each.untyped_storage() for each in self._weights()]
+        self._made_of = made_of
+
+    def _weights(self) -> list[Tensor]:
+        """What packed weights are made of, and other weights beside them."""
+        weights = [each for layer in self._layers for each in layer._parameters.values() if each is not None]
+        weights.append(self._embeddings.word_weight)
+        if self._head is not None:
+            weights += [each for each in self._head._parameters.values() if each is not None]
+        return weights
 
     def _pack_head(self) -> tuple[tuple[PackedWeight, Activation | None], ...]:
         products = tuple(self._head.products())
@@ -202,16 +218,17 @@ class PackedWeights:
 
         Writing through ``.data`` goes unseen.
         """
-        weights = [each for layer in self._layers for each in layer._parameters.values() if each is not None]
-        weights.append(self._embeddings.word_weight)
-        if self._head is not None:
-            weights += [each for each in self._head._parameters.values() if each is not None]
+        weights = self._weights()
         try:
             versions = list(map(_VERSION, weights))
         except RuntimeError:
             # What was made in inference mode counts no changes.
             versions = [-1 if each.is_inference() else each._version for each in weights]
-        return packing, list(map(Tensor.data_ptr, weights)), versions
+        state = (packing, list(map(Tensor.data_ptr, weights)), versions)
+        # A weight that a parametrization makes anew at each look shows no changes: it is packed anew for each pass.
+        modules = [each for each in (*self._layers, self._embeddings, self._head) if each is not None]
+        is_made_anew = any("parametrizations" in module._modules for module in modules)
+        return (*state, object()) if is_made_anew else state
 
     @property
     def stack(self) -> PackedStack | None:
