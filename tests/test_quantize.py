@@ -147,7 +147,8 @@ def test_int8_is_the_same_from_the_compiled_kernels_and_from_pytorch(model_class
     for name, each in found.items():
         error = rms(expected[name] - usual[name])
         assert 0 < error <= 0.1 * rms(usual[name])
-        assert rms(each - expected[name]) <= OFTEN * error, name
+        # Of few numbers, as a choice has, many may lie between two steps by chance.
+        assert rms(each - expected[name]) <= error, name
 
 
 @pytest.mark.parametrize("mask", ["right_padding", "holes", "none"])
@@ -809,6 +810,7 @@ def test_where_the_compiled_kernels_cannot_run_it_stays_float32(monkeypatch: pyt
 @pytest.mark.parametrize("quantize", ["int8", None], ids=str)
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "ModernBertForSequenceClassification", "BertModel"])
 def test_graphs_compute_the_same(name: str, quantize: Any, pack_weights: bool) -> None:
+    torch._dynamo.reset()
     family = dict(CLASSES)[name]
     model = tiny_model(name, family)
     fast = fastcls.optimize(model, quantize=quantize, pack_weights=pack_weights)
@@ -822,6 +824,7 @@ def test_graphs_compute_the_same(name: str, quantize: Any, pack_weights: bool) -
 
 
 def test_a_graph_takes_the_option_that_was_set_last() -> None:
+    torch._dynamo.reset()
     fast = fastcls.optimize(tiny_bert())
     compiled = torch.compile(fast, fullgraph=True, backend="eager")
     for fast.quantize in ("int8", None, "int8"):

@@ -159,8 +159,9 @@ def test_where_cls_is_pooled_the_last_layer_runs_for_it_alone(first_token: Any) 
         return counted.count
 
     # Of a layer's four, none is left in the last one; where all tokens are wanted, all are.
-    assert products(fastcls.optimize(first_token)) == 4 * 5
-    assert products(fastcls.optimize(first_token, select="all")) == 4 * 6
+    # What the compiled kernels multiply is not counted.
+    assert products(fastcls.optimize(first_token, pack_weights=False)) == 4 * 5
+    assert products(fastcls.optimize(first_token, pack_weights=False, select="all")) == 4 * 6
 
 
 def test_what_is_not_computed_is_said(first_token: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,11 +99,6 @@ def operator(
         return call  # type: ignore[return-value]
 
     return register
-
-
-def no_operator(function: _Operation) -> _Operation:
-    """Has torch.compile break its graph at a function, whose arguments no graph can hold, and call it as it is."""
-    return cast(_Operation, torch.compiler.disable(function))
 
 
 def check_together(**tensors: Tensor | None) -> bool:

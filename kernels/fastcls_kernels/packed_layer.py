@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._ops import no_operator
 from .attention import attention_varlen_unchecked
 from .layout import PackedLayout
 from .packed.library import LayerStruct, library
@@ -128,7 +127,6 @@ class PackedLayer:
         return packs(self.qkv.packing, self.width) and packs(self.qkv.packing, self.inner)
 
 
-@no_operator
 def packed_layer(
     hidden_states: Tensor,
     cu_seqlens: Tensor,

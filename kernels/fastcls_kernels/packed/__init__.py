@@ -13,7 +13,6 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .._ops import no_operator
 from ..runtime.activations import Activation, check_activation
 from ..runtime.checks import check_last_dim_contiguous, check_tensor
 from .embedding import PackedTable, pack_table, packed_embedding_unchecked, packs_embedding
@@ -41,7 +40,6 @@ __all__ = [
 _FEW_PRODUCTS = 30_000_000
 
 
-@no_operator
 def packed_linear(
     hidden_states: Tensor, weight: PackedWeight, activation: Activation | None = None, residual: Tensor | None = None
 ) -> Tensor:
