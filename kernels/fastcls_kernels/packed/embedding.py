@@ -10,9 +10,9 @@ import ctypes
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..embedding import embedding_layer_norm_unchecked
 from .library import TableStruct, library
 from .weight import GROUP
 
@@ -97,18 +97,17 @@ def packed_embedding_unchecked(
     words = word_table.values if isinstance(word_table, PackedTable) else word_table
     compiled = library()
     if compiled is None or not packs_embedding(words):
-        rows = word_table.rows(token_ids) if isinstance(word_table, PackedTable) else F.embedding(token_ids, word_table)
-        if token_type_table is not None:
-            rows = rows + (
-                token_type_table[0] if token_type_ids is None else F.embedding(token_type_ids, token_type_table)
-            )
-        if position_ids is not None and position_table is not None:
-            rows = rows + F.embedding(position_ids, position_table)
-        wide_norm = (weight.float(), None if norm_bias is None else norm_bias.float())
-        return F.layer_norm(rows.float(), (words.shape[1],), *wide_norm, eps)
+        if isinstance(word_table, PackedTable):
+            # The rows stand in for the table: one for each token.
+            word_table = word_table.rows(token_ids)
+            token_ids = torch.arange(token_ids.shape[0], device="cpu")
+        tables = (word_table, position_table, token_type_table)
+        return embedding_layer_norm_unchecked(
+            token_ids, position_ids, token_type_ids, *tables, weight, norm_bias, eps
+        ).float()
     count, width = token_ids.shape[0], words.shape[1]
     out = torch.empty(count, width, device="cpu")
-    tables = [
+    others = [
         None if each is None else ctypes.byref(TableStruct(_KINDS[each.dtype], width, each.data_ptr(), None))
         for each in (token_type_table, None if position_ids is None else position_table)
     ]
@@ -116,7 +115,7 @@ def packed_embedding_unchecked(
     norm = [None if each is None else each.float() for each in (weight, norm_bias)]
     compiled.fastcls_embed(
         ctypes.byref(TableStruct(_KINDS[words.dtype], width, words.data_ptr(), scales)),
-        *tables,
+        *others,
         *(None if each is None else ctypes.c_void_p(each.data_ptr()) for each in (token_ids, token_type_ids)),
         None if position_ids is None else ctypes.c_void_p(position_ids.data_ptr()),
         *(None if each is None else ctypes.c_void_p(each.data_ptr()) for each in norm),
