@@ -40,7 +40,7 @@ DATA = Path(__file__).with_suffix(".toml")
 # What a copy goes without: a test that all faults apply fails wherever one has been.
 LEFT_OUT = ("tests/mutations.py", "tests/mutations.toml", "tests/test_mutations.py")
 # Built from the sources, and ignored by git: without it the tests of the compiled kernels are skipped in a copy.
-BUILT = "kernels/fastcls_kernels/packed/_library*"
+BUILT = "kernels/fastcls_kernels/packed/source/_library*"
 # Of the faults that the full run notices the short one must notice so many.
 ENOUGH = 0.95
 # The rest of the tests may take so many times as long as those near a fault.

@@ -96,3 +96,13 @@ def test_transformers_imports_at_the_root(tmp_path: Path, with_library: bool) ->
     paths = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
     code = "import sys; sys.path.insert(0, ''); from transformers import BertModel; print(BertModel.__name__)"
     assert run(code, PYTHONPATH=paths) == "BertModel"
+
+
+def test_tools_can_import_all_that_they_find_in_the_packages() -> None:
+    code = (
+        "import importlib, pkgutil, fastcls, fastcls_kernels\n"
+        "found = [each.name for package in (fastcls, fastcls_kernels)\n"
+        "    for each in pkgutil.walk_packages(package.__path__, package.__name__ + '.')]\n"
+        "[importlib.import_module(name) for name in found if not name.endswith('__main__')]\nprint(len(found) > 100)"
+    )
+    assert run(code) == "True"

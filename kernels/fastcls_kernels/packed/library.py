@@ -18,7 +18,7 @@ from ..runtime.backend import is_plain_torch
 # Changes with the structures and functions in source/.
 _INTERFACE = 2
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "source"
 
 
 class WeightStruct(ctypes.Structure):
