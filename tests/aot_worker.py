@@ -241,6 +241,18 @@ def launch_norms_without_biases(arch: str, model: Model, dtype: torch.dtype) -> 
     launch_sum_add_layer_norm(parts, None, x, first, vector, None, 1e-5, keep_sum=True)
 
 
+def launch_rms_norms(_arch: str, model: Model, dtype: torch.dtype) -> None:
+    """A pre-norm encoder's, as `launch_norms_without_biases`; and of embeddings."""
+    x, vector = tensor(4096, model.hidden, dtype=dtype), tensor(model.hidden, dtype=dtype)
+    launch_sum_add_layer_norm(x.unsqueeze(1), None, x, None, vector, None, 1e-5, keep_sum=True, rms=True)
+    launch_sum_add_layer_norm(x.unsqueeze(1), None, None, None, vector, vector, 1e-5, rms=True)
+    parts = tensor(64, model.heads, model.hidden, dtype=torch.float32)
+    first = tensor(64, dtype=torch.int32)
+    launch_sum_add_layer_norm(parts, None, x, first, vector, None, 1e-5, keep_sum=True, rms=True)
+    ids, words = tensor(4096, dtype=torch.int32), tensor(30522, model.hidden, dtype=dtype)
+    _launch_embedding_layer_norm(ids, None, None, words, None, None, vector, None, 1e-5, rms=True)
+
+
 def launch_gated_activation(_arch: str, model: Model, dtype: torch.dtype, activation: Activation) -> None:
     _launch_gated_activation(tensor(4096, 2 * model.ffn, dtype=dtype), activation)
 
@@ -253,6 +265,12 @@ def launch_embedding_of_words_alone(_arch: str, model: Model, dtype: torch.dtype
     ids, vector = tensor(4096, dtype=torch.int32), tensor(model.hidden, dtype=dtype)
     words = tensor(30522, model.hidden, dtype=dtype)
     _launch_embedding_layer_norm(ids, None, None, words, None, None, vector, None, 1e-5)
+
+
+def launch_embedding_without_a_norm(_arch: str, model: Model, dtype: torch.dtype) -> None:
+    ids = tensor(4096, dtype=torch.int32)
+    words, positions = (tensor(rows, model.hidden, dtype=dtype) for rows in (30522, 512))
+    _launch_embedding_layer_norm(ids, ids, None, words, positions, None, None, None, 1e-5)
 
 
 def launch_embedding_layer_norm(_arch: str, model: Model, dtype: torch.dtype, has_types: bool) -> None:
@@ -329,7 +347,9 @@ OTHERS: dict[tuple[str, str], Callable[..., None]] = {
     ("embedding_layer_norm", "types"): functools.partial(launch_embedding_layer_norm, has_types=True),
     ("embedding_layer_norm", "no_types"): functools.partial(launch_embedding_layer_norm, has_types=False),
     ("embedding_layer_norm", "words_alone"): launch_embedding_of_words_alone,
+    ("embedding_layer_norm", "no_norm"): launch_embedding_without_a_norm,
     ("layer_norm", "no_biases"): launch_norms_without_biases,
+    ("layer_norm", "rms"): launch_rms_norms,
     ("mean_pool", "columns"): launch_mean_pool,
     **{
         (operation, activation): functools.partial(launch, activation=activation)

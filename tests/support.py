@@ -77,6 +77,13 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "pos_att_type": ["p2c", "c2p"],
         "position_biased_input": False,
     },
+    "gte": {"type_vocab_size": 2},
+    "nomic_bert": {},
+    "jina_embeddings_v3": {"type_vocab_size": 1},
+    "eurobert": {"num_key_value_heads": 2, **_SPECIAL_TOKENS},
+    "ultrabert": {"num_key_value_heads": 2, "sliding_window": 4, "prediction_head_size": 48, **_SPECIAL_TOKENS},
+    "esm": {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4, "pad_token_id": 0},
+    "esmc": {"mask_token_id": 4, **_SPECIAL_TOKENS},
 }
 
 
@@ -162,6 +169,10 @@ class _SumsInOrder(TorchFunctionMode):
             centred = x - x[..., columns].mean(-1, keepdim=True)
             variance = centred[..., columns].square().mean(-1, keepdim=True)
             return centred * torch.rsqrt(variance + kwargs["eps"]) * kwargs["weight"] + kwargs["bias"]
+        if func is F.rms_norm:
+            x, shape = args
+            columns = torch.tensor(list(self.order(*shape)), device=x.device)
+            return x * torch.rsqrt(x[..., columns].square().mean(-1, keepdim=True) + kwargs["eps"]) * kwargs["weight"]
         if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
             return self._product(*args)
         return func(*args, **(kwargs or {}))

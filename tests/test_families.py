@@ -46,7 +46,7 @@ MASKS = {
     "none": None,
 }
 # What transformers itself computes in float32 whatever the model is in: rotary positions, DeBERTa's scale.
-SINGLE_INSIDE = {"modernbert": 2e-5, "deberta-v2": 2e-6}
+SINGLE_INSIDE = {"modernbert": 2e-5, "esm": 1e-6, "deberta-v2": 2e-6}
 ANSWERS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
 
 
@@ -218,6 +218,8 @@ def test_lists_of_ids_give_the_same_logits(model_class: str, family: str) -> Non
 @pytest.mark.parametrize("mask", ["right_padding", "holes"])
 @every_classifier
 def test_embeddings_instead_of_ids(model_class: str, family: str, mask: str) -> None:
+    if family == "esmc":
+        pytest.skip("EsmcModel.forward takes none")
     model = tiny_model(model_class, family, attn_implementation="eager")
     fast = fastcls.optimize(model)
     kept = torch.tensor(MASKS[mask])
@@ -225,7 +227,7 @@ def test_embeddings_instead_of_ids(model_class: str, family: str, mask: str) -> 
     with torch.no_grad():
         expected = model(inputs_embeds=embeds, attention_mask=kept).logits
         actual = fast(inputs_embeds=embeds, attention_mask=kept).logits
-    assert float((actual - expected).abs().max()) <= 1e-5
+    assert_close({"logits": actual}, {"logits": expected}, 1e-5)
 
 
 @every_classifier
@@ -265,6 +267,13 @@ def test_checkpoints_load_and_round_trip(model_class: str, family: str, tmp_path
     assert_close(answers(again, inputs), answers(other, inputs), 1e-6)
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 48}
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24},
+    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+
+
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
@@ -279,6 +288,22 @@ def test_checkpoints_load_and_round_trip(model_class: str, family: str, tmp_path
         ("modernbert", {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}),
         ("modernbert", {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}),
         ("modernbert", {"layer_types": ["sliding_attention"] * 3, "classifier_pooling": "mean"}),
+        ("modernbert", {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), YARN)}),
+        ("gte", {"rope_parameters": YARN}),
+        ("gte", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+        ("gte", {"type_vocab_size": 0}),
+        ("gte", {"hidden_act": "silu"}),
+        ("nomic_bert", {"rope_parameters": LLAMA3}),
+        ("jina_embeddings_v3", {"hidden_act": "relu"}),
+        ("eurobert", {"classifier_pooling": "bos", "num_key_value_heads": 4}),
+        ("eurobert", {"classifier_pooling": "mean", "num_key_value_heads": 1}),
+        ("eurobert", {"attention_bias": True, "mlp_bias": True}),
+        ("ultrabert", {"classifier_pooling": "mean", "sliding_window": 2}),
+        ("ultrabert", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}),
+        ("esm", {"token_dropout": False}),
+        ("esm", {"emb_layer_norm_before": True}),
+        ("esm", {"position_embedding_type": "absolute", "emb_layer_norm_before": True}),
+        ("esmc", {"num_hidden_layers": 5, "attention_bias": True, "mlp_bias": True}),
         ("deberta-v2", {"share_att_key": False}),
         ("deberta-v2", {"pos_att_type": ["c2p"]}),
         ("deberta-v2", {"pos_att_type": ["p2c"]}),
@@ -327,6 +352,41 @@ def test_positions_of_ones_own_turn_rotary_embeddings() -> None:
     assert float((plain - expected["logits"]).abs().max()) > 1e-3
     with pytest.raises(ValueError, match="position_ids must lie from 0 to 95"):
         fast(**{**inputs, "position_ids": inputs["position_ids"] * 9})
+
+
+@pytest.mark.parametrize("mask", ["none", "right_padding", "holes"])
+@pytest.mark.parametrize("task", ["SequenceClassification", "MaskedLM"])
+def test_masked_residues_scale_the_others(task: str, mask: str) -> None:
+    model = in_float64(tiny_model(f"EsmFor{task}", "esm", attn_implementation="eager"))
+    inputs = batch(mask)
+    plain = answers(model, inputs)["logits"]
+    kept = torch.ones(3, LENGTH, dtype=torch.bool) if MASKS[mask] is None else torch.tensor(MASKS[mask]).bool()
+    chosen = kept & (torch.arange(LENGTH) % 4 == 2)
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(chosen, 4)
+    expected = answers(model, inputs)
+    assert float((expected["logits"] - plain).abs().max()) > 1e-3
+    for last_layer, actual in by_rung(model, inputs):
+        assert_close(actual, expected, SINGLE_INSIDE["esm"], last_layer)
+
+
+def test_masks_in_the_padding_of_proteins_are_refused() -> None:
+    # transformers counts them among those that it scales the others for.
+    fast = fastcls.optimize(tiny_model("EsmForSequenceClassification", "esm"))
+    inputs = batch("right_padding")
+    inputs["input_ids"][1, -1] = 4
+    with pytest.raises(ValueError, match=r"input_ids must hold mask tokens \(4\) only where attention_mask is 1"):
+        fast(**inputs)
+
+
+def test_embeddings_of_proteins_are_the_first_layers_input() -> None:
+    # Unlike BERT's: neither positions nor the norm behind them are added.
+    special = {"position_embedding_type": "absolute", "emb_layer_norm_before": True}
+    model = tiny_model("EsmForSequenceClassification", "esm", attn_implementation="eager", **special)
+    inputs = {"inputs_embeds": torch.randn(3, LENGTH, 64), "attention_mask": torch.tensor(MASKS["right_padding"])}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        actual = fastcls.optimize(model)(**inputs).logits
+    assert float((actual - expected).abs().max()) <= 1e-5
 
 
 def deberta_in_float32(**overrides: Any) -> Any:
@@ -446,10 +506,7 @@ def modernbert(**overrides: Any) -> Callable[[], Any]:
     return lambda: tiny_model("ModernBertForSequenceClassification", "modernbert", **overrides)
 
 
-YARN = {
-    kind: {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 48}
-    for kind in ("full_attention", "sliding_attention")
-}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "another_activation": (
         lambda: tiny_model("BertForMaskedLM", "bert", hidden_act="mish"),
@@ -461,7 +518,26 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "config.pooler_hidden_act must be one of .*, got 'leaky_relu'",
     ),
-    "another_rope": (modernbert(rope_parameters=YARN), ValueError, "rope_type 'default', got 'yarn'"),
+    "another_rope": (
+        modernbert(rope_parameters=dict.fromkeys(("full_attention", "sliding_attention"), DYNAMIC)),
+        ValueError,
+        "config.rope_parameters must have a rope_type of default, .*, got 'dynamic'",
+    ),
+    "differing_ropes": (
+        modernbert(rope_parameters={"full_attention": YARN, "sliding_attention": {**YARN, "factor": 4.0}}),
+        ValueError,
+        "config.rope_parameters must give all kinds of layers one attention factor",
+    ),
+    "another_pooling": (
+        lambda: tiny_model("EuroBertForSequenceClassification", "eurobert", classifier_pooling="max"),
+        ValueError,
+        "config.classifier_pooling must be 'bos', 'mean' or 'late', got 'max'",
+    ),
+    "proteins_that_are_folded": (
+        lambda: tiny_model("EsmForSequenceClassification", "esm", position_embedding_type="relative_key"),
+        ValueError,
+        "config.position_embedding_type must be 'rotary' or 'absolute', got 'relative_key'",
+    ),
     "terms_without_positions": (
         deberta_v2(relative_attention=False),
         ValueError,

@@ -90,6 +90,11 @@ CASES: Cases = {
         (i.rows, i.vector, i.rows, i.vector, i.vector, 1e-5),
         {"keep_sum": True},
     ),
+    "add_layer_norm-rms": lambda i: (
+        add_layer_norm,
+        (i.rows, None, i.rows, i.vector, None, 1e-5),
+        {"keep_sum": True, "rms": True},
+    ),
     "apply_rotary_": lambda i: (
         apply_rotary_,
         (i.random(*i.heads), i.positions, i.wide(40, HEAD_DIM // 2), i.wide(40, HEAD_DIM // 2)),
@@ -143,6 +148,14 @@ CASES: Cases = {
         ),
         {"keep_sum": True},
     ),
+    "cls_output-rms": lambda i: (
+        cls_output,
+        (
+            *(i.random(len(i.lengths), HEADS, SIZE), i.square, None, i.square, None, i.rows, i.first),
+            *(i.vector, None, 1e-5),
+        ),
+        {"rms": True},
+    ),
     "disentangled_attention": lambda i: (
         disentangled_attention,
         (*i.random(3, *i.heads), *i.random(2, 5, HEADS, HEAD_DIM), i.buckets, *i.packing, 0.3),
@@ -156,8 +169,19 @@ CASES: Cases = {
         ),
         {},
     ),
+    "embedding_layer_norm-rms": lambda i: (
+        embedding_layer_norm,
+        (i.ids(50), None, None, i.random(50, SIZE), None, None, i.vector, None, 1e-5),
+        {"rms": True},
+    ),
+    "embedding_layer_norm-none": lambda i: (
+        embedding_layer_norm,
+        (i.ids(50), i.ids(9), None, i.random(50, SIZE), i.random(9, SIZE), None, None, None, 1e-5),
+        {},
+    ),
     "gated_activation": lambda i: (gated_activation, (i.rows, "silu"), {}),
     "layer_norm": lambda i: (layer_norm, (i.rows, i.vector, None, 1e-5), {}),
+    "layer_norm-rms": lambda i: (layer_norm, (i.rows, i.vector, i.vector, 1e-5), {"rms": True}),
     "linear": lambda i: (linear, (i.rows, i.square), {}),
     "linear_activation": lambda i: (linear_activation, (i.rows, i.square, i.vector, "relu"), {}),
     "linear_add_layer_norm": lambda i: (
@@ -169,6 +193,11 @@ CASES: Cases = {
         linear_add_layer_norm,
         (i.rows, i.square, i.vector, i.rows, i.vector, None, 1e-5),
         {"keep_sum": True},
+    ),
+    "linear_add_layer_norm-rms": lambda i: (
+        linear_add_layer_norm,
+        (i.rows, i.square, None, i.rows, i.vector, None, 1e-5),
+        {"keep_sum": True, "rms": True},
     ),
     "linear_gelu": lambda i: (linear_gelu, (i.rows, i.square, i.vector), {}),
     "linear_per_head": lambda i: (linear_per_head, (i.random(*i.heads), i.random(HEADS, HEAD_DIM, 7)), {}),
@@ -221,7 +250,7 @@ SCHEMAS = {
     ),
     "add_layer_norm": (
         "(Tensor hidden_states, Tensor? bias, Tensor residual, Tensor weight, Tensor? norm_bias, float eps, "
-        "Tensor? rows, bool keep_sum) -> Tensor[]"
+        "Tensor? rows, bool keep_sum, bool rms=False) -> Tensor[]"
     ),
     "apply_rotary_": "(Tensor(a0!) x, Tensor positions, Tensor cos, Tensor sin) -> ()",
     "attention_padded": "(Tensor q, Tensor k, Tensor v, Tensor seqlens, float? softmax_scale=None) -> Tensor",
@@ -242,7 +271,7 @@ SCHEMAS = {
     "cls_output": (
         "(Tensor summed, Tensor value_weight, Tensor? value_bias, Tensor out_weight, Tensor? out_bias, "
         "Tensor hidden_states, Tensor? rows, Tensor norm_weight, Tensor? norm_bias, float eps, "
-        "bool keep_sum) -> Tensor[]"
+        "bool keep_sum, bool rms=False) -> Tensor[]"
     ),
     "disentangled_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? pos_key, Tensor? pos_query, Tensor bucket_table, "
@@ -250,15 +279,16 @@ SCHEMAS = {
     ),
     "embedding_layer_norm": (
         "(Tensor token_ids, Tensor? position_ids, Tensor? token_type_ids, Tensor word_table, "
-        "Tensor? position_table, Tensor? token_type_table, Tensor weight, Tensor? norm_bias, float eps) -> Tensor"
+        "Tensor? position_table, Tensor? token_type_table, Tensor? weight, Tensor? norm_bias, float eps, "
+        "bool rms=False) -> Tensor"
     ),
     "gated_activation": '(Tensor hidden_states, str activation="gelu") -> Tensor',
-    "layer_norm": "(Tensor hidden_states, Tensor weight, Tensor? norm_bias, float eps) -> Tensor",
+    "layer_norm": "(Tensor hidden_states, Tensor weight, Tensor? norm_bias, float eps, bool rms=False) -> Tensor",
     "linear": "(Tensor hidden_states, Tensor weight, Tensor? bias=None) -> Tensor",
     "linear_activation": "(Tensor hidden_states, Tensor weight, Tensor? bias, str activation) -> Tensor",
     "linear_add_layer_norm": (
         "(Tensor hidden_states, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, "
-        "Tensor? norm_bias, float eps, bool keep_sum) -> Tensor[]"
+        "Tensor? norm_bias, float eps, bool keep_sum, bool rms=False) -> Tensor[]"
     ),
     "linear_gelu": "(Tensor hidden_states, Tensor weight, Tensor bias) -> Tensor",
     "linear_per_head": "(Tensor rows, Tensor weight) -> Tensor",
@@ -321,7 +351,14 @@ def test_opcheck(monkeypatch: pytest.MonkeyPatch, case: str, device: str, dtype:
     torch.library.opcheck(*called)
 
 
-@pytest.mark.parametrize("case", ["linear", "cls_output", "cls_output-sum", "linear_add_layer_norm-sum", "layer_norm"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("linear", "cls_output", "cls_output-sum", "linear_add_layer_norm-sum", "layer_norm"),
+        *(case for case in CASES if case.endswith("-rms")),
+        "embedding_layer_norm-none",
+    ],
+)
 def test_without_its_checks_an_operation_gives_the_same(case: str, device: str) -> None:
     operation, args, kwargs = CASES[case](Inputs(LENGTHS, device))
     found = results(getattr(unchecked, operation.__name__)(*args, **kwargs))

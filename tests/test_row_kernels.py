@@ -1,10 +1,11 @@
-"""Layer norm, embedding and matrix products against their definitions."""
+"""Norms, embedding and matrix products against their definitions."""
 
 # Arguments come by the list, which mypy cannot count.
 # mypy: disable-error-code="arg-type,call-arg,call-overload"
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -39,7 +40,8 @@ from fastcls_kernels.reference import (
 )
 from fastcls_kernels.runtime.tile_tables import GeluTile, SplitTile, linear_gelu_tile, use_tile
 
-EPS = 1e-12
+# Large enough to be seen where it is lost, or stands elsewhere.
+EPS = 0.02
 
 
 def norm_inputs(rows: int, width: int, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
@@ -70,72 +72,116 @@ BIASES = [
 ]
 
 
-def check_norm(rows: int, width: int, dtype: torch.dtype, device: str, biases: tuple[bool, bool]) -> None:
+NORMS = [pytest.param(False, id="layer_norm"), pytest.param(True, id="rms_norm")]
+
+
+def check_norm(rows: int, width: int, dtype: torch.dtype, device: str, biases: tuple[bool, bool], *, rms: bool) -> None:
     x, bias, residual, weight, norm_bias = norm_inputs(rows, width, dtype, device)
     bias, norm_bias = (tensor if there else None for tensor, there in zip((bias, norm_bias), biases, strict=True))
     arguments = (x, bias, residual, weight, norm_bias, EPS)
-    normed = add_layer_norm(*arguments)
-    check(normed, add_layer_norm_reference, arguments, biases=(1, 4))
-    again, summed = add_layer_norm(*arguments, keep_sum=True)
+    normed = add_layer_norm(*arguments, rms=rms)
+    check(normed, functools.partial(add_layer_norm_reference, rms=rms), arguments, biases=(1, 4))
+    again, summed = add_layer_norm(*arguments, keep_sum=True, rms=rms)
     assert torch.equal(again, normed)
     check(summed, add_reference, arguments[:3])
 
 
+@pytest.mark.parametrize("rms", NORMS)
 @pytest.mark.parametrize("biases", BIASES)
-@pytest.mark.parametrize(("rows", "width"), [(37, 768), (150, 48), (1, 1), (0, 64), (24, 1500)])
-def test_norm_kernel(kernels: str, rows: int, width: int, dtype: torch.dtype, biases: tuple[bool, bool]) -> None:
-    check_norm(rows, width, dtype, kernels, biases)
+@pytest.mark.parametrize(("rows", "width"), [(37, 768), (150, 48), (0, 64), (24, 1500)])
+def test_norm_kernel(
+    kernels: str, rows: int, width: int, dtype: torch.dtype, biases: tuple[bool, bool], rms: bool
+) -> None:
+    check_norm(rows, width, dtype, kernels, biases, rms=rms)
 
 
+@pytest.mark.parametrize("rms", NORMS)
 @pytest.mark.parametrize("biases", BIASES)
 @pytest.mark.parametrize(("rows", "width"), [(37, 768), (900, 16), (0, 64)])
-def test_norm_torch_path(torch_path: str, rows: int, width: int, dtype: torch.dtype, biases: tuple[bool, bool]) -> None:
-    check_norm(rows, width, dtype, torch_path, biases)
+def test_norm_torch_path(
+    torch_path: str, rows: int, width: int, dtype: torch.dtype, biases: tuple[bool, bool], rms: bool
+) -> None:
+    check_norm(rows, width, dtype, torch_path, biases, rms=rms)
 
 
-def check_chosen_rows(dtype: torch.dtype, device: str) -> None:
+def check_chosen_rows(dtype: torch.dtype, device: str, rms: bool) -> None:
     x, bias, residual, weight, norm_bias = norm_inputs(40, 70, dtype, device)
     rows = torch.tensor([39, 0, 7, 7, 21], dtype=torch.int32, device=device)
-    normed, summed = add_layer_norm(x, bias, residual, weight, norm_bias, EPS, rows=rows, keep_sum=True)
-    everywhere = add_layer_norm(x, bias, residual, weight, norm_bias, EPS, keep_sum=True)
+    normed, summed = add_layer_norm(x, bias, residual, weight, norm_bias, EPS, rows=rows, keep_sum=True, rms=rms)
+    everywhere = add_layer_norm(x, bias, residual, weight, norm_bias, EPS, keep_sum=True, rms=rms)
     assert torch.equal(normed, everywhere[0][rows])
     assert torch.equal(summed, everywhere[1][rows])
 
 
-def test_norm_kernel_of_chosen_rows(kernels: str, dtype: torch.dtype) -> None:
-    check_chosen_rows(dtype, kernels)
+@pytest.mark.parametrize("rms", NORMS)
+def test_norm_kernel_of_chosen_rows(kernels: str, dtype: torch.dtype, rms: bool) -> None:
+    check_chosen_rows(dtype, kernels, rms)
 
 
-def test_norm_torch_path_of_chosen_rows(torch_path: str, dtype: torch.dtype) -> None:
-    check_chosen_rows(dtype, torch_path)
+@pytest.mark.parametrize("rms", NORMS)
+def test_norm_torch_path_of_chosen_rows(torch_path: str, dtype: torch.dtype, rms: bool) -> None:
+    check_chosen_rows(dtype, torch_path, rms)
 
 
-def check_norm_alone(rows: int, width: int, dtype: torch.dtype, device: str, with_bias: bool) -> None:
+def check_norm_alone(rows: int, width: int, dtype: torch.dtype, device: str, with_bias: bool, *, rms: bool) -> None:
     # Every other row of a wider tensor.
     x = random(2 * rows, width + 3, dtype=dtype, device=device)[::2, :width]
     weight, norm_bias = (random(width, dtype=dtype, device=device) for _ in range(2))
     arguments = (x, weight, norm_bias if with_bias else None, EPS)
-    check(layer_norm(*arguments), layer_norm_reference, arguments, biases=(2,))
+    check(layer_norm(*arguments, rms=rms), functools.partial(layer_norm_reference, rms=rms), arguments, biases=(2,))
 
 
+@pytest.mark.parametrize("rms", NORMS)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize(("rows", "width"), [(37, 768), (150, 48), (0, 64)])
-def test_norm_alone_kernel(kernels: str, rows: int, width: int, dtype: torch.dtype, with_bias: bool) -> None:
-    check_norm_alone(rows, width, dtype, kernels, with_bias)
+def test_norm_alone_kernel(kernels: str, rows: int, width: int, dtype: torch.dtype, with_bias: bool, rms: bool) -> None:
+    check_norm_alone(rows, width, dtype, kernels, with_bias, rms=rms)
 
 
+@pytest.mark.parametrize("rms", NORMS)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize(("rows", "width"), [(37, 768), (0, 64)])
-def test_norm_alone_torch_path(torch_path: str, rows: int, width: int, dtype: torch.dtype, with_bias: bool) -> None:
-    check_norm_alone(rows, width, dtype, torch_path, with_bias)
+def test_norm_alone_torch_path(
+    torch_path: str, rows: int, width: int, dtype: torch.dtype, with_bias: bool, rms: bool
+) -> None:
+    check_norm_alone(rows, width, dtype, torch_path, with_bias, rms=rms)
+
+
+def test_rms_norm_divides_by_the_root_mean_square_and_does_not_centre() -> None:
+    x, weight, norm_bias = (torch.rand(*shape).double() for shape in ((5, 30), (30,), (30,)))
+    expected = torch.stack([row / (row @ row / 30 + EPS).sqrt() for row in x]) * weight + norm_bias
+    torch.testing.assert_close(layer_norm(x, weight, norm_bias, EPS, rms=True), expected, rtol=1e-14, atol=0)
+
+
+def test_layer_norm_of_one_number_is_its_bias(kernels: str, dtype: torch.dtype) -> None:
+    inputs = norm_inputs(1, 1, dtype, kernels)
+    assert torch.equal(add_layer_norm(*inputs, EPS), inputs[4][None])
+
+
+def check_norm_of_few_rows(dtype: torch.dtype, device: str, rms: bool) -> None:
+    x, weight = random(40, 90, dtype=dtype, device=device), random(90, dtype=dtype, device=device)
+    whole = layer_norm(x, weight, None, EPS, rms=rms)
+    for rows in (slice(1), slice(39, 40), slice(3, 20)):
+        assert torch.equal(layer_norm(x[rows], weight, None, EPS, rms=rms), whole[rows])
+
+
+@pytest.mark.parametrize("rms", NORMS)
+def test_norm_kernel_of_a_row_is_the_same_in_every_batch(kernels: str, dtype: torch.dtype, rms: bool) -> None:
+    check_norm_of_few_rows(dtype, kernels, rms)
+
+
+@pytest.mark.parametrize("rms", NORMS)
+def test_norm_torch_path_of_a_row_is_the_same_in_every_batch(torch_path: str, dtype: torch.dtype, rms: bool) -> None:
+    check_norm_of_few_rows(dtype, torch_path, rms)
 
 
 @pytest.mark.usefixtures("torch_path")
 def test_norm_leaves_its_inputs_alone() -> None:
     inputs = norm_inputs(4, 32, torch.float32, "cpu")
     before = [tensor.clone() for tensor in inputs]
-    add_layer_norm(*inputs, EPS)
-    layer_norm(inputs[0], *inputs[3:], EPS)
+    for rms in (False, True):
+        add_layer_norm(*inputs, EPS, rms=rms)
+        layer_norm(inputs[0], *inputs[3:], EPS, rms=rms)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
@@ -154,6 +200,11 @@ ABSENT = [
     pytest.param(
         ("position_ids", "token_type_ids", "position_table", "token_type_table", "norm_bias"), id="words_alone"
     ),
+    pytest.param(("weight", "norm_bias"), id="no_norm"),
+    pytest.param(
+        ("position_ids", "token_type_ids", "position_table", "token_type_table", "weight", "norm_bias"),
+        id="words_alone_without_a_norm",
+    ),
 ]
 EMBEDDING = [
     *("token_ids", "position_ids", "token_type_ids"),
@@ -162,10 +213,15 @@ EMBEDDING = [
 ]
 
 
-def check_embedding(tokens: int, width: int, dtype: torch.dtype, device: str, absent: tuple[str, ...]) -> None:
+def check_embedding(
+    tokens: int, width: int, dtype: torch.dtype, device: str, absent: tuple[str, ...], *, rms: bool = False
+) -> None:
     inputs = zip(EMBEDDING, embedding_inputs(tokens, width, dtype, device), strict=True)
     arguments = [*(None if name in absent else value for name, value in inputs), EPS]
-    check(embedding_layer_norm(*arguments), embedding_layer_norm_reference, arguments, biases=(7,))
+    reference = functools.partial(embedding_layer_norm_reference, rms=rms)
+    # Without a norm no bias is read.
+    biases = (7,) if "weight" not in absent else ()
+    check(embedding_layer_norm(*arguments, rms=rms), reference, arguments, biases)
 
 
 @pytest.mark.parametrize("absent", ABSENT)
@@ -177,6 +233,23 @@ def test_embedding_kernel(kernels: str, tokens: int, width: int, dtype: torch.dt
 @pytest.mark.parametrize("absent", ABSENT)
 def test_embedding_torch_path(torch_path: str, dtype: torch.dtype, absent: tuple[str, ...]) -> None:
     check_embedding(37, 48, dtype, torch_path, absent)
+
+
+@pytest.mark.parametrize("absent", [(), ("norm_bias",)], ids=["bias", "no_bias"])
+def test_embedding_kernel_with_rms_norm(kernels: str, dtype: torch.dtype, absent: tuple[str, ...]) -> None:
+    check_embedding(37, 70, dtype, kernels, absent, rms=True)
+
+
+@pytest.mark.parametrize("absent", [(), ("norm_bias",)], ids=["bias", "no_bias"])
+def test_embedding_torch_path_with_rms_norm(torch_path: str, dtype: torch.dtype, absent: tuple[str, ...]) -> None:
+    check_embedding(37, 70, dtype, torch_path, absent, rms=True)
+
+
+def test_embeddings_without_a_norm_leave_their_tables_alone() -> None:
+    inputs = embedding_inputs(20, 32, torch.float32, "cpu")
+    before = [tensor.clone() for tensor in inputs]
+    embedding_layer_norm(*inputs[:6], None, None, EPS).zero_()
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
 @pytest.mark.usefixtures("torch_path")
@@ -406,20 +479,23 @@ def half_layer_sum(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
     return add_reference(torch.nn.functional.linear(x, weight, bias), None, residual)
 
 
-def half_layer(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *norm: Tensor) -> Tensor:
-    return layer_norm_reference(half_layer_sum(x, weight, bias, residual), *norm, EPS)
+def half_layer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *norm: Tensor, rms: bool = False
+) -> Tensor:
+    return layer_norm_reference(half_layer_sum(x, weight, bias, residual), *norm, EPS, rms=rms)
 
 
-def check_half_layer(inputs: list[Any], biases: tuple[bool, bool]) -> None:
+def check_half_layer(inputs: list[Any], biases: tuple[bool, bool], *, rms: bool) -> None:
     for place, there in zip((2, 5), biases, strict=True):
         inputs[place] = inputs[place] if there else None
-    normed = linear_add_layer_norm(*inputs, EPS)
-    check(normed, half_layer, inputs, biases=(2, 5))
-    again, summed = linear_add_layer_norm(*inputs, EPS, keep_sum=True)
+    normed = linear_add_layer_norm(*inputs, EPS, rms=rms)
+    check(normed, functools.partial(half_layer, rms=rms), inputs, biases=(2, 5))
+    again, summed = linear_add_layer_norm(*inputs, EPS, keep_sum=True, rms=rms)
     assert torch.equal(again, normed)
     check(summed, half_layer_sum, inputs[:4], biases=(2,))
 
 
+@pytest.mark.parametrize("rms", NORMS)
 @pytest.mark.parametrize("biases", BIASES)
 @pytest.mark.parametrize("tile", list(SPLIT_TILES.values()), ids=list(SPLIT_TILES))
 @pytest.mark.parametrize(("rows", "width", "columns"), [(40, 64, 96), (17, 100, 70), (0, 32, 64)])
@@ -431,9 +507,10 @@ def test_linear_add_layer_norm_kernel(
     dtype: torch.dtype,
     tile: SplitTile,
     biases: tuple[bool, bool],
+    rms: bool,
 ) -> None:
     with use_tile("linear_add_layer_norm", tile._asdict()):
-        check_half_layer(half_layer_inputs(rows, width, columns, dtype, kernels), biases)
+        check_half_layer(half_layer_inputs(rows, width, columns, dtype, kernels), biases, rms=rms)
 
 
 def test_a_residual_that_lies_otherwise_is_refused(kernels: str) -> None:
@@ -442,11 +519,14 @@ def test_a_residual_that_lies_otherwise_is_refused(kernels: str) -> None:
         linear_add_layer_norm(x, weight, bias, residual.T.contiguous().T, *norm, EPS)
 
 
+@pytest.mark.parametrize("rms", NORMS)
 @pytest.mark.parametrize("biases", BIASES)
-def test_linear_add_layer_norm_torch_path(torch_path: str, dtype: torch.dtype, biases: tuple[bool, bool]) -> None:
+def test_linear_add_layer_norm_torch_path(
+    torch_path: str, dtype: torch.dtype, biases: tuple[bool, bool], rms: bool
+) -> None:
     inputs = half_layer_inputs(40, 16, 96, dtype, torch_path)
     before = [tensor.clone() for tensor in inputs]
-    check_half_layer(list(inputs), biases)
+    check_half_layer(list(inputs), biases, rms=rms)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True)), "inputs must be left alone"
     with pytest.raises(ValueError, match=r"residual must have shape \(40, 96\), got \(39, 96\)"):
         linear_add_layer_norm(*inputs[:3], inputs[3][:39], *inputs[4:], EPS)
@@ -505,6 +585,9 @@ def test_bad_norm_input_is_named(change: dict[str, Any], error: type[Exception],
         pytest.param(1, None, ValueError, "position_ids must be given where there is a position_table", id="no_ids"),
         pytest.param(5, None, ValueError, r"token_type_ids must be None .* got shape \(1,\)", id="no_type_table"),
         pytest.param(7, torch.zeros(31), ValueError, r"norm_bias must have shape \(32,\)", id="norm_bias"),
+        pytest.param(
+            6, None, ValueError, r"norm_bias must be None where weight is None, got shape \(32,\)", id="no_norm"
+        ),
     ],
 )
 def test_bad_embedding_input_is_named(place: int, value: Tensor, error: type[Exception], message: str) -> None:
@@ -512,6 +595,12 @@ def test_bad_embedding_input_is_named(place: int, value: Tensor, error: type[Exc
     inputs[place] = value
     with pytest.raises(error, match=message):
         embedding_layer_norm(*inputs, EPS)
+
+
+def test_rms_norm_without_a_weight_is_refused() -> None:
+    inputs = embedding_inputs(1, 32, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="rms must be False where weight is None, got True"):
+        embedding_layer_norm(*inputs[:6], None, None, EPS, rms=True)
 
 
 def test_bad_linear_input_is_named() -> None:

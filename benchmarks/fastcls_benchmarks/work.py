@@ -48,7 +48,7 @@ Product = tuple[int, int]
 
 def _layer_products(spec: EncoderSpec) -> list[Product]:
     width, inner = spec.hidden_size, spec.intermediate_size
-    return [(3 * width, width), (width, width), ((1 + spec.gated) * inner, width), (width, inner)]
+    return [(sum(spec.qkv_sizes), width), (width, width), ((1 + spec.gated) * inner, width), (width, inner)]
 
 
 def _embedding_products(spec: EncoderSpec) -> list[Product]:
@@ -93,8 +93,9 @@ def useful_flops(shape: ModelShape, batch: Batch) -> int:
     row_weights, summed = layer_weights, spec.num_heads * width * seen
     if spec.rotary or isinstance(spec.relative, Disentangled):
         # Keys depend on their tokens' positions, so they are made.
-        row_weights -= width**2
-        scored = width**2 * tokens + width * (seen + _distances(spec, rows, lengths))
+        keys = spec.qkv_sizes[1]
+        row_weights -= keys * width
+        scored = keys * width * tokens + width * (seen + _distances(spec, rows, lengths))
     else:
         # The query goes through the key's weights as if it were a value, and each head reads each token for its score.
         scored = spec.num_heads * width * seen

@@ -140,6 +140,8 @@ class BatchReader(NamedTuple):
             facts = _facts(mask, values, read, columns)
             places = columns if facts.has_holes else None
         self._check_values(facts, types, positions, ids, needs_first=needs_first)
+        if spec.mask_token_id is not None and ids is not None and mask is not None:
+            self._check_masks(ids, mask)
         if positions is None and places is not None:
             positions = places + spec.first_position
 
@@ -261,6 +263,14 @@ class BatchReader(NamedTuple):
             rows = spec.position_rows or spec.max_positions
             assert rows is not None
             _check_range("position_ids", next(bounds), next(bounds), rows, "max_position_embeddings")
+
+    def _check_masks(self, ids: Tensor, mask: Tensor) -> None:
+        token = self.spec.mask_token_id
+        if bool(((ids == token) & ~mask).any()):
+            raise ValueError(
+                f"input_ids must hold mask tokens ({token}) only where attention_mask is 1, got some where it is 0: "
+                "this model scales its embeddings by how many there are, those included"
+            )
 
     def _check_longest(self, longest: int) -> None:
         if self.spec.max_positions is not None and longest > self.spec.max_positions:

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcls_kernels.packed import PackedTable, Packing, packed_embedding_unchecked
 from fastcls_kernels.packed_layer import PackedStack
-from fastcls_kernels.unchecked import embedding_layer_norm, linear
+from fastcls_kernels.unchecked import embedding_layer_norm, layer_norm, linear
 
 from .attention import ChosenRows, LayerAttention, TokenPositions
 from .convolution import EmbeddingConvolution
@@ -28,15 +29,17 @@ class Embeddings(Weighted):
     word_weight: Tensor
     position_weight: Tensor | None
     token_type_weight: Tensor | None
-    norm_weight: Tensor
+    norm_weight: Tensor | None
     norm_bias: Tensor | None
     projection_weight: Tensor | None
     projection_bias: Tensor | None
+    first_norm_weight: Tensor | None
+    first_norm_bias: Tensor | None
 
     def __init__(self, spec: EncoderSpec, weights: Mapping[str, nn.Parameter]) -> None:
-        optional = ("position_weight", "token_type_weight", "norm_bias", "projection_weight", "projection_bias")
-        super().__init__(weights, optional)
-        self.eps = spec.layer_norm_eps
+        modules = ("position", "token_type", "norm", "projection", "first_norm")
+        super().__init__(weights, [f"{name}_{kind}" for name in modules for kind in ("weight", "bias")])
+        self.spec = spec
         # Both are `PackedWeights`' to set.
         self.is_packed = False
         self.packed_table: PackedTable | None = None
@@ -46,16 +49,19 @@ class Embeddings(Weighted):
 
     def forward(self, packed: PackedTokens) -> Tensor:
         """(total_tokens, hidden_size), in float32 where layers follow that keep it."""
+        if packed.inputs_embeds is not None and self.spec.final_embeds:
+            return packed.inputs_embeds
         word_table: Tensor | PackedTable
-        if packed.inputs_embeds is not None:
-            # The caller's embeddings stand in for the table of words: one row a token.
-            rows, word_table = packed.inputs_embeds.shape[0], packed.inputs_embeds
-            token_ids = torch.arange(rows, dtype=torch.int32, device=word_table.device)
+        # Rows of their own, one a token, stand in for the table of words.
+        rows = packed.inputs_embeds if self.spec.mask_token_id is None else self._without_masks(packed)
+        if rows is not None:
+            token_ids = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+            word_table = rows
         else:
             assert packed.token_ids is not None
             token_ids = packed.token_ids
             word_table = self.word_weight if self.packed_table is None else self.packed_table
-        is_compiled = self.is_packed and self._takes_float32()
+        is_compiled = self.is_packed and self.norm_weight is not None and self._takes_float32()
         embed: Any = packed_embedding_unchecked if is_compiled else embedding_layer_norm
         embedded: Tensor = embed(
             token_ids,
@@ -66,15 +72,40 @@ class Embeddings(Weighted):
             self.token_type_weight,
             self.norm_weight,
             self.norm_bias,
-            self.eps,
+            self.spec.layer_norm_eps,
         )
-        if self.projection_weight is None:
-            return embedded
-        return linear(embedded, self.projection_weight, self.projection_bias)
+        if self.projection_weight is not None:
+            embedded = linear(embedded, self.projection_weight, self.projection_bias)
+        return embedded if self.spec.residual_scale == 1 else embedded * self.spec.residual_scale
+
+    def first_norm(self, embedded: Tensor) -> HiddenStates:
+        """What the first layer reads: a pre-norm encoder's own norm may stand before it."""
+        if self.first_norm_weight is None:
+            return HiddenStates(embedded, embedded)
+        norm = (self.first_norm_weight, self.first_norm_bias, self.spec.norm_eps)
+        return HiddenStates(layer_norm(embedded, *norm, rms=self.spec.rms), embedded)
+
+    def _without_masks(self, packed: PackedTokens) -> Tensor:
+        """(total_tokens, embedding_size), of words: zeros for mask tokens, and the others scaled for their share.
+
+        Source: ESM-2 (Lin et al., 2022), whose training left out 0.8 of 15 % of the tokens.
+        """
+        assert packed.token_ids is not None
+        assert self.spec.mask_token_id is not None
+        words = F.embedding(packed.token_ids, self.word_weight)
+        is_mask = packed.token_ids.eq(self.spec.mask_token_id)
+        bounds = packed.layout.cu_seqlens.long()
+        counts = F.pad(is_mask.cumsum(0), (1, 0))[bounds].diff()
+        # In float32 whatever the weights' dtype is, as in transformers. Sequences that fill a pass up are empty.
+        share = counts.float() / bounds.diff().clamp(min=1)
+        rows = torch.arange(words.shape[0], device=words.device)
+        sequences = torch.searchsorted(bounds[1:], rows, right=True).clamp(max=share.shape[0] - 1)
+        words = words.masked_fill(is_mask[:, None], 0.0) * (1 - 0.15 * 0.8)
+        return (words / (1 - share)[sequences, None]).to(self.word_weight.dtype)
 
     def _takes_float32(self) -> bool:
         """Whether what reads the embeddings takes them in float32."""
-        return self.norm_weight.dtype == torch.float32 or (self.projection_weight is None and not is_intercepted(self))
+        return self.word_weight.dtype == torch.float32 or (self.projection_weight is None and not is_intercepted(self))
 
 
 class Encoder(nn.Module):
@@ -104,6 +135,8 @@ class Encoder(nn.Module):
             None if spec.convolution is None else EmbeddingConvolution(spec, under("convolution.", weights))
         )
         self.rotary = RotaryPositions(spec, under("rotary.", weights)) if spec.rotary else None
+        # What a checkpoint holds beside them, so that it can be saved whole.
+        self.unread = Weighted(under("unread.", weights))
         self.packed = PackedWeights(spec, self.embeddings, cast(Sequence[EncoderLayer], self.layers))
 
     def _attention(self, index: int) -> LayerAttention:
@@ -162,9 +195,9 @@ class Encoder(nn.Module):
         if whole is not None and not any(map(is_intercepted, self.layers)):
             return self._whole_pass(whole, embedded, packed, rows, chosen, last_layer)
         # Compiled embeddings are float32, whatever the weights are.
-        embedded = embedded.to(self.embeddings.norm_weight.dtype)
+        embedded = embedded.to(self.like.dtype)
         positions = TokenPositions(packed.layout, packed.position_ids, self._bias(embedded))
-        states = HiddenStates(embedded, embedded)
+        states = self.embeddings.first_norm(embedded)
         norm = None
         last = len(self.spec.layers) - 1
         for index in range(last):
@@ -198,8 +231,8 @@ class Encoder(nn.Module):
         is_ours = not is_intercepted(self.embeddings)
         states = embedded if is_ours and embedded.dtype == torch.float32 else embedded.to(torch.float32, copy=True)
         if rows == "first" and last_layer != "full":
-            return stack(states, packed.layout, "first").to(self.embeddings.norm_weight.dtype)
-        dtype, but_last = self.embeddings.norm_weight.dtype, stack.but_last
+            return stack(states, packed.layout, "first").to(self.like.dtype)
+        dtype, but_last = self.like.dtype, stack.but_last
         if rows == "chosen" and chosen is not None and last_layer != "full" and but_last is not None:
             states = but_last(states, packed.layout, "all").to(dtype)
             positions, last = TokenPositions(packed.layout, packed.position_ids, None), len(self.spec.layers) - 1
@@ -207,6 +240,11 @@ class Encoder(nn.Module):
             return self._layer(last).chosen(between, positions, self._attention(last), chosen, last_layer)
         states = stack(states, packed.layout, "all").to(dtype)
         return states if chosen is None else states[chosen.rows]
+
+    @property
+    def like(self) -> Tensor:
+        """A weight that is always there: it tells all weights' device and dtype."""
+        return cast(EncoderLayer, self.layers[0]).attention_norm_weight
 
     def _layer(self, index: int) -> EncoderLayer:
         return cast(EncoderLayer, self.layers[self.spec.layers[index]])
@@ -227,7 +265,7 @@ class Encoder(nn.Module):
 
     def _checked(self, name: str, rows: Tensor, packed: PackedTokens) -> Tensor:
         shape = (packed.layout.total_tokens, self.spec.hidden_size)
-        return checked_rows(name, rows, shape, self.embeddings.norm_weight)
+        return checked_rows(name, rows, shape, self.like)
 
     def _leaves_norm(self, index: int, states: HiddenStates, chosen: ChosenRows, last_layer: LastLayer) -> bool:
         """Whether the layer before the last may leave its norm to the last one."""

@@ -146,7 +146,7 @@ class Engine(nn.Module):
     @property
     def _like(self) -> Tensor:
         """A weight that is always there: it tells all weights' device and dtype."""
-        return self.encoder.embeddings.norm_weight
+        return self.encoder.like
 
     @property
     def device(self) -> torch.device:
@@ -392,10 +392,13 @@ class Engine(nn.Module):
             counts = {"first": layout.num_sequences, "chosen": 0 if packed.rows is None else packed.rows.numel()}
             shape = (counts.get(rows, layout.total_tokens), self.spec.hidden_size)
             states = checked_rows("the encoder's rows", states, shape, self._like)
+        # An encoder's pooler runs over first rows only, behind the pass: see `head_of`.
+        has_head = self.head.spec.task != "encoder"
+        if has_head and self.head.spec.is_late:
+            return mean_pool(self.head(states), packed.layout)
         if rows == "mean":
             states = mean_pool(states, packed.layout)
-        # An encoder's pooler runs over first rows only, behind the pass: see `head_of`.
-        return states if self.head.spec.task == "encoder" else self.head(states)
+        return self.head(states) if has_head else states
 
     def check_weights(self) -> None:
         """Checks weights that were put in place by hand, since the kernels and some libraries trust them.

@@ -21,6 +21,7 @@ from fastcls_kernels.unchecked import (
     cls_output,
     disentangled_attention,
     gated_activation,
+    layer_norm,
     linear,
     linear_activation,
     linear_add_layer_norm,
@@ -60,11 +61,15 @@ class EncoderLayer(Weighted):
     down_bias: Tensor | None
     output_norm_weight: Tensor
     output_norm_bias: Tensor | None
+    query_norm_weight: Tensor | None
+    query_norm_bias: Tensor | None
+    key_norm_weight: Tensor | None
+    key_norm_bias: Tensor | None
 
     def __init__(self, spec: EncoderSpec, weights: Mapping[str, nn.Parameter]) -> None:
         biases = ("qkv_bias", "out_bias", "attention_norm_bias", "up_bias", "down_bias", "output_norm_bias")
-        positions = ("position_key_weight", "position_key_bias", "position_query_weight", "position_query_bias")
-        super().__init__(weights, (*biases, *positions))
+        modules = ("position_key", "position_query", "query_norm", "key_norm")
+        super().__init__(weights, (*biases, *(f"{name}_{kind}" for name in modules for kind in ("weight", "bias"))))
         self.spec = spec
         # The weights as the CPU's products read them: `PackedWeights` makes them, and keeps them up to the weights.
         self.packed: PackedProducts | None = None
@@ -122,7 +127,7 @@ class EncoderLayer(Weighted):
         weight, bias = self._product("down")
         down = linear(self._up(attended), weight)
         assert self.output_norm_bias is not None
-        norm = (self.output_norm_weight, self.output_norm_bias, self.spec.layer_norm_eps)
+        norm = (self.output_norm_weight, self.output_norm_bias, self.spec.norm_eps)
         return down, AddNorm(bias, attended, *norm)
 
     def chosen(
@@ -138,8 +143,9 @@ class EncoderLayer(Weighted):
 
         ``norm`` is a layer norm that is still to be taken of the states, where `takes_norm_inside` holds.
         """
-        # An absorbed projection is multiplied in another order, by weights that are not quantised.
-        if last_layer == "absorbed" and attention.reads_rows(chosen) and not self._is_quantised:
+        # An absorbed projection is multiplied in another order, by weights that are not quantised, one a head.
+        can_absorb = attention.reads_rows(chosen) and not self._is_quantised and self.spec.num_kv_heads is None
+        if last_layer == "absorbed" and can_absorb:
             return self._feed_forward(self._attend_absorbed(states, positions, attention, chosen, norm)).normed
         if attention.reads_rows(chosen):
             context = self._attend_rows(states.normed, positions, attention, chosen)
@@ -159,12 +165,32 @@ class EncoderLayer(Weighted):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (total_tokens, num_heads, head_dim) each."""
         qkv = linear(hidden_states, *self._product("qkv"))
-        heads, head_dim = self.spec.num_heads, self.spec.head_dim
-        if attention.rotary is not None:
-            turned = qkv.unflatten(1, (3 * heads, head_dim))[:, : 2 * heads]
-            apply_rotary_(turned, positions.position_ids, *attention.rotary)
-        q, k, v = qkv.view(qkv.shape[0], 3, heads, head_dim).unbind(1)
+        head_dim = self.spec.head_dim
+        if self.spec.query_key_norm:
+            q, k, v = (part.unflatten(1, (-1, head_dim)) for part in qkv.split(self.spec.qkv_sizes, 1))
+            q, k = self._normed_heads(q, "query"), self._normed_heads(k, "key")
+            for each in (q, k):
+                self._turn(each, positions.position_ids, attention)
+            return q, k, v
+        heads = qkv.unflatten(1, (-1, head_dim))
+        num_queries, num_keys, _ = (size // head_dim for size in self.spec.qkv_sizes)
+        self._turn(heads[:, : num_queries + num_keys], positions.position_ids, attention)
+        q, k, v = heads.split((num_queries, num_keys, num_keys), 1)
         return q, k, v
+
+    def _normed_heads(self, heads: Tensor, name: str) -> Tensor:
+        """Queries or keys behind their norm over all heads, if they have one."""
+        weight = getattr(self, f"{name}_norm_weight")
+        if weight is None:
+            return heads
+        # Not the eps of scaled residuals: these rows are not scaled.
+        norm = (weight, getattr(self, f"{name}_norm_bias"), self.spec.layer_norm_eps)
+        return layer_norm(heads.flatten(1), *norm).view(heads.shape)
+
+    def _turn(self, heads: Tensor, position_ids: Tensor, attention: LayerAttention) -> None:
+        """Turns heads by their tokens' positions, in place, where positions are rotary."""
+        if attention.rotary is not None:
+            apply_rotary_(heads, position_ids, *attention.rotary, interleaved=self.spec.rotary_interleaved)
 
     def _attend(self, hidden_states: Tensor, positions: TokenPositions, attention: LayerAttention) -> Tensor:
         q, k, v = self._project(hidden_states, positions, attention)
@@ -178,12 +204,11 @@ class EncoderLayer(Weighted):
         self, hidden_states: Tensor, positions: TokenPositions, attention: LayerAttention, chosen: ChosenRows
     ) -> Tensor:
         """The chosen rows' queries over the keys and values of every token."""
-        heads = (self.spec.num_heads, self.spec.head_dim)
         query = self._query(hidden_states, positions, attention, chosen)
         kv = linear(hidden_states, *self._part_of_qkv(1, 2))
-        k, v = kv.unflatten(1, (2, *heads)).unbind(1)
-        if attention.rotary is not None:
-            apply_rotary_(k, positions.position_ids, *attention.rotary)
+        k, v = kv.unflatten(1, (2, -1, self.spec.head_dim)).unbind(1)
+        k = self._normed_heads(k, "key")
+        self._turn(k, positions.position_ids, attention)
         context = cls_attention_kv(
             *(query, k, v, positions.layout, attention.scale),
             bias=attention.seen_from_first(query, k, positions),
@@ -193,10 +218,11 @@ class EncoderLayer(Weighted):
 
     def _part_of_qkv(self, first: int, count: int) -> tuple[Tensor | PackedWeight, Tensor | None]:
         """The product of some of queries, keys and values, which stand in this order."""
-        size, packed = self.spec.hidden_size, self._packed_products
-        if packed is not None and size % PANEL == 0:
-            return packed.qkv.columns(first * size, count * size), None
-        rows = slice(first * size, (first + count) * size)
+        sizes, packed = self.spec.qkv_sizes, self._packed_products
+        start, size = sum(sizes[:first]), sum(sizes[first : first + count])
+        if packed is not None and start % PANEL == 0 and size % PANEL == 0:
+            return packed.qkv.columns(start, size), None
+        rows = slice(start, start + size)
         return self.qkv_weight[rows], None if self.qkv_bias is None else self.qkv_bias[rows]
 
     def _query(
@@ -204,9 +230,8 @@ class EncoderLayer(Weighted):
     ) -> Tensor:
         """(num_rows, num_heads, head_dim)."""
         query = linear(hidden_states[chosen.rows], *self._part_of_qkv(0, 1))
-        query = query.unflatten(1, (self.spec.num_heads, self.spec.head_dim))
-        if attention.rotary is not None:
-            apply_rotary_(query, positions.position_ids[chosen.rows], *attention.rotary)
+        query = self._normed_heads(query.unflatten(1, (self.spec.num_heads, self.spec.head_dim)), "query")
+        self._turn(query, positions.position_ids[chosen.rows], attention)
         return query
 
     def _attend_absorbed(
@@ -229,8 +254,8 @@ class EncoderLayer(Weighted):
         if attention.needs_keys:
             query = self._query(source, positions, attention, chosen)
             keys = linear(source, key_weight, key_bias).unflatten(1, (self.spec.num_heads, self.spec.head_dim))
-            if attention.rotary is not None:
-                apply_rotary_(keys, positions.position_ids, *attention.rotary)
+            keys = self._normed_heads(keys, "key")
+            self._turn(keys, positions.position_ids, attention)
         else:
             normed = source
             if norm is not None:
@@ -250,22 +275,24 @@ class EncoderLayer(Weighted):
             row_bounds=attention.bounds(chosen, positions.layout),
         )
         projections = (value_weight, value_bias, self.out_weight, self.out_bias)
-        norms = (self.attention_norm_weight, self.attention_norm_bias, self.spec.layer_norm_eps)
-        return HiddenStates(*cls_output(summed, *projections, residual, rows, *norms, keep_sum=self.spec.pre_norm))
+        norms = (self.attention_norm_weight, self.attention_norm_bias, self.spec.norm_eps)
+        keep_sum, rms = self.spec.pre_norm, self.spec.rms
+        return HiddenStates(*cls_output(summed, *projections, residual, rows, *norms, keep_sum=keep_sum, rms=rms))
 
     def _add_attended(self, context: Tensor, residual: Tensor) -> HiddenStates:
-        norm = (self.attention_norm_weight, self.attention_norm_bias, self.spec.layer_norm_eps)
-        weight, bias = self._product("out")
-        return HiddenStates(*linear_add_layer_norm(context, weight, bias, residual, *norm, keep_sum=self.spec.pre_norm))
+        norm = (self.attention_norm_weight, self.attention_norm_bias, self.spec.norm_eps)
+        (weight, bias), keep_sum = self._product("out"), self.spec.pre_norm
+        return HiddenStates(
+            *linear_add_layer_norm(context, weight, bias, residual, *norm, keep_sum=keep_sum, rms=self.spec.rms)
+        )
 
     def _feed_forward(self, attended: HiddenStates) -> HiddenStates:
-        norm = (self.output_norm_weight, self.output_norm_bias, self.spec.layer_norm_eps)
+        norm = (self.output_norm_weight, self.output_norm_bias, self.spec.norm_eps)
         (weight, bias), residual = self._product("down"), attended.residual
+        keep_sum, rms = self.spec.pre_norm, self.spec.rms
         # No name holds the widest rows of the layer, so that their memory is free once they are multiplied.
         return HiddenStates(
-            *linear_add_layer_norm(
-                self._up(attended.normed), weight, bias, residual, *norm, keep_sum=self.spec.pre_norm
-            )
+            *linear_add_layer_norm(self._up(attended.normed), weight, bias, residual, *norm, keep_sum=keep_sum, rms=rms)
         )
 
     def _up(self, hidden_states: Tensor) -> Tensor:

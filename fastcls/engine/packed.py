@@ -96,6 +96,11 @@ class PackedWeights:
         self._head = head
 
     @property
+    def _reads_table(self) -> bool:
+        """Whether the embeddings are those that read a packed table."""
+        return self._embeddings.norm_weight is not None and self._spec.mask_token_id is None
+
+    @property
     def nbytes(self) -> int:
         """The memory that packed weights take."""
         products = sum(each.nbytes for made in self._made for each in (made.qkv, made.out, made.up, made.down))
@@ -156,7 +161,7 @@ class PackedWeights:
         made_of = self._state(packing)
         with torch.inference_mode(False), torch.no_grad():
             made = tuple(self._pack(index, packing) for index in range(len(self._layers)))
-            table = pack_table(self._embeddings.word_weight) if packing == "int8" else None
+            table = pack_table(self._embeddings.word_weight) if packing == "int8" and self._reads_table else None
         self._hold(made, table)
         # As they were before: a write meanwhile counts as a change.
         self._note(made_of)
@@ -203,7 +208,7 @@ class PackedWeights:
 
     def _pack_head(self) -> tuple[tuple[PackedWeight, Activation | None], ...]:
         products = tuple(self._head.products())
-        packing: Packing | None = _PACKINGS.get(self._embeddings.norm_weight.dtype)
+        packing: Packing | None = _PACKINGS.get(self._embeddings.word_weight.dtype)
         fits = all(
             packing is not None and packs(packing, weight.shape[1]) and weight.numel() <= _LARGEST_OF_HEAD
             for weight, _, _ in products
@@ -261,7 +266,7 @@ class PackedWeights:
 
 def is_plain(spec: EncoderSpec) -> bool:
     """Whether `PackedLayer` describes the encoder's layers: BERT's, without relative or rotary positions."""
-    special = spec.pre_norm or spec.gated or spec.needs_places or spec.rotary
+    special = spec.pre_norm or spec.gated or spec.needs_places or spec.rotary or spec.rms or spec.num_kv_heads
     sizes = spec.hidden_size % 64 == 0 and spec.head_dim % 16 == 0 and spec.intermediate_size % 16 == 0
     return sizes and not special
 

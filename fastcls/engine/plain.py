@@ -27,7 +27,10 @@ def pack_plain(batch: PaddedBatch, spec: EncoderSpec, max_tokens: int) -> Packed
     ids = batch.input_ids
     # PyTorch's attention wants texts sorted by length.
     in_order = batch.shape[0] == 1 or is_plain(spec)
-    if ids is None or not in_order or batch.position_ids is not None or batch.inputs_embeds is not None:
+    # Mask tokens are looked for, see `BatchReader`, where they are counted.
+    if ids is None or not in_order or spec.mask_token_id is not None:
+        return None
+    if batch.position_ids is not None or batch.inputs_embeds is not None:
         return None
     # Tokenizers make token types for models without them, too.
     given_types = batch.token_type_ids if spec.token_types else None

@@ -213,15 +213,23 @@ class RotaryPositions(nn.Module):
 
     Args:
         spec: the encoder's shape.
-        frequencies: for each kind of layer, (head_dim // 2,): the model's own, which its dtype may have rounded.
+        frequencies: for each kind of layer, (head_dim // 2,): the model's own, which its dtype may have rounded; or
+            as "table_weight" a parameter, (max_positions, head_dim): RoFormer's sines and, behind them, cosines.
     """
+
+    table_weight: Tensor | None
 
     def __init__(self, spec: EncoderSpec, frequencies: Mapping[str, Tensor]) -> None:
         super().__init__()
         assert spec.max_positions is not None
         self.max_positions = spec.max_positions
+        self.scale = spec.rotary_scale
+        self.register_parameter("table_weight", None)
         for kind, values in frequencies.items():
-            self.register_buffer(kind, values, persistent=False)
+            if isinstance(values, nn.Parameter):
+                self.register_parameter(kind, values)
+            else:
+                self.register_buffer(kind, values, persistent=spec.rotary_is_saved)
         self._made: dict[str, tuple[object, RotaryTables]] = {}
 
     def __getstate__(self) -> dict[str, object]:
@@ -229,15 +237,15 @@ class RotaryPositions(nn.Module):
 
     def refresh(self) -> None:
         """Makes the tables anew if frequencies have changed since, in the same memory: CUDA graphs may read it."""
-        for kind, frequencies in self.named_buffers(recurse=False):
-            made_of = (*weight_version(frequencies), frequencies.device)
+        given = [*self.named_buffers(recurse=False)]
+        if self.table_weight is not None:
+            given.append(("table_weight", self.table_weight))
+        for kind, source in given:
+            made_of = (*weight_version(source), source.device)
             old = self._made.get(kind)
             if old is not None and old[0] == made_of:
                 continue
-            # In float32 whatever the weights' dtype is, as in transformers.
-            places = torch.arange(self.max_positions, dtype=torch.float, device=frequencies.device)
-            angles = places[:, None] * frequencies.float()
-            tables = (angles.cos(), angles.sin())
+            tables = self._tables_of(source)
             if old is not None:
                 tables = (in_memory_of(old[1][0], tables[0]), in_memory_of(old[1][1], tables[1]))
             self._made[kind] = (made_of, tables)
@@ -252,4 +260,13 @@ class RotaryPositions(nn.Module):
 
     def tables(self, kind: str) -> RotaryTables:
         """The tables of a kind of layers."""
-        return self._made[kind][1]
+        return self._made[kind if self.table_weight is None else "table_weight"][1]
+
+    def _tables_of(self, source: Tensor) -> RotaryTables:
+        # In float32 whatever the weights' dtype is, as in transformers.
+        if source.ndim > 1:
+            sines, cosines = source.float().chunk(2, 1)
+            return cosines.contiguous(), sines.contiguous()
+        places = torch.arange(self.max_positions, dtype=torch.float, device=source.device)
+        angles = places[:, None] * source.float()
+        return angles.cos() * self.scale, angles.sin() * self.scale

@@ -106,6 +106,15 @@ class EncoderSpec:
         gated: the feed-forward multiplies its activation by a second projection (GeGLU).
         relative: relative positions within the attention, or None.
         convolution: the convolution that joins the first layer's output, or None.
+        rms: norms divide by the root mean square alone (RMSNorm).
+        num_kv_heads: heads of keys and values, which groups of query heads share; None for one for each.
+        rotary_scale: factor on cosines and sines (YaRN's).
+        rotary_interleaved: rotary positions turn neighbours, not halves.
+        rotary_is_saved: checkpoints hold the frequencies.
+        query_key_norm: queries and keys go through a layer norm over all heads before they are turned.
+        residual_scale: what a layer adds to its input is divided by it.
+        mask_token_id: ESM's token whose embedding is zero, while the others' make up for it, or None.
+        final_embeds: embeddings that a caller gives are the first layer's input as they are.
     """
 
     vocab_size: int
@@ -127,10 +136,30 @@ class EncoderSpec:
     gated: bool = False
     relative: BucketBias | Disentangled | None = None
     convolution: Convolution | None = None
+    rms: bool = False
+    num_kv_heads: int | None = None
+    rotary_scale: float = 1.0
+    rotary_interleaved: bool = False
+    rotary_is_saved: bool = False
+    query_key_norm: bool = False
+    residual_scale: float = 1.0
+    mask_token_id: int | None = None
+    final_embeds: bool = False
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """How many columns queries, keys and values have."""
+        keys = (self.num_kv_heads or self.num_heads) * self.head_dim
+        return self.hidden_size, keys, keys
+
+    @property
+    def norm_eps(self) -> float:
+        """What the layers' norms add: where residuals are scaled, rows are kept as many times as large."""
+        return self.layer_norm_eps * self.residual_scale**2
 
     @property
     def num_layers(self) -> int:
@@ -156,6 +185,7 @@ class HeadSpec:
         pooling: how a text's rows become one, for tasks with one row a text.
         activation: behind the dense layer.
         eps: of the layer norm.
+        is_late: the head is computed for every row, and the mean of what it gives is taken.
         names: the checkpoint's names of "dense", "norm" and "out", without ".weight" and ".bias"; and of "bias", if the
             product's bias has a name of its own.
     """
@@ -165,6 +195,7 @@ class HeadSpec:
     pooling: Pooling = "first"
     activation: Activation = "tanh"
     eps: float = 0.0
+    is_late: bool = False
 
     @property
     def rows(self) -> Rows:

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from . import albert, bert, deberta_v2, distilbert, electra, modernbert, mpnet, roberta
+from . import (
+    albert,
+    bert,
+    deberta_v2,
+    distilbert,
+    electra,
+    esm,
+    esmc,
+    eurobert,
+    gte,
+    jina_embeddings_v3,
+    modernbert,
+    mpnet,
+    nomic_bert,
+    roberta,
+    ultrabert,
+)
 from .family import ACTIVATION_CLASSES, ACTIVATION_NAMES, Family, activation_in
 
 __all__ = [
@@ -20,7 +36,7 @@ __all__ = [
     "supported",
 ]
 
-FAMILIES = (
+_FAMILIES = (
     bert.FAMILY,
     *roberta.FAMILIES,
     distilbert.FAMILY,
@@ -29,7 +45,16 @@ FAMILIES = (
     mpnet.FAMILY,
     modernbert.FAMILY,
     deberta_v2.FAMILY,
+    gte.FAMILY,
+    nomic_bert.FAMILY,
+    jina_embeddings_v3.FAMILY,
+    eurobert.FAMILY,
+    ultrabert.FAMILY,
+    esm.FAMILY,
+    esmc.FAMILY,
 )
+# Earlier releases of transformers lack some.
+FAMILIES = tuple(family for family in _FAMILIES if family.model_type in CONFIG_MAPPING)
 
 
 def family_of(model: PreTrainedModel) -> tuple[Family, str]:

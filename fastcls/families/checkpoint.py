@@ -31,7 +31,12 @@ def map_weights(model: PreTrainedModel, family: Family, config: PreTrainedConfig
         for name, parameter in parameters.items()
         if name not in names and id(parameter) in owners
     }
-    weight_map = replace(weight_map, aliases=aliases)
+    rows = {
+        own: tuple(parameters[name].shape[0] for name in parts)
+        for own, parts in weight_map.sources.items()
+        if len(parts) > 1
+    }
+    weight_map = replace(weight_map, aliases=aliases, rows=rows)
     differing = sorted(parameters.keys() - names - aliases.keys())
     if differing:
         raise ValueError(
@@ -89,11 +94,15 @@ def made_of(parts: Sequence[Tensor]) -> Tensor:
 def to_checkpoint_names(weight_map: WeightMap, state_dict: dict[str, Any], prefix: str) -> None:
     """Renames our parameters in a state dict to the checkpoint's, in place."""
     for own, names in weight_map.sources.items():
-        for name, part in zip(names, state_dict.pop(prefix + own).chunk(len(names)), strict=True):
+        for name, part in zip(names, weight_map.parts(own, state_dict.pop(prefix + own)), strict=True):
             # Each in its own memory: savers take views of one memory for one weight.
             state_dict[prefix + name] = part if len(names) == 1 else part.clone()
     for alias, name in weight_map.aliases.items():
         state_dict[prefix + alias] = state_dict[prefix + name]
+    for own, name in weight_map.buffers.items():
+        # Most are in no checkpoint.
+        if prefix + own in state_dict:
+            state_dict[prefix + name] = state_dict.pop(prefix + own)
 
 
 def from_checkpoint_names(
@@ -105,12 +114,15 @@ def from_checkpoint_names(
     error_msgs: list[str],
 ) -> None:
     """Renames the checkpoint's parameters in a state dict to ours, in place; says what is missing or does not fit."""
+    for own, name in weight_map.buffers.items():
+        if prefix + name in state_dict:
+            state_dict[prefix + own] = state_dict.pop(prefix + name)
     given: dict[str, Tensor] = {}
     for name in (*weight_map.checkpoint_names, *weight_map.aliases):
         if prefix + name in state_dict:
             given.setdefault(weight_map.aliases.get(name, name), state_dict.pop(prefix + name))
     for own, names in weight_map.sources.items():
-        current = module.get_parameter(own).data.chunk(len(names))
+        current = weight_map.parts(own, module.get_parameter(own).data)
         missing_keys.extend(prefix + name for name in names if name not in given)
         parts = [given.get(name, part) for name, part in zip(names, current, strict=True)]
         for name, part, kept in zip(names, parts, current, strict=True):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from fastcls_kernels import Activation
@@ -56,16 +56,23 @@ class WeightMap:
         sources: maps one of our names to the checkpoint's: one name, or several to be joined along the first dimension
             (query, key and value are one matrix here).
         aliases: maps the checkpoint's other names of tied weights to those in ``sources``.
-        buffers: maps our names of the model's buffers to the model's names; no checkpoint holds them.
+        buffers: maps our names of the model's buffers to the model's names; few checkpoints hold them.
+        rows: for each of our names how many rows each of the checkpoint's weights has that are joined.
     """
 
     sources: Mapping[str, tuple[str, ...]]
     aliases: Mapping[str, str]
     buffers: Mapping[str, str]
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def checkpoint_names(self) -> set[str]:
         return {name for names in self.sources.values() for name in names}
+
+    def parts(self, own: str, weight: Tensor) -> tuple[Tensor, ...]:
+        """The checkpoint's weights that one of ours joins, as views of it."""
+        # A single part may be a scalar, which cannot be split.
+        return (weight,) if len(self.sources[own]) == 1 else weight.split(self.rows[own])
 
 
 def joined(parts: str | Iterable[str], kind: str) -> tuple[str, ...]:

@@ -20,10 +20,11 @@ from .family import (
     one_of_each,
     rows_of,
 )
+from .rotary import with_rotary
 
 # Our layers end with the norm that begins the model's next layer; the last layer ends with the final norm.
 _LAYER: Names = {"qkv": "attn.Wqkv", "out": "attn.Wo", "attention_norm": "mlp_norm", "up": "mlp.Wi", "down": "mlp.Wo"}
-_POOLINGS: dict[str, Pooling] = {"cls": "first", "mean": "mean"}
+POOLINGS: dict[str, Pooling] = {"cls": "first", "mean": "mean"}
 
 # ModernBERT reads its windows from the config at each call, for the mask.
 _BUILT: Built = {
@@ -38,13 +39,9 @@ _BUILT: Built = {
 
 def _spec(config: Any) -> EncoderSpec:
     check_sizes(config)
-    rotary = [config.rope_parameters[kind] for kind in config.layer_types]
-    kinds = sorted({each["rope_type"] for each in rotary} - {"default"})
-    if kinds:
-        raise ValueError(f"config.rope_parameters must have rope_type 'default', got {kinds[0]!r}")
-    return EncoderSpec(
+    spec = EncoderSpec(
         vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=None,
         position_rows=0,
         token_types=0,
         embedding_size=config.hidden_size,
@@ -54,11 +51,16 @@ def _spec(config: Any) -> EncoderSpec:
         intermediate_size=config.intermediate_size,
         layer_norm_eps=config.norm_eps,
         activation=activation_of(config, "hidden_activation"),
-        windows=tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types),
-        rotary=tuple(config.layer_types),
+        windows=windows(config),
         pre_norm=True,
         gated=True,
     )
+    return with_rotary(spec, config, config.layer_types)
+
+
+def windows(config: Any) -> tuple[int | None, ...]:
+    """How many tokens each layer sees on either side. UltraBERT's, too."""
+    return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types)
 
 
 def _modules(config: ModernBertConfig) -> Names:
@@ -81,7 +83,7 @@ def _head(task: Task, out: str = "classifier") -> HeadOf:
         return HeadSpec(
             task,
             {"dense": "head.dense", "norm": "head.norm", "out": out},
-            pooling=_POOLINGS[config.classifier_pooling] if pooled else "first",
+            pooling=POOLINGS[config.classifier_pooling] if pooled else "first",
             activation=activation_of(config, "classifier_activation"),
             eps=config.norm_eps,
         )
@@ -99,9 +101,10 @@ _HEADS: dict[str, HeadOf] = {
 }
 
 
-def _buffers(config: ModernBertConfig) -> dict[str, str]:
+def buffers(config: Any) -> dict[str, str]:
+    """The buffers of a model with frequencies for each kind of layers. UltraBERT's, too."""
     kinds = sorted(set(config.layer_types or ()))
     return {f"rotary.{kind}": f"rotary_emb.{kind}_inv_freq" for kind in kinds}
 
 
-FAMILY = Family("modernbert", "model.", _spec, _modules, _HEADS, "BaseModelOutput", _BUILT, _buffers)
+FAMILY = Family("modernbert", "model.", _spec, _modules, _HEADS, "BaseModelOutput", _BUILT, buffers)

@@ -59,6 +59,7 @@ class FastEncoder(FastModel):
             },
             {},
             {own: name.removeprefix(family.prefix) for own, name in theirs.buffers.items()},
+            theirs.rows,
         )
         head = HeadSpec("encoder", {"dense": "pooler"} if pools else {}, activation=model.head.spec.activation)
         encoder = cls(getattr(transformers, base), model.config, model.spec, head, weight_map, weights, *model.options)

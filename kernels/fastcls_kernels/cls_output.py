@@ -2,8 +2,9 @@
 
     out = LayerNorm(Σ_h W_o,h (W_v,h s_h + b_v,h) + b_o + residual),
 
-where s_h are the weighted sums of rows that `cls_attention` gives. A program takes BLOCK_B rows, a head and BLOCK_N
-columns of the output. It stores the head's part in float32, and the layer norm adds the parts up.
+where s_h are the weighted sums of rows that `cls_attention` gives, and the norm may be RMS norm. A program takes
+BLOCK_B rows, a head and BLOCK_N columns of the output. It stores the head's part in float32, and the norm adds the
+parts up.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from __future__ import annotations
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._ops import operator
-from .layer_norm import check_norm, check_vector, fake_norm_and_sum, launch_sum_add_layer_norm
+from .layer_norm import check_norm, check_vector, cpu_norm, fake_norm_and_sum, launch_sum_add_layer_norm
 from .linear import linear_per_head_unchecked, linear_unchecked
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import (
@@ -160,6 +160,7 @@ def cls_output(
     eps: float,
     *,
     keep_sum: Literal[False] = False,
+    rms: bool = False,
 ) -> Tensor: ...
 
 
@@ -177,13 +178,15 @@ def cls_output(
     eps: float,
     *,
     keep_sum: Literal[True],
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @operator(
     "(Tensor summed, Tensor value_weight, Tensor? value_bias, Tensor out_weight, Tensor? out_bias, "
-    "Tensor hidden_states, Tensor? rows, Tensor norm_weight, Tensor? norm_bias, float eps, bool keep_sum) -> Tensor[]",
-    fake=lambda summed, *others: fake_norm_and_sum(others[4], summed.shape[0], keep_sum=others[-1]),
+    "Tensor hidden_states, Tensor? rows, Tensor norm_weight, Tensor? norm_bias, float eps, bool keep_sum, "
+    "bool rms=False) -> Tensor[]",
+    fake=lambda summed, *others: fake_norm_and_sum(others[4], summed.shape[0], keep_sum=others[9]),
 )
 def cls_output(
     summed: Tensor,
@@ -198,8 +201,9 @@ def cls_output(
     eps: float,
     *,
     keep_sum: bool = False,
+    rms: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Value projection, output projection, residual and layer norm after `cls_attention`.
+    """Value projection, output projection, residual and layer norm, or RMS norm, after `cls_attention`.
 
     Args:
         summed: (num_rows, nheads, width), the result of `cls_attention`, in hidden_states' dtype or float32.
@@ -211,11 +215,12 @@ def cls_output(
         hidden_states: (total_tokens, width), float32, float16 or bfloat16: the layer's input, whose rows are the
             residual.
         rows: (num_rows,), int32 or int64, contiguous: which rows; for [CLS], ``cu_seqlens[:-1]``. None for all.
-        eps: added to the variance.
-        keep_sum: whether to return the sum before the layer norm as well, as a pre-norm encoder needs it.
+        eps: added to the variance, or to the mean of squares.
+        keep_sum: whether to return the sum before the norm as well, as a pre-norm encoder needs it.
+        rms: whether to divide each row by its root mean square alone, without centring it.
 
     Returns:
-        (num_rows, width) in hidden_states' dtype; with keep_sum a pair of these, the layer norm and the sum before it.
+        (num_rows, width) in hidden_states' dtype; with keep_sum a pair of these, the norm and the sum before it.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -258,6 +263,7 @@ def cls_output(
     normed, attended = cls_output_unchecked(
         *(summed, value_weight, value_bias, out_weight, out_bias, hidden_states, rows, norm_weight, norm_bias, eps),
         keep_sum=keep_sum,
+        rms=rms,
     )
     return (normed, attended) if keep_sum else normed
 
@@ -275,17 +281,18 @@ def cls_output_unchecked(
     eps: float,
     *,
     keep_sum: bool = False,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`cls_output` of arguments that are known to fit: the normed rows, and the rows that the next half adds to.
 
     Those are the sum where it is kept, else the normed rows again.
     """
-    num_rows, num_heads, width = summed.shape
+    num_rows, num_heads, _ = summed.shape
     if runs_triton(hidden_states):
         tile = rows_tile(arch_of(hidden_states.device), "cls_output", hidden_states.dtype, num_rows)
         parts = _launch_cls_output(summed, value_weight, value_bias, out_weight, tile)
         return launch_sum_add_layer_norm(
-            parts, out_bias, hidden_states, rows, norm_weight, norm_bias, eps, keep_sum=keep_sum
+            parts, out_bias, hidden_states, rows, norm_weight, norm_bias, eps, keep_sum=keep_sum, rms=rms
         )
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     per_head = value_weight.to(dtype).unflatten(0, (num_heads, -1)).transpose(1, 2)
@@ -294,5 +301,5 @@ def cls_output_unchecked(
         context = context + value_bias.to(dtype)
     attended = linear_unchecked(context.to(hidden_states.dtype), out_weight, out_bias)
     attended += hidden_states if rows is None else hidden_states[rows]
-    normed = F.layer_norm(attended, (width,), norm_weight, norm_bias, eps)
+    normed = cpu_norm(attended, norm_weight, norm_bias, eps, rms=rms)
     return normed, attended if keep_sum else normed

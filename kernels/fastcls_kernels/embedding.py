@@ -1,7 +1,7 @@
 """The input of an encoder in one pass: out = LayerNorm(word[id] + type[type_id] + position[position_id]).
 
 One program gathers the three rows of one token and normalises their sum in float32. Types are optional, and so are
-positions, which some encoders leave to their attention.
+positions, which some encoders leave to their attention. The norm may be RMS norm, or none.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._ops import operator
-from .layer_norm import check_norm, norm_warps, normalise_row
+from .layer_norm import check_norm, check_width, cpu_norm, norm_warps, normalise_row
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import check_device, check_integers, check_range, check_tensor
 from .runtime.triton import jit, next_power_of_2, tl
@@ -24,14 +24,16 @@ def _embedding_layer_norm_kernel(
     word_ptr,  # (vocab_size, WIDTH)
     position_ptr,  # (max_positions, WIDTH) or None
     token_type_ptr,  # (type_vocab_size, WIDTH) or None
-    weight_ptr,  # (WIDTH,)
+    weight_ptr,  # (WIDTH,) or None
     norm_bias_ptr,  # (WIDTH,) or None
     out_ptr,  # (num_tokens, WIDTH)
     eps,
     HAS_POSITIONS: tl.constexpr,
     HAS_TYPES: tl.constexpr,
     HAS_TYPE_IDS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     HAS_NORM_BIAS: tl.constexpr,
+    RMS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -49,8 +51,9 @@ def _embedding_layer_norm_kernel(
         row += tl.load(token_type_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
     if HAS_POSITIONS:
         row += tl.load(position_ptr + position_id * WIDTH + offs_w, mask=in_width, other=0.0).to(tl.float32)
-    out = normalise_row(row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, HAS_NORM_BIAS, WIDTH)
-    tl.store(out_ptr + token * WIDTH + offs_w, out.to(out_ptr.dtype.element_ty), mask=in_width)
+    if HAS_NORM:
+        row = normalise_row(row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, HAS_NORM_BIAS, RMS, WIDTH)
+    tl.store(out_ptr + token * WIDTH + offs_w, row.to(out_ptr.dtype.element_ty), mask=in_width)
 
 
 def _launch_embedding_layer_norm(
@@ -60,9 +63,11 @@ def _launch_embedding_layer_norm(
     word_table: Tensor,  # (vocab_size, width)
     position_table: Tensor | None,  # (max_positions, width)
     token_type_table: Tensor | None,  # (type_vocab_size, width)
-    weight: Tensor,  # (width,)
+    weight: Tensor | None,  # (width,)
     norm_bias: Tensor | None,  # (width,)
     eps: float,
+    *,
+    rms: bool = False,
 ) -> Tensor:
     """(num_tokens, width) in word_table's dtype."""
     num_tokens, width = token_ids.shape[0], word_table.shape[1]
@@ -84,7 +89,9 @@ def _launch_embedding_layer_norm(
             HAS_POSITIONS=position_table is not None,
             HAS_TYPES=token_type_table is not None,
             HAS_TYPE_IDS=token_type_ids is not None,
+            HAS_NORM=weight is not None,
             HAS_NORM_BIAS=norm_bias is not None,
+            RMS=rms,
             WIDTH=width,
             BLOCK_W=next_power_of_2(width),
             num_warps=norm_warps(width),
@@ -95,7 +102,7 @@ def _launch_embedding_layer_norm(
 
 @operator(
     "(Tensor token_ids, Tensor? position_ids, Tensor? token_type_ids, Tensor word_table, Tensor? position_table, "
-    "Tensor? token_type_table, Tensor weight, Tensor? norm_bias, float eps) -> Tensor",
+    "Tensor? token_type_table, Tensor? weight, Tensor? norm_bias, float eps, bool rms=False) -> Tensor",
     fake=lambda token_ids, _positions, _types, word_table, *_: word_table.new_empty(
         token_ids.shape[0], word_table.shape[1]
     ),
@@ -107,11 +114,13 @@ def embedding_layer_norm(
     word_table: Tensor,
     position_table: Tensor | None,
     token_type_table: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    *,
+    rms: bool = False,
 ) -> Tensor:
-    """Layer norm of the sum of word, token type and position embeddings.
+    """Layer norm of the sum of word, token type and position embeddings, or RMS norm, or the sum alone.
 
     Args:
         token_ids: (num_tokens,), int32 or int64.
@@ -120,18 +129,19 @@ def embedding_layer_norm(
         word_table: (vocab_size, width), float32, float16 or bfloat16, contiguous, width up to 16,384.
         position_table: (max_positions, width), in word_table's dtype, or None.
         token_type_table: (type_vocab_size, width), in word_table's dtype, or None.
-        weight: (width,), the layer norm's own.
-        norm_bias: (width,) or None, the layer norm's own.
-        eps: added to the variance.
+        weight: (width,), the norm's own, or None for the sum alone, without a norm.
+        norm_bias: (width,) or None, the norm's own; None where there is no norm.
+        eps: added to the variance, or to the mean of squares; not read without a norm.
+        rms: whether to divide each row by its root mean square alone, without centring it; False without a norm.
 
     Returns:
         (num_tokens, width) in word_table's dtype.
 
     Raises:
         TypeError: a dtype that does not fit.
-        ValueError: a shape, stride or device that does not fit, ids without a table or a table without ids, or, on the
-            CPU, an id outside its table. On a GPU ids are trusted, since checking them would stall the device: check
-            them before they are sent there.
+        ValueError: a shape, stride or device that does not fit, ids without a table or a table without ids,
+            norm_bias or rms without a weight, or, on the CPU, an id outside its table. On a GPU ids are trusted, since
+            checking them would stall the device: check them before they are sent there.
     """
     check_tensor("word_table", word_table, "(vocab_size, width)")
     for name, table in (
@@ -151,10 +161,18 @@ def embedding_layer_norm(
             shape = tuple(token_type_ids.shape)
             raise ValueError(f"token_type_ids must be None where there is no token_type_table, got shape {shape}")
         _check_ids("token_type_ids", token_type_ids, token_ids, token_type_table)
-    check_norm(weight, norm_bias, word_table.shape[1], word_table)
+    if weight is not None:
+        check_norm(weight, norm_bias, word_table.shape[1], word_table)
+    else:
+        check_width(word_table.shape[1])
+        if norm_bias is not None:
+            raise ValueError(f"norm_bias must be None where weight is None, got shape {tuple(norm_bias.shape)}")
+        if rms:
+            raise ValueError("rms must be False where weight is None, got True")
     return embedding_layer_norm_unchecked(
         *(token_ids, position_ids, token_type_ids, word_table, position_table, token_type_table),
         *(weight, norm_bias, eps),
+        rms=rms,
     )
 
 
@@ -165,22 +183,25 @@ def embedding_layer_norm_unchecked(
     word_table: Tensor,
     position_table: Tensor | None,
     token_type_table: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    *,
+    rms: bool = False,
 ) -> Tensor:
     """`embedding_layer_norm` of arguments that are known to fit."""
     if runs_triton(word_table):
         return _launch_embedding_layer_norm(
             *(token_ids, position_ids, token_type_ids, word_table, position_table, token_type_table),
             *(weight, norm_bias, eps),
+            rms=rms,
         )
     summed = F.embedding(token_ids, word_table)
     if token_type_table is not None:
         summed += token_type_table[0] if token_type_ids is None else F.embedding(token_type_ids, token_type_table)
     if position_ids is not None and position_table is not None:
         summed += F.embedding(position_ids, position_table)
-    return F.layer_norm(summed, (word_table.shape[1],), weight, norm_bias, eps)
+    return summed if weight is None else cpu_norm(summed, weight, norm_bias, eps, rms=rms)
 
 
 def _check_table(name: str, table: Tensor, word_table: Tensor) -> None:

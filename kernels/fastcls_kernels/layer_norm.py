@@ -2,9 +2,10 @@
 
     out = (s - mean(s)) / sqrt(var(s) + eps) * weight + norm_bias,    s = hidden_states + bias + residual,
 
-where ``bias`` belongs to the product that made ``hidden_states``. One program normalises one row, in float32. The
-product may come as float32 parts, which the program sums in their order. A pre-norm encoder also reads s, so the kernel
-can store it.
+where ``bias`` belongs to the product that made ``hidden_states``. With ``rms`` it is the root mean square's norm, which
+does not centre: s / sqrt(mean(s²) + eps) * weight + norm_bias. One program normalises one row, in float32. The product
+may come as float32 parts, which the program sums in their order. A pre-norm encoder also reads s, so the kernel can
+store it.
 """
 
 from __future__ import annotations
@@ -48,17 +49,19 @@ def normalise_row(
     in_width,  # [BLOCK_W]
     eps,
     HAS_NORM_BIAS: tl.constexpr,
+    RMS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Layer norm of one row in registers; the embedding kernel shares it."""
-    mean = tl.sum(row, 0) / WIDTH
-    centred = tl.where(in_width, row - mean, 0.0)
-    variance = tl.sum(centred * centred, 0) / WIDTH
+    """The norm of one row in registers, which is zero beyond its width; the embedding kernel shares it."""
+    if not RMS:
+        mean = tl.sum(row, 0) / WIDTH
+        row = tl.where(in_width, row - mean, 0.0)
+    mean_square = tl.sum(row * row, 0) / WIDTH
     weight = tl.load(weight_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
     if HAS_NORM_BIAS:
         norm_bias = tl.load(norm_bias_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
-        return centred * tl.rsqrt(variance + eps) * weight + norm_bias
-    return centred * tl.rsqrt(variance + eps) * weight
+        return row * tl.rsqrt(mean_square + eps) * weight + norm_bias
+    return row * tl.rsqrt(mean_square + eps) * weight
 
 
 @jit()
@@ -79,6 +82,7 @@ def _add_layer_norm_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_NORM_BIAS: tl.constexpr,
+    RMS: tl.constexpr,
     KEEP_SUM: tl.constexpr,
     GATHER_X: tl.constexpr,
     GATHER_RESIDUAL: tl.constexpr,
@@ -108,7 +112,7 @@ def _add_layer_norm_kernel(
         row += tl.load(bias_ptr + offs_w, mask=in_width, other=0.0).to(tl.float32)
     if KEEP_SUM:
         tl.store(sum_ptr + token * stride_ot + offs_w, row.to(sum_ptr.dtype.element_ty), mask=in_width)
-    out = normalise_row(row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, HAS_NORM_BIAS, WIDTH)
+    out = normalise_row(row, weight_ptr, norm_bias_ptr, offs_w, in_width, eps, HAS_NORM_BIAS, RMS, WIDTH)
     tl.store(out_ptr + token * stride_ot + offs_w, out.to(out_ptr.dtype.element_ty), mask=in_width)
 
 
@@ -123,8 +127,9 @@ def launch_sum_add_layer_norm(
     *,
     gather_parts: bool = False,
     keep_sum: bool = False,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Layer norm of the sum of ``parts``, ``bias`` and ``residual``; then that sum with ``keep_sum``, else the norm.
+    """The norm of the sum of ``parts``, ``bias`` and ``residual``; then that sum with ``keep_sum``, else the norm.
 
     ``rows`` selects rows of ``residual``, and with ``gather_parts`` of ``parts`` as well. Both results are (num_rows,
     width) in weight's dtype.
@@ -152,6 +157,7 @@ def launch_sum_add_layer_norm(
                 HAS_BIAS=bias is not None,
                 HAS_RESIDUAL=residual is not None,
                 HAS_NORM_BIAS=norm_bias is not None,
+                RMS=rms,
                 KEEP_SUM=keep_sum,
                 GATHER_X=gather_parts,
                 GATHER_RESIDUAL=rows is not None,
@@ -164,18 +170,31 @@ def launch_sum_add_layer_norm(
     return out, out if summed is None else summed
 
 
+def cpu_norm(rows: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float, *, rms: bool) -> Tensor:
+    """The norm of each row by PyTorch, which computes it in float32 where rows have fewer bits."""
+    if not rms:
+        return F.layer_norm(rows, weight.shape, weight, norm_bias, eps)
+    normed = F.rms_norm(rows, weight.shape, weight, eps)
+    return normed if norm_bias is None else normed.add_(norm_bias)
+
+
 def norm_warps(width: int) -> int:
     """Warps for one row: about 8 numbers a thread, at most 16 warps."""
     return min(16, max(1, next_power_of_2(width) // 256))
 
 
 def check_norm(weight: Tensor, norm_bias: Tensor | None, width: int, like: Tensor) -> None:
-    """Checks a layer norm's weight and bias."""
-    if not 1 <= width <= MAX_WIDTH:
-        raise ValueError(f"the width must be from 1 to {MAX_WIDTH}, got {width}")
+    """Checks a norm's weight and bias."""
+    check_width(width)
     check_vector("weight", weight, width, like)
     if norm_bias is not None:
         check_vector("norm_bias", norm_bias, width, like)
+
+
+def check_width(width: int) -> None:
+    """Checks the width of a row that one program takes."""
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"the width must be from 1 to {MAX_WIDTH}, got {width}")
 
 
 def check_vector(name: str, tensor: Tensor, width: int, like: Tensor) -> None:
@@ -187,17 +206,20 @@ def check_vector(name: str, tensor: Tensor, width: int, like: Tensor) -> None:
 
 
 @operator(
-    "(Tensor hidden_states, Tensor weight, Tensor? norm_bias, float eps) -> Tensor",
+    "(Tensor hidden_states, Tensor weight, Tensor? norm_bias, float eps, bool rms=False) -> Tensor",
     fake=lambda hidden_states, *_: hidden_states.new_empty(hidden_states.shape),
 )
-def layer_norm(hidden_states: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm of each row.
+def layer_norm(
+    hidden_states: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float, *, rms: bool = False
+) -> Tensor:
+    """Layer norm of each row, or RMS norm.
 
     Args:
         hidden_states: (num_tokens, width), float32, float16 or bfloat16, width up to 16,384.
         weight: (width,).
         norm_bias: (width,) or None.
-        eps: added to the variance.
+        eps: added to the variance, or to the mean of squares.
+        rms: whether to divide each row by its root mean square alone, without centring it.
 
     Returns:
         (num_tokens, width) in hidden_states' dtype.
@@ -209,14 +231,17 @@ def layer_norm(hidden_states: Tensor, weight: Tensor, norm_bias: Tensor | None, 
     check_tensor("hidden_states", hidden_states, "(num_tokens, width)")
     check_norm(weight, norm_bias, hidden_states.shape[1], hidden_states)
     check_last_dim_contiguous("hidden_states", hidden_states)
-    return layer_norm_unchecked(hidden_states, weight, norm_bias, eps)
+    return layer_norm_unchecked(hidden_states, weight, norm_bias, eps, rms=rms)
 
 
-def layer_norm_unchecked(hidden_states: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm_unchecked(
+    hidden_states: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float, *, rms: bool = False
+) -> Tensor:
     """`layer_norm` of arguments that are known to fit."""
     if runs_triton(hidden_states):
-        return launch_sum_add_layer_norm(hidden_states.unsqueeze(1), None, None, None, weight, norm_bias, eps)[0]
-    return F.layer_norm(hidden_states, (hidden_states.shape[1],), weight, norm_bias, eps)
+        parts = hidden_states.unsqueeze(1)
+        return launch_sum_add_layer_norm(parts, None, None, None, weight, norm_bias, eps, rms=rms)[0]
+    return cpu_norm(hidden_states, weight, norm_bias, eps, rms=rms)
 
 
 def fake_norm_and_sum(like: Tensor, num_rows: Any, keep_sum: bool) -> list[Tensor]:
@@ -235,6 +260,7 @@ def add_layer_norm(
     *,
     rows: Tensor | None = None,
     keep_sum: Literal[False] = False,
+    rms: bool = False,
 ) -> Tensor: ...
 
 
@@ -249,13 +275,14 @@ def add_layer_norm(
     *,
     rows: Tensor | None = None,
     keep_sum: Literal[True],
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @operator(
     "(Tensor hidden_states, Tensor? bias, Tensor residual, Tensor weight, Tensor? norm_bias, float eps, Tensor? rows, "
-    "bool keep_sum) -> Tensor[]",
-    fake=lambda x, _bias, _residual, _weight, _norm_bias, _eps, rows, keep_sum: fake_norm_and_sum(
+    "bool keep_sum, bool rms=False) -> Tensor[]",
+    fake=lambda x, _bias, _residual, _weight, _norm_bias, _eps, rows, keep_sum, *_: fake_norm_and_sum(
         x, num_rows_of(x, rows), keep_sum
     ),
 )
@@ -269,22 +296,24 @@ def add_layer_norm(
     *,
     rows: Tensor | None = None,
     keep_sum: bool = False,
+    rms: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Layer norm of ``hidden_states + bias + residual``.
+    """Layer norm of ``hidden_states + bias + residual``, or RMS norm.
 
     Args:
         hidden_states: (num_tokens, width), float32, float16 or bfloat16, width up to 16,384.
         bias: (width,) or None: of the product that made ``hidden_states``.
         residual: (num_tokens, width).
-        weight: (width,), the layer norm's own.
-        norm_bias: (width,) or None, the layer norm's own.
-        eps: added to the variance.
+        weight: (width,), the norm's own.
+        norm_bias: (width,) or None, the norm's own.
+        eps: added to the variance, or to the mean of squares.
         rows: (num_rows,), int32 or int64, contiguous: the rows to compute, or None for all.
         keep_sum: whether to return the sum as well, as a pre-norm encoder needs it.
+        rms: whether to divide each row by its root mean square alone, without centring it.
 
     Returns:
-        (num_tokens or num_rows, width), contiguous, in hidden_states' dtype; with keep_sum a pair of these, the layer
-        norm and the sum before it.
+        (num_tokens or num_rows, width), contiguous, in hidden_states' dtype; with keep_sum a pair of these, the norm
+        and the sum before it.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -295,7 +324,7 @@ def add_layer_norm(
     if rows is not None:
         check_rows("rows", rows, hidden_states)
     normed, summed = add_layer_norm_unchecked(
-        hidden_states, bias, residual, weight, norm_bias, eps, rows, keep_sum=keep_sum
+        hidden_states, bias, residual, weight, norm_bias, eps, rows, keep_sum=keep_sum, rms=rms
     )
     return (normed, summed) if keep_sum else normed
 
@@ -310,6 +339,7 @@ def add_layer_norm_unchecked(
     rows: Tensor | None = None,
     *,
     keep_sum: bool = False,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`add_layer_norm` of arguments that are known to fit: the normed rows, and the sum where it is kept."""
     if runs_triton(hidden_states):
@@ -317,11 +347,12 @@ def add_layer_norm_unchecked(
             *(hidden_states.unsqueeze(1), bias, residual, rows, weight, norm_bias, eps),
             gather_parts=rows is not None,
             keep_sum=keep_sum,
+            rms=rms,
         )
     summed = hidden_states + residual if rows is None else hidden_states[rows] + residual[rows]
     if bias is not None:
         summed += bias
-    return F.layer_norm(summed, (hidden_states.shape[1],), weight, norm_bias, eps), summed
+    return cpu_norm(summed, weight, norm_bias, eps, rms=rms), summed
 
 
 def check_add_norm(

@@ -144,10 +144,12 @@ def cls_output_reference(
     norm_weight: Tensor,
     norm_bias: Tensor | None,
     eps: float,
+    *,
+    rms: bool = False,
 ) -> Tensor:
-    """LayerNorm(W_o (W_v s + b_v) + b_o + residual) with heads joined after W_v. See `cls_output`."""
+    """Norm(W_o (W_v s + b_v) + b_o + residual) with heads joined after W_v. See `cls_output`."""
     attended = cls_output_sum_reference(summed, value_weight, value_bias, out_weight, out_bias, hidden_states, rows)
-    return F.layer_norm(attended, (attended.shape[1],), norm_weight, norm_bias, eps)
+    return layer_norm_reference(attended, norm_weight, norm_bias, eps, rms=rms)
 
 
 def cls_output_sum_reference(
@@ -204,9 +206,17 @@ def cls_attention_kv_reference(
     return out
 
 
-def layer_norm_reference(hidden_states: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm(hidden_states). See `layer_norm`."""
-    return F.layer_norm(hidden_states, (weight.shape[0],), weight, norm_bias, eps)
+def layer_norm_reference(
+    hidden_states: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float, *, rms: bool = False
+) -> Tensor:
+    """LayerNorm(hidden_states), or hidden_states / sqrt(mean(hidden_states²) + eps) · weight + norm_bias.
+
+    See `layer_norm`.
+    """
+    if not rms:
+        return F.layer_norm(hidden_states, (weight.shape[0],), weight, norm_bias, eps)
+    normed = F.rms_norm(hidden_states, (weight.shape[0],), weight, eps)
+    return normed if norm_bias is None else normed + norm_bias
 
 
 def add_reference(hidden_states: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -215,10 +225,17 @@ def add_reference(hidden_states: Tensor, bias: Tensor | None, residual: Tensor) 
 
 
 def add_layer_norm_reference(
-    hidden_states: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float
+    hidden_states: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    rms: bool = False,
 ) -> Tensor:
-    """LayerNorm(hidden_states + bias + residual). See `add_layer_norm`."""
-    return layer_norm_reference(add_reference(hidden_states, bias, residual), weight, norm_bias, eps)
+    """Norm(hidden_states + bias + residual). See `add_layer_norm`."""
+    return layer_norm_reference(add_reference(hidden_states, bias, residual), weight, norm_bias, eps, rms=rms)
 
 
 def embedding_layer_norm_reference(
@@ -228,18 +245,20 @@ def embedding_layer_norm_reference(
     word_table: Tensor,
     position_table: Tensor | None,
     token_type_table: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    *,
+    rms: bool = False,
 ) -> Tensor:
-    """LayerNorm(word[id] + type[type_id] + position[position_id]). See `embedding_layer_norm`."""
+    """Norm(word[id] + type[type_id] + position[position_id]), or the sum. See `embedding_layer_norm`."""
     summed = F.embedding(token_ids, word_table)
     if token_type_table is not None:
         types = torch.zeros_like(token_ids) if token_type_ids is None else token_type_ids
         summed = summed + F.embedding(types, token_type_table)
     if position_ids is not None and position_table is not None:
         summed = summed + F.embedding(position_ids, position_table)
-    return F.layer_norm(summed, (weight.shape[0],), weight, norm_bias, eps)
+    return summed if weight is None else layer_norm_reference(summed, weight, norm_bias, eps, rms=rms)
 
 
 def linear_gelu_reference(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

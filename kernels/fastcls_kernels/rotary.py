@@ -1,6 +1,7 @@
 """Rotary positions in place: each head's halves (a, b) become (a cos - b sin, b cos + a sin), with angles by position.
 
-One program turns the heads of one token, or a block of them, so that it reads the row of cosines and sines once.
+Interleaved, the pairs are neighbours: the even numbers of a head stand for a, the odd ones for b. One program turns the
+heads of one token, or a block of them, so that it reads the row of cosines and sines once.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def _rotary_kernel(
     stride_xh,
     NUM_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -46,8 +48,8 @@ def _rotary_kernel(
     cos = tl.load(cos_ptr + angles, mask=in_half, other=0.0)[None, :]
     sin = tl.load(sin_ptr + angles, mask=in_half, other=0.0)[None, :]
     # [BLOCK_H, BLOCK_D]
-    first_ptr = x_ptr + token * stride_xt + offs_h[:, None] * stride_xh + offs_d[None, :]
-    second_ptr = first_ptr + HALF
+    first_ptr = x_ptr + token * stride_xt + offs_h[:, None] * stride_xh + offs_d[None, :] * (1 + INTERLEAVED)
+    second_ptr = first_ptr + (1 if INTERLEAVED else HALF)
     first = tl.load(first_ptr, mask=in_heads, other=0.0).to(tl.float32)
     second = tl.load(second_ptr, mask=in_heads, other=0.0).to(tl.float32)
     tl.store(first_ptr, (first * cos - second * sin).to(x_ptr.dtype.element_ty), mask=in_heads)
@@ -59,6 +61,7 @@ def _launch_rotary(
     positions: Tensor,  # (total_tokens,)
     cos: Tensor,  # (max_positions, head_dim // 2)
     sin: Tensor,  # (max_positions, head_dim // 2)
+    interleaved: bool,
 ) -> None:
     total_tokens, num_heads, head_dim = x.shape
     if x.numel() == 0:
@@ -75,6 +78,7 @@ def _launch_rotary(
             stride_xh=x.stride(1),
             NUM_HEADS=num_heads,
             HALF=half,
+            INTERLEAVED=interleaved,
             BLOCK_H=block_h,
             BLOCK_D=block_d,
             # A thread takes eight neighbouring numbers of each half.
@@ -83,10 +87,10 @@ def _launch_rotary(
         )
 
 
-def _rotate_halves(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _rotate(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     wide = x if x.dtype.itemsize >= 4 else x.float()
     cos, sin = (table[positions].to(wide.dtype).unsqueeze(1) for table in (cos, sin))
-    first, second = wide.chunk(2, -1)
+    first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, -1)
     crossed = first * sin
     # Not addcmul_: a compiler may round its vectors and its remainders differently.
     first.mul_(cos).sub_(second * sin)
@@ -95,8 +99,8 @@ def _rotate_halves(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> No
         x.copy_(wide)
 
 
-@operator("(Tensor(a0!) x, Tensor positions, Tensor cos, Tensor sin) -> ()", fake=lambda *_: None)
-def apply_rotary_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+@operator("(Tensor(a0!) x, Tensor positions, Tensor cos, Tensor sin, bool interleaved) -> ()", fake=lambda *_: None)
+def apply_rotary_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Turns each head by its token's position, in place.
 
     Args:
@@ -105,10 +109,12 @@ def apply_rotary_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Ten
             twice as many heads.
         positions: (total_tokens,), int32 or int64, contiguous.
         cos, sin: (max_positions, headdim // 2), float32, contiguous: of each position's angles.
+        interleaved: whether pairs are neighbours (RoFormer's and GPT-J's form), or a head's halves (transformers'
+            ``rotate_half``).
 
     Returns:
-        x. The first half h1 and second half h2 of each head became h1 cos - h2 sin and h2 cos + h1 sin (the form that
-        transformers calls ``rotate_half``), computed in float32 and rounded once.
+        x. The first half h1 and second half h2 of each head, or interleaved its even and odd numbers, became
+        h1 cos - h2 sin and h2 cos + h1 sin, computed in float32 and rounded once.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -132,15 +138,17 @@ def apply_rotary_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Ten
     if sin.shape != cos.shape:
         raise ValueError(f"sin must have cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}")
     check_range("positions", positions, cos.shape[0])
-    return apply_rotary_unchecked_(x, positions, cos, sin)
+    return apply_rotary_unchecked_(x, positions, cos, sin, interleaved=interleaved)
 
 
-def apply_rotary_unchecked_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_unchecked_(
+    x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
+) -> Tensor:
     """`apply_rotary_` of arguments that are known to fit."""
     if runs_triton(x):
-        _launch_rotary(x, positions, cos, sin)
+        _launch_rotary(x, positions, cos, sin, interleaved)
     else:
-        _rotate_halves(x, positions, cos, sin)
+        _rotate(x, positions, cos, sin, interleaved)
     return x
 
 

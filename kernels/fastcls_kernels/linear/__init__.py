@@ -1,4 +1,4 @@
-"""Matrix products: f(x weightᵀ + bias), a product by head, and layer_norm(x weightᵀ + bias + residual).
+"""Matrix products: f(x weightᵀ + bias), a product by head, and layer or RMS norm of x weightᵀ + bias + residual.
 
 On a GPU a chip's table (runtime/tile_tables.py) says by shape whether our kernel (kernel.py), our partial products
 (split.py) or cuBLAS is the fastest; with `batch_invariant` our kernel makes every product, in one tile. On a CPU cpu.py
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._ops import operator
-from ..layer_norm import check_norm, check_vector, fake_norm_and_sum, launch_sum_add_layer_norm
+from ..layer_norm import check_norm, check_vector, cpu_norm, fake_norm_and_sum, launch_sum_add_layer_norm
 from ..packed import PackedWeight, packed_linear_unchecked
 from ..runtime.activations import Activation, activate_, check_activation
 from ..runtime.backend import runs_triton
@@ -207,6 +207,7 @@ def linear_add_layer_norm(
     eps: float,
     *,
     keep_sum: Literal[False] = False,
+    rms: bool = False,
 ) -> Tensor: ...
 
 
@@ -221,13 +222,14 @@ def linear_add_layer_norm(
     eps: float,
     *,
     keep_sum: Literal[True],
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @operator(
     "(Tensor hidden_states, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor? norm_bias, "
-    "float eps, bool keep_sum) -> Tensor[]",
-    fake=lambda _x, _weight, _bias, residual, _norm_weight, _norm_bias, _eps, keep_sum: fake_norm_and_sum(
+    "float eps, bool keep_sum, bool rms=False) -> Tensor[]",
+    fake=lambda _x, _weight, _bias, residual, _norm_weight, _norm_bias, _eps, keep_sum, *_: fake_norm_and_sum(
         residual, residual.shape[0], keep_sum
     ),
 )
@@ -241,8 +243,9 @@ def linear_add_layer_norm(
     eps: float,
     *,
     keep_sum: bool = False,
+    rms: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``layer_norm(hidden_states @ weight.T + bias + residual)``, the end of each half of a layer.
+    """Layer or RMS norm of ``hidden_states @ weight.T + bias + residual``, the end of each half of a layer.
 
     Args:
         hidden_states: (num_tokens, in_features), float32, float16 or bfloat16.
@@ -250,12 +253,13 @@ def linear_add_layer_norm(
         bias, norm_bias: (out_features,) or None.
         residual: (num_tokens, out_features).
         norm_weight: (out_features,).
-        eps: added to the variance.
+        eps: added to the variance, or to the mean of squares.
         keep_sum: whether to return the sum as well, as a pre-norm encoder needs it.
+        rms: whether to divide each row by its root mean square alone, without centring it.
 
     Returns:
-        (num_tokens, out_features) in hidden_states' dtype; with keep_sum a pair of these, the layer norm and the sum
-        before it.
+        (num_tokens, out_features) in hidden_states' dtype; with keep_sum a pair of these, the norm and the sum before
+        it.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -270,7 +274,7 @@ def linear_add_layer_norm(
     check_last_dim_contiguous("residual", residual)
     check_norm(norm_weight, norm_bias, weight.shape[0], hidden_states)
     normed, summed = linear_add_layer_norm_unchecked(
-        hidden_states, weight, bias, residual, norm_weight, norm_bias, eps, keep_sum=keep_sum
+        hidden_states, weight, bias, residual, norm_weight, norm_bias, eps, keep_sum=keep_sum, rms=rms
     )
     return (normed, summed) if keep_sum else normed
 
@@ -285,6 +289,7 @@ def linear_add_layer_norm_unchecked(
     eps: float,
     *,
     keep_sum: bool = False,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`linear_add_layer_norm` of arguments that are known to fit: the normed rows, and what the next half adds to.
 
@@ -295,7 +300,7 @@ def linear_add_layer_norm_unchecked(
             summed = packed_linear_unchecked(hidden_states, weight, residual=residual)
         else:
             summed = cpu_product(hidden_states, weight, bias, residual=residual)
-        normed = F.layer_norm(summed, norm_weight.shape, norm_weight, norm_bias, eps)
+        normed = cpu_norm(summed, norm_weight, norm_bias, eps, rms=rms)
         return normed, summed if keep_sum else normed
     arch, (rows, in_features) = arch_of(hidden_states.device), hidden_states.shape
     tile = linear_norm_tile(arch, hidden_states.dtype, rows, in_features, weight.shape[0])
@@ -305,4 +310,6 @@ def linear_add_layer_norm_unchecked(
         parts = launch_split_linear(hidden_states, weight, tile)
     # Frees the feed-forward's rows, four times as wide as the others, where the caller holds them no longer.
     del hidden_states
-    return launch_sum_add_layer_norm(parts, bias, residual, None, norm_weight, norm_bias, eps, keep_sum=keep_sum)
+    return launch_sum_add_layer_norm(
+        parts, bias, residual, None, norm_weight, norm_bias, eps, keep_sum=keep_sum, rms=rms
+    )
