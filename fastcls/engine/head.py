@@ -17,18 +17,20 @@ from .weights import Weighted, checked_rows, is_intercepted
 
 
 class Head(Weighted):
-    """A dense layer, an activation, a layer norm and a product, as far as the head has them: see `HeadSpec`."""
+    """Dense layers, their activation, a layer norm and a product, as far as the head has them: see `HeadSpec`."""
 
     dense_weight: Tensor | None
     dense_bias: Tensor | None
+    inner_weight: Tensor | None
+    inner_bias: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
     out_weight: Tensor | None
     out_bias: Tensor | None
 
     def __init__(self, spec: HeadSpec, weights: Mapping[str, nn.Parameter]) -> None:
-        names = ("dense_weight", "dense_bias", "norm_weight", "norm_bias", "out_weight", "out_bias")
-        super().__init__(weights, names)
+        modules = ("dense", "inner", "norm", "out")
+        super().__init__(weights, [f"{name}_{kind}" for name in modules for kind in ("weight", "bias")])
         self.spec = spec
         # Its products in their order, and what is behind each: `PackedWeights` makes them.
         self.packed: tuple[tuple[PackedWeight, Activation | None], ...] = ()
@@ -58,10 +60,13 @@ class Head(Weighted):
             and out_weight is not None
             and out_bias is not None
             and self.norm_weight is None
+            and self.inner_weight is None
         ):
             return pooler_classifier(rows, dense_weight, dense_bias, out_weight, out_bias, self.spec.activation)
         if dense_weight is not None:
             rows = linear_activation(rows, dense_weight, dense_bias, self.spec.activation)
+        if self.inner_weight is not None:
+            rows = linear_activation(rows, self.inner_weight, self.inner_bias, self.spec.activation)
         if self.norm_weight is not None:
             rows = layer_norm(rows, self.norm_weight, self.norm_bias, self.spec.eps)
         return rows if out_weight is None else linear(rows, out_weight, out_bias)
@@ -71,5 +76,7 @@ class Head(Weighted):
         if self.norm_weight is None:
             if self.dense_weight is not None:
                 yield self.dense_weight, self.dense_bias, self.spec.activation
+            if self.inner_weight is not None:
+                yield self.inner_weight, self.inner_bias, self.spec.activation
             if self.out_weight is not None:
                 yield self.out_weight, self.out_bias, None

@@ -178,16 +178,16 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """The head on an encoder: a dense layer, an activation, a layer norm and a product, as far as it has them.
+    """The head on an encoder: dense layers, their activation, a layer norm and a product, as far as it has them.
 
     Attributes:
         task: the task.
         pooling: how a text's rows become one, for tasks with one row a text.
-        activation: behind the dense layer.
+        activation: behind each dense layer.
         eps: of the layer norm.
         is_late: the head is computed for every row, and the mean of what it gives is taken.
-        names: the checkpoint's names of "dense", "norm" and "out", without ".weight" and ".bias"; and of "bias", if the
-            product's bias has a name of its own.
+        names: the checkpoint's names of "dense", "inner" (the second dense layer), "norm" and "out", without ".weight"
+            and ".bias"; and of "bias", if the product's bias has a name of its own.
     """
 
     task: Task

@@ -21,8 +21,10 @@ def _classifier(config: Any) -> HeadSpec:
     return HeadSpec("sequence classification", {"out": "classifier"}, pooling)
 
 
+_MASKED_LM = {"dense": "head.linear1", "inner": "head.linear2", "out": "head.decoder"}
 _HEADS: dict[str, HeadOf] = {
     "UltrabertForSequenceClassification": _classifier,
+    "UltrabertForMaskedLM": HeadSpec("masked language modelling", _MASKED_LM, activation="gelu_tanh"),
     "UltrabertForTokenClassification": HeadSpec("token classification", {"out": "classifier"}),
     "UltrabertForQuestionAnswering": HeadSpec("question answering", {"out": "qa_outputs"}),
     "UltrabertModel": HeadSpec("encoder", {}),

@@ -15,6 +15,11 @@ from torch import Tensor
 from .runtime.activations import Activation
 
 
+def _of_each_head(keys: Tensor, num_heads: int) -> Tensor:
+    """Keys or values, (total_tokens, nheads_k, headdim), once for each query head that reads them."""
+    return keys.repeat_interleave(num_heads // keys.shape[1], dim=1)
+
+
 def attention_varlen_reference(
     q: Tensor,
     k: Tensor,
@@ -30,6 +35,7 @@ def attention_varlen_reference(
 
     Rows after the last sequence are zero.
     """
+    k, v = (_of_each_head(tensor, q.shape[1]) for tensor in (k, v))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     bounds = cu_seqlens.tolist()
@@ -117,7 +123,7 @@ def cls_attention_reference(
         if keys is None:
             scores = query[row] @ tokens.T * softmax_scale
         else:
-            heads = keys[start:end].to(query.dtype).transpose(0, 1)
+            heads = _of_each_head(keys[start:end], query.shape[1]).to(query.dtype).transpose(0, 1)
             scores = (query[row, :, None] @ heads.transpose(1, 2))[:, 0] * softmax_scale
         if bias is not None:
             scores = scores + bias[start:end].T.to(query.dtype)
@@ -194,6 +200,7 @@ def cls_attention_kv_reference(
     row_bounds: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """softmax(query kᵀ · scale + bias) v for each query row and head. See `cls_attention_kv`."""
+    k, v = (_of_each_head(tensor, query.shape[1]) for tensor in (k, v))
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     starts, ends = (cu_seqlens[:-1], cu_seqlens[1:]) if row_bounds is None else row_bounds
@@ -294,8 +301,12 @@ def mean_pool_reference(hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: i
     return out
 
 
-def apply_rotary_reference(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(h1 cos - h2 sin, h2 cos + h1 sin) of each head's halves, not in place. See `apply_rotary_`."""
+def apply_rotary_reference(
+    x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
+) -> Tensor:
+    """(h1 cos - h2 sin, h2 cos + h1 sin) of each head's halves or neighbours, not in place. See `apply_rotary_`."""
     cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    first, second = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return joined.to(x.dtype)

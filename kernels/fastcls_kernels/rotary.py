@@ -43,12 +43,13 @@ def _rotary_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     in_half = offs_d < HALF
     in_heads = (offs_h < NUM_HEADS)[:, None] & in_half[None, :]
+    STEP: tl.constexpr = 2 if INTERLEAVED else 1
     angles = tl.load(positions_ptr + token).to(tl.int64) * HALF + offs_d
     # [BLOCK_D]
     cos = tl.load(cos_ptr + angles, mask=in_half, other=0.0)[None, :]
     sin = tl.load(sin_ptr + angles, mask=in_half, other=0.0)[None, :]
     # [BLOCK_H, BLOCK_D]
-    first_ptr = x_ptr + token * stride_xt + offs_h[:, None] * stride_xh + offs_d[None, :] * (1 + INTERLEAVED)
+    first_ptr = x_ptr + token * stride_xt + offs_h[:, None] * stride_xh + offs_d[None, :] * STEP
     second_ptr = first_ptr + (1 if INTERLEAVED else HALF)
     first = tl.load(first_ptr, mask=in_heads, other=0.0).to(tl.float32)
     second = tl.load(second_ptr, mask=in_heads, other=0.0).to(tl.float32)
@@ -81,7 +82,7 @@ def _launch_rotary(
             INTERLEAVED=interleaved,
             BLOCK_H=block_h,
             BLOCK_D=block_d,
-            # A thread takes eight neighbouring numbers of each half.
+            # A thread takes eight numbers of each half.
             num_warps=max(block_h * block_d // 256, 1),
             enable_fp_fusion=True,
         )
@@ -99,7 +100,9 @@ def _rotate(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved:
         x.copy_(wide)
 
 
-@operator("(Tensor(a0!) x, Tensor positions, Tensor cos, Tensor sin, bool interleaved) -> ()", fake=lambda *_: None)
+@operator(
+    "(Tensor(a0!) x, Tensor positions, Tensor cos, Tensor sin, bool interleaved=False) -> ()", fake=lambda *_: None
+)
 def apply_rotary_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Turns each head by its token's position, in place.
 
@@ -109,11 +112,11 @@ def apply_rotary_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *, int
             twice as many heads.
         positions: (total_tokens,), int32 or int64, contiguous.
         cos, sin: (max_positions, headdim // 2), float32, contiguous: of each position's angles.
-        interleaved: whether pairs are neighbours (RoFormer's and GPT-J's form), or a head's halves (transformers'
-            ``rotate_half``).
+        interleaved: whether pairs are neighbours, 2i and 2i + 1 (RoFormer's and GPT-J's form), not of a head's halves
+            (the form that transformers calls ``rotate_half``).
 
     Returns:
-        x. The first half h1 and second half h2 of each head, or interleaved its even and odd numbers, became
+        x. The first half h1 and second half h2 of each head, or, interleaved, its even and its odd numbers, became
         h1 cos - h2 sin and h2 cos + h1 sin, computed in float32 and rounded once.
 
     Raises:

@@ -8,7 +8,13 @@ from torch import Tensor
 from .._ops import Members, operator
 from ..layout import PackedLayout
 from ..runtime.backend import runs_triton
-from ..runtime.checks import check_device, check_qkv
+from ..runtime.checks import (
+    check_device,
+    check_head_dim,
+    check_key_heads,
+    check_last_dim_contiguous,
+    check_tensor,
+)
 from .cpu import attention_runs
 from .kernel import NO_WINDOW, choose_tile, launch_attention
 from .padded import attention_padded, attention_padded_unchecked
@@ -43,9 +49,10 @@ def attention_varlen(
     """Bidirectional attention inside each of many packed sequences.
 
     Args:
-        q, k, v: (total_tokens, nheads, headdim), float32, float16 or bfloat16, head sizes from 4 to 128 (multiples
-            of 16 are fastest). Any strides with a contiguous last dimension: views of one fused projection are taken
-            as they are.
+        q: (total_tokens, nheads, headdim), float32, float16 or bfloat16, head sizes from 4 to 128 (multiples of 16 are
+            fastest). Any strides with a contiguous last dimension: views of one fused projection are taken as they are.
+        k, v: (total_tokens, nheads_k, headdim), dtype and strides as q's. nheads is a multiple of nheads_k: head h of q
+            reads head ``h // (nheads // nheads_k)`` of k and v.
         cu_seqlens: (num_sequences + 1,), int32: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``. Zero-length
             sequences are allowed. Rows from ``cu_seqlens[-1]`` on belong to no sequence.
         max_seqlen: the longest sequence, in tokens, or any bound above it. It chooses nothing and compiles nothing.
@@ -69,7 +76,7 @@ def attention_varlen(
     Sums and the softmax are float32. The signature is flash-attention's (Dao, 2023); on a CPU each run of neighbouring
     sequences of equal length is one call of `torch.nn.functional.scaled_dot_product_attention`.
     """
-    check_qkv(q, k, v, "(total_tokens, nheads, headdim)")
+    _check_qkv(q, k, v)
     _check_window(window_size)
     if bias is not None:
         _check_bias(bias, q)
@@ -94,6 +101,19 @@ def attention_varlen_unchecked(
     row_bounds = None if window_size == NO_WINDOW else layout.window_bounds(*window_size)
     positions = None if bias is None else layout.positions
     return launch_attention(q, k, v, layout, scale, tile, row_bounds=row_bounds, bias=bias, positions=positions)
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    check_tensor("q", q, "(total_tokens, nheads, headdim)")
+    shape = "(total_tokens, nheads_k, headdim)"
+    for name, tensor in (("k", k), ("v", v)):
+        check_tensor(name, tensor, shape, like=q)
+        check_key_heads(name, tensor, shape, q, q.shape[0])
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_last_dim_contiguous(name, tensor)
+    check_head_dim("q", q.shape[2])
 
 
 def _check_window(window_size: tuple[int, int]) -> None:

@@ -72,7 +72,10 @@ def row_blocks(length: int, window: tuple[int, int]) -> Iterator[tuple[slice, sl
 def attention_runs(
     q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float, window: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
-    """Attention of q, k and v, (total_tokens, nheads, headdim), in that shape; bias: (nheads, 2 * reach + 1)."""
+    """Attention of q, (total_tokens, nheads, headdim), in that shape.
+
+    k, v: (total_tokens, nheads_k, headdim); bias: (nheads, 2 * reach + 1).
+    """
     out = q.new_empty(q.shape)
     end_token = 0
     terms = None if bias is None and window == NO_WINDOW else _ScoreTerms(layout, window, bias, q)
@@ -89,7 +92,7 @@ def attention_runs(
             _attend_short(q, k, v, out, run, scale, unused)
             end_token = run.end_token
             continue
-        # [num_sequences, nheads, length, headdim]
+        # [num_sequences, nheads or nheads_k, length, headdim]
         queries, keys, values, attended = (run.batch(tensor).transpose(1, 2) for tensor in (q, k, v, out))
         if terms is not None and (bias is not None or not _all_in_window(run, window, layout)):
             for rows, near in row_blocks(run.length, window):
@@ -111,15 +114,16 @@ def _attend_short(q: Tensor, k: Tensor, v: Tensor, out: Tensor, run: Run, scale:
     count, start, length = run.num_sequences, run.start_token, run.length
     end, (_, num_heads, head_dim) = start + count * length, q.shape
     rows = (tensor[start:end].to(unused.dtype) for tensor in (q, k, v))
-    # [num_sequences * nheads, length, headdim]
+    # [num_sequences * (nheads or nheads_k), length, headdim]
     if count == 1:
         # A view, where several sequences are copied.
         queries, keys, values = (tensor.transpose(0, 1) for tensor in rows)
     else:
-        shape = (count, length, num_heads, head_dim)
-        queries, keys, values = (tensor.view(shape).transpose(1, 2).flatten(0, 1) for tensor in rows)
+        queries, keys, values = (tensor.unflatten(0, (count, length)).transpose(1, 2).flatten(0, 1) for tensor in rows)
+    # One product for the query heads that share keys: [num_sequences * nheads_k, nheads // nheads_k * length, headdim]
+    queries = queries.reshape(keys.shape[0], -1, head_dim)
     scores = torch.baddbmm(unused, queries, keys.transpose(1, 2), beta=0, alpha=scale)
-    attended = torch.bmm(scores.softmax(-1), values).unflatten(0, (count, num_heads)).transpose(1, 2)
+    attended = torch.bmm(scores.softmax(-1), values).view(count, num_heads, length, head_dim).transpose(1, 2)
     out[start:end].unflatten(0, (count, length)).copy_(attended)
 
 
@@ -135,7 +139,8 @@ def attend_batch(
     """Attention of (batch, nheads, rows, headdim) on a CPU.
 
     Args:
-        queries, keys, values: (batch, nheads, rows or keys, headdim).
+        queries: (batch, nheads, rows, headdim).
+        keys, values: (batch, nheads_k, keys, headdim), where nheads is a multiple of nheads_k.
         scale: factor on the scores.
         bias: added to the scores, in a shape that broadcasts to theirs, or None.
         is_finite: whether queries, keys and what the bias is made of are. None looks at queries and keys, where that
@@ -151,9 +156,17 @@ def attend_batch(
         queries, keys, values = (tensor.float() for tensor in (queries, keys, values))
     # With a mask the fused attention takes a row whose scores are all -inf for one that is left out.
     if not few and (bias is None or is_finite):
-        return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale).to(dtype)
+        shares_keys = keys.shape[1] != queries.shape[1]
+        return scaled_dot_product_attention(
+            queries, keys, values, attn_mask=bias, scale=scale, enable_gqa=shares_keys
+        ).to(dtype)
+    by_head, rows = queries.shape[:3], queries.shape[2]
+    # [batch, nheads_k, nheads // nheads_k * rows, headdim or keys]
+    queries = queries.reshape(*keys.shape[:2], -1, queries.shape[3])
     scores = queries @ keys.transpose(2, 3) * scale
-    return ((scores if bias is None else scores + bias).softmax(-1) @ values).to(dtype)
+    if bias is not None:
+        scores = (scores.view(*by_head, -1) + bias).view(scores.shape)
+    return (scores.softmax(-1) @ values).view(*by_head, -1).to(dtype)
 
 
 def is_finite_all(*tensors: Tensor) -> bool:
@@ -167,8 +180,9 @@ def is_finite_all(*tensors: Tensor) -> bool:
 def _in_one_piece(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """Queries and keys; or the one projection that q, k and v are views of, which is read twice as fast."""
     total_tokens, num_heads, head_dim = q.shape
-    width, strides = num_heads * head_dim, (3 * num_heads * head_dim, head_dim, 1)
-    steps = (k.data_ptr() - q.data_ptr(), v.data_ptr() - k.data_ptr())
-    if any(each.stride() != strides for each in (q, k, v)) or steps != (width * q.element_size(),) * 2:
+    width, width_k = num_heads * head_dim, k.shape[1] * head_dim
+    width_qkv = width + 2 * width_k
+    steps = ((k.data_ptr() - q.data_ptr()) // q.element_size(), (v.data_ptr() - k.data_ptr()) // q.element_size())
+    if any(each.stride() != (width_qkv, head_dim, 1) for each in (q, k, v)) or steps != (width, width_k):
         return q, k
-    return (q.as_strided((total_tokens, 3 * width), (3 * width, 1)),)
+    return (q.as_strided((total_tokens, width_qkv), (width_qkv, 1)),)

@@ -7,6 +7,8 @@ rows, whatever sequences they belong to: each row is masked to the bounds [start
 short sequences share a tile. A *sequence tile* holds rows of one sequence, so that a long one reads no neighbour's
 keys. Lengths are read on the device and never reach the compiler: one CUDA graph serves every mixture of lengths.
 
+With grouped queries GROUP query heads in a row read the same head of keys and values.
+
 A window narrows the bounds of each row, and a token tile then reads no more keys than its rows' windows hold. The bias
 b is a table by relative position, whose first and last values hold for everything farther away.
 """
@@ -71,8 +73,8 @@ def _attend(
     q,  # [BLOCK_M, BLOCK_D]
     k_ptr,  # (total_tokens, headdim)
     v_ptr,  # (total_tokens, headdim)
-    k_desc,  # (total_tokens, nheads * headdim), or None
-    v_desc,  # (total_tokens, nheads * headdim), or None
+    k_desc,  # (total_tokens, nheads_k * headdim), or None
+    v_desc,  # (total_tokens, nheads_k * headdim), or None
     bias_ptr,  # (2 * REACH + 1,), from its middle on, or None
     positions_ptr,  # (total_tokens,), or None
     row_position,  # [BLOCK_M]
@@ -120,10 +122,10 @@ def _attend(
 @jit(do_not_specialize=["total_tokens"])
 def _attention_kernel(
     q_ptr,  # (total_tokens, nheads, headdim)
-    k_ptr,  # (total_tokens, nheads, headdim)
-    v_ptr,  # (total_tokens, nheads, headdim)
-    k_desc,  # (total_tokens, nheads * headdim), or None without TMA
-    v_desc,  # (total_tokens, nheads * headdim), or None without TMA
+    k_ptr,  # (total_tokens, nheads_k, headdim)
+    v_ptr,  # (total_tokens, nheads_k, headdim)
+    k_desc,  # (total_tokens, nheads_k * headdim), or None without TMA
+    v_desc,  # (total_tokens, nheads_k * headdim), or None without TMA
     out_ptr,  # (total_tokens, nheads, headdim)
     bias_ptr,  # (nheads, 2 * REACH + 1), or None
     positions_ptr,  # (total_tokens,), or None where a row's place is its position
@@ -132,15 +134,16 @@ def _attention_kernel(
     tiles_ptr,  # (num_tiles, 4), or None without PER_SEQUENCE
     total_tokens, scale_log2, log2_e,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    HEAD_DIM: tl.constexpr, REACH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, REACH: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PER_SEQUENCE: tl.constexpr, WHOLE_SEQUENCE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     in_head = offs_d < HEAD_DIM
-    k_ptr += head * stride_kh
-    v_ptr += head * stride_vh
-    column = tl.program_id(1) * HEAD_DIM
+    k_ptr += head // GROUP * stride_kh
+    v_ptr += head // GROUP * stride_vh
+    column = tl.program_id(1) // GROUP * HEAD_DIM
 
     if PER_SEQUENCE:
         tiles_ptr += tl.program_id(0) * 4
@@ -203,7 +206,7 @@ def choose_tile(
     window: tuple[int, int] = NO_WINDOW,
     biased: bool = False,
 ) -> AttentionTile:
-    """The tile for q, k and v, (total_tokens, nheads, headdim)."""
+    """The tile for q, (total_tokens, nheads, headdim), and k and v, (total_tokens, nheads_k, headdim)."""
     # In a window a row sees few keys: it shares a tile, as the rows of the shortest sequences do.
     mean_seqlen = cdiv(layout.total_tokens, max(layout.num_sequences, 1)) if window == NO_WINDOW else 1
     tile = attention_tile(arch_of(q.device), q.dtype, q.shape[2], mean_seqlen, fits_tma(k) and fits_tma(v))
@@ -248,7 +251,7 @@ def launch_attention(
     bias: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Attention of q, k and v, (total_tokens, nheads, headdim), in that shape.
+    """Attention of q, (total_tokens, nheads, headdim), in that shape.
 
     Args:
         q, k, v, layout, scale: as `attention_varlen` has checked them.
@@ -282,6 +285,7 @@ def launch_attention(
             scale_log2=scale * LOG2_E,
             log2_e=LOG2_E,
             **strides_of(q, k, v, out),
+            GROUP=num_heads // k.shape[1],
             HEAD_DIM=head_dim,
             REACH=0 if bias is None else bias.shape[1] // 2,
             BLOCK_D=head_block(head_dim),

@@ -7,7 +7,7 @@ score_j = q̃_h · x_j, and the value projection is applied after the sum,
 
 so that no keys or values are made, and x is read once for all heads (the derivation is in kernels/README.md). Keys that
 depend on positions cannot be absorbed: they are made and read beside x, score_j = q_h · k_jh, and there are still no
-values.
+values. Heads may share their keys: head h of nheads then reads head h // (nheads // nheads_k) of them.
 
 `cls_attention_kv` attends to keys and values that exist already.
 """
@@ -24,7 +24,13 @@ from .._ops import Members, check_together, operator
 from ..layer_norm import AddNorm, add_layer_norm_unchecked, check_add_norm
 from ..layout import PackedLayout
 from ..runtime.backend import runs_triton
-from ..runtime.checks import check_device, check_head_dim, check_last_dim_contiguous, check_tensor
+from ..runtime.checks import (
+    check_device,
+    check_head_dim,
+    check_key_heads,
+    check_last_dim_contiguous,
+    check_tensor,
+)
 from ..runtime.tile_tables import arch_of, cls_tile
 from .absorbed import launch_cls_attention
 from .cpu import cls_attention_kv_windows, cls_attention_windows
@@ -106,8 +112,9 @@ def cls_attention(
         num_splits: programs that share one sequence on a GPU; None chooses by the chip and the batch.
         layout: ``PackedLayout(cu_seqlens, max_seqlen, total_tokens)``, for callers that use one packing many times.
         norm: a layer norm that hidden_states still lack, taken inside; see `takes_norm`. With keys it is taken before.
-        keys: (total_tokens, nheads, key_dim) in hidden_states' dtype, for a layer whose keys depend on positions: any
+        keys: (total_tokens, nheads_k, key_dim) in hidden_states' dtype, for a layer whose keys depend on positions: any
             strides with a contiguous last dimension, head sizes from 4 to 128. Copied where heads are not neighbours.
+            nheads is a multiple of nheads_k: head h reads keys' head ``h // (nheads // nheads_k)``.
         bias: (total_tokens, nheads), float32 (float64 beside such hidden_states), contiguous: added to the scaled
             score of each token and head. -inf leaves a token out; a row must read one token whose bias is finite.
         row_bounds: (starts, ends), two contiguous int32 tensors (num_rows,): row i reads rows ``starts[i]:ends[i]`` of
@@ -210,7 +217,8 @@ def cls_attention_kv(
     Args:
         query: (num_rows, nheads, headdim), float32, float16 or bfloat16: row i is of sequence i, unless row_bounds
             says otherwise.
-        k, v: (total_tokens, nheads, headdim) in query's dtype; any strides with a contiguous last dimension.
+        k, v: (total_tokens, nheads_k, headdim) in query's dtype; any strides with a contiguous last dimension. nheads
+            is a multiple of nheads_k: head h of query reads head ``h // (nheads // nheads_k)`` of k and v.
         cu_seqlens, max_seqlen, num_splits, layout, bias, row_bounds: as in `cls_attention`.
         softmax_scale: factor on the scores; ``headdim ** -0.5`` if None.
 
@@ -223,12 +231,10 @@ def cls_attention_kv(
     """
     check_tensor("query", query, "(num_rows, nheads, headdim)")
     for name, tensor in (("k", k), ("v", v)):
-        check_tensor(name, tensor, "(total_tokens, nheads, headdim)", like=query)
-        if tensor.shape[1:] != query.shape[1:] or tensor.shape != k.shape:
-            raise ValueError(
-                f"{name} must have shape (total_tokens, {query.shape[1]}, {query.shape[2]}), the same for k and v, "
-                f"got {tuple(tensor.shape)}"
-            )
+        check_tensor(name, tensor, "(total_tokens, nheads_k, headdim)", like=query)
+        check_key_heads(name, tensor, "(total_tokens, nheads_k, headdim)", query, k.shape[0])
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     for name, tensor in (("query", query), ("k", k), ("v", v)):
         check_last_dim_contiguous(name, tensor)
     check_head_dim("query", query.shape[2])
@@ -258,13 +264,9 @@ def cls_attention_kv_unchecked(
 
 
 def _check_keys(keys: Tensor, query: Tensor, hidden_states: Tensor) -> None:
-    check_tensor("keys", keys, "(total_tokens, nheads, key_dim)", like=hidden_states)
+    check_tensor("keys", keys, "(total_tokens, nheads_k, key_dim)", like=hidden_states)
     check_last_dim_contiguous("keys", keys)
-    expected = (hidden_states.shape[0], *query.shape[1:])
-    if keys.shape != expected:
-        raise ValueError(
-            f"keys must have shape {expected}, as hidden_states' tokens and query's heads are, got {tuple(keys.shape)}"
-        )
+    check_key_heads("keys", keys, "(total_tokens, nheads_k, key_dim)", query, hidden_states.shape[0])
     check_head_dim("keys", keys.shape[2])
 
 

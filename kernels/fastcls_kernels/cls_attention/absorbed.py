@@ -1,6 +1,7 @@
 """The pass of few query rows over the layer's input, and its launcher.
 
-All heads' scores are one product: with keys, the queries enter it as a block-diagonal matrix. A program takes one query
+All heads' scores are one product: with keys, the queries enter it as a block-diagonal matrix, whose blocks have GROUP
+rows where that many heads share their keys. A program takes one query
 row (or one split of its tokens), BLOCK_H heads and up to four chunks of BLOCK_W columns. The layer norm that ends the
 layer before may be taken inside, so that its result is never stored.
 """
@@ -90,16 +91,26 @@ def _load_normalised_chunks(
 
 @jit()
 def _add_key_scores(
-    scores, q_ptr, key_ptr, chunk, offs_t, in_split, scale_log2, stride_kt, num_columns, KEY_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PAIR: tl.constexpr,
+    scores, q_ptr, key_ptr, chunk, offs_t, in_split, key_head, scale_log2, stride_kt, num_columns,
+    GROUP: tl.constexpr, KEY_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """``scores``, [BLOCK_H, BLOCK_N], plus those of a chunk of the keys' columns: each head's query in its own ones."""
+    """``scores``, [BLOCK_H, BLOCK_N], plus those of a chunk of the keys' columns: each head's query in its own ones.
+
+    key_head: [BLOCK_H], the place of each head's keys.
+    """
     offs_k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-    # [BLOCK_K]
-    query = tl.load(q_ptr + offs_k, mask=offs_k < num_columns, other=0.0).to(tl.float32)
-    own = tl.arange(0, BLOCK_H)[:, None] == (offs_k // KEY_DIM)[None, :]
     # [BLOCK_H, BLOCK_K]
-    high, low = as_pair(tl.where(own, query[None, :] * scale_log2, 0.0), key_ptr.dtype.element_ty)
+    own = key_head[:, None] == (offs_k // KEY_DIM)[None, :]
+    if GROUP == 1:
+        # [BLOCK_K]
+        columns = tl.load(q_ptr + offs_k, mask=offs_k < num_columns, other=0.0).to(tl.float32)
+        query = tl.where(own, columns[None, :] * scale_log2, 0.0)
+    else:
+        # Heads that share their keys have other numbers in the same columns.
+        offs_q = tl.arange(0, BLOCK_H)[:, None] * KEY_DIM + (offs_k % KEY_DIM)[None, :]
+        own &= (offs_k < num_columns)[None, :]
+        query = tl.load(q_ptr + offs_q, mask=own, other=0.0).to(tl.float32) * scale_log2
+    high, low = as_pair(query, key_ptr.dtype.element_ty)
     # [BLOCK_N, BLOCK_K]
     k = _load_token_chunk(key_ptr, chunk, offs_t, in_split, stride_kt, num_columns, BLOCK_K)
     return pair_dot(high, low, tl.trans(k), scores, PAIR)
@@ -119,7 +130,7 @@ def _store_output_chunk(out_ptr, acc, chunk, in_heads, offs_h, WIDTH: tl.constex
 def _cls_attention_kernel(
     q_ptr,  # (num_rows, nheads, width), with keys (num_rows, nheads * key_dim)
     x_ptr,  # (total_tokens, width)
-    key_ptr,  # (total_tokens, nheads * key_dim), or None
+    key_ptr,  # (total_tokens, nheads // GROUP * key_dim), or None
     score_bias_ptr,  # (total_tokens, nheads), or None
     out_ptr,  # (num_rows, num_splits, nheads, width)
     lse_ptr,  # (num_rows, num_splits, nheads)
@@ -130,7 +141,7 @@ def _cls_attention_kernel(
     norm_weight_ptr,  # (width,), or None without NORM
     norm_bias_ptr,  # (width,), or None without NORM
     num_splits, scale_log2, eps, stride_qb, stride_qh, stride_xt, stride_kt, stride_rt,
-    NUM_HEADS: tl.constexpr, WIDTH: tl.constexpr, KEY_DIM: tl.constexpr,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, KEY_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, CHUNKS: tl.constexpr,
     COLUMN_GROUPS: tl.constexpr, BLOCK_K: tl.constexpr, KEY_CHUNKS: tl.constexpr, UNROLL_KEYS: tl.constexpr,
     PAIR: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, LOG2_E: tl.constexpr,
@@ -150,12 +161,17 @@ def _cls_attention_kernel(
     in_heads = offs_h < NUM_HEADS
     q_ptr += row * stride_qb
     chunk0 = column_group * CHUNKS
+    # [BLOCK_H], counted from the keys of this group's first head.
+    key_head = tl.arange(0, BLOCK_H) // GROUP
     # The columns of keys from this group's first head to the last head.
-    key_columns = NUM_HEADS * KEY_DIM
+    key_columns = NUM_HEADS // GROUP * KEY_DIM
     if KEY_CHUNKS > 0 and NUM_HEADS > BLOCK_H:
-        q_ptr += head_group * BLOCK_H * KEY_DIM
-        key_ptr += head_group * BLOCK_H * KEY_DIM
-        key_columns -= head_group * BLOCK_H * KEY_DIM
+        first_head = head_group * BLOCK_H
+        first_key_head = first_head // GROUP
+        key_head = (first_head + tl.arange(0, BLOCK_H)) // GROUP - first_key_head
+        q_ptr += first_head * KEY_DIM
+        key_ptr += first_key_head * KEY_DIM
+        key_columns -= first_key_head * KEY_DIM
 
     # [BLOCK_H]
     row_max = tl.full([BLOCK_H], -1e30, dtype=tl.float32)
@@ -200,14 +216,14 @@ def _cls_attention_kernel(
             # Unrolled, so that the queries stay on chip, too, and the next step's keys are fetched beside its x.
             for chunk in tl.static_range(KEY_CHUNKS):
                 scores = _add_key_scores(
-                    scores, q_ptr, key_ptr, chunk, offs_t, in_split, scale_log2, stride_kt, key_columns, KEY_DIM,
-                    BLOCK_H, BLOCK_K, PAIR,
+                    scores, q_ptr, key_ptr, chunk, offs_t, in_split, key_head, scale_log2, stride_kt, key_columns,
+                    GROUP, KEY_DIM, BLOCK_H, BLOCK_K, PAIR,
                 )  # fmt: skip
         elif KEY_CHUNKS > 0:
             for chunk in range(KEY_CHUNKS):
                 scores = _add_key_scores(
-                    scores, q_ptr, key_ptr, chunk, offs_t, in_split, scale_log2, stride_kt, key_columns, KEY_DIM,
-                    BLOCK_H, BLOCK_K, PAIR,
+                    scores, q_ptr, key_ptr, chunk, offs_t, in_split, key_head, scale_log2, stride_kt, key_columns,
+                    GROUP, KEY_DIM, BLOCK_H, BLOCK_K, PAIR,
                 )  # fmt: skip
         elif COLUMN_GROUPS == 1:
             for i in tl.static_range(CHUNKS):
@@ -246,6 +262,12 @@ def _cls_attention_kernel(
     tl.store(lse_ptr + out_row * NUM_HEADS + offs_h, row_max + tl.log2(divisor), mask=is_stored)
 
 
+def _most_key_heads(num_heads: int, group: int, block_h: int) -> int:
+    """The most key heads that one program's heads read."""
+    firsts = range(0, num_heads, block_h)
+    return max((min(first + block_h, num_heads) - 1) // group - first // group + 1 for first in firsts)
+
+
 def launch_cls_attention(
     query: Tensor,
     hidden_states: Tensor,
@@ -260,6 +282,7 @@ def launch_cls_attention(
     """The sums, (num_rows, nheads, width), of arguments that `cls_attention` has checked; with ``keys`` no ``norm``."""
     num_rows, num_heads, query_dim = query.shape
     width = hidden_states.shape[1]
+    group = 1 if keys is None else num_heads // keys.shape[1]
     out = query.new_empty(num_rows, num_heads, width)
     if out.numel() == 0:
         return out
@@ -301,6 +324,7 @@ def launch_cls_attention(
             stride_kt=0 if keys is None else keys.stride(0),
             stride_rt=0 if norm is None else norm.residual.stride(0),
             NUM_HEADS=num_heads,
+            GROUP=group,
             WIDTH=width,
             KEY_DIM=query_dim,
             BLOCK_H=tile.BLOCK_H,
@@ -309,7 +333,9 @@ def launch_cls_attention(
             CHUNKS=tile.CHUNKS,
             COLUMN_GROUPS=column_groups,
             BLOCK_K=block_k,
-            KEY_CHUNKS=0 if keys is None else cdiv(min(num_heads, tile.BLOCK_H) * query_dim, block_k),
+            KEY_CHUNKS=0
+            if keys is None
+            else cdiv(_most_key_heads(num_heads, group, tile.BLOCK_H) * query_dim, block_k),
             UNROLL_KEYS=unroll_keys,
             PAIR=hidden_states.dtype != torch.float32,
             NORM=norm is not None,

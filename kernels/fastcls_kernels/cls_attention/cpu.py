@@ -101,10 +101,14 @@ def cls_attention_windows(
         if keys is None:
             scores = queries.flatten(1, 2) @ tokens.transpose(1, 2)
         else:
+            # [num_windows, rows, nheads_k, nheads // nheads_k, key_dim]
+            queries = queries.unflatten(2, (keys.shape[1], -1))
             # One window at a time: a product over windows and heads at once would copy the keys first.
             pairs = zip(queries, windows.batch(keys).to(dtype), strict=True)
-            scores = torch.stack([q.transpose(0, 1) @ k.permute(1, 2, 0) for q, k in pairs]).transpose(1, 2)
-            scores = scores.flatten(1, 2)
+            products = [q.transpose(0, 1).flatten(1, 2) @ k.permute(1, 2, 0) for q, k in pairs]
+            # [num_windows, nheads_k, rows, nheads // nheads_k, length]
+            scores = torch.stack(products).unflatten(2, (queries.shape[1], -1))
+            scores = scores.transpose(1, 2).flatten(1, 3)
         # [num_windows, rows * nheads, length]
         scores *= scale
         if bias is not None:
@@ -130,7 +134,7 @@ def cls_attention_kv_windows(
     # With few rows a CPU is faster if it makes float32 of 16-bit keys and values first.
     dtype = torch.promote_types(query.dtype, torch.float32)
     for windows in windows_of(layout, row_bounds, query.shape[1], query.shape[1] * query.shape[2]):
-        # [num_windows, nheads, rows or length, headdim]
+        # [num_windows, nheads or nheads_k, rows or length, headdim]
         queries, keys, values = (
             tensor.to(dtype).transpose(1, 2) for tensor in (windows.queries(query), windows.batch(k), windows.batch(v))
         )

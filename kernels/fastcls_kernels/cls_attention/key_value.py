@@ -1,6 +1,6 @@
 """The pass of few query rows over keys and values, and its launcher:
 
-    out_h = Σ_j softmax_j(q_h · k_jh · scale + bias_jh) v_jh.
+    out_h = Σ_j softmax_j(q_h · k_jg · scale + bias_jh) v_jg,    g = h // GROUP.
 
 A program takes one query row (or one split of its tokens) and one head.
 """
@@ -20,20 +20,23 @@ from .splits import Partials, RowBounds, bounds_of, default_num_splits
 @jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["start_ptr", "end_ptr"])
 def _cls_attention_kv_kernel(
     q_ptr,  # (num_rows, nheads, headdim)
-    k_ptr,  # (total_tokens, nheads, headdim)
-    v_ptr,  # (total_tokens, nheads, headdim)
+    k_ptr,  # (total_tokens, nheads_k, headdim)
+    v_ptr,  # (total_tokens, nheads_k, headdim)
     score_bias_ptr,  # (total_tokens, nheads), or None
     out_ptr,  # (num_rows, num_splits, nheads, headdim)
     lse_ptr,  # (num_rows, num_splits, nheads)
     start_ptr,  # (num_rows,)
     end_ptr,  # (num_rows,)
     num_splits, scale_log2, stride_qb, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr, LOG2_E: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     head = tl.program_id(2).to(tl.int64)
+    k_ptr += head // GROUP * stride_kh
+    v_ptr += head // GROUP * stride_vh
 
     start = tl.load(start_ptr + row)
     end = tl.load(end_ptr + row)
@@ -59,8 +62,8 @@ def _cls_attention_kv_kernel(
         mask = in_split[:, None] & in_head[None, :]
         offs_t = offs_t.to(tl.int64)
         # [BLOCK_N, BLOCK_D]
-        k = tl.load(k_ptr + offs_t[:, None] * stride_kt + head * stride_kh + offs_d[None, :], mask=mask, other=0.0)
-        v = tl.load(v_ptr + offs_t[:, None] * stride_vt + head * stride_vh + offs_d[None, :], mask=mask, other=0.0)
+        k = tl.load(k_ptr + offs_t[:, None] * stride_kt + offs_d[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + offs_t[:, None] * stride_vt + offs_d[None, :], mask=mask, other=0.0)
         # [BLOCK_N]
         scores = tl.sum(k.to(tl.float32) * query[None, :], 1)
         if HAS_BIAS:
@@ -122,6 +125,7 @@ def launch_cls_attention_kv(
             stride_vt=v.stride(0),
             stride_vh=v.stride(1),
             NUM_HEADS=num_heads,
+            GROUP=num_heads // k.shape[1],
             HEAD_DIM=head_dim,
             BLOCK_D=next_power_of_2(head_dim),
             BLOCK_N=32,

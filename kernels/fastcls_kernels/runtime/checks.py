@@ -75,6 +75,21 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: str) -> 
     check_head_dim("q", q.shape[-1])
 
 
+def check_key_heads(name: str, keys: torch.Tensor, shape: str, queries: torch.Tensor, total_tokens: int) -> None:
+    """Checks the sizes of packed keys or values of one ``shape``, such as "(total_tokens, nheads_k, headdim)".
+
+    Of ``queries``, (rows, nheads, headdim), equally many heads read each of theirs.
+    """
+    num_heads, head_dim = queries.shape[1:]
+    num_heads_k = keys.shape[1]
+    is_shared = num_heads_k == num_heads or (0 < num_heads_k < num_heads and num_heads % num_heads_k == 0)
+    if not is_shared or keys.shape != (total_tokens, num_heads_k, head_dim):
+        raise ValueError(
+            f"{name} must have shape {shape} = ({total_tokens}, {num_heads} or a divisor of it, {head_dim}), "
+            f"got {tuple(keys.shape)}"
+        )
+
+
 def num_rows_of(tokens: torch.Tensor, rows: torch.Tensor | None) -> int:
     """The number of selected rows, which is all of ``tokens`` where ``rows`` is None."""
     return tokens.shape[0] if rows is None else rows.shape[0]
