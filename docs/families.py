@@ -24,7 +24,7 @@ import typer
 from packaging.version import Version
 
 from fastcls import families
-from fastcls.families import FAMILIES, Family
+from fastcls.families import FAMILIES, Family, head_in
 
 ROOT = Path(__file__).resolve().parent.parent
 README, PAGE, REASONS = ROOT / "README.md", ROOT / "docs" / "families.md", ROOT / "docs" / "families.toml"
@@ -186,7 +186,7 @@ def families_by_file(taken: Sequence[Family]) -> dict[str, list[Family]]:
 
 
 def _head_of(model_class: str) -> str:
-    head = model_class.partition("For")[2]
+    head = head_in(model_class)
     if head not in HEADS:
         raise ValueError(f"HEADS of docs/families.py must have a word for {head}, the head of {model_class}")
     return head

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .classifier import Classifier
     from .conversion import optimize
+    from .heads.inside import optimize_encoder
+    from .heads.several import MultiHead, optimize_heads
     from .integrations.transformers_attention import register_attention
     from .models import (
         FastClassifier,
@@ -28,13 +30,19 @@ __all__ = [
     "FastNextSentencePredictor",
     "FastQuestionAnswerer",
     "FastTokenClassifier",
+    "MultiHead",
     "optimize",
+    "optimize_encoder",
+    "optimize_heads",
     "register_attention",
 ]
 
 _HOMES = {
     "Classifier": ".classifier",
+    "MultiHead": ".heads.several",
     "optimize": ".conversion",
+    "optimize_encoder": ".heads.inside",
+    "optimize_heads": ".heads.several",
     "register_attention": ".integrations.transformers_attention",
 }
 

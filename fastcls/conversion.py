@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from functools import partial
 from typing import Any, Literal
@@ -93,8 +94,11 @@ def optimize(
         return optimize_sentence_model(model, inner, select)
     if not isinstance(model, PreTrainedModel):
         name = f"{type(model).__module__}.{type(model).__qualname__}"
-        raise TypeError(f"model must be {supported()}, got {name}: {advice_for(model)}")
-    family, model_class = family_of(model)
+        raise TypeError(f"model must be {supported()}, got {name}: {advice_for(model)}{_own_head(model)}")
+    try:
+        family, model_class = family_of(model)
+    except TypeError as error:
+        raise TypeError(f"{error}{_own_head(model)}") from None
     base = getattr(transformers, model_class)
     encoder = getattr(model, family.prefix.rstrip("."), model)
     config = config_as_built(model, family, encoder)
@@ -122,12 +126,13 @@ def optimize(
     check_structure(model, base, config, head)
     weight_map = map_weights(model, family, config, head)
     sources = {**weight_map.sources, **{own: (name,) for own, name in weight_map.buffers.items()}}
-    original = Original(model, sources, weight_map.aliases)
+    original = Original(model, sources, weight_map.aliases, weight_map.layouts)
     # A copy made in inference mode cannot be written to outside of it.
     with torch.inference_mode(False), torch.no_grad():
+        made = {own: made_of(parts, weight_map.layouts.get(own)) for own, parts in original.tensors().items()}
         weights = {
-            own: made_of(parts) if own in weight_map.buffers else nn.Parameter(made_of(parts), requires_grad=False)
-            for own, parts in original.tensors().items()
+            own: weight if own in weight_map.buffers else nn.Parameter(weight, requires_grad=False)
+            for own, weight in made.items()
         }
         fast: FastModel = task(
             *(type(model), model.config, spec, head, weight_map, weights),
@@ -147,3 +152,15 @@ def optimize(
     if isinstance(fast, FastEncoder):
         fast.select = select or "all"
     return fast
+
+
+def _own_head(model: object) -> str:
+    """Advice for a module of a user's own that holds an encoder, "" for all others."""
+    if not isinstance(model, nn.Module):
+        return ""
+    for name, module in model.named_modules():
+        if name and isinstance(module, PreTrainedModel):
+            with contextlib.suppress(TypeError):
+                if "For" not in family_of(module)[1]:
+                    return f". fastcls.optimize_encoder makes the encoder inside it fast, {name}"
+    return ""

@@ -126,11 +126,19 @@ def launch_attention_in_window(_arch: str, model: Model, dtype: torch.dtype, bia
     attention.launch_attention(q, k, v, layout, 0.125, tile, row_bounds=layout.window_bounds(*window), bias=bias)
 
 
-def launch_rotary(_arch: str, model: Model, dtype: torch.dtype) -> None:
+def launch_grouped_attention(_arch: str, model: Model, dtype: torch.dtype) -> None:
+    """Four heads of queries for each of keys, as views of one fused projection."""
+    layout, heads_k = packing(SEQUENCES * 512), model.heads // 4
+    qkv = tensor(layout.total_tokens, model.heads + 2 * heads_k, model.head_dim, dtype=dtype)
+    q, k, v = qkv.split([model.heads, heads_k, heads_k], 1)
+    attention.launch_attention(q, k, v, layout, 0.125, attention.choose_tile(q, k, v, layout))
+
+
+def launch_rotary(_arch: str, model: Model, dtype: torch.dtype, interleaved: bool) -> None:
     """The queries and keys of a fused projection."""
     x = tensor(4096, 3 * model.heads, model.head_dim, dtype=dtype)[:, : 2 * model.heads]
     table = tensor(8192, model.head_dim // 2, dtype=torch.float32)
-    _launch_rotary(x, tensor(4096, dtype=torch.int32), table, table)
+    _launch_rotary(x, tensor(4096, dtype=torch.int32), table, table, interleaved)
 
 
 def launch_cls_attention(_arch: str, model: Model, dtype: torch.dtype, num_splits: int) -> None:
@@ -148,15 +156,15 @@ def launch_cls_attention_with_norm(_arch: str, model: Model, dtype: torch.dtype)
         absorbed.launch_cls_attention(query, x, packing(4096), 0.125, 1, AddNorm(vector, x, vector, vector, 1e-12))
 
 
-def launch_cls_attention_kv(_arch: str, model: Model, dtype: torch.dtype, num_splits: int) -> None:
-    k, v = tensor(4096, 2, model.heads, model.head_dim, dtype=dtype).unbind(1)
+def launch_cls_attention_kv(_arch: str, model: Model, dtype: torch.dtype, num_splits: int, group: int = 1) -> None:
+    k, v = tensor(4096, 2, model.heads // group, model.head_dim, dtype=dtype).unbind(1)
     query = tensor(SEQUENCES, model.heads, model.head_dim, dtype=dtype)
     key_value.launch_cls_attention_kv(query, k, v, packing(4096), 0.125, num_splits)
 
 
-def launch_cls_attention_with_keys(_arch: str, model: Model, dtype: torch.dtype, biased: bool) -> None:
+def launch_cls_attention_with_keys(_arch: str, model: Model, dtype: torch.dtype, biased: bool, group: int = 1) -> None:
     """Keys as a view of one fused projection, and queries in more bits than they have."""
-    keys = tensor(4096, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)[1]
+    keys = tensor(4096, 3, model.heads // group, model.head_dim, dtype=dtype).unbind(1)[1]
     query = tensor(SEQUENCES, model.heads, model.head_dim, dtype=torch.float32)
     bias = tensor(4096, model.heads, dtype=torch.float32) if biased else None
     x = tensor(4096, model.hidden, dtype=dtype)
@@ -324,6 +332,7 @@ OTHERS: dict[tuple[str, str], Callable[..., None]] = {
     ),
     ("attention", "window"): functools.partial(launch_attention_in_window, biased=False),
     ("attention", "window_and_bias"): functools.partial(launch_attention_in_window, biased=True),
+    ("attention", "grouped"): launch_grouped_attention,
     ("attention", "invariant"): functools.partial(invariant, launch_attention, mean_seqlen=512),
     ("attention", "invariant_window"): functools.partial(invariant, launch_attention_in_window, biased=False),
     ("attention", "invariant_window_and_bias"): functools.partial(invariant, launch_attention_in_window, biased=True),
@@ -331,15 +340,18 @@ OTHERS: dict[tuple[str, str], Callable[..., None]] = {
         invariant, launch_disentangled_attention, terms=(True, True)
     ),
     ("invariant_linear", "products"): functools.partial(invariant, launch_invariant_linear),
-    ("rotary", "fused"): launch_rotary,
+    ("rotary", "fused"): functools.partial(launch_rotary, interleaved=False),
+    ("rotary", "interleaved"): functools.partial(launch_rotary, interleaved=True),
     ("cls_attention", "one_split"): functools.partial(launch_cls_attention, num_splits=1),
     ("cls_attention", "splits"): functools.partial(launch_cls_attention, num_splits=2),
     ("cls_attention", "with_norm"): launch_cls_attention_with_norm,
     ("cls_attention", "keys"): functools.partial(launch_cls_attention_with_keys, biased=False),
     ("cls_attention", "keys_and_bias"): functools.partial(launch_cls_attention_with_keys, biased=True),
+    ("cls_attention", "grouped_keys"): functools.partial(launch_cls_attention_with_keys, biased=False, group=4),
     ("cls_attention", "bias"): launch_cls_attention_with_bias,
     ("cls_attention_kv", "bias"): launch_cls_attention_kv_with_bias,
     ("cls_attention_kv", "one_split"): functools.partial(launch_cls_attention_kv, num_splits=1),
+    ("cls_attention_kv", "grouped"): functools.partial(launch_cls_attention_kv, num_splits=1, group=4),
     ("cls_attention_kv", "splits"): functools.partial(launch_cls_attention_kv, num_splits=2),
     ("disentangled_attention", "both_terms"): functools.partial(launch_disentangled_attention, terms=(True, True)),
     ("disentangled_attention", "key_term"): functools.partial(launch_disentangled_attention, terms=(True, False)),

@@ -69,6 +69,13 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "albert": {"embedding_size": 32, "num_hidden_groups": 2, "inner_group_num": 2, "hidden_act": "gelu_new"},
     "mpnet": {},
     "modernbert": {"local_attention": 8, "initializer_cutoff_factor": 3.0, **_SPECIAL_TOKENS},
+    "deberta": {
+        "relative_attention": True,
+        "max_relative_positions": 12,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
     "deberta-v2": {
         "relative_attention": True,
         "position_buckets": 8,
@@ -77,6 +84,13 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "pos_att_type": ["p2c", "c2p"],
         "position_biased_input": False,
     },
+    "data2vec-text": {"type_vocab_size": 1},
+    "ernie": {"use_task_id": True},
+    "megatron-bert": {},
+    "roberta-prelayernorm": {"type_vocab_size": 1},
+    "xlm-roberta-xl": {"type_vocab_size": 1},
+    "rembert": {"input_embedding_size": 32, "output_embedding_size": 48},
+    "roformer": {"embedding_size": 32},
     "gte": {"type_vocab_size": 2},
     "nomic_bert": {},
     "jina_embeddings_v3": {"type_vocab_size": 1},
@@ -123,7 +137,7 @@ def tiny_model(model_class: str, family: str, **overrides: Any) -> Any:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_(std=0.2)
-        elif "norm" in name.lower():
+        elif (module := name.split(".")[-2].lower()) == "ln" or "norm" in module:
             parameter.data.normal_(mean=1.0, std=0.2)
     return model
 

@@ -21,6 +21,13 @@ from fastcls_kernels.reference import attention_padded_reference, attention_varl
 from fastcls_kernels.runtime.tile_tables import AttentionTile, use_tile
 
 HEADS = [pytest.param(3, 16, id="3x16"), pytest.param(2, 48, id="2x48"), pytest.param(1, 64, id="1x64")]
+# Heads of queries, and of the keys and values that they share.
+GROUPED = [
+    pytest.param(3, 3, id="groups_of_1"),
+    pytest.param(4, 2, id="groups_of_2"),
+    pytest.param(6, 2, id="groups_of_3"),
+    pytest.param(4, 1, id="groups_of_4"),
+]
 
 # The tiles of the smallest chip are chosen from in the interpreter; these are all schedules and ways to fetch.
 SCHEDULES = [
@@ -41,13 +48,24 @@ def schedule(request: pytest.FixtureRequest, kernels: str) -> Iterator[str]:
         yield kernels
 
 
-def fused_qkv(total: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    return random(total, 3, num_heads, head_dim, dtype=dtype, device=device).unbind(1)
+def fused_qkv(
+    total: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: str, num_heads_k: int | None = None
+) -> tuple[Tensor, ...]:
+    """Views of one projection."""
+    sizes = [num_heads, *([num_heads_k or num_heads] * 2)]
+    return random(total, sum(sizes), head_dim, dtype=dtype, device=device).split(sizes, 1)
 
 
-def check_varlen(lengths: list[int], num_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
+def check_varlen(
+    lengths: list[int],
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    num_heads_k: int | None = None,
+) -> None:
     # Two rows that belong to no sequence stand at the end.
-    q, k, v = fused_qkv(sum(lengths) + 2, num_heads, head_dim, dtype, device)
+    q, k, v = fused_qkv(sum(lengths) + 2, num_heads, head_dim, dtype, device, num_heads_k)
     cu_seqlens, longest = cu_seqlens_of(lengths, device), max(lengths, default=0)
     actual = attention_varlen(q, k, v, cu_seqlens, longest)
     eager = eager_runs(attention_varlen_reference, q, k, v, cu_seqlens, longest)
@@ -90,6 +108,20 @@ def test_torch_path_matches_definition(
     check_varlen(lengths * 8, num_heads, head_dim, dtype, torch_path)
 
 
+@pytest.mark.parametrize(("num_heads", "num_heads_k"), GROUPED)
+def test_every_schedule_reads_the_keys_that_heads_share(
+    schedule: str, lengths: list[int], num_heads: int, num_heads_k: int, dtype: torch.dtype
+) -> None:
+    check_varlen(lengths, num_heads, 16, dtype, schedule, num_heads_k)
+
+
+@pytest.mark.parametrize(("num_heads", "num_heads_k"), GROUPED)
+def test_torch_path_reads_the_keys_that_heads_share(
+    torch_path: str, lengths: list[int], num_heads: int, num_heads_k: int, dtype: torch.dtype
+) -> None:
+    check_varlen(lengths * 8, num_heads, 16, dtype, torch_path, num_heads_k)
+
+
 class Relative(NamedTuple):
     """What depends on positions: the window, and the farthest offset that a bias tells apart, None without one."""
 
@@ -120,15 +152,17 @@ def check_relative(
     dtype: torch.dtype,
     device: str,
     bias_dtype: torch.dtype = torch.float32,
+    heads: tuple[int, int] = (2, 2),
 ) -> None:
     total, longest = sum(lengths) + 2, max(lengths)
-    q, k, v = fused_qkv(total, 2, 32, dtype, device)
+    num_heads, num_heads_k = heads
+    q, k, v = fused_qkv(total, num_heads, 32, dtype, device, num_heads_k)
     cu_seqlens = cu_seqlens_of(lengths, device)
     positions = None if positions is None else positions.to(device)
     layout = PackedLayout(cu_seqlens, longest, total, positions)
     bias = exact_bias = None
     if relative.reach is not None:
-        bias = random(2, 2 * relative.reach + 1, dtype=bias_dtype, device=device)
+        bias = random(num_heads, 2 * relative.reach + 1, dtype=bias_dtype, device=device)
         exact_bias = bias.double()
     actual = attention_varlen(q, k, v, cu_seqlens, longest, window_size=relative.window, bias=bias, layout=layout)
     others = (cu_seqlens, longest, None, relative.window)
@@ -160,6 +194,37 @@ def test_torch_path_keeps_to_windows_and_adds_biases(
 ) -> None:
     lengths = [*RELATIVE_LENGTHS, 70, 70, 2 * WINDOW_BLOCK + 1]
     check_relative(lengths, relative, rising_positions(lengths, 2) if left_out else None, dtype, torch_path)
+
+
+# A window is one mask for all heads, and a bias has its own for each query head.
+GROUPED_RELATIVE = pytest.mark.parametrize(
+    "relative",
+    [
+        pytest.param(Relative((5, 3)), id="window"),
+        pytest.param(RELATIVE_BIAS, id="bias"),
+        pytest.param(Relative((20, 33), reach=25), id="bias_in_window"),
+    ],
+)
+
+
+@LEFT_OUT
+@GROUPED_RELATIVE
+@pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
+def test_every_schedule_adds_the_query_heads_biases(
+    schedule: str, relative: Relative, left_out: bool, dtype: torch.dtype
+) -> None:
+    positions = rising_positions(RELATIVE_LENGTHS, 2) if left_out else None
+    check_relative(RELATIVE_LENGTHS, relative, positions, dtype, schedule, heads=(6, 2))
+
+
+@LEFT_OUT
+@GROUPED_RELATIVE
+def test_torch_path_adds_the_query_heads_biases(
+    torch_path: str, relative: Relative, left_out: bool, dtype: torch.dtype
+) -> None:
+    lengths = [*RELATIVE_LENGTHS, 70, 70]
+    positions = rising_positions(lengths, 2) if left_out else None
+    check_relative(lengths, relative, positions, dtype, torch_path, heads=(6, 2))
 
 
 @LEFT_OUT
@@ -244,6 +309,35 @@ def test_a_text_that_overflows_spoils_no_other(schedule: str, dtype: torch.dtype
     assert not bool(actual[10:22, 0].isfinite().all()), "what went wrong must be seen in the text's own rows"
 
 
+def check_defect_in_shared_values(dtype: torch.dtype, device: str, *, biased: bool = False) -> None:
+    q, k, v = fused_qkv(60, 6, 16, dtype, device, 2)
+    bias = random(6, 5, dtype=torch.float32, device=device) if biased else None
+    packing = (cu_seqlens_of([10, 42, 8], device), 42)
+    eager = attention_varlen_reference(q, k, v, *packing, bias=bias)
+    exact_bias = None if bias is None else bias.double()
+    exact = attention_varlen_reference(q.double(), k.double(), v.double(), *packing, bias=exact_bias)
+    # Of the second head of values, in two texts of which one is short.
+    v[3, 1, 5] = v[25, 1, 5] = float("nan")
+    actual = attention_varlen(q, k, v, *packing, bias=bias)
+    spoilt = actual.isnan().any(-1)
+    assert bool(spoilt[:52, 3:].all()), "what went wrong must be seen in the rows of every head that reads it"
+    sound = torch.ones_like(spoilt)
+    sound[:52, 3:] = False
+    assert_as_exact_as(actual[sound], [eager[sound]], exact[sound])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
+def test_a_value_that_overflows_spoils_the_heads_that_share_it(schedule: str, dtype: torch.dtype) -> None:
+    check_defect_in_shared_values(dtype, schedule)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["no_bias", "bias"])
+def test_a_value_that_overflows_spoils_the_heads_that_share_it_on_the_torch_path(
+    torch_path: str, biased: bool, dtype: torch.dtype
+) -> None:
+    check_defect_in_shared_values(dtype, torch_path, biased=biased)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"])
 def test_large_scores_do_not_overflow(kernels: str, dtype: torch.dtype) -> None:
     q, k, v = fused_qkv(40, 1, 16, dtype, kernels)
@@ -309,7 +403,24 @@ BAD = {
     "q_of_two_dimensions": ({"q": torch.zeros(12, 32)}, ValueError, r"q must have shape .*got \(12, 32\)"),
     "integer_q": ({"q": torch.zeros(12, 2, 16, dtype=torch.int32)}, TypeError, "q must be one of .*int32"),
     "k_of_another_dtype": ({"k": torch.zeros(12, 2, 16).half()}, TypeError, "k must be torch.float32"),
-    "v_of_another_shape": ({"v": torch.zeros(12, 3, 16)}, ValueError, r"v must have q's shape \(12, 2, 16\)"),
+    "v_of_more_heads": (
+        {"v": torch.zeros(12, 3, 16)},
+        ValueError,
+        r"v must have shape \(total_tokens, nheads_k, headdim\) = \(12, 2 or a divisor of it, 16\), got \(12, 3, 16\)",
+    ),
+    "v_of_fewer_heads_than_k": (
+        {"v": torch.zeros(12, 1, 16)},
+        ValueError,
+        r"v must have k's shape \(12, 2, 16\), got \(12, 1, 16\)",
+    ),
+    "k_of_heads_that_do_not_divide": (
+        {"q": torch.zeros(12, 4, 16), "k": torch.zeros(12, 3, 16)},
+        ValueError,
+        r"k must have shape .*4 or a divisor of it, 16\), got \(12, 3, 16\)",
+    ),
+    "k_of_no_heads": ({"k": torch.zeros(12, 0, 16)}, ValueError, r"k must have shape .*got \(12, 0, 16\)"),
+    "k_of_another_head_size": ({"k": torch.zeros(12, 2, 8)}, ValueError, r"k must have shape .*got \(12, 2, 8\)"),
+    "k_of_other_tokens": ({"k": torch.zeros(11, 2, 16)}, ValueError, r"k must have shape .*got \(11, 2, 16\)"),
     "k_on_another_device": ({"k": torch.zeros(12, 2, 16, device="meta")}, ValueError, "k must be on cpu"),
     "strided_last_dimension": (
         {"q": torch.zeros(12, 2, 32)[..., ::2]},

@@ -176,9 +176,26 @@ def test_a_neighbours_nan_stays_with_the_neighbour(kernels: str, dtype: torch.dt
     assert torch.equal(cls_attention(query, hidden_states, cu_seqlens_of([10, 20], kernels), 20, SCALE)[0], clean[0])
 
 
-def check_kv(lengths: list[int], head_dim: int, dtype: torch.dtype, device: str, num_splits: int | None) -> None:
-    query = random(len(lengths), 3, head_dim, dtype=dtype, device=device)
-    k, v = random(sum(lengths) + 2, 2, 3, head_dim, dtype=dtype, device=device).unbind(1)
+# Heads of queries, and of the keys that they share.
+GROUPED = [
+    pytest.param((3, 3), id="groups_of_1"),
+    pytest.param((4, 2), id="groups_of_2"),
+    pytest.param((6, 2), id="groups_of_3"),
+    pytest.param((4, 1), id="groups_of_4"),
+]
+
+
+def check_kv(
+    lengths: list[int],
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    num_splits: int | None,
+    heads: tuple[int, int] = (3, 3),
+) -> None:
+    num_heads, num_heads_k = heads
+    query = random(len(lengths), num_heads, head_dim, dtype=dtype, device=device)
+    k, v = random(sum(lengths) + 2, 2, num_heads_k, head_dim, dtype=dtype, device=device).unbind(1)
     arguments: tuple[Any, ...] = (cu_seqlens_of(lengths, device), max(lengths, default=0))
     actual = cls_attention_kv(query, k, v, *arguments, num_splits=num_splits)
     eager = eager_runs(cls_attention_kv_reference, query, k, v, *arguments)
@@ -204,6 +221,25 @@ several_packings = pytest.mark.parametrize(
     [PACKINGS[name] for name in ("around_a_tile", "with_empty_sequences", "nothing_at_all")],
     ids=["around_a_tile", "with_empty_sequences", "nothing_at_all"],
 )
+
+
+@pytest.mark.parametrize("num_splits", [None, 3], ids=lambda splits: f"splits={splits}")
+@pytest.mark.parametrize("heads", GROUPED)
+@several_packings
+def test_kv_kernel_reads_the_keys_that_heads_share(
+    kernels: str, lengths: list[int], heads: tuple[int, int], dtype: torch.dtype, num_splits: int | None
+) -> None:
+    check_kv(lengths, 16, dtype, kernels, num_splits, heads)
+
+
+@pytest.mark.parametrize("heads", GROUPED)
+@several_packings
+def test_kv_torch_path_reads_the_keys_that_heads_share(
+    torch_path: str, lengths: list[int], heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    check_kv(lengths * 2, 48, dtype, torch_path, None, heads)
+
+
 # What a call may have beyond queries and tokens.
 EXTRAS = {
     "keys": {"keys"},
@@ -251,13 +287,16 @@ def check_extras(
     dtype: torch.dtype,
     device: str,
     num_splits: int | None = None,
+    num_heads_k: int | None = None,
 ) -> None:
     total = sum(lengths) + 2
     cu_seqlens = cu_seqlens_of(lengths, device)
     row_bounds = row_bounds_of(lengths, device) if "rows" in extras else None
     hidden_states = random(total, width, dtype=dtype, device=device)
-    # A view of one fused projection, as the model has it.
-    keys = random(total, 3, num_heads, key_dim, dtype=dtype, device=device).unbind(1)[1] if "keys" in extras else None
+    keys = None
+    if "keys" in extras:
+        # A view of one fused projection, as the model has it.
+        keys = random(total, 3, num_heads_k or num_heads, key_dim, dtype=dtype, device=device).unbind(1)[1]
     bias = bias_of(cu_seqlens, row_bounds, total, num_heads) if "bias" in extras else None
     num_rows = len(lengths) if row_bounds is None else len(row_bounds[0])
     query_dim = width if keys is None else key_dim
@@ -315,6 +354,30 @@ def test_kernel_takes_keys_of_every_shape(
     # The RMS of few numbers varies by more than the bound's tenth.
     lengths = [5, 40, 1, 23, 64, 9, 33, 50] * (8 if num_heads == 1 else 1)
     check_extras(lengths, {"keys", "bias"}, num_heads, width, key_dim, dtype, kernels)
+
+
+# Heads in one group of the kernel's, in several, and in several of which one begins among heads that share their keys.
+MANY_GROUPED = [*GROUPED, pytest.param((34, 17), id="17_groups_of_2"), pytest.param((21, 7), id="7_groups_of_3")]
+
+
+@pytest.mark.covering(alone=["heads", "extras"])
+@pytest.mark.parametrize("extras", [EXTRAS["keys"], EXTRAS["all"]], ids=["keys", "all"])
+@pytest.mark.parametrize("heads", MANY_GROUPED)
+@pytest.mark.parametrize("num_splits", [None, 3], ids=lambda splits: f"splits={splits}")
+def test_kernel_reads_the_keys_that_heads_share(
+    kernels: str, heads: tuple[int, int], extras: set[str], dtype: torch.dtype, num_splits: int | None
+) -> None:
+    lengths = [5, 40, 0, 1, 23, 64, 9, 33, 50, 17]
+    check_extras(lengths, extras, heads[0], 48, 20, dtype, kernels, num_splits, heads[1])
+
+
+@pytest.mark.parametrize("extras", [EXTRAS["keys"], EXTRAS["all"]], ids=["keys", "all"])
+@pytest.mark.parametrize("heads", GROUPED)
+@several_packings
+def test_torch_path_reads_the_keys_that_heads_share(
+    torch_path: str, lengths: list[int], heads: tuple[int, int], extras: set[str], dtype: torch.dtype
+) -> None:
+    check_extras(enough(lengths), extras, heads[0], 48, 20, dtype, torch_path, None, heads[1])
 
 
 @pytest.mark.gpu
@@ -460,14 +523,21 @@ KV_EXTRAS = {name: extras for name, extras in EXTRAS.items() if "keys" not in ex
 
 
 def check_kv_extras(
-    lengths: list[int], extras: set[str], dtype: torch.dtype, device: str, num_splits: int | None
+    lengths: list[int],
+    extras: set[str],
+    dtype: torch.dtype,
+    device: str,
+    num_splits: int | None,
+    heads: tuple[int, int] = (3, 3),
 ) -> None:
     total = sum(lengths) + 2
+    num_heads, num_heads_k = heads
     cu_seqlens = cu_seqlens_of(lengths, device)
     row_bounds = row_bounds_of(lengths, device) if "rows" in extras else None
-    bias = bias_of(cu_seqlens, row_bounds, total, 3) if "bias" in extras else None
-    query = random(len(lengths) if row_bounds is None else len(row_bounds[0]), 3, 48, dtype=dtype, device=device)
-    k, v = random(total, 2, 3, 48, dtype=dtype, device=device).unbind(1)
+    bias = bias_of(cu_seqlens, row_bounds, total, num_heads) if "bias" in extras else None
+    num_rows = len(lengths) if row_bounds is None else len(row_bounds[0])
+    query = random(num_rows, num_heads, 48, dtype=dtype, device=device)
+    k, v = random(total, 2, num_heads_k, 48, dtype=dtype, device=device).unbind(1)
     arguments: tuple[Any, ...] = (cu_seqlens, max(lengths, default=0))
     actual = cls_attention_kv(query, k, v, *arguments, bias=bias, row_bounds=row_bounds, num_splits=num_splits)
     reference = functools.partial(cls_attention_kv_reference, bias=bias, row_bounds=row_bounds)
@@ -493,6 +563,15 @@ def test_kv_torch_path_takes_biases_and_any_rows(
     torch_path: str, lengths: list[int], dtype: torch.dtype, extras: set[str]
 ) -> None:
     check_kv_extras(4 * enough(lengths), extras, dtype, torch_path, None)
+
+
+@pytest.mark.parametrize("num_splits", [None, 3], ids=lambda splits: f"splits={splits}")
+def test_kv_kernel_adds_the_query_heads_biases(kernels: str, dtype: torch.dtype, num_splits: int | None) -> None:
+    check_kv_extras([17, 40, 0, 5], KV_EXTRAS["both"], dtype, kernels, num_splits, (6, 2))
+
+
+def test_kv_torch_path_adds_the_query_heads_biases(torch_path: str, dtype: torch.dtype) -> None:
+    check_kv_extras(PACKINGS["around_a_tile"], KV_EXTRAS["both"], dtype, torch_path, None, (6, 2))
 
 
 def windows_of(lengths: list[int], spans: list[tuple[int, int]]) -> list[cpu.Windows]:
@@ -570,11 +649,20 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "too_many_heads": ({"query": torch.zeros(2, 65, 48)}, ValueError, "1 to 64 heads, got 65"),
     "a_row_too_few": ({"query": torch.zeros(1, 3, 48)}, ValueError, "each of the 2 sequences.*got 1"),
     "narrower_query": ({"query": torch.zeros(2, 3, 48).half()}, TypeError, "query must be torch.float32"),
-    "query_of_another_key_size": ({"keys": torch.zeros(12, 3, 16)}, ValueError, r"keys must have shape \(12, 3, 48\)"),
+    "query_of_another_key_size": (
+        {"keys": torch.zeros(12, 3, 16)},
+        ValueError,
+        r"keys must have shape .*= \(12, 3 or a divisor of it, 48\), got \(12, 3, 16\)",
+    ),
+    "keys_of_heads_that_do_not_divide": (
+        {"query": torch.zeros(2, 3, 16), "keys": torch.zeros(12, 2, 16)},
+        ValueError,
+        r"keys must have shape .*3 or a divisor of it, 16\), got \(12, 2, 16\)",
+    ),
     "keys_of_too_few_tokens": (
         {"query": torch.zeros(2, 3, 16), "keys": torch.zeros(11, 3, 16)},
         ValueError,
-        r"keys must have shape \(12, 3, 16\).*got \(11, 3, 16\)",
+        r"keys must have shape .*= \(12, 3 or a divisor of it, 16\), got \(11, 3, 16\)",
     ),
     "keys_of_another_dtype": ({"keys": torch.zeros(12, 3, 48).half()}, TypeError, "keys must be torch.float32"),
     "keys_that_are_too_short": (
@@ -645,10 +733,12 @@ def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], mess
 
 def test_bad_kv_input_is_named() -> None:
     query, k = torch.zeros(2, 3, 16), torch.zeros(12, 3, 16)
-    with pytest.raises(ValueError, match=r"v must have shape \(total_tokens, 3, 16\).*got \(11, 3, 16\)"):
+    with pytest.raises(ValueError, match=r"v must have shape .*= \(12, 3 or a divisor of it, 16\), got \(11, 3, 16\)"):
         cls_attention_kv(query, k, k[:11], cu_seqlens_of([4, 8]), 8)
-    with pytest.raises(ValueError, match=r"k must have shape \(total_tokens, 3, 16\)"):
+    with pytest.raises(ValueError, match=r"k must have shape .*3 or a divisor of it, 16\), got \(12, 2, 16\)"):
         cls_attention_kv(query, k[:, :2], k, cu_seqlens_of([4, 8]), 8)
+    with pytest.raises(ValueError, match=r"v must have k's shape \(12, 3, 16\), got \(12, 1, 16\)"):
+        cls_attention_kv(query, k, k[:, :1], cu_seqlens_of([4, 8]), 8)
     with pytest.raises(ValueError, match=r"bias must be contiguous, of shape \(12, 3\)"):
         cls_attention_kv(query, k, k, cu_seqlens_of([4, 8]), 8, bias=torch.zeros(12, 2))
     with pytest.raises(ValueError, match="got rows from 0 to 13"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastcls
 from fastcls.engine.spec import LastLayer
-from fastcls.families import FAMILIES
+from fastcls.families import FAMILIES, head_in
 from fastcls_kernels import use_backend
 
 RUNGS = get_args(LastLayer)
@@ -32,11 +32,30 @@ every_filler = pytest.mark.parametrize(("model_class", "family"), FILLERS, ids=[
 def by_family_and_head(case: Mapping[str, Any]) -> dict[str, Any]:
     """A class told into what is its family's and what its head's, "" for an encoder without one."""
     others = {name: value for name, value in case.items() if name != "model_class"}
-    return {"head": case["model_class"].partition("For")[2], **others}
+    return {"head": head_in(case["model_class"]), **others}
 
 
 # For what is slow: the short run takes each family and each head once, not each class.
 family_and_head = pytest.mark.covering(by=by_family_and_head, alone=["family", "head"])
+
+# Families that compute what another does, but for names, embeddings and heads.
+_PRE_NORM = ("megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl")
+_TWINS = {
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "data2vec-text", "ernie", "distilbert"), "bert"),
+    **dict.fromkeys(("rembert", "albert"), "electra"),
+    **dict.fromkeys(_PRE_NORM, "megatron-bert"),
+    "nomic_bert": "gte",
+}
+
+
+def by_arithmetic(case: Mapping[str, Any]) -> dict[str, Any]:
+    """A class told into what its layers compute, and what its head is."""
+    others = {name: value for name, value in by_family_and_head(case).items() if name != "family"}
+    return {"arithmetic": _TWINS.get(case["family"], case["family"]), **others}
+
+
+# For what is slowest: the short run leaves out families that compute what another does.
+arithmetic_and_head = pytest.mark.covering(by=by_arithmetic, alone=["arithmetic", "head"])
 
 LENGTH = 21
 MASKS = {
@@ -45,15 +64,23 @@ MASKS = {
     "all_tokens": [[1] * LENGTH] * 3,
     "none": None,
 }
-# What transformers itself computes in float32 whatever the model is in: rotary positions, DeBERTa's scale.
-SINGLE_INSIDE = {"modernbert": 2e-5, "esm": 1e-6, "deberta-v2": 2e-6}
+# What transformers itself computes in float32 whatever the model is in: rotary positions, DeBERTa's scale, RMS norms and,
+# between them, the softmax.
+SINGLE_INSIDE = {
+    "modernbert": 2e-5,
+    "esm": 1e-6,
+    "eurobert": 5e-6,
+    "ultrabert": 5e-6,
+    "deberta": 2e-6,
+    "deberta-v2": 2e-6,
+}
 ANSWERS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
 
 
 def in_float64(model: Any) -> Any:
-    """A copy to hold others to. ModernBERT's eager softmax is float32 inside, where float64's lowest number is -inf."""
+    """A copy to hold others to. Eager's softmax over windows is float32 inside, where float64's lowest number is -inf."""
     exact = copy.deepcopy(model).double()
-    if exact.config.model_type == "modernbert":
+    if exact.config.model_type in ("modernbert", "ultrabert"):
         exact.set_attn_implementation("sdpa")
     return exact
 
@@ -143,20 +170,21 @@ def check_in_16_bits(model_class: str, family: str, dtype: torch.dtype, device: 
             assert_as_exact_as(answer, [eager[name]], exact[name], f"{name} {last_layer}")
 
 
-@family_and_head
+@arithmetic_and_head
 @every_class
 def test_as_exact_as_transformers_in_bfloat16(model_class: str, family: str, device: str) -> None:
     check_in_16_bits(model_class, family, torch.bfloat16, device)
 
 
+@arithmetic_and_head
 @every_classifier
 def test_as_exact_as_transformers_in_float16(model_class: str, family: str, device: str) -> None:
     check_in_16_bits(model_class, family, torch.float16, device)
 
 
 # The others take the same kernels as these, which the interpreter takes long for; a GPU takes them all.
-INTERPRETED = ("bert", "distilbert", "albert", "mpnet", "modernbert", "deberta-v2")
-KERNELS_OF_THEIR_OWN = ("mpnet", "modernbert", "deberta-v2")
+KERNELS_OF_THEIR_OWN = ("mpnet", "modernbert", "deberta-v2", "eurobert", "esm", "esmc", "roformer")
+INTERPRETED = ("bert", "distilbert", "albert", *KERNELS_OF_THEIR_OWN)
 
 
 def by_kernels(case: Mapping[str, Any]) -> dict[str, str]:
@@ -268,10 +296,7 @@ def test_checkpoints_load_and_round_trip(model_class: str, family: str, tmp_path
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 48}
-LLAMA3 = {
-    **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24},
-    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
-}
+LLAMA3 = {**YARN, "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -303,7 +328,16 @@ LLAMA3 = {
         ("esm", {"token_dropout": False}),
         ("esm", {"emb_layer_norm_before": True}),
         ("esm", {"position_embedding_type": "absolute", "emb_layer_norm_before": True}),
+        ("ernie", {"use_task_id": False}),
+        ("roformer", {"embedding_size": 64, "hidden_act": "relu"}),
+        ("data2vec-text", {"pad_token_id": 3}),
+        ("xlm-roberta-xl", {"pad_token_id": 3}),
         ("esmc", {"num_hidden_layers": 5, "attention_bias": True, "mlp_bias": True}),
+        ("deberta", {"pos_att_type": ["c2p"], "max_relative_positions": -1}),
+        ("deberta", {"pos_att_type": ["p2c"], "num_attention_heads": 2}),
+        ("deberta", {"position_biased_input": True, "type_vocab_size": 2, "pos_att_type": ["p2c", "c2p"]}),
+        ("deberta", {"relative_attention": False, "pos_att_type": None, "position_biased_input": True}),
+        ("deberta", {"relative_attention": False, "pos_att_type": None, "num_attention_heads": 1, "hidden_size": 16}),
         ("deberta-v2", {"share_att_key": False}),
         ("deberta-v2", {"pos_att_type": ["c2p"]}),
         ("deberta-v2", {"pos_att_type": ["p2c"]}),
@@ -352,6 +386,20 @@ def test_positions_of_ones_own_turn_rotary_embeddings() -> None:
     assert float((plain - expected["logits"]).abs().max()) > 1e-3
     with pytest.raises(ValueError, match="position_ids must lie from 0 to 95"):
         fast(**{**inputs, "position_ids": inputs["position_ids"] * 9})
+
+
+@pytest.mark.parametrize(
+    ("family", "argument"),
+    # RoFormer's own ignores positions, without a word.
+    [("ernie", "task_type_ids"), ("roformer", "position_ids"), ("esmc", "sequence_id")],
+    ids=str,
+)
+def test_arguments_that_are_not_every_familys_are_refused(family: str, argument: str) -> None:
+    (model_class,) = (name for name, of in CLASSIFIERS if of == family)
+    fast = fastcls.optimize(tiny_model(model_class, family))
+    inputs = batch("right_padding")
+    with pytest.raises(TypeError, match=rf"forward\(\) takes no argument {argument}"):
+        fast(**inputs, **{argument: torch.ones_like(inputs["input_ids"])})
 
 
 @pytest.mark.parametrize("mask", ["none", "right_padding", "holes"])
@@ -502,6 +550,10 @@ def deberta_v2(**overrides: Any) -> Callable[[], Any]:
     return lambda: deberta_in_float32(**overrides)
 
 
+def deberta(**overrides: Any) -> Callable[[], Any]:
+    return lambda: tiny_model("DebertaForSequenceClassification", "deberta", **overrides)
+
+
 def modernbert(**overrides: Any) -> Callable[[], Any]:
     return lambda: tiny_model("ModernBertForSequenceClassification", "modernbert", **overrides)
 
@@ -543,6 +595,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "config.pos_att_type must hold 'c2p' or 'p2c' just where config.relative_attention is True",
     ),
+    "terms_that_are_only_counted": (
+        deberta(pos_att_type=["c2p", "p2c", "p2p"]),
+        ValueError,
+        "config.pos_att_type must hold 'c2p', 'p2c' or both just where .*, got .*'p2p'.* with True",
+    ),
+    "terms_without_distances": (
+        deberta(relative_attention=False),
+        ValueError,
+        "config.pos_att_type must hold 'c2p', 'p2c' or both just where .* with False",
+    ),
+    "heads_that_talk": (deberta(talking_head=True), ValueError, "config.talking_head must be False, got True"),
+    "embeddings_of_another_width": (
+        deberta(embedding_size=32),
+        ValueError,
+        "config.embedding_size must be 64, got 32",
+    ),
     "even_convolution": (deberta_v2(conv_kernel_size=4), ValueError, "config.conv_kernel_size must be odd.*got 4"),
     "convolution_groups": (
         deberta_v2(conv_kernel_size=3, conv_groups=2),
@@ -553,6 +621,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: tiny_model("ElectraForMultipleChoice", "electra", summary_type="mean"),
         ValueError,
         "config.summary_type must be 'first', got 'mean'",
+    ),
+    "values_that_turn": (
+        lambda: tiny_model("RoFormerForSequenceClassification", "roformer", rotary_value=True),
+        ValueError,
+        "config.rotary_value must be False, got True",
     ),
     "other_buckets": (
         lambda: tiny_model("MPNetForSequenceClassification", "mpnet", relative_attention_num_buckets=16),

@@ -100,12 +100,22 @@ CASES: Cases = {
         (i.random(*i.heads), i.positions, i.wide(40, HEAD_DIM // 2), i.wide(40, HEAD_DIM // 2)),
         {},
     ),
+    "apply_rotary_-interleaved": lambda i: (
+        apply_rotary_,
+        (i.random(*i.heads), i.positions, i.wide(40, HEAD_DIM // 2), i.wide(40, HEAD_DIM // 2)),
+        {"interleaved": True},
+    ),
     "attention_padded": lambda i: (
         attention_padded,
         (*i.random(3, 2, 7, HEADS, HEAD_DIM), torch.tensor([7, 3], device=i.device)),
         {},
     ),
     "attention_varlen": lambda i: (attention_varlen, (*i.random(3, *i.heads), *i.packing), {}),
+    "attention_varlen-grouped": lambda i: (
+        attention_varlen,
+        (i.random(i.tokens, 3 * HEADS, HEAD_DIM), *i.random(2, *i.heads), *i.packing),
+        {"bias": i.random(3 * HEADS, 5)},
+    ),
     "attention_varlen-window": lambda i: (
         attention_varlen,
         (*i.random(3, *i.heads), *i.packing, 0.3),
@@ -115,6 +125,11 @@ CASES: Cases = {
         cls_attention,
         (i.random(len(i.lengths), HEADS, SIZE), i.rows, *i.packing, 0.3),
         {"norm": AddNorm(i.vector, i.rows, i.vector, i.vector, 1e-5)},
+    ),
+    "cls_attention-grouped": lambda i: (
+        cls_attention,
+        (i.random(len(i.lengths), 3 * HEADS, HEAD_DIM), i.rows, *i.packing, 0.3),
+        {"keys": i.random(*i.heads)},
     ),
     "cls_attention-rows": lambda i: (
         cls_attention,
@@ -131,6 +146,11 @@ CASES: Cases = {
         cls_attention_kv,
         (i.random(len(i.lengths), HEADS, HEAD_DIM), *i.random(2, *i.heads), *i.packing),
         {"bias": i.wide(i.tokens, HEADS)},
+    ),
+    "cls_attention_kv-grouped": lambda i: (
+        cls_attention_kv,
+        (i.random(len(i.lengths), 3 * HEADS, HEAD_DIM), *i.random(2, *i.heads), *i.packing),
+        {},
     ),
     "cls_output": lambda i: (
         cls_output,
@@ -252,7 +272,7 @@ SCHEMAS = {
         "(Tensor hidden_states, Tensor? bias, Tensor residual, Tensor weight, Tensor? norm_bias, float eps, "
         "Tensor? rows, bool keep_sum, bool rms=False) -> Tensor[]"
     ),
-    "apply_rotary_": "(Tensor(a0!) x, Tensor positions, Tensor cos, Tensor sin) -> ()",
+    "apply_rotary_": "(Tensor(a0!) x, Tensor positions, Tensor cos, Tensor sin, bool interleaved=False) -> ()",
     "attention_padded": "(Tensor q, Tensor k, Tensor v, Tensor seqlens, float? softmax_scale=None) -> Tensor",
     "attention_varlen": (
         "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float? softmax_scale, "

@@ -32,6 +32,8 @@ FOLLOWING: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert-fill": ("BertForMaskedLM", "bert", {}),
     "mpnet": ("MPNetForSequenceClassification", "mpnet", {}),
     "modernbert": ("ModernBertForSequenceClassification", "modernbert", {}),
+    "by-head": ("DebertaForSequenceClassification", "deberta", {}),
+    "grouped": ("EuroBertForSequenceClassification", "eurobert", {}),
     "deberta": ("DebertaV2ForSequenceClassification", "deberta-v2", {"conv_kernel_size": 3}),
     "deberta-apart": ("DebertaV2ForSequenceClassification", "deberta-v2", {"share_att_key": False}),
     "albert": ("AlbertForSequenceClassification", "albert", {}),

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from support import assert_as_exact_as, random
 from torch import Tensor
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
+from transformers.models.roformer.modeling_roformer import RoFormerSelfAttention
 
 from fastcls_kernels import apply_rotary_, use_backend
 from fastcls_kernels.reference import apply_rotary_reference
@@ -27,45 +30,54 @@ SHAPES = [
 ]
 
 
+PAIRS = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
+
+
 def tables(head_dim: int, device: str) -> tuple[Tensor, Tensor]:
     angles = random(MAX_POSITIONS, head_dim // 2, dtype=torch.float32, device=device, scale=3.0)
     return angles.cos(), angles.sin()
 
 
-def check(total: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
+def check(total: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: str, interleaved: bool) -> None:
     qkv = random(total, 3 * num_heads, head_dim, dtype=dtype, device=device)
     before = qkv.clone()
     x, given = (tensor[:, : 2 * num_heads] for tensor in (qkv, before))
     positions = torch.randint(MAX_POSITIONS, (total,), device=device, dtype=torch.int32)
     cos, sin = tables(head_dim, device)
-    assert apply_rotary_(x, positions, cos, sin) is x
-    eager = apply_rotary_reference(given, positions, cos, sin)
-    exact = apply_rotary_reference(given.double(), positions, cos.double(), sin.double())
+    assert apply_rotary_(x, positions, cos, sin, interleaved=interleaved) is x
+    eager = apply_rotary_reference(given, positions, cos, sin, interleaved=interleaved)
+    exact = apply_rotary_reference(given.double(), positions, cos.double(), sin.double(), interleaved=interleaved)
     assert_as_exact_as(x, [eager], exact)
     assert torch.equal(qkv[:, 2 * num_heads :], before[:, 2 * num_heads :]), "the values must stay as they are"
 
 
+@PAIRS
 @pytest.mark.parametrize(("total", "num_heads", "head_dim"), SHAPES)
-def test_kernel_matches_definition(kernels: str, total: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    check(total, num_heads, head_dim, dtype, kernels)
+def test_kernel_matches_definition(
+    kernels: str, total: int, num_heads: int, head_dim: int, dtype: torch.dtype, interleaved: bool
+) -> None:
+    check(total, num_heads, head_dim, dtype, kernels, interleaved)
 
 
+@PAIRS
 @pytest.mark.parametrize(("total", "num_heads", "head_dim"), SHAPES)
 def test_torch_path_matches_definition(
-    torch_path: str, total: int, num_heads: int, head_dim: int, dtype: torch.dtype
+    torch_path: str, total: int, num_heads: int, head_dim: int, dtype: torch.dtype, interleaved: bool
 ) -> None:
-    check(total, num_heads, head_dim, dtype, torch_path)
+    check(total, num_heads, head_dim, dtype, torch_path, interleaved)
 
 
+@PAIRS
 @pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
-def test_kernel_takes_strides_that_no_projection_has(kernels: str, dtype: torch.dtype) -> None:
+def test_kernel_takes_strides_that_no_projection_has(kernels: str, dtype: torch.dtype, interleaved: bool) -> None:
     x = random(5, 9, 70, dtype=dtype, device=kernels).transpose(0, 1)[1::2, :, 3:67]
     before = x.clone()
     positions = torch.tensor([7, 0, 89, 7], device=kernels)
     cos, sin = tables(64, kernels)
-    apply_rotary_(x, positions, cos, sin)
-    exact = apply_rotary_reference(before.double(), positions, cos.double(), sin.double())
-    assert_as_exact_as(x, [apply_rotary_reference(before, positions, cos, sin)], exact)
+    apply_rotary_(x, positions, cos, sin, interleaved=interleaved)
+    turned = functools.partial(apply_rotary_reference, interleaved=interleaved)
+    exact = turned(before.double(), positions, cos.double(), sin.double())
+    assert_as_exact_as(x, [turned(before, positions, cos, sin)], exact)
 
 
 def test_it_is_what_transformers_does_to_queries_and_keys() -> None:
@@ -82,6 +94,21 @@ def test_it_is_what_transformers_does_to_queries_and_keys() -> None:
     for turned, wanted in zip(actual, expected, strict=True):
         # transformers computes in float32 whatever it is given.
         torch.testing.assert_close(turned.transpose(0, 1)[None].float(), wanted.float())
+
+
+def test_interleaved_it_is_what_roformer_does_to_queries_and_keys() -> None:
+    q, k = torch.randn(2, 31, 4, 16)
+    cos, sin = tables(16, "cpu")
+    positions = torch.arange(31)
+    # transformers' table holds sines, then cosines, by place.
+    sinusoidal = torch.cat((sin, cos), 1)[None, None, :31]
+    expected = RoFormerSelfAttention.apply_rotary_position_embeddings(
+        sinusoidal, q.transpose(0, 1)[None], k.transpose(0, 1)[None]
+    )
+    with use_backend("torch"):
+        actual = [apply_rotary_(tensor.clone(), positions, cos, sin, interleaved=True) for tensor in (q, k)]
+    for turned, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(turned.transpose(0, 1)[None], wanted)
 
 
 def valid() -> dict[str, object]:

@@ -181,7 +181,7 @@ def test_norm_leaves_its_inputs_alone() -> None:
     before = [tensor.clone() for tensor in inputs]
     for rms in (False, True):
         add_layer_norm(*inputs, EPS, rms=rms)
-        layer_norm(inputs[0], *inputs[3:], EPS, rms=rms)
+        layer_norm(inputs[0], inputs[3], inputs[4], EPS, rms=rms)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
@@ -480,9 +480,16 @@ def half_layer_sum(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
 
 
 def half_layer(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *norm: Tensor, rms: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    *,
+    rms: bool,
 ) -> Tensor:
-    return layer_norm_reference(half_layer_sum(x, weight, bias, residual), *norm, EPS, rms=rms)
+    return layer_norm_reference(half_layer_sum(x, weight, bias, residual), norm_weight, norm_bias, EPS, rms=rms)
 
 
 def check_half_layer(inputs: list[Any], biases: tuple[bool, bool], *, rms: bool) -> None:
@@ -598,9 +605,9 @@ def test_bad_embedding_input_is_named(place: int, value: Tensor, error: type[Exc
 
 
 def test_rms_norm_without_a_weight_is_refused() -> None:
-    inputs = embedding_inputs(1, 32, torch.float32, "cpu")
+    words, ids = torch.randn(9, 32), torch.arange(9)
     with pytest.raises(ValueError, match="rms must be False where weight is None, got True"):
-        embedding_layer_norm(*inputs[:6], None, None, EPS, rms=True)
+        embedding_layer_norm(ids, None, None, words, None, None, None, None, EPS, rms=True)
 
 
 def test_bad_linear_input_is_named() -> None:

@@ -29,6 +29,7 @@ class Embeddings(Weighted):
     word_weight: Tensor
     position_weight: Tensor | None
     token_type_weight: Tensor | None
+    task_weight: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
     projection_weight: Tensor | None
@@ -37,7 +38,7 @@ class Embeddings(Weighted):
     first_norm_bias: Tensor | None
 
     def __init__(self, spec: EncoderSpec, weights: Mapping[str, nn.Parameter]) -> None:
-        modules = ("position", "token_type", "norm", "projection", "first_norm")
+        modules = ("position", "token_type", "task", "norm", "projection", "first_norm")
         super().__init__(weights, [f"{name}_{kind}" for name in modules for kind in ("weight", "bias")])
         self.spec = spec
         # Both are `PackedWeights`' to set.
@@ -69,7 +70,7 @@ class Embeddings(Weighted):
             packed.token_type_ids,
             word_table,
             self.position_weight,
-            self.token_type_weight,
+            self._type_table(),
             self.norm_weight,
             self.norm_bias,
             self.spec.layer_norm_eps,
@@ -84,6 +85,11 @@ class Embeddings(Weighted):
             return HiddenStates(embedded, embedded)
         norm = (self.first_norm_weight, self.first_norm_bias, self.spec.norm_eps)
         return HiddenStates(layer_norm(embedded, *norm, rms=self.spec.rms), embedded)
+
+    def _type_table(self) -> Tensor | None:
+        """Token types, with ERNIE's first kind of task added to each."""
+        types, tasks = self.token_type_weight, self.task_weight
+        return types if types is None or tasks is None else types + tasks[0]
 
     def _without_masks(self, packed: PackedTokens) -> Tensor:
         """(total_tokens, embedding_size), of words: zeros for mask tokens, and the others scaled for their share.

@@ -263,10 +263,11 @@ class RotaryPositions(nn.Module):
         return self._made[kind if self.table_weight is None else "table_weight"][1]
 
     def _tables_of(self, source: Tensor) -> RotaryTables:
-        # In float32 whatever the weights' dtype is, as in transformers.
         if source.ndim > 1:
-            sines, cosines = source.float().chunk(2, 1)
+            wide = source.to(torch.promote_types(source.dtype, torch.float32))
+            sines, cosines = wide.chunk(2, 1)
             return cosines.contiguous(), sines.contiguous()
+        # In float32 whatever the weights' dtype is, as in transformers.
         places = torch.arange(self.max_positions, dtype=torch.float, device=source.device)
         angles = places[:, None] * source.float()
         return angles.cos() * self.scale, angles.sin() * self.scale

@@ -8,9 +8,11 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from . import (
     albert,
     bert,
+    deberta,
     deberta_v2,
     distilbert,
     electra,
+    ernie,
     esm,
     esmc,
     eurobert,
@@ -19,10 +21,13 @@ from . import (
     modernbert,
     mpnet,
     nomic_bert,
+    prenorm,
+    rembert,
     roberta,
+    roformer,
     ultrabert,
 )
-from .family import ACTIVATION_CLASSES, ACTIVATION_NAMES, Family, activation_in
+from .family import ACTIVATION_CLASSES, ACTIVATION_NAMES, Family, activation_in, head_in
 
 __all__ = [
     "ACTIVATION_CLASSES",
@@ -33,6 +38,7 @@ __all__ = [
     "class_for_task",
     "family_of",
     "family_of_class",
+    "head_in",
     "supported",
 ]
 
@@ -44,6 +50,7 @@ _FAMILIES = (
     albert.FAMILY,
     mpnet.FAMILY,
     modernbert.FAMILY,
+    deberta.FAMILY,
     deberta_v2.FAMILY,
     gte.FAMILY,
     nomic_bert.FAMILY,
@@ -52,6 +59,10 @@ _FAMILIES = (
     ultrabert.FAMILY,
     esm.FAMILY,
     esmc.FAMILY,
+    ernie.FAMILY,
+    *prenorm.FAMILIES,
+    rembert.FAMILY,
+    roformer.FAMILY,
 )
 # Earlier releases of transformers lack some.
 FAMILIES = tuple(family for family in _FAMILIES if family.model_type in CONFIG_MAPPING)
@@ -92,6 +103,7 @@ def class_for_task(config: PreTrainedConfig, task: str) -> tuple[Family, str]:
 
 def supported() -> str:
     """The models that are supported, in words."""
-    heads = dict.fromkeys(name[name.index("For") :] for family in FAMILIES for name in family.heads if "For" in name)
+    names = [name for family in FAMILIES for name in family.heads]
+    heads = dict.fromkeys(f"For{head_in(name)}" for name in names if head_in(name))
     types = ", ".join(family.model_type for family in FAMILIES)
     return f"a transformers model of the family {types}, with one of the heads {', '.join(heads)} or without a head"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import BertConfig
-
 from ..engine.spec import EncoderSpec, HeadSpec
 from .family import (
     Built,
@@ -74,7 +72,8 @@ def modules(config: Any) -> Names:
     return {**EMBEDDINGS, **layer_modules((f"encoder.layer.{i}." for i in range(config.num_hidden_layers)), LAYER)}
 
 
-def _masked_lm(config: BertConfig) -> HeadSpec:
+def masked_lm(config: Any) -> HeadSpec:
+    """BERT's head for masks, and that of its relatives."""
     names = {
         "dense": "cls.predictions.transform.dense",
         "norm": "cls.predictions.transform.LayerNorm",
@@ -85,17 +84,24 @@ def _masked_lm(config: BertConfig) -> HeadSpec:
     return HeadSpec("masked language modelling", names, activation=activation, eps=config.layer_norm_eps)
 
 
-_POOLER = "bert.pooler.dense"
-_HEADS: dict[str, HeadOf] = {
-    "BertForSequenceClassification": HeadSpec("sequence classification", {"dense": _POOLER, "out": "classifier"}),
-    "BertForNextSentencePrediction": HeadSpec(
-        "next sentence prediction", {"dense": _POOLER, "out": "cls.seq_relationship"}
-    ),
-    "BertForMultipleChoice": HeadSpec("multiple choice", {"dense": _POOLER, "out": "classifier"}),
-    "BertForMaskedLM": _masked_lm,
-    "BertForTokenClassification": HeadSpec("token classification", {"out": "classifier"}),
-    "BertForQuestionAnswering": HeadSpec("question answering", {"out": "qa_outputs"}),
-    "BertModel": HeadSpec("encoder", {"dense": "pooler.dense"}),
-}
+def heads(classes: str, encoder: str) -> dict[str, HeadOf]:
+    """BERT's heads: for classes whose names begin so, and hold their encoder under a name."""
+    pooler = f"{encoder}.pooler.dense"
+    return {
+        f"{classes}ForSequenceClassification": HeadSpec(
+            "sequence classification", {"dense": pooler, "out": "classifier"}
+        ),
+        f"{classes}ForNextSentencePrediction": HeadSpec(
+            "next sentence prediction", {"dense": pooler, "out": "cls.seq_relationship"}
+        ),
+        f"{classes}ForMultipleChoice": HeadSpec("multiple choice", {"dense": pooler, "out": "classifier"}),
+        f"{classes}ForMaskedLM": masked_lm,
+        f"{classes}ForTokenClassification": HeadSpec("token classification", {"out": "classifier"}),
+        f"{classes}ForQuestionAnswering": HeadSpec("question answering", {"out": "qa_outputs"}),
+        f"{classes}Model": HeadSpec("encoder", {"dense": "pooler.dense"}),
+    }
 
-FAMILY = Family("bert", "bert.", spec, modules, _HEADS, "BaseModelOutputWithPoolingAndCrossAttentions", BUILT)
+
+FAMILY = Family(
+    *("bert", "bert.", spec, modules, heads("Bert", "bert")), "BaseModelOutputWithPoolingAndCrossAttentions", BUILT
+)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..engine.spec import HeadSpec
-from .family import Family, WeightMap
+from .family import ByHead, Family, WeightMap
 
 
 def map_weights(model: PreTrainedModel, family: Family, config: PreTrainedConfig, head: HeadSpec) -> WeightMap:
@@ -34,7 +34,7 @@ def map_weights(model: PreTrainedModel, family: Family, config: PreTrainedConfig
     rows = {
         own: tuple(parameters[name].shape[0] for name in parts)
         for own, parts in weight_map.sources.items()
-        if len(parts) > 1
+        if len(parts) > 1 and own not in weight_map.layouts
     }
     weight_map = replace(weight_map, aliases=aliases, rows=rows)
     differing = sorted(parameters.keys() - names - aliases.keys())
@@ -83,8 +83,10 @@ def _check_together(parameters: Iterable[nn.Parameter]) -> None:
         raise ValueError(f"model must have all its parameters on one device that holds data, got {found}")
 
 
-def made_of(parts: Sequence[Tensor]) -> Tensor:
+def made_of(parts: Sequence[Tensor], layout: ByHead | None = None) -> Tensor:
     """One of our weights: it shares the memory and count of changes of one of theirs, or has its own memory."""
+    if layout is not None:
+        return layout.made_of(parts)
     if len(parts) > 1:
         return torch.cat([part.detach() for part in parts])
     # Kernels read rows that lie one after the other.
@@ -96,7 +98,7 @@ def to_checkpoint_names(weight_map: WeightMap, state_dict: dict[str, Any], prefi
     for own, names in weight_map.sources.items():
         for name, part in zip(names, weight_map.parts(own, state_dict.pop(prefix + own)), strict=True):
             # Each in its own memory: savers take views of one memory for one weight.
-            state_dict[prefix + name] = part if len(names) == 1 else part.clone()
+            state_dict[prefix + name] = part if weight_map.is_one(own) else part.clone()
     for alias, name in weight_map.aliases.items():
         state_dict[prefix + alias] = state_dict[prefix + name]
     for own, name in weight_map.buffers.items():
@@ -133,4 +135,5 @@ def from_checkpoint_names(
                 )
                 parts = list(current)
                 break
-        state_dict[prefix + own] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        is_one = weight_map.is_one(own)
+        state_dict[prefix + own] = parts[0] if is_one else made_of(parts, weight_map.layouts.get(own))

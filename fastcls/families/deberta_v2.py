@@ -19,13 +19,14 @@ _LAYER: Names = {
 }
 
 
-def _reach_built(encoder: Any, config: DebertaV2Config) -> int | None:
+def _reach_built(encoder: Any, config: Any) -> int | None:
     reach: int | None = getattr(encoder.encoder, "max_relative_positions", None)
     is_left_open = getattr(config, "max_relative_positions", -1) < 1
     return None if is_left_open and reach == encoder.embeddings.position_ids.shape[-1] else reach
 
 
-_BUILT: Built = {
+# DeBERTa's, too.
+BUILT: Built = {
     **{name: read for name, read in bert.BUILT.items() if name != "type_vocab_size"},
     "type_vocab_size": lambda encoder, config: (
         bert.BUILT["type_vocab_size"](encoder, config) if encoder.embeddings.token_type_embeddings is not None else 0
@@ -88,7 +89,8 @@ def _modules(config: DebertaV2Config) -> Names:
     }
 
 
-def _masked_lm(config: DebertaV2Config) -> HeadSpec:
+def masked_lm(config: Any) -> HeadSpec:
+    """The head for masks, and DeBERTa's."""
     own = "cls.predictions"
     legacy = {"dense": f"{own}.transform.dense", "norm": f"{own}.transform.LayerNorm", "out": f"{own}.decoder"}
     own = own if config.legacy else "lm_predictions.lm_head"
@@ -98,18 +100,19 @@ def _masked_lm(config: DebertaV2Config) -> HeadSpec:
     return HeadSpec("masked language modelling", names, activation=activation, eps=config.layer_norm_eps)
 
 
-def _pooled(task: Task) -> HeadOf:
+def pooled(task: Task) -> HeadOf:
+    """A head behind a pooler of the first token, and DeBERTa's."""
     names = {"dense": "pooler.dense", "out": "classifier"}
     return lambda config: HeadSpec(task, names, activation=activation_of(config, "pooler_hidden_act"))
 
 
 _HEADS: dict[str, HeadOf] = {
-    "DebertaV2ForSequenceClassification": _pooled("sequence classification"),
-    "DebertaV2ForMultipleChoice": _pooled("multiple choice"),
-    "DebertaV2ForMaskedLM": _masked_lm,
+    "DebertaV2ForSequenceClassification": pooled("sequence classification"),
+    "DebertaV2ForMultipleChoice": pooled("multiple choice"),
+    "DebertaV2ForMaskedLM": masked_lm,
     "DebertaV2ForTokenClassification": HeadSpec("token classification", {"out": "classifier"}),
     "DebertaV2ForQuestionAnswering": HeadSpec("question answering", {"out": "qa_outputs"}),
     "DebertaV2Model": HeadSpec("encoder", {}),
 }
 
-FAMILY = Family("deberta-v2", "deberta.", _spec, _modules, _HEADS, "BaseModelOutput", _BUILT)
+FAMILY = Family("deberta-v2", "deberta.", _spec, _modules, _HEADS, "BaseModelOutput", BUILT)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,33 @@ ACTIVATION_CLASSES: dict[str, Activation] = {
 
 
 @dataclass(frozen=True)
+class ByHead:
+    """Queries, keys and values that a checkpoint keeps head by head: in ours, those of all heads stand together.
+
+    Attributes:
+        num_heads: how many heads there are.
+        kinds: for each of the checkpoint's weights, the first of queries (0), keys (1) and values (2) that it holds,
+            and the one behind its last. What no weight holds is zero.
+    """
+
+    num_heads: int
+    kinds: tuple[tuple[int, int], ...]
+
+    def views(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """For each of the checkpoint's weights the rows of ours that it fills, (num_heads, kinds, head_dim, ...)."""
+        rows = weight.unflatten(0, (3, self.num_heads, -1))
+        return tuple(rows[first:end].transpose(0, 1) for first, end in self.kinds)
+
+    def made_of(self, parts: Sequence[Tensor]) -> Tensor:
+        """Ours, from the checkpoint's weights."""
+        first, end = self.kinds[0]
+        ours = parts[0].new_zeros(3 * parts[0].shape[0] // (end - first), *parts[0].shape[1:])
+        for rows, part in zip(self.views(ours), parts, strict=True):
+            rows.copy_(part.detach().reshape(rows.shape))
+        return ours
+
+
+@dataclass(frozen=True)
 class WeightMap:
     """Where each of our parameters comes from in a checkpoint.
 
@@ -58,21 +86,41 @@ class WeightMap:
         aliases: maps the checkpoint's other names of tied weights to those in ``sources``.
         buffers: maps our names of the model's buffers to the model's names; few checkpoints hold them.
         rows: for each of our names how many rows each of the checkpoint's weights has that are joined.
+        layouts: how those of ours are made whose rows stand in another order than the checkpoint's.
     """
 
     sources: Mapping[str, tuple[str, ...]]
     aliases: Mapping[str, str]
     buffers: Mapping[str, str]
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    layouts: Mapping[str, ByHead] = field(default_factory=dict)
 
     @property
     def checkpoint_names(self) -> set[str]:
         return {name for names in self.sources.values() for name in names}
 
+    def is_one(self, own: str) -> bool:
+        """Whether one of our weights is one of the checkpoint's, as it is."""
+        return own not in self.layouts and len(self.sources[own]) == 1
+
+    def numel(self, own: str, weight: Tensor) -> int:
+        """How many numbers of one of our weights a checkpoint holds."""
+        layout = self.layouts.get(own)
+        return weight.numel() if layout is None else sum(rows.numel() for rows in layout.views(weight))
+
     def parts(self, own: str, weight: Tensor) -> tuple[Tensor, ...]:
-        """The checkpoint's weights that one of ours joins, as views of it."""
+        """The checkpoint's weights that one of ours is made of: views of it where their rows stand in its order."""
+        if own in self.layouts:
+            return tuple(rows.reshape(-1, *weight.shape[1:]) for rows in self.layouts[own].views(weight))
         # A single part may be a scalar, which cannot be split.
         return (weight,) if len(self.sources[own]) == 1 else weight.split(self.rows[own])
+
+
+def head_in(model_class: str) -> str:
+    """What the name of a model class says of its head, "SequenceClassification" of a classifier; "" for an encoder."""
+    # RoFormer's own name has a "For", too.
+    found = re.search(r"For(?=[A-Z])", model_class)
+    return model_class[found.end() :] if found else ""
 
 
 def joined(parts: str | Iterable[str], kind: str) -> tuple[str, ...]:
@@ -94,6 +142,8 @@ class Family:
         built: options whose values the encoder's modules hold, each with a function that reads its value from encoder
             and config. The modules' values count, since a config can be edited after the model was built.
         buffers: from the config to a map from our names of buffers to the model's.
+        layouts: from the config to a map from our names of parameters whose rows stand in another order to the model's
+            names, and how ours are made of them.
     """
 
     model_type: str
@@ -104,6 +154,7 @@ class Family:
     output: str
     built: Built
     buffers: Callable[[Any], Mapping[str, str]] = lambda _: {}
+    layouts: Callable[[Any], Mapping[str, tuple[tuple[str, ...], ByHead]]] = lambda _: {}
 
     def head(self, model_class: str, config: PreTrainedConfig) -> HeadSpec:
         """The head of a model class. Raises ValueError as ``spec`` does."""
@@ -123,9 +174,13 @@ class Family:
                     sources[f"head.{own}_{kind}"] = joined(name, kind)
         if "bias" in head.names:
             sources["head.out_bias"] = (head.names["bias"],)
+        layouts: dict[str, ByHead] = {}
+        for own, (names, layout) in self.layouts(config).items():
+            sources[f"encoder.{own}"] = tuple(prefix + name for name in names)
+            layouts[f"encoder.{own}"] = layout
         there = {own: names for own, names in sources.items() if all(name in present for name in names)}
         buffers = {f"encoder.{own}": prefix + name for own, name in self.buffers(config).items()}
-        return WeightMap(there, {}, buffers)
+        return WeightMap(there, {}, buffers, layouts=layouts)
 
 
 def check_options(config: PreTrainedConfig, needed: Iterable[tuple[str, object]]) -> None:

@@ -9,12 +9,13 @@ from ..engine.spec import EncoderSpec, HeadSpec
 from . import bert
 from .family import Built, Family, HeadOf
 
-_BUILT: Built = {**bert.BUILT, "pad_token_id": lambda encoder, _: encoder.embeddings.padding_idx}
+BUILT: Built = {**bert.BUILT, "pad_token_id": lambda encoder, _: encoder.embeddings.padding_idx}
 
 
-def _spec(config: Any) -> EncoderSpec:
-    spec, first = bert.spec(config), config.pad_token_id + 1
-    return replace(spec, max_positions=spec.position_rows - first, first_position=first, padding_id=config.pad_token_id)
+def spec(config: Any) -> EncoderSpec:
+    """Reads a RobertaConfig, or a relative's."""
+    read, first = bert.spec(config), config.pad_token_id + 1
+    return replace(read, max_positions=read.position_rows - first, first_position=first, padding_id=config.pad_token_id)
 
 
 def _masked_lm(config: Any) -> HeadSpec:
@@ -22,23 +23,28 @@ def _masked_lm(config: Any) -> HeadSpec:
     return HeadSpec("masked language modelling", names, activation="gelu", eps=config.layer_norm_eps)
 
 
-def _family(model_type: str, names: str) -> Family:
+def heads(classes: str, encoder: str) -> dict[str, HeadOf]:
+    """RoBERTa's heads: for classes whose names begin so, and hold their encoder under a name."""
     classifier = {"dense": "classifier.dense", "out": "classifier.out_proj"}
-    choice = {"dense": "roberta.pooler.dense", "out": "classifier"}
-    heads: dict[str, HeadOf] = {
-        f"{names}ForSequenceClassification": HeadSpec("sequence classification", classifier),
-        f"{names}ForMultipleChoice": HeadSpec("multiple choice", choice),
-        f"{names}ForMaskedLM": _masked_lm,
-        f"{names}ForTokenClassification": HeadSpec("token classification", {"out": "classifier"}),
-        f"{names}ForQuestionAnswering": HeadSpec("question answering", {"out": "qa_outputs"}),
-        f"{names}Model": HeadSpec("encoder", {"dense": "pooler.dense"}),
+    choice = {"dense": f"{encoder}.pooler.dense", "out": "classifier"}
+    return {
+        f"{classes}ForSequenceClassification": HeadSpec("sequence classification", classifier),
+        f"{classes}ForMultipleChoice": HeadSpec("multiple choice", choice),
+        f"{classes}ForMaskedLM": _masked_lm,
+        f"{classes}ForTokenClassification": HeadSpec("token classification", {"out": "classifier"}),
+        f"{classes}ForQuestionAnswering": HeadSpec("question answering", {"out": "qa_outputs"}),
+        f"{classes}Model": HeadSpec("encoder", {"dense": "pooler.dense"}),
     }
+
+
+def _family(model_type: str, classes: str, encoder: str = "roberta") -> Family:
     output = "BaseModelOutputWithPoolingAndCrossAttentions"
-    return Family(model_type, "roberta.", _spec, bert.modules, heads, output, _BUILT)
+    return Family(model_type, f"{encoder}.", spec, bert.modules, heads(classes, encoder), output, BUILT)
 
 
 FAMILIES = (
     _family("roberta", "Roberta"),
     _family("xlm-roberta", "XLMRoberta"),
     _family("camembert", "Camembert"),
+    _family("data2vec-text", "Data2VecText", "data2vec_text"),
 )

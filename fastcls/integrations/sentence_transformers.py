@@ -6,7 +6,6 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from ..engine.weights import has_hooks
 from ..models import FastEncoder
 from ..models.base import FastModel
-from ..original.companion import Companion
+from ..original.companion import Companion, weights_around
 from ..original.own_code import folder_of, stranger_in
 
 # An older version of the library may lack some of them.
@@ -89,7 +88,7 @@ def optimize_sentence_model(
     if "forward" not in vars(fast):
         fast.forward = _Forward(fast, may_select=select != "all")
     fast_models = [module for module in fast.modules() if isinstance(module, FastModel)]
-    if all(one.follows for one in fast_models) and (names := _other_weights(model)):
+    if all(one.follows for one in fast_models) and (names := weights_around(model, inner)):
         companion = Companion(model, fast, names, stop=partial(_stop_following, fast_models))
         for one in fast_models:
             one.follow_along(companion)
@@ -185,18 +184,6 @@ def _check_reads_no_padding(model: nn.Module) -> None:
 def _stop_following(models: list[FastModel]) -> None:
     for each in models:
         each.stop_following()
-
-
-def _other_weights(model: nn.Module) -> list[str]:
-    """The names of a model's parameters and buffers outside the transformers models in it."""
-    inside = {id(module) for inner in _transformers_models(model) for module in inner.modules()}
-    return [
-        f"{path}.{key}" if path else key
-        for path, module in model.named_modules()
-        if id(module) not in inside
-        for key, weight in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-        if weight.is_floating_point()
-    ]
 
 
 class _Forward:

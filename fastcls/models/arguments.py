@@ -17,6 +17,7 @@ _CHANGING = frozenset(
         *("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "head_mask", "is_causal"),
         *("sliding_window", "softcap", "s_aux", "position_bias", "num_items_in_batch", "next_sentence_label"),
         *("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_seqlen", "max_length_q", "max_length_k", "indices"),
+        *("task_type_ids", "sequence_id", "lang_ids"),
     }
 )
 
@@ -36,6 +37,12 @@ def order_of(model_class: type[PreTrainedModel], fast_class: type[Any]) -> tuple
         for each in (model_class, fast_class)
     )
     return None if not theirs or theirs == ours[: len(theirs)] or ours == theirs[: len(ours)] else theirs
+
+
+@functools.lru_cache(maxsize=64)
+def takes_positions(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a transformers class takes positions of one's own; RoFormer's ignore them."""
+    return "position_ids" in inspect.signature(model_class.forward).parameters
 
 
 def check_extras(fast_class: type[Any], config: Any, extras: Mapping[str, Any]) -> None:

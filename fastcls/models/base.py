@@ -23,11 +23,14 @@ from ..families.family import WeightMap
 from ..original.companion import Companion
 from ..original.following import Original, weakly
 from ..original.places import set_weight
-from .arguments import check_extras, check_not_traced, order_of
+from .arguments import check_extras, check_not_traced, order_of, takes_positions
 from .state_dict import register_hooks
 
 # Tables of embeddings, by the ends of their names.
-_TABLES = ("word_weight", "position_weight", "token_type_weight", "relative.table_weight")
+_TABLES = (
+    *("word_weight", "position_weight", "token_type_weight", "task_weight"),
+    *("relative.table_weight", "rotary.table_weight"),
+)
 
 
 def _place(weight: Tensor) -> object:
@@ -89,6 +92,7 @@ class FastModel(Engine):
         # Follows the weights of the modules around this one.
         self._companion: Companion | None = None
         self._order = order_of(cast("Any", model_class), cast("Any", type(self)))
+        self._takes_positions = takes_positions(cast("Any", model_class))
         register_hooks(self)
         self.description = operator.describe(self)
         self._announce_weights()
@@ -241,7 +245,7 @@ class FastModel(Engine):
             exclude_embeddings: leave out the tables of embeddings.
         """
         # By their place, since tied weights share one.
-        counts = {_place(weight): weight.numel() for weight in self.parameters()}
+        counts = {_place(weight): self.weight_map.numel(name, weight) for name, weight in self.named_parameters()}
         if exclude_embeddings:
             for name, weight in self.named_parameters():
                 if name.endswith(_TABLES):
@@ -369,6 +373,8 @@ class FastModel(Engine):
         if torch.is_grad_enabled():
             self._check_no_gradients(batch)
         check_extras(type(self), self.config, extras)
+        if batch.position_ids is not None and not self._takes_positions:
+            raise TypeError("forward() takes no argument position_ids: the transformers model computes nothing with it")
         self.check(batch)
         return batch.shape
 

@@ -80,7 +80,8 @@ class FastClassifier(Labelled):
             raise ValueError(f"labels must have one row for each of the {texts} texts, got {tuple(labels.shape)}")
         logits = self._rows(batch, self.head.spec.rows, self.fill_of_texts)
         loss = None
-        if labels is not None and self.config.model_type == "deberta-v2" and self.config.problem_type is None:
+        is_deberta = self.config.model_type in ("deberta", "deberta-v2")
+        if labels is not None and is_deberta and self.config.problem_type is None:
             loss, logits = deberta_loss(logits, labels, self._labels_of_loss())
         elif labels is not None:
             loss = classification_loss(logits, labels, self._labels_of_loss(), self.config.problem_type)

@@ -17,7 +17,7 @@ from ..engine import operator
 from ..engine.batch import PaddedBatch
 from ..engine.spec import HeadSpec, Pooling, Rows
 from ..engine.weights import has_hooks
-from ..families import family_of_class
+from ..families import family_of_class, head_in
 from ..families.family import WeightMap
 from .base import FastModel
 
@@ -46,7 +46,7 @@ class FastEncoder(FastModel):
     def inside(cls, model: FastModel) -> FastEncoder:
         """The encoder of a model."""
         family, _ = family_of_class(model.model_class)
-        base = next(name for name in family.heads if "For" not in name)
+        base = next(name for name in family.heads if not head_in(name))
         pools = model.head.spec.names.get("dense", "").startswith(family.prefix)
         parts = ("encoder.", "head.dense_") if pools else ("encoder.",)
         weights = {name: weight for name, weight in model.weights() if name.startswith(parts)}
@@ -60,6 +60,7 @@ class FastEncoder(FastModel):
             {},
             {own: name.removeprefix(family.prefix) for own, name in theirs.buffers.items()},
             theirs.rows,
+            theirs.layouts,
         )
         head = HeadSpec("encoder", {"dense": "pooler"} if pools else {}, activation=model.head.spec.activation)
         encoder = cls(getattr(transformers, base), model.config, model.spec, head, weight_map, weights, *model.options)

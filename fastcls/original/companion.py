@@ -1,8 +1,9 @@
-"""Following the weights of sentence-transformers' other modules, which stand around the fast models."""
+"""Following the weights of the modules that stand around fast models: sentence-transformers', or a user's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 from torch import nn
 
@@ -68,3 +69,15 @@ class Companion:
         """The ids of our tensors, and how often each has changed."""
         places = (place_of(self._fast, name) for name in self._names)
         return [(id(place[key]), version_of(place[key])) for place, key in places]
+
+
+def weights_around(model: nn.Module, inner: Iterable[nn.Module]) -> list[str]:
+    """The names of a model's parameters and buffers outside the transformers models in it."""
+    inside = {id(module) for each in inner for module in each.modules()}
+    return [
+        f"{path}.{key}" if path else key
+        for path, module in model.named_modules()
+        if id(module) not in inside
+        for key, weight in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        if weight.is_floating_point()
+    ]

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..families.checkpoint import check_plain, made_of
+from ..families.family import ByHead
 from .places import place_of, set_weight, tensors_of
 from .snapshot import Slot, Structure, Tie, look, module_at, place_in
 
@@ -82,9 +83,17 @@ class Original:
         model: the original.
         sources: maps each of our names to the original's: one name, or several that are joined.
         aliases: other names of the same weights in the original.
+        layouts: how those of ours are made whose rows stand in another order.
     """
 
-    def __init__(self, model: nn.Module, sources: Mapping[str, Sequence[str]], aliases: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sources: Mapping[str, Sequence[str]],
+        aliases: Mapping[str, str],
+        layouts: Mapping[str, ByHead] | None = None,
+    ) -> None:
+        self._layouts = layouts or {}
         self._names = {own: tuple(names) for own, names in sources.items()}
         slots: list[Slot] = []
         owners: dict[int, nn.Module] = {}
@@ -189,7 +198,8 @@ class Original:
                     # Another weight stands in for one call (`torch.func.functional_call`): ours is updated afterwards.
                     self.is_doubted = True
                 elif is_written[own] and is_whole:
-                    moved |= _bring(model, own, parts, pointers[own], is_other=is_other[own])
+                    layout = self._layouts.get(own)
+                    moved |= _bring(model, own, parts, layout, pointers[own], is_other=is_other[own])
             self._seen = fresh
             return moved
 
@@ -301,7 +311,9 @@ def weakly(method: Callable[[], _T]) -> Callable[[], _T | None]:
     return call
 
 
-def _bring(model: nn.Module, own: str, parts: list[Tensor], pointer: int, *, is_other: bool) -> bool:
+def _bring(
+    model: nn.Module, own: str, parts: list[Tensor], layout: ByHead | None, pointer: int, *, is_other: bool
+) -> bool:
     """Brings one of our weights up to date; returns whether it has moved in memory."""
     place, key = place_of(model, own)
     ours = place[key]
@@ -316,10 +328,13 @@ def _bring(model: nn.Module, own: str, parts: list[Tensor], pointer: int, *, is_
             return True
         # In place, since CUDA graphs may read this memory.
         target = ours.detach()
-        # A single part may be a scalar, which cannot be split.
-        all_rows = [target] if len(parts) == 1 else target.split([part.shape[0] for part in parts])
+        if layout is not None:
+            all_rows = layout.views(target)
+        else:
+            # A single part may be a scalar, which cannot be split.
+            all_rows = (target,) if len(parts) == 1 else target.split([part.shape[0] for part in parts])
         for rows, part in zip(all_rows, parts, strict=True):
-            rows.copy_(part.detach())
+            rows.copy_(part.detach().reshape(rows.shape))
     return False
 
 

@@ -77,6 +77,8 @@ def attention_runs(
     k, v: (total_tokens, nheads_k, headdim); bias: (nheads, 2 * reach + 1).
     """
     out = q.new_empty(q.shape)
+    if out.numel() == 0:
+        return out
     end_token = 0
     terms = None if bias is None and window == NO_WINDOW else _ScoreTerms(layout, window, bias, q)
     unused = q.new_empty(1, 1, 1, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -160,7 +162,7 @@ def attend_batch(
         return scaled_dot_product_attention(
             queries, keys, values, attn_mask=bias, scale=scale, enable_gqa=shares_keys
         ).to(dtype)
-    by_head, rows = queries.shape[:3], queries.shape[2]
+    by_head = queries.shape[:3]
     # [batch, nheads_k, nheads // nheads_k * rows, headdim or keys]
     queries = queries.reshape(*keys.shape[:2], -1, queries.shape[3])
     scores = queries @ keys.transpose(2, 3) * scale
@@ -181,8 +183,9 @@ def _in_one_piece(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """Queries and keys; or the one projection that q, k and v are views of, which is read twice as fast."""
     total_tokens, num_heads, head_dim = q.shape
     width, width_k = num_heads * head_dim, k.shape[1] * head_dim
-    width_qkv = width + 2 * width_k
-    steps = ((k.data_ptr() - q.data_ptr()) // q.element_size(), (v.data_ptr() - k.data_ptr()) // q.element_size())
-    if any(each.stride() != (width_qkv, head_dim, 1) for each in (q, k, v)) or steps != (width, width_k):
+    width_qkv, item_size = width + 2 * width_k, q.element_size()
+    steps = (k.data_ptr() - q.data_ptr(), v.data_ptr() - k.data_ptr())
+    is_fused = steps == (width * item_size, width_k * item_size)
+    if not is_fused or any(each.stride() != (width_qkv, head_dim, 1) for each in (q, k, v)):
         return q, k
     return (q.as_strided((total_tokens, width_qkv), (width_qkv, 1)),)

@@ -1,9 +1,9 @@
 """The pass of few query rows over the layer's input, and its launcher.
 
 All heads' scores are one product: with keys, the queries enter it as a block-diagonal matrix, whose blocks have GROUP
-rows where that many heads share their keys. A program takes one query
-row (or one split of its tokens), BLOCK_H heads and up to four chunks of BLOCK_W columns. The layer norm that ends the
-layer before may be taken inside, so that its result is never stored.
+rows, as many as heads share their keys. A program takes one query row (or one split of its tokens), BLOCK_H heads and
+up to four chunks of BLOCK_W columns. The layer norm that ends the layer before may be taken inside, so that its result
+is never stored.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _cls_attention_kernel(
     if KEY_CHUNKS > 0 and NUM_HEADS > BLOCK_H:
         first_head = head_group * BLOCK_H
         first_key_head = first_head // GROUP
-        key_head = (first_head + tl.arange(0, BLOCK_H)) // GROUP - first_key_head
+        key_head = (first_head % GROUP + tl.arange(0, BLOCK_H)) // GROUP
         q_ptr += first_head * KEY_DIM
         key_ptr += first_key_head * KEY_DIM
         key_columns -= first_key_head * KEY_DIM
@@ -282,7 +282,6 @@ def launch_cls_attention(
     """The sums, (num_rows, nheads, width), of arguments that `cls_attention` has checked; with ``keys`` no ``norm``."""
     num_rows, num_heads, query_dim = query.shape
     width = hidden_states.shape[1]
-    group = 1 if keys is None else num_heads // keys.shape[1]
     out = query.new_empty(num_rows, num_heads, width)
     if out.numel() == 0:
         return out
@@ -292,7 +291,10 @@ def launch_cls_attention(
     # Where they are few, there is no room either for fetching all of the next step's keys ahead.
     unroll_keys = keys is not None and block_n < tile.BLOCK_N
     block_k = tile.BLOCK_W if unroll_keys else max(16, tile.BLOCK_W // 2)
+    group, key_chunks = 1, 0
     if keys is not None:
+        group = num_heads // keys.shape[1]
+        key_chunks = cdiv(_most_key_heads(num_heads, group, tile.BLOCK_H) * query_dim, block_k)
         # One product takes all heads, which must be neighbours for it.
         query, keys = query.flatten(1), keys.flatten(1)
     column_groups = cdiv(width, tile.BLOCK_W * tile.CHUNKS)
@@ -333,9 +335,7 @@ def launch_cls_attention(
             CHUNKS=tile.CHUNKS,
             COLUMN_GROUPS=column_groups,
             BLOCK_K=block_k,
-            KEY_CHUNKS=0
-            if keys is None
-            else cdiv(_most_key_heads(num_heads, group, tile.BLOCK_H) * query_dim, block_k),
+            KEY_CHUNKS=key_chunks,
             UNROLL_KEYS=unroll_keys,
             PAIR=hidden_states.dtype != torch.float32,
             NORM=norm is not None,

@@ -1,0 +1,1 @@
+"""Heads that people write themselves, and several heads on one encoder."""
