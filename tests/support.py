@@ -90,7 +90,7 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "roberta-prelayernorm": {"type_vocab_size": 1},
     "xlm-roberta-xl": {"type_vocab_size": 1},
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 48},
-    "roformer": {"embedding_size": 32},
+    "roformer": {"embedding_size": 32, "summary_type": "first"},
     "gte": {"type_vocab_size": 2},
     "nomic_bert": {},
     "jina_embeddings_v3": {"type_vocab_size": 1},

@@ -544,8 +544,9 @@ def test_labels_in_the_padding_are_refused_in_graphs_too() -> None:
         program(IDS, mask, start_positions=torch.tensor([1, 4, 1]), end_positions=ends)
 
 
-def test_debertas_loss_leaves_out_what_has_no_label() -> None:
-    model = tiny_model("DebertaV2ForSequenceClassification", "deberta-v2")
+@pytest.mark.parametrize("version", ["", "V2"], ids=["v1", "v2"])
+def test_debertas_loss_leaves_out_what_has_no_label(version: str) -> None:
+    model = tiny_model(f"Deberta{version}ForSequenceClassification", "deberta-v2" if version else "deberta")
     labels = torch.tensor([1, -1, 2])
     with torch.no_grad():
         expected = model(IDS, labels=labels).loss

@@ -64,8 +64,8 @@ MASKS = {
     "all_tokens": [[1] * LENGTH] * 3,
     "none": None,
 }
-# What transformers itself computes in float32 whatever the model is in: rotary positions, DeBERTa's scale, RMS norms and,
-# between them, the softmax.
+# What transformers itself computes in float32 whatever the model is in: rotary positions, DeBERTa's scale and norms,
+# RMS norms and, between them, the softmax.
 SINGLE_INSIDE = {
     "modernbert": 2e-5,
     "esm": 1e-6,
@@ -621,6 +621,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: tiny_model("ElectraForMultipleChoice", "electra", summary_type="mean"),
         ValueError,
         "config.summary_type must be 'first', got 'mean'",
+    ),
+    "last_column": (
+        lambda: tiny_model("RoFormerForMultipleChoice", "roformer", summary_type="last"),
+        ValueError,
+        "config.summary_type must be 'first', got 'last'",
     ),
     "values_that_turn": (
         lambda: tiny_model("RoFormerForSequenceClassification", "roformer", rotary_value=True),

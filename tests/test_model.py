@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -292,6 +293,30 @@ def test_load_state_dict_names_what_is_wrong() -> None:
         fast.load_state_dict({**state, key: torch.zeros(3, 64)})
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"more"'):
         fast.load_state_dict({**state, "more": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("model_class", "family", "key"),
+    [
+        ("DebertaForSequenceClassification", "deberta", "deberta.encoder.layer.1.attention.self.in_proj.weight"),
+        ("DebertaForSequenceClassification", "deberta", "deberta.encoder.layer.1.attention.self.v_bias"),
+        ("EuroBertForSequenceClassification", "eurobert", "model.layers.1.self_attn.k_proj.weight"),
+    ],
+    ids=["by_head", "bias_by_head", "of_unequal_parts"],
+)
+def test_weights_that_are_arranged_otherwise_are_loaded_one_by_one(model_class: str, family: str, key: str) -> None:
+    fast = fastcls.optimize(tiny_model(model_class, family))
+    before = fast.state_dict()
+    fresh = {name: value * 1.5 for name, value in before.items()}
+    shape = tuple(before[key].shape)
+    message = rf"size mismatch for {key}: the checkpoint's is \(5,.*\), the model's {re.escape(str(shape))}"
+    with pytest.raises(RuntimeError, match=message):
+        fast.load_state_dict({**fresh, key: torch.zeros(5, *shape[1:])})
+    fast.load_state_dict(before)
+    without = {name: value for name, value in fresh.items() if name != key}
+    assert fast.load_state_dict(without, strict=False).missing_keys == [key]
+    loaded = fast.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in {**without, key: before[key]}.items())
 
 
 def test_save_pretrained_round_trip(tmp_path: Path) -> None:

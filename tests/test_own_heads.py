@@ -464,6 +464,37 @@ def test_padding_is_looked_at_once_and_leaves_random_numbers_alone() -> None:
         assert len(calls) == count
 
 
+class Normed(OwnHead):
+    def __init__(self, encoder: Any, labels: int = MANY_LABELS) -> None:
+        super().__init__(encoder, labels)
+        self.norm = nn.BatchNorm1d(64)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        states = self.states(input_ids, attention_mask)
+        return self.out(self.norm(states[:, 0]))
+
+
+def test_padding_is_not_looked_at_while_a_head_is_trained() -> None:
+    fast = fastcls.optimize_encoder(built(Normed)).train()
+    fast(**inputs_of())
+    assert int(fast.norm.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("select", ["first", "all"])
+def test_a_model_in_training_mode_and_a_copy_in_another_dtype(select: Any) -> None:
+    model, inputs = built(First), inputs_of()
+    fast = fastcls.optimize_encoder(model.train(), select=select)
+    assert not any(each.training for each in fast.modules())
+    assert model.dropout.training
+    model.eval()
+    close(answer(fast, inputs), answer(model, inputs), 1e-5)
+    fast.double()
+    with torch.no_grad():
+        model.out.weight.mul_(2)
+        model.encoder.embeddings.word_embeddings.weight.mul_(1.5)
+    close(answer(fast, inputs), answer(copy.deepcopy(model).double(), inputs), 1e-12)
+
+
 class UsesAPart(OwnHead):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:  # noqa: ARG002
         return self.encoder.embeddings(input_ids)
@@ -503,6 +534,14 @@ def test_a_part_that_is_held_elsewhere_is_refused() -> None:
     model = built(First)
     model.kept = [model.encoder.encoder.layer[1]]
     refuses(model, r"model must hold encoder.encoder.layer.1 in its encoder alone")
+
+
+def test_what_a_trainer_gives_for_the_loss_may_reach_the_encoder() -> None:
+    given = {"num_items_in_batch": torch.tensor(4)}
+    model = built(type("Trained", (AsksFor,), {"asked": given})).double()
+    fast, inputs = fastcls.optimize_encoder(model), inputs_of()
+    with torch.no_grad():
+        close(fast(**inputs).pooler_output, model(**inputs).pooler_output, 1e-12)
 
 
 class AsksFor(OwnHead):
@@ -706,17 +745,15 @@ def test_the_encoder_is_computed_once() -> None:
     several.encoder.encoder.register_forward_hook(lambda *_: calls.append(1))
     assert_answers(several, models, inputs)
     assert len(calls) == 1
-    first, every = (
-        fastcls.optimize_heads(shared(*pairs), pack_weights=False, last_layer="selected")
-        for pairs in (SEQUENCES, MIXED)
-    )
+    first, every = (fastcls.optimize_heads(shared(*pairs), pack_weights=False) for pairs in (SEQUENCES, MIXED))
+    alone = fastcls.optimize(models["topic"], pack_weights=False)
     counts = []
-    for each in (first, every):
+    for each in (alone, first, every):
         each(**inputs)
         with CountTokenProducts(4 * LENGTH) as counted:
             each(**inputs)
         counts.append(counted.count)
-    assert 0 < counts[0] < counts[1], "heads of first rows alone leave out the last layer's others"
+    assert 0 < counts[0] == counts[1] < counts[2], "heads of first rows alone leave out the last layer's others"
 
 
 def test_several_models_are_followed() -> None:

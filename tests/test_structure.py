@@ -597,6 +597,8 @@ EDITED: list[tuple[str, str, dict[str, Any]]] = [
     ("AlbertForSequenceClassification", "albert", {"layer_norm_eps": 0.1, "num_attention_heads": 2}),
     ("MPNetForSequenceClassification", "mpnet", {"layer_norm_eps": 0.1, "num_attention_heads": 2, "pad_token_id": 3}),
     ("ModernBertForSequenceClassification", "modernbert", {"norm_eps": 0.1, "num_attention_heads": 2}),
+    ("DebertaForSequenceClassification", "deberta", {"layer_norm_eps": 0.1, "num_attention_heads": 2}),
+    ("DebertaForSequenceClassification", "deberta", {"max_relative_positions": 40, "type_vocab_size": 2}),
     ("DebertaV2ForSequenceClassification", "deberta-v2", {"max_position_embeddings": 100, "num_attention_heads": 2}),
 ]
 
@@ -625,6 +627,7 @@ def test_a_config_that_was_edited_later_changes_nothing(model_class: str, family
             "position_buckets must be 4.* got 8",
         ),
         ("DebertaV2ForSequenceClassification", "deberta-v2", {"share_att_key": False}, "must be"),
+        ("DebertaForSequenceClassification", "deberta", {"pos_att_type": ["p2c"]}, "pos_att_type must be.*'p2c'"),
         ("ModernBertForSequenceClassification", "modernbert", {"local_attention": 4}, "sliding_window must be"),
         ("BertForSequenceClassification", "bert", {"hidden_size": 128}, r"word_embeddings.weight must have shape"),
         ("AlbertForSequenceClassification", "albert", {"inner_group_num": 1}, "albert_layers.1 must be nothing"),

@@ -37,8 +37,21 @@ def _classifier(config: Any) -> HeadSpec:
     return HeadSpec("sequence classification", names, activation=activation_of(config, "hidden_act"))
 
 
+def _multiple_choice(config: Any) -> HeadSpec:
+    # The class reads the last column, padding or not, where the config does not say.
+    kind = getattr(config, "summary_type", "last")
+    if kind != "first":
+        raise ValueError(
+            f"config.summary_type must be 'first', got {kind!r}, which RoFormer takes where none is said: fastcls does not "
+            "compute that"
+        )
+    check_options(config, (("summary_use_proj", False), ("summary_activation", None)))
+    return HeadSpec("multiple choice", {"out": "classifier"})
+
+
 _HEADS: dict[str, HeadOf] = {
     "RoFormerForSequenceClassification": _classifier,
+    "RoFormerForMultipleChoice": _multiple_choice,
     "RoFormerForMaskedLM": bert.masked_lm,
     "RoFormerForTokenClassification": HeadSpec("token classification", {"out": "classifier"}),
     "RoFormerForQuestionAnswering": HeadSpec("question answering", {"out": "qa_outputs"}),

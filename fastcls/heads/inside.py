@@ -172,6 +172,8 @@ class EncoderInside(FastEncoder):
         **kwargs: Any,
     ) -> BaseModelOutput | tuple[Any, ...]:
         """`FastEncoder.forward`, with a `FirstRow` for the states of first rows."""
+        # transformers' Trainer gives it to whoever takes any argument, for the loss, which an encoder has none of.
+        kwargs.pop("num_items_in_batch", None)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         output: Any = super().forward(*inputs, select=select, return_dict=True, **kwargs)
         wanted = self.select if select is None else select

@@ -26,9 +26,10 @@ class PaddingProbe:
         """The rows that an encoder gives a head, (batch, seqlen, hidden_size), where padding may be filled."""
         if self._is_done or attention_mask is None:
             return states
-        kept = (attention_mask != 0).to(states.device)
+        kept = attention_mask != 0
         if not states.numel() or bool(kept.all()):
             return states
+        kept = kept.to(states.device)
         self._masks.append(kept)
         if not self._fills:
             return states
@@ -42,8 +43,8 @@ class PaddingProbe:
             ValueError: the answer depends on the rows of padding.
         """
         masks, self._masks = self._masks, []
-        # In training mode dropout would make the answers differ.
-        if self._is_done or not masks or _trains(module):
+        # In training mode batch norms would count the batch again.
+        if not masks or any(each.training for each in module.modules()):
             return
         answers: list[list[Any]] = []
         devices = {mask.device for mask in masks if mask.is_cuda}
@@ -61,10 +62,6 @@ class PaddingProbe:
                 "optimize_encoder check_padding=False if only answers at padding depend on them"
             )
         self._is_done = True
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(each.training for each in module.modules())
 
 
 def _same(one: object, other: object, masks: Iterable[Tensor]) -> bool:
