@@ -191,6 +191,8 @@ def test_the_base_model_is_an_encoder_over_the_same_weights(family: str) -> None
         for weight in model.parameters():
             weight.mul_(1.1)
         assert float((encoder(IDS)[0] - model.base_model(IDS)[0]).abs().max()) <= 1e-4
+    theirs = model.base_model.state_dict()
+    assert all(torch.equal(theirs[name], weight) for name, weight in encoder.state_dict().items())
     assert encoder.base_model is encoder
 
 

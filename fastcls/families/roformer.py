@@ -42,8 +42,8 @@ def _multiple_choice(config: Any) -> HeadSpec:
     kind = getattr(config, "summary_type", "last")
     if kind != "first":
         raise ValueError(
-            f"config.summary_type must be 'first', got {kind!r}, which RoFormer takes where none is said: fastcls does not "
-            "compute that"
+            f"config.summary_type must be 'first', got {kind!r}, which RoFormer takes where none is said: fastcls does "
+            "not compute that"
         )
     check_options(config, (("summary_use_proj", False), ("summary_activation", None)))
     return HeadSpec("multiple choice", {"out": "classifier"})

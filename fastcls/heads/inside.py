@@ -80,7 +80,8 @@ def optimize_encoder(
         ValueError: there is no encoder, or more than one and no ``name``; the encoder is not what its config builds;
             a submodule of the encoder is used, or held elsewhere; hidden states or attentions are asked for.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, torch._dynamo.OptimizedModule):
+    # By its name, since looking the class up would import torch's compiler.
+    if not isinstance(model, nn.Module) or type(model).__name__ == "OptimizedModule":
         raise TypeError(f"model must be a torch module of your own, got {class_name(model)}: {advice_for(model)}")
     if select not in ("all", "first"):
         raise ValueError(f"select must be 'all' or 'first', got {select!r}")
