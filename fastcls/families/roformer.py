@@ -9,8 +9,10 @@ from ..engine.spec import EncoderSpec, HeadSpec
 from . import bert
 from .family import Built, Family, HeadOf, Names, activation_of, check_options, rows_of
 
+# Its head reads hidden_act from the config at each call, its layers when they are built: where these differ, the
+# comparison of modules refuses the model.
 _BUILT: Built = {
-    **bert.BUILT,
+    **{name: read for name, read in bert.BUILT.items() if name != "hidden_act"},
     "max_position_embeddings": lambda encoder, _: rows_of(encoder.encoder.embed_positions),
     "rotary_value": lambda encoder, _: encoder.encoder.layer[0].attention.self.rotary_value,
 }
