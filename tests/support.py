@@ -91,6 +91,7 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "xlm-roberta-xl": {"type_vocab_size": 1},
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 48},
     "roformer": {"embedding_size": 32, "summary_type": "first"},
+    "xmod": {"type_vocab_size": 1, "languages": ["en_XX", "de_DE", "fr_XX"], "default_language": "de_DE"},
     "gte": {"type_vocab_size": 2},
     "nomic_bert": {},
     "jina_embeddings_v3": {"type_vocab_size": 1},

@@ -17,6 +17,7 @@ import fastcls
 from fastcls.engine.spec import LastLayer
 from fastcls.families import FAMILIES, head_in
 from fastcls_kernels import use_backend
+from fastcls_kernels.runtime.tile_tables import use_tile
 
 RUNGS = get_args(LastLayer)
 CLASSES = [(name, family.model_type) for family in FAMILIES for name in family.heads]
@@ -78,7 +79,7 @@ ANSWERS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_
 
 
 def in_float64(model: Any) -> Any:
-    """A copy to hold others to. Eager's softmax over windows is float32 inside, where float64's lowest number is -inf."""
+    """A copy to hold others to. Eager's softmax over a window is float32, where float64's lowest number is -inf."""
     exact = copy.deepcopy(model).double()
     if exact.config.model_type in ("modernbert", "ultrabert"):
         exact.set_attn_implementation("sdpa")
@@ -332,6 +333,9 @@ LLAMA3 = {**YARN, "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, 
         ("roformer", {"embedding_size": 64, "hidden_act": "relu"}),
         ("data2vec-text", {"pad_token_id": 3}),
         ("xlm-roberta-xl", {"pad_token_id": 3}),
+        ("xmod", {"pre_norm": True, "ln_before_adapter": False}),
+        ("xmod", {"pre_norm": True, "adapter_layer_norm": True, "adapter_reduction_factor": 4}),
+        ("xmod", {"adapter_layer_norm": True, "ln_before_adapter": False, "hidden_act": "relu"}),
         ("esmc", {"num_hidden_layers": 5, "attention_bias": True, "mlp_bias": True}),
         ("deberta", {"pos_att_type": ["c2p"], "max_relative_positions": -1}),
         ("deberta", {"pos_att_type": ["p2c"], "num_attention_heads": 2}),
@@ -391,7 +395,7 @@ def test_positions_of_ones_own_turn_rotary_embeddings() -> None:
 @pytest.mark.parametrize(
     ("family", "argument"),
     # RoFormer's own ignores positions, without a word.
-    [("ernie", "task_type_ids"), ("roformer", "position_ids"), ("esmc", "sequence_id")],
+    [("ernie", "task_type_ids"), ("roformer", "position_ids"), ("esmc", "sequence_id"), ("xmod", "lang_ids")],
     ids=str,
 )
 def test_arguments_that_are_not_every_familys_are_refused(family: str, argument: str) -> None:
@@ -400,6 +404,27 @@ def test_arguments_that_are_not_every_familys_are_refused(family: str, argument:
     inputs = batch("right_padding")
     with pytest.raises(TypeError, match=rf"forward\(\) takes no argument {argument}"):
         fast(**inputs, **{argument: torch.ones_like(inputs["input_ids"])})
+
+
+def test_a_layer_that_ends_with_an_adapter_leaves_no_norm_to_the_last_one(kernel_device: str) -> None:
+    model = tiny_model("XmodForSequenceClassification", "xmod", num_hidden_layers=2).to(kernel_device)
+    inputs = batch("right_padding", device=kernel_device)
+    tile = {"NORM": True, "BLOCK_H": 16, "BLOCK_N": 16, "MAX_BLOCK_W": 64, "num_warps": 4, "num_stages": 1}
+    expected = answers(model, inputs)
+    with use_backend("triton"), use_tile("cls_attention", tile):
+        assert_close(answers(fastcls.optimize(model), inputs), expected, 1e-5)
+
+
+def test_another_language_needs_another_fast_model() -> None:
+    model = tiny_model("XmodForSequenceClassification", "xmod", attn_implementation="eager")
+    inputs, fast = batch("right_padding"), fastcls.optimize(model)
+    before = answers(fast, inputs)
+    model.set_default_language("fr_XX")
+    with pytest.raises(RuntimeError, match=r"config\.default_language must stay 'de_DE', .* got 'fr_XX'"):
+        fast(**inputs)
+    expected = answers(model, inputs)
+    assert_close(answers(fastcls.optimize(model), inputs), expected, 1e-5)
+    assert float((before["logits"] - expected["logits"]).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("mask", ["none", "right_padding", "holes"])
@@ -640,6 +665,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "config.rotary_value must be False, got True",
     ),
     "two_activations": (roformer_edited, ValueError, "intermediate_act_fn must be .*ReLU.*, got .*GELU"),
+    "no_language": (
+        lambda: tiny_model("XmodForSequenceClassification", "xmod", default_language=None),
+        ValueError,
+        "config.default_language must be one of en_XX, de_DE, fr_XX, got None",
+    ),
+    "adapters_without_norms": (
+        lambda: tiny_model("XmodForSequenceClassification", "xmod", adapter_reuse_layer_norm=False),
+        ValueError,
+        "config.adapter_reuse_layer_norm must be True where config.adapter_layer_norm is False, got False",
+    ),
     "other_buckets": (
         lambda: tiny_model("MPNetForSequenceClassification", "mpnet", relative_attention_num_buckets=16),
         ValueError,

@@ -110,8 +110,9 @@ def by_definition(model: Any) -> Any:
     return model
 
 
-# DeBERTa v2 projects its table of distances by the layers' own weights, which stay as they are for that.
-DEFINED = [pair for pair in CLASSIFIERS if pair[1] != "deberta-v2"]
+# DeBERTa v2 projects its table of distances by the layers' own weights, which stay as they are for that, as X-MOD's
+# adapters do.
+DEFINED = [pair for pair in CLASSIFIERS if pair[1] not in ("deberta-v2", "xmod")]
 
 
 # Compiled kernels take a rougher GELU, whose error of 2.4e-5 moves more numbers to the next step than others do.

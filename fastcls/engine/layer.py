@@ -65,10 +65,17 @@ class EncoderLayer(Weighted):
     query_norm_bias: Tensor | None
     key_norm_weight: Tensor | None
     key_norm_bias: Tensor | None
+    adapter_norm_weight: Tensor | None
+    adapter_norm_bias: Tensor | None
+    adapter_up_weight: Tensor | None
+    adapter_up_bias: Tensor | None
+    adapter_down_weight: Tensor | None
+    adapter_down_bias: Tensor | None
 
     def __init__(self, spec: EncoderSpec, weights: Mapping[str, nn.Parameter]) -> None:
         biases = ("qkv_bias", "out_bias", "attention_norm_bias", "up_bias", "down_bias", "output_norm_bias")
-        modules = ("position_key", "position_query", "query_norm", "key_norm")
+        adapter = ("adapter_norm", "adapter_up", "adapter_down")
+        modules = ("position_key", "position_query", "query_norm", "key_norm", *adapter)
         super().__init__(weights, (*biases, *(f"{name}_{kind}" for name in modules for kind in ("weight", "bias"))))
         self.spec = spec
         # The weights as the CPU's products read them: `PackedWeights` makes them, and keeps them up to the weights.
@@ -158,7 +165,8 @@ class EncoderLayer(Weighted):
     ) -> bool:
         """Whether this layer can take the norm that ends the layer before."""
         absorbed = last_layer == "absorbed" and attention.reads_rows(chosen) and not attention.needs_keys
-        return absorbed and chosen.bounds is None and not self.spec.pre_norm and takes_norm(hidden_states)
+        is_post_norm = not self.spec.pre_norm and self.spec.adapter is None
+        return absorbed and chosen.bounds is None and is_post_norm and takes_norm(hidden_states)
 
     def _project(
         self, hidden_states: Tensor, positions: TokenPositions, attention: LayerAttention
@@ -287,13 +295,26 @@ class EncoderLayer(Weighted):
         )
 
     def _feed_forward(self, attended: HiddenStates) -> HiddenStates:
-        norm = (self.output_norm_weight, self.output_norm_bias, self.spec.norm_eps)
+        norm: tuple[Any, ...] = (self.output_norm_weight, self.output_norm_bias, self.spec.norm_eps)
         (weight, bias), residual = self._product("down"), attended.residual
-        keep_sum, rms = self.spec.pre_norm, self.spec.rms
+        keep_sum, rms, adapter = self.spec.pre_norm, self.spec.rms, self.spec.adapter
+        if adapter is not None:
+            norm = (self.adapter_norm_weight, self.adapter_norm_bias, self.spec.norm_eps)
+            keep_sum = adapter == "sum"
         # No name holds the widest rows of the layer, so that their memory is free once they are multiplied.
-        return HiddenStates(
+        states = HiddenStates(
             *linear_add_layer_norm(self._up(attended.normed), weight, bias, residual, *norm, keep_sum=keep_sum, rms=rms)
         )
+        return states if adapter is None else self._adapted(states)
+
+    def _adapted(self, states: HiddenStates) -> HiddenStates:
+        """X-MOD's adapter of one language, and the norm that ends the layer."""
+        norm = (self.output_norm_weight, self.output_norm_bias, self.spec.norm_eps)
+        weight, bias, keep_sum = self.adapter_down_weight, self.adapter_down_bias, self.spec.pre_norm
+        assert self.adapter_up_weight is not None
+        assert weight is not None
+        up = linear_activation(states.normed, self.adapter_up_weight, self.adapter_up_bias, self.spec.activation)
+        return HiddenStates(*linear_add_layer_norm(up, weight, bias, states.residual, *norm, keep_sum=keep_sum))
 
     def _up(self, hidden_states: Tensor) -> Tensor:
         if self.spec.gated:

@@ -266,9 +266,9 @@ class PackedWeights:
 
 def is_plain(spec: EncoderSpec) -> bool:
     """Whether `PackedLayer` describes the encoder's layers: BERT's, without relative or rotary positions."""
-    special = spec.pre_norm or spec.gated or spec.needs_places or spec.rotary or spec.rms or spec.num_kv_heads
+    special = (spec.pre_norm, spec.gated, spec.needs_places, spec.rotary, spec.rms, spec.num_kv_heads, spec.adapter)
     sizes = spec.hidden_size % 64 == 0 and spec.head_dim % 16 == 0 and spec.intermediate_size % 16 == 0
-    return sizes and not special
+    return sizes and not any(special)
 
 
 def check_quantizes(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> None:

@@ -26,6 +26,8 @@ Rows = Literal["first", "mean", "all", "chosen"]
 LastLayer = Literal["full", "selected", "absorbed"]
 # What products are computed in, if not in the weights' dtype: see `FastModel.quantize`.
 Quantize = Literal["int8"]
+# What a layer's adapter adds its result to: the rows that it reads, behind a norm, or those before that norm.
+Adapter = Literal["normed", "sum"]
 
 
 def check_last_layer(last_layer: str) -> None:
@@ -115,6 +117,7 @@ class EncoderSpec:
         residual_scale: what a layer adds to its input is divided by it.
         mask_token_id: ESM's token whose embedding is zero, while the others' make up for it, or None.
         final_embeds: embeddings that a caller gives are the first layer's input as they are.
+        adapter: each layer ends with a second, narrow feed-forward (X-MOD's), whose result is added to this; or None.
     """
 
     vocab_size: int
@@ -145,6 +148,7 @@ class EncoderSpec:
     residual_scale: float = 1.0
     mask_token_id: int | None = None
     final_embeds: bool = False
+    adapter: Adapter | None = None
 
     @property
     def head_dim(self) -> int:

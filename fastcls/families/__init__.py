@@ -26,6 +26,7 @@ from . import (
     roberta,
     roformer,
     ultrabert,
+    xmod,
 )
 from .family import ACTIVATION_CLASSES, ACTIVATION_NAMES, Family, activation_in, head_in
 
@@ -63,6 +64,7 @@ _FAMILIES = (
     *prenorm.FAMILIES,
     rembert.FAMILY,
     roformer.FAMILY,
+    xmod.FAMILY,
 )
 # Earlier releases of transformers lack some.
 FAMILIES = tuple(family for family in _FAMILIES if family.model_type in CONFIG_MAPPING)

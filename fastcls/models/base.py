@@ -93,6 +93,8 @@ class FastModel(Engine):
         self._companion: Companion | None = None
         self._order = order_of(cast("Any", model_class), cast("Any", type(self)))
         self._takes_positions = takes_positions(cast("Any", model_class))
+        # X-MOD's, which transformers reads at each call.
+        self._language = getattr(config, "default_language", None)
         register_hooks(self)
         self.description = operator.describe(self)
         self._announce_weights()
@@ -375,6 +377,12 @@ class FastModel(Engine):
         check_extras(type(self), self.config, extras)
         if batch.position_ids is not None and not self._takes_positions:
             raise TypeError("forward() takes no argument position_ids: the transformers model computes nothing with it")
+        language = getattr(self.config, "default_language", None)
+        if language != self._language:
+            raise RuntimeError(
+                f"config.default_language must stay {self._language!r}, which this model was made for, got {language!r}: "
+                "optimize a copy of the transformers model for each language"
+            )
         self.check(batch)
         return batch.shape
 
