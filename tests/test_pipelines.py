@@ -124,8 +124,10 @@ def test_real_sentences(minilm_path: Path, minilm_tokenizer: Any, sst2: Callable
     Both("text-classification", minilm_tokenizer, model).agree(sst2("dev").texts[:64], batch_size=32)
 
 
-def test_zero_shot_classification(minilm_tokenizer: PreTrainedTokenizerBase) -> None:
-    names = ["contradiction", "neutral", "entailment"]
+@pytest.mark.parametrize("place", [0, 2], ids=["entailment_first", "entailment_last"])
+def test_zero_shot_classification(minilm_tokenizer: PreTrainedTokenizerBase, place: int) -> None:
+    names = ["contradiction", "neutral"]
+    names.insert(place, "ENTAILMENT")
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     model = _model("ForSequenceClassification", minilm_tokenizer, **labels)
     both = Both("zero-shot-classification", minilm_tokenizer, model)

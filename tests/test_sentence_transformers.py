@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 import fastcls
+from fastcls.families import FAMILIES, head_in
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 models = pytest.importorskip("sentence_transformers.models")
@@ -342,6 +343,24 @@ def test_scores_of_pairs_are_the_librarys_own(cross_encoder: Any, options: dict[
     _close(fast.predict(PAIRS[0], **options), cross_encoder.predict(PAIRS[0], **options))
 
 
+@pytest.mark.parametrize("mode", ["cls", "mean"])
+def test_a_cross_encoder_whose_head_is_modules(minilm_path: Path, tmp_path: Path, mode: str) -> None:
+    own = pytest.importorskip("sentence_transformers.base.modules", reason="before 5.4 a CrossEncoder has no modules")
+    torch.manual_seed(0)
+    head = [
+        models.Pooling(384, pooling_mode=mode),
+        own.Dense(384, 32, module_output_name="sentence_embedding"),
+        own.Dense(32, 1, activation_function=nn.Identity(), module_output_name="scores"),
+    ]
+    model = CrossEncoder(modules=[own.Transformer(str(minilm_path)), *head], device="cpu")
+    fast = fastcls.optimize(model)
+    _close(fast.predict(PAIRS), model.predict(PAIRS))
+    model.save_pretrained(str(tmp_path))
+    again = CrossEncoder(str(tmp_path), device="cpu")
+    _close(fastcls.optimize(again).predict(PAIRS), model.predict(PAIRS))
+    assert float(np.std(model.predict(PAIRS))) > 1e-3, "scores that do not differ would prove nothing"
+
+
 def test_what_is_changed_in_a_cross_encoder(cross_encoder: Any) -> None:
     model = copy.deepcopy(cross_encoder)
     fast = fastcls.optimize(model)
@@ -387,10 +406,11 @@ def test_every_family_reranks_and_embeds(
     # BERT's tokenizer tells the two texts of a pair apart.
     types = {} if family == "mpnet" else {"type_vocab_size": 2}
     sizes = {"vocab_size": len(minilm_tokenizer), **types}
-    head = "DebertaV2" if family == "deberta-v2" else _class_prefix(family)
-    for task, make in (("ForSequenceClassification", CrossEncoder), ("Model", SentenceTransformer)):
+    classes = next(each.heads for each in FAMILIES if each.model_type == family)
+    for task, make in (("SequenceClassification", CrossEncoder), ("", SentenceTransformer)):
         folder = str(tmp_path / task)
-        tiny_model(head + task, family, **sizes, **({"num_labels": 1} if "For" in task else {})).save_pretrained(folder)
+        name = next(each for each in classes if head_in(each) == task)
+        tiny_model(name, family, **sizes, **({"num_labels": 1} if task else {})).save_pretrained(folder)
         minilm_tokenizer.save_pretrained(folder)
         # Its longest texts are those of the tiny model.
         model = make(folder, device="cpu", **({"max_length": 64} if make is CrossEncoder else {}))
@@ -400,12 +420,6 @@ def test_every_family_reranks_and_embeds(
             _close(fast.predict(PAIRS), model.predict(PAIRS))
         else:
             _close(fast.encode(TEXTS), model.encode(TEXTS))
-
-
-def _class_prefix(family: str) -> str:
-    names = {"bert": "Bert", "mpnet": "MPNet", "xlm-roberta": "XLMRoberta", "distilbert": "DistilBert"}
-    names |= {"modernbert": "ModernBert"}
-    return names.get(family, family.capitalize())
 
 
 def test_a_sparse_encoder(minilm_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""RoBERTa (Liu et al., 2019), XLM-RoBERTa and CamemBERT: BERT whose positions begin after the padding token's."""
+"""RoBERTa (Liu et al., 2019), XLM-RoBERTa, CamemBERT and data2vec: BERT whose positions begin behind the padding's."""
 
 from __future__ import annotations
 

@@ -380,8 +380,8 @@ class FastModel(Engine):
         language = getattr(self.config, "default_language", None)
         if language != self._language:
             raise RuntimeError(
-                f"config.default_language must stay {self._language!r}, which this model was made for, got {language!r}: "
-                "optimize a copy of the transformers model for each language"
+                f"config.default_language must stay {self._language!r}, which this model was made for, got "
+                f"{language!r}: optimize a copy of the transformers model for each language"
             )
         self.check(batch)
         return batch.shape
