@@ -88,7 +88,7 @@ def test_a_table_has_every_family_and_every_class(lists: ModuleType) -> None:
     assert [name for row in rows for name in row[1].split(", ")] == [f"`{family.model_type}`" for family in FAMILIES]
     assert rows[0][2].startswith("learned absolute positions")
     assert rows[0][3] == "texts, choices, next sentences, masks, tokens, questions, states |"
-    assert rows[1][0] == "| RoBERTa, XLM-RoBERTa and CamemBERT"
+    assert rows[1][0] == "| RoBERTa, XLM-RoBERTa, CamemBERT and data2vec"
     words = {word.strip("| ") for row in rows for word in row[3].split(", ")}
     assert words == {row[0].removeprefix("| ") for row in heads}
 
