@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -415,16 +416,40 @@ def test_a_layer_that_ends_with_an_adapter_leaves_no_norm_to_the_last_one(kernel
         assert_close(answers(fastcls.optimize(model), inputs), expected, 1e-5)
 
 
-def test_another_language_needs_another_fast_model() -> None:
-    model = tiny_model("XmodForSequenceClassification", "xmod", attn_implementation="eager")
+# Options that transformers reads at each call, and another value.
+READ_AT_CALLS: dict[str, dict[str, Any]] = {
+    "albert": {"num_hidden_groups": 1},
+    "modernbert": {"classifier_pooling": "mean"},
+    "deberta": {"pooler_hidden_act": "relu"},
+    "deberta-v2": {"pooler_hidden_act": "relu"},
+    "gte": {"num_hidden_layers": 2},
+    "nomic_bert": {"num_hidden_layers": 2},
+    "jina_embeddings_v3": {"num_hidden_layers": 2},
+    "eurobert": {"num_hidden_layers": 2},
+    "ultrabert": {"layer_types": ["full_attention"] * 3},
+    "roformer": {"hidden_act": "relu"},
+    "xmod": {"default_language": "fr_XX"},
+}
+
+
+@pytest.mark.parametrize("family", READ_AT_CALLS)
+def test_options_that_transformers_reads_at_each_call_must_stay(family: str) -> None:
+    (model_class,) = (name for name, of in CLASSIFIERS if of == family)
+    model, ((option, other),) = tiny_model(model_class, family), READ_AT_CALLS[family].items()
     inputs, fast = batch("right_padding"), fastcls.optimize(model)
-    before = answers(fast, inputs)
-    model.set_default_language("fr_XX")
-    with pytest.raises(RuntimeError, match=r"config\.default_language must stay 'de_DE', .* got 'fr_XX'"):
+    before, given = answers(fast, inputs)["logits"], getattr(model.config, option)
+    setattr(model.config, option, other)
+    # It is another model now, or none.
+    with contextlib.suppress(IndexError):
+        assert float((answers(model, inputs)["logits"] - before).abs().max()) > 1e-3
+    with pytest.raises(RuntimeError, match=rf"config\.{option} must stay .*{given!r}".replace("[", r"\[")):
         fast(**inputs)
-    expected = answers(model, inputs)
-    assert_close(answers(fastcls.optimize(model), inputs), expected, 1e-5)
-    assert float((before["logits"] - expected["logits"]).abs().max()) > 1e-3
+    setattr(model.config, option, given)
+    assert torch.equal(answers(fast, inputs)["logits"], before)
+
+
+def test_families_name_all_that_transformers_reads_at_each_call() -> None:
+    assert {family.model_type for family in FAMILIES if family.read_at_calls} == READ_AT_CALLS.keys()
 
 
 @pytest.mark.parametrize("mask", ["none", "right_padding", "holes"])
@@ -658,6 +683,23 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: tiny_model("RoFormerForMultipleChoice", "roformer", summary_type="last"),
         ValueError,
         "config.summary_type must be 'first', got 'last'",
+    ),
+    "no_token_types": (
+        lambda: tiny_model("BertForSequenceClassification", "bert", type_vocab_size=0),
+        ValueError,
+        r"token_type_embeddings\.weight must have a row at least, got shape \(0, 64\)",
+    ),
+    "heads_of_another_width": (
+        lambda: tiny_model("EuroBertForSequenceClassification", "eurobert", head_dim=32),
+        ValueError,
+        "config.head_dim must be 16, got 32",
+    ),
+    "proteins_without_padding": (
+        lambda: tiny_model(
+            "EsmForSequenceClassification", "esm", position_embedding_type="absolute", pad_token_id=None
+        ),
+        ValueError,
+        "config.pad_token_id must be a token where positions are absolute, got None",
     ),
     "values_that_turn": (
         lambda: tiny_model("RoFormerForSequenceClassification", "roformer", rotary_value=True),

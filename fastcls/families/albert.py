@@ -69,4 +69,13 @@ _HEADS: dict[str, HeadOf] = {
     "AlbertModel": HeadSpec("encoder", {"dense": "pooler"}),
 }
 
-FAMILY = Family("albert", "albert.", _spec, _modules, _HEADS, "BaseModelOutputWithPooling", _BUILT)
+FAMILY = Family(
+    "albert",
+    "albert.",
+    _spec,
+    _modules,
+    _HEADS,
+    "BaseModelOutputWithPooling",
+    _BUILT,
+    read_at_calls=("num_hidden_layers", "num_hidden_groups"),
+)

@@ -45,6 +45,13 @@ def map_weights(model: PreTrainedModel, family: Family, config: PreTrainedConfig
         )
     for name, parameter in parameters.items():
         check_plain(f"model.{name}", parameter)
+    for own, parts in weight_map.sources.items():
+        # Every call reads a row of each.
+        if own.startswith("encoder.embeddings.") and not len(parameters[parts[0]]):
+            raise ValueError(
+                f"model.{parts[0]} must have a row at least, got shape {tuple(parameters[parts[0]].shape)}: a size in "
+                "the config, as type_vocab_size, is 0"
+            )
     _check_together(parameters.values())
     return weight_map
 

@@ -66,4 +66,8 @@ _HEADS: dict[str, HeadOf] = {
     "DebertaModel": HeadSpec("encoder", {}),
 }
 
-FAMILY = Family(*("deberta", "deberta.", _spec, _modules, _HEADS, "BaseModelOutput", _BUILT), layouts=_layouts)
+FAMILY = Family(
+    *("deberta", "deberta.", _spec, _modules, _HEADS, "BaseModelOutput", _BUILT),
+    layouts=_layouts,
+    read_at_calls=("pooler_hidden_act",),
+)

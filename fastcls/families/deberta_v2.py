@@ -115,4 +115,6 @@ _HEADS: dict[str, HeadOf] = {
     "DebertaV2Model": HeadSpec("encoder", {}),
 }
 
-FAMILY = Family("deberta-v2", "deberta.", _spec, _modules, _HEADS, "BaseModelOutput", BUILT)
+FAMILY = Family(
+    "deberta-v2", "deberta.", _spec, _modules, _HEADS, "BaseModelOutput", BUILT, read_at_calls=("pooler_hidden_act",)
+)

@@ -46,6 +46,8 @@ def _spec(config: Any) -> EncoderSpec:
     )
     if config.position_embedding_type == "rotary":
         return replace(spec, rotary=("default",) * config.num_hidden_layers, rotary_is_saved=True)
+    if config.pad_token_id is None:
+        raise ValueError("config.pad_token_id must be a token where positions are absolute, got None")
     rows, first = config.max_position_embeddings, config.pad_token_id + 1
     positions = {"position_rows": rows, "max_positions": rows - first, "first_position": first}
     return replace(spec, padding_id=config.pad_token_id, **positions)

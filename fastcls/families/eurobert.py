@@ -29,7 +29,9 @@ LAYER: Names = {
 # UltraBERT's, too, and ESM C's but for the norm. The number of layers is read from the config at each call.
 BUILT: Built = {
     "vocab_size": lambda encoder, _: rows_of(encoder.embed_tokens),
-    "num_attention_heads": lambda encoder, config: config.hidden_size // encoder.layers[0].self_attn.head_dim,
+    "num_attention_heads": lambda encoder, _: (
+        encoder.layers[0].self_attn.q_proj.out_features // encoder.layers[0].self_attn.head_dim
+    ),
     "num_key_value_heads": lambda encoder, config: (
         config.num_attention_heads // encoder.layers[0].self_attn.num_key_value_groups
     ),
@@ -93,4 +95,5 @@ _HEADS: dict[str, HeadOf] = {
 FAMILY = Family(
     *("eurobert", "model.", lambda config: with_rotary(spec(config, config.rms_norm_eps), config), modules, _HEADS),
     *("BaseModelOutput", RMS_BUILT, frequencies),
+    read_at_calls=("num_hidden_layers",),
 )

@@ -142,6 +142,8 @@ class Family:
         built: options whose values the encoder's modules hold, each with a function that reads its value from encoder
             and config. The modules' values count, since a config can be edited after the model was built.
         buffers: from the config to a map from our names of buffers to the model's.
+        read_at_calls: options that transformers reads from the config at each call: once one has another value, a fast
+            model that was made before does not run.
         layouts: from the config to a map from our names of parameters whose rows stand in another order to the model's
             names, and how ours are made of them.
     """
@@ -155,6 +157,7 @@ class Family:
     built: Built
     buffers: Callable[[Any], Mapping[str, str]] = lambda _: {}
     layouts: Callable[[Any], Mapping[str, tuple[tuple[str, ...], ByHead]]] = lambda _: {}
+    read_at_calls: tuple[str, ...] = ()
 
     def head(self, model_class: str, config: PreTrainedConfig) -> HeadSpec:
         """The head of a model class. Raises ValueError as ``spec`` does."""

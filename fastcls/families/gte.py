@@ -23,7 +23,9 @@ LAYER: Names = {
 BUILT: Built = {
     "vocab_size": bert.BUILT["vocab_size"],
     "layer_norm_eps": bert.BUILT["layer_norm_eps"],
-    "num_attention_heads": lambda encoder, config: config.hidden_size // encoder.layers[0].self_attn.head_dim,
+    "num_attention_heads": lambda encoder, _: (
+        encoder.layers[0].self_attn.q_proj.out_features // encoder.layers[0].self_attn.head_dim
+    ),
 }
 _BUILT: Built = {
     **BUILT,
@@ -58,4 +60,14 @@ _HEADS: dict[str, HeadOf] = {
     "GteModel": HeadSpec("encoder", {"dense": "pooler.dense"}),
 }
 
-FAMILY = Family("gte", "gte.", spec, modules, _HEADS, "BaseModelOutputWithPooling", _BUILT, frequencies)
+FAMILY = Family(
+    "gte",
+    "gte.",
+    spec,
+    modules,
+    _HEADS,
+    "BaseModelOutputWithPooling",
+    _BUILT,
+    frequencies,
+    read_at_calls=("num_hidden_layers",),
+)

@@ -41,5 +41,9 @@ _HEADS: dict[str, HeadOf] = {
 }
 
 FAMILY = Family(
-    *("jina_embeddings_v3", "roberta.", _spec, _modules, _HEADS), "BaseModelOutputWithPooling", _BUILT, frequencies
+    *("jina_embeddings_v3", "roberta.", _spec, _modules, _HEADS),
+    "BaseModelOutputWithPooling",
+    _BUILT,
+    frequencies,
+    read_at_calls=("num_hidden_layers",),
 )

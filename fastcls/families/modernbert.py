@@ -107,4 +107,9 @@ def buffers(config: Any) -> dict[str, str]:
     return {f"rotary.{kind}": f"rotary_emb.{kind}_inv_freq" for kind in kinds}
 
 
-FAMILY = Family("modernbert", "model.", _spec, _modules, _HEADS, "BaseModelOutput", _BUILT, buffers)
+# UltraBERT's, too.
+READ_AT_CALLS = ("layer_types", "local_attention", "sliding_window", "classifier_pooling")
+
+FAMILY = Family(
+    *("modernbert", "model.", _spec, _modules, _HEADS, "BaseModelOutput", _BUILT, buffers), read_at_calls=READ_AT_CALLS
+)

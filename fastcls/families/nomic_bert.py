@@ -37,5 +37,9 @@ _HEADS: dict[str, HeadOf] = {
 }
 
 FAMILY = Family(
-    *("nomic_bert", "nomic_bert.", gte.spec, gte.modules, _HEADS), "BaseModelOutputWithPooling", _BUILT, frequencies
+    *("nomic_bert", "nomic_bert.", gte.spec, gte.modules, _HEADS),
+    "BaseModelOutputWithPooling",
+    _BUILT,
+    frequencies,
+    read_at_calls=("num_hidden_layers",),
 )

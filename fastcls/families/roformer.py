@@ -60,4 +60,13 @@ _HEADS: dict[str, HeadOf] = {
     "RoFormerModel": HeadSpec("encoder", {}),
 }
 
-FAMILY = Family("roformer", "roformer.", _spec, _modules, _HEADS, "BaseModelOutputWithPastAndCrossAttentions", _BUILT)
+FAMILY = Family(
+    "roformer",
+    "roformer.",
+    _spec,
+    _modules,
+    _HEADS,
+    "BaseModelOutputWithPastAndCrossAttentions",
+    _BUILT,
+    read_at_calls=("hidden_act",),
+)

@@ -33,8 +33,8 @@ def with_rotary(spec: EncoderSpec, config: Any, kinds: Iterable[str] = ()) -> En
         kind = parameters["rope_type"]
         if kind not in _TYPES:
             raise ValueError(
-                f"config.rope_parameters must have a rope_type of {', '.join(_TYPES)}, got {kind!r}: its frequencies "
-                "depend on the padding of a batch"
+                f"config.rope_parameters must have a rope_type of {', '.join(_TYPES)}, got {kind!r}: fastcls takes "
+                "frequencies that depend on the config alone"
             )
         if parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(

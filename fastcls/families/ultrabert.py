@@ -33,4 +33,5 @@ _HEADS: dict[str, HeadOf] = {
 FAMILY = Family(
     *("ultrabert", "model.", _spec, eurobert.modules, _HEADS),
     *("BaseModelOutput", eurobert.RMS_BUILT, modernbert.buffers),
+    read_at_calls=modernbert.READ_AT_CALLS,
 )

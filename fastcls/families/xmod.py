@@ -70,4 +70,5 @@ def _modules(config: Any) -> Names:
 FAMILY = Family(
     *("xmod", "roberta.", _spec, _modules, roberta.heads("Xmod", "roberta")),
     *("BaseModelOutputWithPoolingAndCrossAttentions", _BUILT),
+    read_at_calls=("default_language",),
 )

@@ -19,6 +19,7 @@ from ..engine.packed import LET_GO
 from ..engine.packing import PackedTokens
 from ..engine.spec import EncoderSpec, HeadSpec, LastLayer, Quantize, Rows
 from ..engine.weights import has_hooks
+from ..families import family_of_class
 from ..families.family import WeightMap
 from ..original.companion import Companion
 from ..original.following import Original, weakly
@@ -93,8 +94,9 @@ class FastModel(Engine):
         self._companion: Companion | None = None
         self._order = order_of(cast("Any", model_class), cast("Any", type(self)))
         self._takes_positions = takes_positions(cast("Any", model_class))
-        # X-MOD's, which transformers reads at each call.
-        self._language = getattr(config, "default_language", None)
+        # A copy, since some are lists.
+        read = family_of_class(model_class)[0].read_at_calls
+        self._read_at_calls = {name: copy.deepcopy(getattr(config, name, None)) for name in read}
         register_hooks(self)
         self.description = operator.describe(self)
         self._announce_weights()
@@ -377,12 +379,12 @@ class FastModel(Engine):
         check_extras(type(self), self.config, extras)
         if batch.position_ids is not None and not self._takes_positions:
             raise TypeError("forward() takes no argument position_ids: the transformers model computes nothing with it")
-        language = getattr(self.config, "default_language", None)
-        if language != self._language:
-            raise RuntimeError(
-                f"config.default_language must stay {self._language!r}, which this model was made for, got "
-                f"{language!r}: optimize a copy of the transformers model for each language"
-            )
+        for name, value in self._read_at_calls.items():
+            if (found := getattr(self.config, name, None)) != value:
+                raise RuntimeError(
+                    f"config.{name} must stay {value!r}, which this model was made for, got {found!r}: optimize the "
+                    "transformers model anew"
+                )
         self.check(batch)
         return batch.shape
 

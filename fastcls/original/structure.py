@@ -65,6 +65,7 @@ _WITHOUT_EFFECT = frozenset(
         "seq_len_dim",
         "sparse",
         "sparse_pred_ignore_index",
+        "vocab_size",
     }
 )
 # Without effect, too, except in embeddings, where it says at which position a text begins.
