@@ -108,6 +108,7 @@ def test_torch_path_matches_definition(
     check_varlen(lengths * 8, num_heads, head_dim, dtype, torch_path)
 
 
+@pytest.mark.covering(alone=["schedule", "lengths", "num_heads", "num_heads_k", "dtype"])
 @pytest.mark.parametrize(("num_heads", "num_heads_k"), GROUPED)
 def test_every_schedule_reads_the_keys_that_heads_share(
     schedule: str, lengths: list[int], num_heads: int, num_heads_k: int, dtype: torch.dtype
@@ -207,6 +208,7 @@ GROUPED_RELATIVE = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.covering(alone=["schedule", "relative", "left_out"])
 @LEFT_OUT
 @GROUPED_RELATIVE
 @pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])

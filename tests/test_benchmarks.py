@@ -198,8 +198,8 @@ def test_provider_with_wrong_logits_is_caught_and_not_timed(
 # Some machines that test do not hold what is as deep as two of BERT-base, or RoBERTa with more words.
 TOO_LARGE = ("bert-large", "xlm-roberta-base", "camembert-base")
 SHAPES = [name for name, each in MODELS.items() if name not in TOO_LARGE and not each.fitted]
-# BERT-base once more, with other words, half its layers or another task.
-TWINS = ("roberta-base", "electra-base", "distilbert", "bert-base-fill")
+# BERT-base once more, with other words, half its layers or another task; and what takes longest.
+TWINS = ("roberta-base", "electra-base", "distilbert", "bert-base-fill", "gte-multilingual-base", "jina-embeddings-v3")
 
 
 @pytest.mark.parametrize(
@@ -799,7 +799,9 @@ def test_wrong_kernel_is_caught_and_not_timed() -> None:
 @pytest.mark.parametrize(("name", "device"), [(name, each) for each in (CPU, GPU) for name in suites.names(each)])
 def test_suites_start_with_the_baseline_and_fit_their_time(name: str, device: torch.device) -> None:
     suite = suites.suite(name, device)
-    limit = {"quick": 60, "default": 300, "release": 540, "cpu": 1200}[name]
+    limit = {"quick": 60, "default": 300, "release": 640, "cpu": 1200}[name]
+    # On a GPU the release suite is one of a round's calls, of ten minutes.
+    limit = min(limit, 540) if device == GPU else limit
     assert sum(runner.planned_seconds(suite, device)) <= limit
     for plan in suite.models:
         assert plan.model in MODELS
@@ -823,7 +825,8 @@ def test_release_suite_measures_every_family_but_twins(device: torch.device) -> 
     found = {config_of(plan.model).model_type for plan in plans}
     # These compute what another does, but for norms, embeddings and heads, or are of a size that no suite has time for.
     twins = {"data2vec-text", "ernie", "megatron-bert", "rembert", "roberta-prelayernorm", "roformer", "ultrabert"}
-    assert found | twins | {"esmc", "xlm-roberta-xl", "xmod"} == {family.model_type for family in FAMILIES}
+    twins |= {"xlm-roberta", "camembert", "esmc", "xlm-roberta-xl", "xmod"}
+    assert found | twins == {family.model_type for family in FAMILIES}
     at_full_size = {plan.model for plan in plans if plan.workload == Workload(32, "sst2")}
     wanted = {"distilbert", "modernbert-base", "deberta-base", "deberta-v3-base", "bert-base-fill"}
     assert wanted | {"gte-multilingual-base", "nomic-embed-text-v1.5", "eurobert-210m"} <= at_full_size

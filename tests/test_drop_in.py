@@ -201,10 +201,10 @@ def test_tensors_are_made_where_they_belong_whatever_the_default_device() -> Non
     pairs = [(model := tiny_model(name, family), fastcls.optimize(model)) for family, name in models.items()]
     mask = torch.tensor([[1] * 6, [1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]])
     with torch.no_grad():
-        expected = [model(IDS, mask).logits for model, _ in pairs]
+        expected = [model(IDS, attention_mask=mask).logits for model, _ in pairs]
         torch.set_default_device("meta")
         try:
-            found = [fast(IDS, mask).logits for _, fast in pairs]
+            found = [fast(IDS, attention_mask=mask).logits for _, fast in pairs]
             lists = [fast.logits_of(IDS.tolist()) for _, fast in pairs]
             made = fastcls.optimize(pairs[0][0])(IDS, mask).logits
         finally:
