@@ -98,6 +98,7 @@ def test_transformers_imports_at_the_root(tmp_path: Path, with_library: bool) ->
     assert run(code, PYTHONPATH=paths) == "BertModel"
 
 
+@pytest.mark.full
 def test_tools_can_import_all_that_they_find_in_the_packages() -> None:
     code = (
         "import importlib, pkgutil, fastcls, fastcls_kernels\n"

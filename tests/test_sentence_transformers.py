@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import Sentences
 from support import TINY_FAMILIES, CountTokenProducts, tiny_model
+from test_families import arithmetic
 from torch import nn
 from transformers import AutoModel, PreTrainedTokenizerBase
 
@@ -399,6 +400,7 @@ def test_ranks(cross_encoder: Any) -> None:
     _close([each["score"] for each in found], [each["score"] for each in expected])
 
 
+@arithmetic
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
 def test_every_family_reranks_and_embeds(
     family: str, minilm_tokenizer: PreTrainedTokenizerBase, tmp_path: Path

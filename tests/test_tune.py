@@ -411,6 +411,7 @@ def test_texts_have_the_mean_that_the_table_is_asked_by() -> None:
         assert mean // 2 <= int(lengths.min()) < int(lengths.max()) <= mean * 3 // 2 + 1
 
 
+@pytest.mark.full
 @interpreter
 def test_real_kernels_are_checked_timed_and_chosen(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tile = {"BLOCK_B": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
