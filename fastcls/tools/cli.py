@@ -271,7 +271,7 @@ def demo(
 @expected_errors
 def bench(
     suite: Annotated[
-        str, typer.Option(help="quick (under 1 minute), default (5), release (8 to 9) or cpu.", rich_help_panel="What")
+        str, typer.Option(help="quick (under 1 minute), default (5), release (9 to 10) or cpu.", rich_help_panel="What")
     ] = "default",
     model: Annotated[
         list[str] | None, typer.Option(help="This model instead of the suite's cases.", rich_help_panel="What")
