@@ -16,7 +16,7 @@ from fastcls_kernels.packed import explain_compiled
 
 from .engine.packed import check_quantizes
 from .engine.spec import LastLayer, Quantize, check_last_layer, check_quantize
-from .families import family_of, supported
+from .families import family_of, head_in, supported
 from .families.checkpoint import made_of, map_weights
 from .integrations.auto_classes import register_auto_classes
 from .integrations.sentence_transformers import check_computes_nothing_else, is_sentence_model, optimize_sentence_model
@@ -161,6 +161,6 @@ def _own_head(model: object) -> str:
     for name, module in model.named_modules():
         if name and isinstance(module, PreTrainedModel):
             with contextlib.suppress(TypeError):
-                if "For" not in family_of(module)[1]:
+                if not head_in(family_of(module)[1]):
                     return f". fastcls.optimize_encoder makes the encoder inside it fast, {name}"
     return ""

@@ -644,6 +644,13 @@ def test_what_holds_no_encoder_is_refused() -> None:
     refuses(model, "must have no forward hooks")
 
 
+def test_an_encoder_whose_name_sounds_like_a_heads_is_taken() -> None:
+    model, inputs = built(First, "roformer", "RoFormerModel"), inputs_of()
+    close(answer(fastcls.optimize_encoder(model, select="first"), inputs), answer(model, inputs), 1e-5)
+    with pytest.raises(TypeError, match=r"fastcls\.optimize_encoder makes the encoder inside it fast, encoder"):
+        fastcls.optimize(model)
+
+
 def test_optimize_says_where_own_heads_go(tagged: Tagged) -> None:
     for model in (tagged, built(First)):
         with pytest.raises(TypeError, match=r"fastcls.optimize_encoder makes the encoder inside it fast"):

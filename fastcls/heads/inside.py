@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..conversion import optimize
 from ..engine.spec import LastLayer, Quantize
-from ..families import family_of, supported
+from ..families import family_of, head_in, supported
 from ..models import FastEncoder
 from ..models.arguments import check_extras
 from ..models.embeddings import Select
@@ -232,7 +232,7 @@ def _is_encoder(model: PreTrainedModel) -> bool:
         _, model_class = family_of(model)
     except TypeError:
         return False
-    return "For" not in model_class
+    return not head_in(model_class)
 
 
 def _check_forward(model: nn.Module, path: str, encoder: nn.Module) -> None:
