@@ -153,7 +153,7 @@ def test_int8_is_the_same_from_the_compiled_kernels_and_from_pytorch(model_class
     usual = answers(fast, inputs)
     for name, each in found.items():
         error = rms(expected[name] - usual[name])
-        assert 0 < error <= 0.1 * rms(usual[name])
+        assert 0 < error <= 0.12 * rms(usual[name])
         # Of few numbers, as a choice has, many may lie between two steps by chance.
         assert rms(each - expected[name]) <= error, name
 
