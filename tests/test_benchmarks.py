@@ -199,8 +199,10 @@ def test_provider_with_wrong_logits_is_caught_and_not_timed(
 TOO_LARGE = ("bert-large", "xlm-roberta-base", "camembert-base")
 SHAPES = [name for name, each in MODELS.items() if name not in TOO_LARGE and not each.fitted]
 # BERT-base once more, with other words, half its layers or another task; and what takes longest.
-TWINS = ("roberta-base", "electra-base", "distilbert", "bert-base-fill", "gte-multilingual-base", "jina-embeddings-v3")
-TWINS += ("deberta-base", "eurobert-210m", "nomic-embed-text-v1.5")
+TWINS = (
+    *("roberta-base", "electra-base", "distilbert", "bert-base-fill", "gte-multilingual-base", "jina-embeddings-v3"),
+    *("deberta-base", "eurobert-210m", "nomic-embed-text-v1.5"),
+)
 
 
 @pytest.mark.parametrize(
