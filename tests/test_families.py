@@ -377,7 +377,7 @@ def test_options_of_a_config(family: str, overrides: dict[str, Any], mask: str) 
 @pytest.mark.parametrize("family", ["roberta", "mpnet"])
 def test_padding_tokens_that_are_kept_have_their_own_position(family: str) -> None:
     # RoBERTa's positions come from ids, not from the mask: without one padding is read, at a position of its own.
-    (model_class,) = (name for name, of in CLASSIFIERS if of == family)
+    model_class = classifier_of(family)
     model = tiny_model(model_class, family, attn_implementation="eager")
     fast = fastcls.optimize(model)
     inputs = batch()
@@ -442,7 +442,7 @@ READ_AT_CALLS = {family: options for family, options in _READ_AT_CALLS.items() i
 
 @pytest.mark.parametrize("family", READ_AT_CALLS)
 def test_options_that_transformers_reads_at_each_call_must_stay(family: str) -> None:
-    (model_class,) = (name for name, of in CLASSIFIERS if of == family)
+    model_class = classifier_of(family)
     model, ((option, other),) = tiny_model(model_class, family), READ_AT_CALLS[family].items()
     inputs, fast = batch("right_padding"), fastcls.optimize(model)
     before, given = answers(fast, inputs)["logits"], getattr(model.config, option)
@@ -581,7 +581,7 @@ def test_weights_that_were_replaced_stay_as_they_were() -> None:
 def test_the_last_layer_makes_no_values_and_keys_only_where_they_depend_on_positions(
     family: str, absorbed: int
 ) -> None:
-    (model_class,) = (name for name, of in CLASSIFIERS if of == family)
+    model_class = classifier_of(family)
     # What the compiled kernels multiply is not counted.
     fast = fastcls.optimize(tiny_model(model_class, family, num_hidden_layers=1), pack_weights=False)
     inputs = batch()

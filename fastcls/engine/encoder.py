@@ -131,6 +131,8 @@ class Encoder(nn.Module):
             layer, _, rest = name.partition(".")
             by_layer[int(layer)][rest] = weight
         self.layers = nn.ModuleList(EncoderLayer(spec, each) for each in by_layer)
+        # Each pass asks for it, and a list of modules takes its time. A tuple, so that it is not registered twice.
+        self._first_layer = (cast(EncoderLayer, self.layers[0]),)
         self.relative: BiasTable | DisentangledTables | None = None
         if isinstance(spec.relative, BucketBias):
             self.relative = BiasTable(spec.relative, under("relative.", weights))
@@ -250,7 +252,7 @@ class Encoder(nn.Module):
     @property
     def like(self) -> Tensor:
         """A weight that is always there: it tells all weights' device and dtype."""
-        return cast(EncoderLayer, self.layers[0]).attention_norm_weight
+        return self._first_layer[0].attention_norm_weight
 
     def _layer(self, index: int) -> EncoderLayer:
         return cast(EncoderLayer, self.layers[self.spec.layers[index]])

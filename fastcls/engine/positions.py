@@ -237,10 +237,7 @@ class RotaryPositions(nn.Module):
 
     def refresh(self) -> None:
         """Makes the tables anew if frequencies have changed since, in the same memory: CUDA graphs may read it."""
-        given = [*self.named_buffers(recurse=False)]
-        if self.table_weight is not None:
-            given.append(("table_weight", self.table_weight))
-        for kind, source in given:
+        for kind, source in (*self.named_buffers(recurse=False), *self.named_parameters(recurse=False)):
             made_of = (*weight_version(source), source.device)
             old = self._made.get(kind)
             if old is not None and old[0] == made_of:

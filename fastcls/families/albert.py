@@ -70,12 +70,6 @@ _HEADS: dict[str, HeadOf] = {
 }
 
 FAMILY = Family(
-    "albert",
-    "albert.",
-    _spec,
-    _modules,
-    _HEADS,
-    "BaseModelOutputWithPooling",
-    _BUILT,
+    *("albert", "albert.", _spec, _modules, _HEADS, "BaseModelOutputWithPooling", _BUILT),
     read_at_calls=("num_hidden_layers", "num_hidden_groups"),
 )

@@ -28,6 +28,8 @@ LAYER: Names = {
     "down": "output.dense",
     "output_norm": "output.LayerNorm",
 }
+# A layer without its norms, which stand elsewhere in pre-norm encoders.
+PRODUCTS: Names = {own: name for own, name in LAYER.items() if "norm" not in own}
 EMBEDDINGS: Names = {
     "embeddings.word": "embeddings.word_embeddings",
     "embeddings.position": "embeddings.position_embeddings",

@@ -6,11 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 from ..engine.spec import EncoderSpec, HeadSpec
-from . import bert
-from .family import Built, Family, HeadOf, Names, check_options, check_sizes, layer_modules, one_of_each
+from . import bert, roberta
+from .family import (
+    Built,
+    Family,
+    HeadOf,
+    Names,
+    check_options,
+    check_sizes,
+    layer_modules,
+    one_of_each,
+    pre_norm_modules,
+)
 
-# Our layers end with the norm that begins the model's next layer; the last layer ends with the final norm.
-_LAYER: Names = {**{own: name for own, name in bert.LAYER.items() if "norm" not in own}, "attention_norm": "LayerNorm"}
+_LAYER: Names = {**bert.PRODUCTS, "attention_norm": "LayerNorm"}
 _BUILT: Built = {
     **{name: bert.BUILT[name] for name in ("vocab_size", "num_hidden_layers", "num_attention_heads")},
     "layer_norm_eps": lambda encoder, _: encoder.encoder.layer[0].LayerNorm.eps,
@@ -54,29 +63,21 @@ def _spec(config: Any) -> EncoderSpec:
 
 
 def _modules(config: Any) -> Names:
-    last = config.num_hidden_layers - 1
-    norms = {f"layers.{i}.output_norm": f"encoder.layer.{i + 1}.attention.LayerNorm" for i in range(last)}
+    layers = [f"encoder.layer.{i}." for i in range(config.num_hidden_layers)]
     return {
         "embeddings.word": "embeddings.word_embeddings",
         "embeddings.position": "embeddings.position_embeddings",
         "embeddings.norm": "embeddings.layer_norm",
-        "embeddings.first_norm": "encoder.layer.0.attention.LayerNorm",
-        **norms,
-        f"layers.{last}.output_norm": "encoder.emb_layer_norm_after",
+        **pre_norm_modules([f"{each}attention.LayerNorm" for each in layers], "encoder.emb_layer_norm_after"),
         "unread.contacts": "contact_head.regression",
-        **layer_modules((f"encoder.layer.{i}." for i in range(last + 1)), _LAYER),
+        **layer_modules(layers, _LAYER),
     }
-
-
-def _masked_lm(config: Any) -> HeadSpec:
-    names = {"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "out": "lm_head.decoder", "bias": "lm_head.bias"}
-    return HeadSpec("masked language modelling", names, activation="gelu", eps=config.layer_norm_eps)
 
 
 _CLASSIFIER = {"dense": "classifier.dense", "out": "classifier.out_proj"}
 _HEADS: dict[str, HeadOf] = {
     "EsmForSequenceClassification": HeadSpec("sequence classification", _CLASSIFIER),
-    "EsmForMaskedLM": _masked_lm,
+    "EsmForMaskedLM": roberta.masked_lm,
     "EsmForTokenClassification": HeadSpec("token classification", {"out": "classifier"}),
     "EsmModel": HeadSpec("encoder", {"dense": "pooler.dense"}),
 }

@@ -5,37 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from ..engine.spec import EncoderSpec, HeadSpec, Pooling
+from . import gte
 from .family import (
     Built,
     Family,
     HeadOf,
     Names,
-    activation_built,
     activation_of,
     check_sizes,
     layer_modules,
     one_of_each,
+    pre_norm_modules,
     rows_of,
 )
 from .rotary import frequencies, with_rotary
 
-LAYER: Names = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "out": "self_attn.o_proj",
-    "attention_norm": "post_attention_layernorm",
-    "up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": "mlp.down_proj",
-}
+LAYER: Names = {own: name for own, name in gte.LAYER.items() if own != "output_norm"}
 # UltraBERT's, too, and ESM C's but for the norm. The number of layers is read from the config at each call.
 BUILT: Built = {
     "vocab_size": lambda encoder, _: rows_of(encoder.embed_tokens),
-    "num_attention_heads": lambda encoder, _: (
-        encoder.layers[0].self_attn.q_proj.out_features // encoder.layers[0].self_attn.head_dim
-    ),
+    "num_attention_heads": gte.BUILT["num_attention_heads"],
     "num_key_value_heads": lambda encoder, config: (
         config.num_attention_heads // encoder.layers[0].self_attn.num_key_value_groups
     ),
-    "hidden_act": lambda encoder, config: activation_built(encoder.layers[0].mlp.act_fn, config.hidden_act),
+    "hidden_act": gte.BUILT["hidden_act"],
 }
 RMS_BUILT: Built = {**BUILT, "rms_norm_eps": lambda encoder, _: encoder.norm.variance_epsilon}
 
@@ -66,14 +59,12 @@ def spec(config: Any, eps: float) -> EncoderSpec:
 
 
 def modules(config: Any, layer: Names = LAYER) -> Names:
-    """The names of EuroBertModel's modules, or a relative's: our layers end with the norm that begins the next."""
-    last = config.num_hidden_layers - 1
+    """The names of EuroBertModel's modules, or a relative's."""
+    layers = [f"layers.{i}." for i in range(config.num_hidden_layers)]
     return {
         "embeddings.word": "embed_tokens",
-        "embeddings.first_norm": "layers.0.input_layernorm",
-        **{f"layers.{i}.output_norm": f"layers.{i + 1}.input_layernorm" for i in range(last)},
-        f"layers.{last}.output_norm": "norm",
-        **layer_modules((f"layers.{i}." for i in range(last + 1)), layer),
+        **pre_norm_modules([f"{each}input_layernorm" for each in layers], "norm"),
+        **layer_modules(layers, layer),
     }
 
 

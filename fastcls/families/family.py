@@ -274,3 +274,14 @@ def layer_modules(prefixes: Iterable[str], layer: Names) -> Names:
         for index, prefix in enumerate(prefixes)
         for own, parts in layer.items()
     }
+
+
+def pre_norm_modules(begins: Sequence[str], last: str) -> Names:
+    """The norms that end our layers of a pre-norm encoder: each begins the model's next layer.
+
+    Args:
+        begins: for each layer the name of the norm that begins it.
+        last: the name of the encoder's last norm.
+    """
+    ends = {f"layers.{i}.output_norm": name for i, name in enumerate((*begins[1:], last))}
+    return {"embeddings.first_norm": begins[0], **ends}

@@ -26,13 +26,13 @@ BUILT: Built = {
     "num_attention_heads": lambda encoder, _: (
         encoder.layers[0].self_attn.q_proj.out_features // encoder.layers[0].self_attn.head_dim
     ),
+    "hidden_act": lambda encoder, config: activation_built(encoder.layers[0].mlp.act_fn, config.hidden_act),
 }
 _BUILT: Built = {
     **BUILT,
     "type_vocab_size": lambda encoder, _: (
         0 if encoder.embeddings.token_type_embeddings is None else bert.BUILT["type_vocab_size"](encoder, _)
     ),
-    "hidden_act": lambda encoder, config: activation_built(encoder.layers[0].mlp.act_fn, config.hidden_act),
 }
 
 
@@ -61,13 +61,6 @@ _HEADS: dict[str, HeadOf] = {
 }
 
 FAMILY = Family(
-    "gte",
-    "gte.",
-    spec,
-    modules,
-    _HEADS,
-    "BaseModelOutputWithPooling",
-    _BUILT,
-    frequencies,
+    *("gte", "gte.", spec, modules, _HEADS, "BaseModelOutputWithPooling", _BUILT, frequencies),
     read_at_calls=("num_hidden_layers",),
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..engine.spec import EncoderSpec, HeadSpec
-from . import bert, gte
+from . import bert, gte, roberta
 from .family import Built, Family, HeadOf, Names, activation_built
 from .rotary import frequencies, with_rotary
 
@@ -26,15 +26,10 @@ def _modules(config: Any) -> Names:
     return gte.modules(config, _LAYER)
 
 
-def _masked_lm(config: Any) -> HeadSpec:
-    names = {"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "out": "lm_head.decoder", "bias": "lm_head.bias"}
-    return HeadSpec("masked language modelling", names, activation="gelu", eps=config.layer_norm_eps)
-
-
 _CLASSIFIER = {"dense": "classifier.dense", "out": "classifier.out_proj"}
 _HEADS: dict[str, HeadOf] = {
     "JinaEmbeddingsV3ForSequenceClassification": HeadSpec("sequence classification", _CLASSIFIER),
-    "JinaEmbeddingsV3ForMaskedLM": _masked_lm,
+    "JinaEmbeddingsV3ForMaskedLM": roberta.masked_lm,
     "JinaEmbeddingsV3ForTokenClassification": HeadSpec("token classification", {"out": "classifier"}),
     "JinaEmbeddingsV3ForQuestionAnswering": HeadSpec("question answering", {"out": "qa_outputs"}),
     "JinaEmbeddingsV3Model": HeadSpec("encoder", {"dense": "pooler.dense"}),

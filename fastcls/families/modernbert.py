@@ -18,11 +18,11 @@ from .family import (
     check_sizes,
     layer_modules,
     one_of_each,
+    pre_norm_modules,
     rows_of,
 )
 from .rotary import with_rotary
 
-# Our layers end with the norm that begins the model's next layer; the last layer ends with the final norm.
 _LAYER: Names = {"qkv": "attn.Wqkv", "out": "attn.Wo", "attention_norm": "mlp_norm", "up": "mlp.Wi", "down": "mlp.Wo"}
 POOLINGS: dict[str, Pooling] = {"cls": "first", "mean": "mean"}
 
@@ -64,14 +64,13 @@ def windows(config: Any) -> tuple[int | None, ...]:
 
 
 def _modules(config: ModernBertConfig) -> Names:
-    last = config.num_hidden_layers - 1
-    norms = {f"layers.{i}.output_norm": f"layers.{i + 1}.attn_norm" for i in range(last)}
+    layers = [f"layers.{i}." for i in range(config.num_hidden_layers)]
     return {
         "embeddings.word": "embeddings.tok_embeddings",
         "embeddings.norm": "embeddings.norm",
-        f"layers.{last}.output_norm": "final_norm",
-        **norms,
-        **layer_modules((f"layers.{i}." for i in range(last + 1)), _LAYER),
+        # The first layer's has no weights: it is the embeddings'.
+        **pre_norm_modules([f"{each}attn_norm" for each in layers], "final_norm"),
+        **layer_modules(layers, _LAYER),
     }
 
 

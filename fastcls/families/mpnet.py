@@ -7,7 +7,7 @@ from dataclasses import replace
 from transformers import MPNetConfig
 
 from ..engine.spec import BucketBias, EncoderSpec, HeadSpec
-from . import bert
+from . import bert, roberta
 from .family import Built, Family, HeadOf, Names, check_options, layer_modules
 
 # transformers computes with these, whatever the config says.
@@ -43,16 +43,11 @@ def _modules(config: MPNetConfig) -> Names:
     return {**bert.EMBEDDINGS, "relative.table": "encoder.relative_attention_bias", **layers}
 
 
-def _masked_lm(config: MPNetConfig) -> HeadSpec:
-    names = {"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "out": "lm_head.decoder", "bias": "lm_head.bias"}
-    return HeadSpec("masked language modelling", names, activation="gelu", eps=config.layer_norm_eps)
-
-
 _CLASSIFIER = {"dense": "classifier.dense", "out": "classifier.out_proj"}
 _HEADS: dict[str, HeadOf] = {
     "MPNetForSequenceClassification": HeadSpec("sequence classification", _CLASSIFIER),
     "MPNetForMultipleChoice": HeadSpec("multiple choice", {"dense": "mpnet.pooler.dense", "out": "classifier"}),
-    "MPNetForMaskedLM": _masked_lm,
+    "MPNetForMaskedLM": roberta.masked_lm,
     "MPNetForTokenClassification": HeadSpec("token classification", {"out": "classifier"}),
     "MPNetForQuestionAnswering": HeadSpec("question answering", {"out": "qa_outputs"}),
     "MPNetModel": HeadSpec("encoder", {"dense": "pooler.dense"}),

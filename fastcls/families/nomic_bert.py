@@ -6,14 +6,10 @@ from typing import Any
 
 from ..engine.spec import HeadSpec
 from . import bert, gte
-from .family import Built, Family, HeadOf, activation_built, activation_of
+from .family import Built, Family, HeadOf, activation_of
 from .rotary import frequencies
 
-_BUILT: Built = {
-    **gte.BUILT,
-    "type_vocab_size": bert.BUILT["type_vocab_size"],
-    "hidden_act": lambda encoder, config: activation_built(encoder.layers[0].mlp.act_fn, config.hidden_act),
-}
+_BUILT: Built = {**gte.BUILT, "type_vocab_size": bert.BUILT["type_vocab_size"]}
 
 
 def _masked_lm(config: Any) -> HeadSpec:

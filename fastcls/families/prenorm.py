@@ -8,7 +8,7 @@ from typing import Any
 
 from ..engine.spec import EncoderSpec
 from . import bert, roberta
-from .family import Built, Family, Names, layer_modules
+from .family import Built, Family, Names, layer_modules, pre_norm_modules
 
 
 def _pre_norm(read: Callable[[Any], EncoderSpec]) -> Callable[[Any], EncoderSpec]:
@@ -16,19 +16,14 @@ def _pre_norm(read: Callable[[Any], EncoderSpec]) -> Callable[[Any], EncoderSpec
 
 
 def _modules(first: str, second: str, last: str) -> Callable[[Any], Names]:
-    """Names of modules, from those of the norms: each layer's two, and the encoder's last.
-
-    Our layers end with the norm that begins the model's next layer.
-    """
-    layer = {**{own: name for own, name in bert.LAYER.items() if "norm" not in own}, "attention_norm": second}
+    """Names of modules, from those of the norms: each layer's two, and the encoder's last."""
 
     def modules(config: Any) -> Names:
-        begins = [f"encoder.layer.{i}.{first}" for i in range(config.num_hidden_layers)]
+        layers = [f"encoder.layer.{i}." for i in range(config.num_hidden_layers)]
         return {
             **bert.EMBEDDINGS,
-            "embeddings.first_norm": begins[0],
-            **{f"layers.{i}.output_norm": name for i, name in enumerate((*begins[1:], last))},
-            **layer_modules((f"encoder.layer.{i}." for i in range(config.num_hidden_layers)), layer),
+            **pre_norm_modules([f"{each}{first}" for each in layers], last),
+            **layer_modules(layers, {**bert.PRODUCTS, "attention_norm": second}),
         }
 
     return modules

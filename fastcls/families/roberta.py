@@ -18,7 +18,8 @@ def spec(config: Any) -> EncoderSpec:
     return replace(read, max_positions=read.position_rows - first, first_position=first, padding_id=config.pad_token_id)
 
 
-def _masked_lm(config: Any) -> HeadSpec:
+def masked_lm(config: Any) -> HeadSpec:
+    """RoBERTa's head for masks, and that of its relatives."""
     names = {"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "out": "lm_head.decoder", "bias": "lm_head.bias"}
     return HeadSpec("masked language modelling", names, activation="gelu", eps=config.layer_norm_eps)
 
@@ -30,7 +31,7 @@ def heads(classes: str, encoder: str) -> dict[str, HeadOf]:
     return {
         f"{classes}ForSequenceClassification": HeadSpec("sequence classification", classifier),
         f"{classes}ForMultipleChoice": HeadSpec("multiple choice", choice),
-        f"{classes}ForMaskedLM": _masked_lm,
+        f"{classes}ForMaskedLM": masked_lm,
         f"{classes}ForTokenClassification": HeadSpec("token classification", {"out": "classifier"}),
         f"{classes}ForQuestionAnswering": HeadSpec("question answering", {"out": "qa_outputs"}),
         f"{classes}Model": HeadSpec("encoder", {"dense": "pooler.dense"}),

@@ -27,35 +27,29 @@ def with_rotary(spec: EncoderSpec, config: Any, kinds: Iterable[str] = ()) -> En
         ValueError: frequencies that are not known before a batch is, or heads that are not turned as a whole.
     """
     check_options(config, (("head_dim", spec.head_dim),))
-    kinds = tuple(kinds)
-    given = [config.rope_parameters[kind] for kind in dict.fromkeys(kinds)] if kinds else [config.rope_parameters]
-    for parameters in given:
-        kind = parameters["rope_type"]
-        if kind not in _TYPES:
+    kinds, scales = tuple(kinds), set()
+    for kind in dict.fromkeys(kinds) or (None,):
+        parameters = config.rope_parameters if kind is None else config.rope_parameters[kind]
+        rope_type = parameters["rope_type"]
+        if rope_type not in _TYPES:
             raise ValueError(
-                f"config.rope_parameters must have a rope_type of {', '.join(_TYPES)}, got {kind!r}: fastcls takes "
-                "frequencies that depend on the config alone"
+                f"config.rope_parameters must have a rope_type of {', '.join(_TYPES)}, got {rope_type!r}: fastcls "
+                "takes frequencies that depend on the config alone"
             )
         if parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
                 "config.rope_parameters must leave partial_rotary_factor out, got "
                 f"{parameters['partial_rotary_factor']}: fastcls turns whole heads"
             )
-    scales = {_scale(config, kind) for kind in (dict.fromkeys(kinds) or (None,))}
+        # What a "default" one does stands in each model's own file: it scales nothing.
+        is_default = rope_type == "default"
+        scales.add(1.0 if is_default else float(ROPE_INIT_FUNCTIONS[rope_type](config, layer_type=kind)[1]))
     if len(scales) > 1:
         raise ValueError(
             f"config.rope_parameters must give all kinds of layers one attention factor, got {sorted(scales)}"
         )
     layers = kinds or ("default",) * spec.num_layers
     return replace(spec, max_positions=config.max_position_embeddings, rotary=layers, rotary_scale=scales.pop())
-
-
-def _scale(config: Any, kind: str | None) -> float:
-    parameters = config.rope_parameters if kind is None else config.rope_parameters[kind]
-    if parameters["rope_type"] == "default":
-        return 1.0
-    _, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, layer_type=kind)
-    return float(scale)
 
 
 def frequencies(_config: Any) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..engine.spec import Adapter, EncoderSpec
 from . import bert, roberta
-from .family import Built, Family, Names, layer_modules
+from .family import Built, Family, Names, layer_modules, pre_norm_modules
 
 _BUILT: Built = {
     **roberta.BUILT,
@@ -48,16 +48,10 @@ def _modules(config: Any) -> Names:
         "adapter_up": f"output.adapter_modules.{language}.dense1",
         "adapter_down": f"output.adapter_modules.{language}.dense2",
     }
-    norms = {}
+    norms: Names = {}
     if config.pre_norm:
-        # Our layers end with the norm that begins the model's next layer.
         layer["attention_norm"] = second
-        begins = [f"{each}{first}" for each in layers]
-        ends = (*begins[1:], "encoder.LayerNorm")
-        norms = {
-            "embeddings.first_norm": begins[0],
-            **{f"layers.{i}.output_norm": name for i, name in enumerate(ends)},
-        }
+        norms = pre_norm_modules([f"{each}{first}" for each in layers], "encoder.LayerNorm")
     unread = {
         f"unread.{i}_{other}_{dense}": f"{each}output.adapter_modules.{other}.{dense}"
         for i, each in enumerate(layers)
