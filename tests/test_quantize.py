@@ -153,7 +153,8 @@ def test_int8_is_the_same_from_the_compiled_kernels_and_from_pytorch(model_class
     usual = answers(fast, inputs)
     for name, each in found.items():
         error = rms(expected[name] - usual[name])
-        assert 0 < error <= 0.12 * rms(usual[name])
+        # Without biases int8's steps are a larger part.
+        assert 0 < error <= (0.12 if family == "nomic_bert" else 0.1) * rms(usual[name])
         # Of few numbers, as a choice has, many may lie between two steps by chance.
         assert rms(each - expected[name]) <= error, name
 
@@ -241,7 +242,7 @@ def test_embeddings_of_the_callers(model_class: str, family: str) -> None:
     expected = answer(fast)
     fast.quantize = None
     # The caller's are not in int8, as the table of words is.
-    assert rms(found - expected) <= 3 * rms(expected - answer(fast))
+    assert rms(found - expected) <= (3 if family == "nomic_bert" else 2) * rms(expected - answer(fast))
     assert rms(found - answer(fast)) <= 0.1 * rms(expected)
 
 
