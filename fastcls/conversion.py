@@ -114,11 +114,11 @@ def optimize(
         raise ValueError(f"mask_token_id must lie from 0 to {spec.vocab_size - 1}, got {mask_token_id}")
     if quantize is not None:
         check_quantizes(spec, model.device, model.dtype)
-        runs, reason = explain_compiled()
+        runs, reason = explain_compiled(quantize)
         if not runs:
             warnings.warn(
-                f"quantize={quantize!r} is left out, and products stay in float32: the compiled kernels cannot run, "
-                f"{reason}. Set quantize on the result to compute in int8 all the same, slower than in float32",
+                f"quantize={quantize!r} is left out, and products stay in float32: the compiled kernels cannot "
+                f"compute it, {reason}. Set quantize on the result to compute in int8 all the same, slower than in float32",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -828,7 +828,7 @@ def test_int8_may_be_chosen(
     checkpoint: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Whatever the CPU.
-    monkeypatch.setattr("fastcls.conversion.explain_compiled", lambda: (True, ""))
+    monkeypatch.setattr("fastcls.conversion.explain_compiled", lambda _: (True, ""))
     loaded = fastcls.Classifier.from_pretrained(checkpoint, device="cpu", quantize="int8")
     assert loaded.model.quantize == "int8"
     assert loaded(TEXTS)[0]["label"] in ("bad", "fair", "good")
@@ -840,7 +840,7 @@ def test_int8_may_be_chosen(
     assert fastcls.Classifier(model, tokenizer).model.quantize is None
     with pytest.raises(ValueError, match="quantize must be left out for a fast model, got 'int8': pass it to fastcls"):
         fastcls.Classifier(fastcls.optimize(model), tokenizer, quantize="int8")
-    monkeypatch.setattr("fastcls.conversion.explain_compiled", lambda: (False, "it is made up"))
+    monkeypatch.setattr("fastcls.conversion.explain_compiled", lambda _: (False, "it is made up"))
     with pytest.warns(RuntimeWarning, match="quantize='int8' is left out.*it is made up"):
         assert fastcls.Classifier(model, tokenizer, quantize="int8").model.quantize is None
 

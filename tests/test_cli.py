@@ -324,7 +324,7 @@ INSTRUCTIONS: dict[str, tuple[dict[str, int], bool, str]] = {
 def test_doctor_says_which_reduced_precision_is_fast(
     has: dict[str, int], compiled: bool, told: str, told_by: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor, "explain_compiled", lambda: (compiled, "it is made up"))
+    monkeypatch.setattr(doctor, "explain_compiled", lambda *_: (compiled, "it is made up"))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     if told_by == "system":
         monkeypatch.delattr(torch.cpu, "get_capabilities")
@@ -343,7 +343,7 @@ def test_doctor_says_which_reduced_precision_is_fast(
 def test_doctor_goes_on_where_nothing_is_known_of_the_cpu(
     compiled: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor, "explain_compiled", lambda: (compiled, "it is made up"))
+    monkeypatch.setattr(doctor, "explain_compiled", lambda *_: (compiled, "it is made up"))
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(doctor, "_CPUINFO", tmp_path / "none")
     out = io.StringIO()

@@ -55,6 +55,21 @@ def test_engine_from_plain_data_runs_without_transformers() -> None:
     assert run(code) == "(2, 3) (2, 3) (2, 5, 3)"
 
 
+def test_all_packages_are_installed() -> None:
+    # An editable install has every folder, whatever the list says.
+    listed = re.search(
+        r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.DOTALL | re.M
+    )
+    assert listed is not None
+    folders = {"fastcls": ROOT, "fastcls_kernels": ROOT / "kernels", "fastcls_benchmarks": ROOT / "benchmarks"}
+    there = {
+        ".".join(path.parent.relative_to(root).parts)
+        for name, root in folders.items()
+        for path in (root / name).rglob("__init__.py")
+    }
+    assert set(re.findall(r'"([\w.]+)"', listed[1])) == there
+
+
 def reading_order() -> list[tuple[str, str]]:
     """The functions that CONTRIBUTING lists from a call to the first kernel, each with its file."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

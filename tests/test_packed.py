@@ -26,7 +26,6 @@ from fastcls_kernels.packed import (
     PackedWeight,
     Packing,
     explain_compiled,
-    has_bfloat16,
     pack_table,
     pack_weight,
     packed_embedding_unchecked,
@@ -52,7 +51,10 @@ ACTIVATIONS = (None, *get_args(Activation))
 every_packing = pytest.mark.parametrize("packing", get_args(Packing))
 
 
-@pytest.fixture(params=["compiled", "torch"])
+FORMS = get_args(LIBRARY.Form)
+
+
+@pytest.fixture(params=[*FORMS, "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Who computes, on outputs and working memory that are NaN until written."""
     poison_new_tensors(monkeypatch)
@@ -60,10 +62,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield request.param
 
 
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(params=FORMS)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     poison_new_tensors(monkeypatch)
-    with computing_by("compiled", monkeypatch):
+    with computing_by(request.param, monkeypatch):
         yield
 
 
@@ -73,7 +75,12 @@ def computing_by(path: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         with use_backend("torch"):
             yield
         return
-    needs_compiled()
+    library, reason = LIBRARY._open()
+    if library is None:
+        pytest.skip(f"the compiled kernels cannot run: {reason}")
+    if not getattr(library, f"fastcls_has_{path}")():
+        pytest.skip(f"this CPU has no {path.upper()}")
+    monkeypatch.setattr(LIBRARY, "_load", lambda: (LIBRARY.Compiled(library, path), ""))
     empty = torch.empty
 
     def poisoned(*size: Any, **options: Any) -> Tensor:
@@ -87,15 +94,9 @@ def computing_by(path: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def needs_compiled() -> None:
-    runs, reason = explain_compiled()
-    if not runs:
-        pytest.skip(f"the compiled kernels cannot run: {reason}")
-
-
 def needs(path: str, packing: Packing) -> None:
-    if path == "compiled" and packing == "bfloat16" and not has_bfloat16():
-        pytest.skip("this CPU has no AVX512_BF16")
+    if path != "torch" and not explain_compiled(packing)[0]:
+        pytest.skip(f"{path}: {explain_compiled(packing)[1]}")
 
 
 def weight_and_bias(out_features: int, in_features: int, with_bias: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -825,7 +826,7 @@ def test_who_cannot_run_the_compiled_kernels_is_told(monkeypatch: pytest.MonkeyP
     with use_backend("torch"):
         assert explain_compiled() == (False, 'left out by use_backend("torch")')
         assert not packs("float32", 64)
-        assert not has_bfloat16()
+        assert not packs("bfloat16", 64)
     monkeypatch.setattr(LIBRARY, "_load", lambda: (None, "it is made up"))
     assert explain_compiled() == (False, "it is made up")
     assert not packs("int8", 64)
@@ -837,11 +838,71 @@ def test_who_cannot_run_the_compiled_kernels_is_told(monkeypatch: pytest.MonkeyP
 
 
 def test_a_library_of_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    needs_compiled()
+    if LIBRARY._open()[0] is None:
+        pytest.skip("the compiled kernels were not built")
     monkeypatch.setattr(LIBRARY, "_INTERFACE", 99)
-    found, reason = LIBRARY._load.__wrapped__()
+    found, reason = LIBRARY._open.__wrapped__()
     assert found is None
     assert "they were built of another version" in reason
+
+
+class MadeUpLibrary:
+    """A library that says what a CPU has."""
+
+    def __init__(self, *has: str) -> None:
+        self.has = has
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda: name.removeprefix("fastcls_has_") in self.has
+
+
+CPUS: dict[str, tuple[tuple[str, ...], str, str, dict[str, bool | str]]] = {
+    "zen 4": (
+        ("avx2", "avx512", "avx512_vnni", "avx512_bf16"),
+        "AVX512",
+        "AVX-512 with VNNI",
+        {"float32": True, "int8": True, "bfloat16": True},
+    ),
+    "sapphire rapids": (
+        ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16"),
+        "AVX512",
+        "AVX-512 with VNNI",
+        {"int8": True, "bfloat16": "AMX_BF16"},
+    ),
+    "skylake": (("avx2", "avx512"), "AVX512", "AVX-512", {"float32": True, "int8": "VNNI", "bfloat16": "AVX512_BF16"}),
+    "alder lake": (("avx2", "avx_vnni"), "AVX2", "AVX2 with VNNI", {"int8": True, "bfloat16": "AVX512_BF16"}),
+    "zen 3": (("avx2",), "AVX2", "AVX2", {"float32": True, "int8": "VNNI", "bfloat16": "AVX512_BF16"}),
+    "zen 4 told to take avx2": (
+        ("avx2", "avx512", "avx512_vnni", "avx512_bf16"),
+        "AVX2",
+        "AVX2",
+        {"float32": True, "int8": "VNNI", "bfloat16": "AVX512_BF16"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("has", "capability", "name", "told"), list(CPUS.values()), ids=list(CPUS))
+def test_a_cpu_gets_the_kernels_for_its_instructions(
+    has: tuple[str, ...],
+    capability: str,
+    name: str,
+    told: dict[Packing, bool | str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(LIBRARY, "_open", lambda: (MadeUpLibrary(*has), ""))
+    monkeypatch.setattr(LIBRARY, "_load", LIBRARY._load.__wrapped__)
+    for packing, expected in told.items():
+        runs, reason = explain_compiled(packing)
+        assert (runs, packs(packing, 64)) == (expected is True, expected is True)
+        assert (f"({name})" if runs else str(expected)) in reason
+
+
+def test_a_cpu_without_vectors_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(LIBRARY, "_open", lambda: (MadeUpLibrary("avx2", "avx512"), ""))
+    monkeypatch.setattr(LIBRARY, "_load", LIBRARY._load.__wrapped__)
+    assert explain_compiled() == (False, "PyTorch computes for a CPU with DEFAULT here, and they need AVX2")
 
 
 # Refusals

@@ -41,7 +41,7 @@ import fastcls
 from fastcls.engine.packed import is_plain
 from fastcls.engine.spec import LastLayer
 from fastcls_kernels import use_backend
-from fastcls_kernels.packed import explain_compiled, has_bfloat16, pack_weight
+from fastcls_kernels.packed import explain_compiled, pack_weight
 
 RUNGS = get_args(LastLayer)
 
@@ -182,7 +182,7 @@ def test_packed_weights_are_as_exact_in_bfloat16(model_class: str, family: str, 
     exact, eager = (answers(each, inputs)["logits"] for each in (in_float64(model), model))
     for fast.last_layer in RUNGS:
         assert_as_exact_as(answers(fast, inputs)["logits"], [eager], exact, fast.last_layer)
-    is_packed = pack_weights and has_bfloat16() and is_plain(fast.spec)
+    is_packed = pack_weights and explain_compiled("bfloat16")[0] and is_plain(fast.spec)
     assert fast.encoder.packed.packing == ("bfloat16" if is_packed else None)
 
 

@@ -521,13 +521,13 @@ def test_int8_is_compared_where_it_is_slow(tokenizer: PreTrainedTokenizerBase, m
     model = sized(tokenizer, "BertForSequenceClassification")
     for runs in (False, True):
         for module in ("fastcls.conversion", "fastcls.tools.verify.report"):
-            monkeypatch.setattr(f"{module}.explain_compiled", lambda runs=runs: (runs, "it is made up"))
+            monkeypatch.setattr(f"{module}.explain_compiled", lambda _, runs=runs: (runs, "it is made up"))
         found = verify(model, tokenizer, TEXTS, quantize="int8", max_changed=100)
         assert (found.quantize, found.comparisons[0].dtype) == ("int8", "int8")
         assert found.comparisons[0].differences.largest > 100 * found.comparisons[1].differences.largest
         out = io.StringIO()
         fastcls.tools.verify.show(found, Console(file=out, width=300), strict=False)
-        told = "Here optimize would leave int8 out: the compiled kernels cannot run, it is made up."
+        told = "Here optimize would leave int8 out: the compiled kernels cannot compute it, it is made up."
         assert (told in out.getvalue()) is not runs
 
 

@@ -128,7 +128,7 @@ def _cpu_path() -> str:
 
 def _cpu_reduced() -> str:
     """Which reduced precision is fast on the CPU, and by which instructions."""
-    int8_is_fast, _ = explain_compiled()
+    int8_is_fast, _ = explain_compiled("int8")
     instructions = _cpu_instructions()
     if instructions is None:
         return f"int8 is {'' if int8_is_fast else 'not '}fast here; nothing says what the CPU has for bfloat16"

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .attention import attention_varlen_unchecked
 from .layout import PackedLayout
-from .packed.library import LayerStruct, library
+from .packed.library import LayerStruct, Packing, library
 from .packed.torch_path import torch_product
-from .packed.weight import PackedWeight, Packing, function_number, packs
+from .packed.weight import PackedWeight, function_number, packs
 from .runtime.activations import Activation, check_activation
 from .runtime.checks import check_tensor
 
@@ -206,9 +206,9 @@ class PackedStack:
         tokens = int(starts[-1])
         threads = self._threads(tokens, longest)
         out = x.new_empty(sequences, first.width) if rows == "first" else None
-        size = compiled.fastcls_layers_memory(first.pointer, tokens, longest, threads)
+        size = compiled.layers_memory(first.pointer, tokens, longest, threads)
         memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-        compiled.fastcls_layers(
+        compiled.layers(
             self.pointers,
             len(self.layers),
             ctypes.c_void_p(x.data_ptr()),

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..runtime.activations import Activation, check_activation
 from ..runtime.checks import check_last_dim_contiguous, check_tensor
 from .embedding import PackedTable, pack_table, packed_embedding_unchecked, packs_embedding
-from .library import explain_compiled, has_bfloat16, library
+from .library import Packing, explain_compiled, library
 from .torch_path import torch_product
-from .weight import GROUP, PANEL, PackedWeight, Packing, function_number, pack_weight, packs
+from .weight import GROUP, PANEL, PackedWeight, function_number, pack_weight, packs
 
 __all__ = [
     "PANEL",
@@ -26,7 +26,6 @@ __all__ = [
     "PackedWeight",
     "Packing",
     "explain_compiled",
-    "has_bfloat16",
     "pack_table",
     "pack_weight",
     "packed_embedding_unchecked",
@@ -95,7 +94,7 @@ def packed_linear_unchecked(
         rows[1] = hidden_states.new_empty(count, groups)
         rows[2] = hidden_states.new_empty(count, groups, dtype=torch.int32)
     threads = torch.get_num_threads() if count * in_features * weight.out_features > _FEW_PRODUCTS else 1
-    compiled.fastcls_product(
+    compiled.product(
         weight.pointer,
         ctypes.c_void_p(hidden_states.data_ptr()),
         ctypes.c_ssize_t(hidden_states.stride(0)),

@@ -113,7 +113,7 @@ def packed_embedding_unchecked(
     ]
     scales = word_table.scales.data_ptr() if isinstance(word_table, PackedTable) else None
     norm = [None if each is None else each.float() for each in (weight, norm_bias)]
-    compiled.fastcls_embed(
+    compiled.embed(
         ctypes.byref(TableStruct(_KINDS[words.dtype], width, words.data_ptr(), scales)),
         *others,
         *(None if each is None else ctypes.c_void_p(each.data_ptr()) for each in (token_ids, token_type_ids)),

@@ -55,7 +55,7 @@ class PlainBatch:
         compiled = library()
         assert compiled is not None
         to = (None if each is None else ctypes.c_void_p(each.data_ptr()) for each in (starts, positions, ids, types))
-        longest: int = compiled.fastcls_pack_ids(ctypes.byref(self._struct), *to)
+        longest: int = compiled.pack_ids(ctypes.byref(self._struct), *to)
         return longest
 
 
@@ -78,5 +78,5 @@ def plain_batch(ids: Tensor, mask: Tensor | None, types: Tensor | None, limits: 
         -1 if limits.padding_id is None else limits.padding_id,
         limits.first_position,
     )
-    tokens = compiled.fastcls_count_tokens(ctypes.byref(struct))
+    tokens = compiled.count_tokens(ctypes.byref(struct))
     return None if tokens < 0 else PlainBatch(struct, tokens, inputs)

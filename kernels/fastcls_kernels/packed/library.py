@@ -1,6 +1,6 @@
-"""The compiled kernels: C, built when the package is installed where a C compiler is found, called through ctypes.
+"""The compiled kernels: C, built when the package is installed where GCC is found, called through ctypes.
 
-They are written for x86-64 with AVX-512 and VNNI. Threads are those of PyTorch's own OpenMP, which the library finds in
+They are written for x86-64, in AVX-512 and in AVX2. Threads are those of PyTorch's own OpenMP, which the library finds in
 the process: it brings none of its own.
 """
 
@@ -9,14 +9,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from ..runtime.backend import is_plain_torch
 
 # Changes with the structures and functions in source/.
-_INTERFACE = 2
+_INTERFACE = 3
+
+Packing = Literal["float32", "bfloat16", "int8"]
+Form = Literal["avx512", "avx2"]
 
 _FOLDER = Path(__file__).parent / "source"
 
@@ -87,8 +92,44 @@ class LayerStruct(ctypes.Structure):
     )
 
 
+class Compiled:
+    """The compiled kernels in the form for this CPU.
+
+    Args:
+        library: what was built.
+        form: "avx512" or "avx2".
+
+    Attributes:
+        lacking: the packings that it does not multiply on this CPU, each with the reason in one phrase.
+        name: the instructions that it uses.
+    """
+
+    def __init__(self, library: ctypes.CDLL, form: Form) -> None:
+        def function(name: str, result: Any = None) -> Callable[..., Any]:
+            found = getattr(library, f"fastcls_{name}")
+            found.restype = result
+            return found  # type: ignore[no-any-return]
+
+        self.product = function(f"product_{form}")
+        self.embed = function(f"embed_{form}")
+        self.layers_memory = function(f"layers_memory_{form}", ctypes.c_size_t)
+        self.layers = function(f"layers_{form}")
+        self.count_tokens = function("count_tokens", ctypes.c_int64)
+        self.pack_ids = function("pack_ids", ctypes.c_int64)
+        has_vnni = library.fastcls_has_avx512_vnni() if form == "avx512" else library.fastcls_has_avx_vnni()
+        self.lacking: dict[Packing, str] = {}
+        if not has_vnni:
+            self.lacking["int8"] = "this CPU has no VNNI"
+        if form == "avx2" or not library.fastcls_has_avx512_bf16():
+            self.lacking["bfloat16"] = "this CPU has no AVX512_BF16"
+        elif library.fastcls_has_amx_bf16():
+            # Its tiles multiply several times as fast, and oneDNN uses them.
+            self.lacking["bfloat16"] = "this CPU has AMX_BF16, which PyTorch's operators use"
+        self.name = f"{'AVX-512' if form == 'avx512' else 'AVX2'}{' with VNNI' if has_vnni else ''}"
+
+
 @functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def _open() -> tuple[ctypes.CDLL | None, str]:
     """The library, or the reason why there is none."""
     paths = [_FOLDER / f"_library{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     path = next((path for path in paths if path.exists()), None)
@@ -103,27 +144,40 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     found = library.fastcls_interface()
     if found != _INTERFACE:
         return None, f"they were built of another version ({found}, not {_INTERFACE}): install fastcls again"
-    if not library.fastcls_runs_here():
-        return None, "this CPU has no AVX-512 with VNNI"
-    library.fastcls_layers_memory.restype = ctypes.c_size_t
-    library.fastcls_count_tokens.restype = library.fastcls_pack_ids.restype = ctypes.c_int64
     return library, ""
 
 
-def library() -> ctypes.CDLL | None:
+@functools.cache
+def _load() -> tuple[Compiled | None, str]:
+    """The kernels, or the reason why there are none."""
+    library, reason = _open()
+    if library is None:
+        return None, reason
+    # As PyTorch's own kernels do, they heed ATEN_CPU_CAPABILITY.
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and library.fastcls_has_avx512():
+        return Compiled(library, "avx512"), ""
+    if capability in ("AVX512", "AVX2") and library.fastcls_has_avx2():
+        return Compiled(library, "avx2"), ""
+    return None, f"PyTorch computes for a CPU with {capability} here, and they need AVX2"
+
+
+def library() -> Compiled | None:
     """The compiled kernels, or None where they cannot run, or `use_backend` leaves them out: see `explain_compiled`."""
     return None if is_plain_torch() else _load()[0]
 
 
-def explain_compiled() -> tuple[bool, str]:
-    """Whether the compiled kernels run on this machine, and the reason in one phrase."""
+def explain_compiled(packing: Packing = "float32") -> tuple[bool, str]:
+    """Whether the compiled kernels multiply with weights of a packing on this machine, and the reason in one phrase.
+
+    Args:
+        packing: "float32", "bfloat16" or "int8".
+    """
     if is_plain_torch():
         return False, 'left out by use_backend("torch")'
     found, reason = _load()
-    return found is not None, reason or "built for this CPU (AVX-512 with VNNI)"
-
-
-def has_bfloat16() -> bool:
-    """Whether the compiled kernels multiply bfloat16 here (AVX512_BF16)."""
-    found = library()
-    return found is not None and bool(found.fastcls_has_bfloat16())
+    if found is None:
+        return False, reason
+    if packing in found.lacking:
+        return False, found.lacking[packing]
+    return True, f"built for this CPU ({found.name})"

@@ -15,16 +15,14 @@ wide columns, which would take the digits of all others.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.activations import Activation
-from .library import WeightStruct, has_bfloat16, library
-
-Packing = Literal["float32", "bfloat16", "int8"]
+from .library import Packing, WeightStruct, library
 
 PANEL = 64
 GROUP = 128
@@ -40,9 +38,8 @@ def function_number(activation: Activation | None) -> int:
 
 def packs(packing: Packing, in_features: int) -> bool:
     """Whether the compiled kernels multiply rows of ``in_features`` with a weight of this packing on this machine."""
-    if library() is None or in_features % 16:
-        return False
-    return packing != "bfloat16" or has_bfloat16()
+    compiled = library()
+    return compiled is not None and packing not in compiled.lacking and in_features % 16 == 0
 
 
 class PackedWeight:

@@ -3,110 +3,107 @@
 /* Attention of one head of one sequence: keys are turned into panels of 64, [head_dim][64], and scores of six queries
    stay in `scratch` while they become weights. */
 
-INLINE void score(const int rows, const float *query, ptrdiff_t stride, const float *panel, int head_dim, vec scale, float *scores, int ld) {
-  vec sums[ROWS][4];
-#pragma GCC unroll 6
-  for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) sums[r][j] = _mm512_setzero_ps();
+INLINE void score(const int count, const float *query, ptrdiff_t stride, const float *panel, int head_dim, vec scale, float *scores, int ld) {
+  vec sums[ROWS][VECTORS];
+  EACH_ROW EACH_VECTOR sums[r][j] = zero();
   for (int d = 0; d < head_dim; d++) {
-    vec key[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) key[j] = load(panel + d * PANEL + LANES * j);
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) {
+    vec key[VECTORS];
+    EACH_VECTOR key[j] = load(panel + d * PANEL + LANES * j);
+    EACH_ROW {
       const vec element = vec_of(query[r * stride + d]);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) sums[r][j] = _mm512_fmadd_ps(element, key[j], sums[r][j]);
+      EACH_VECTOR sums[r][j] = times_plus(element, key[j], sums[r][j]);
     }
   }
-#pragma GCC unroll 6
-  for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) store(scores + r * ld + LANES * j, _mm512_mul_ps(sums[r][j], scale));
+  EACH_ROW EACH_VECTOR store(scores + r * ld + LANES * j, times(sums[r][j], scale));
 }
 
-#define MIX(VECTORS)                                                                                                   \
-  INLINE void mix_##VECTORS(const int rows, const float *weights, int ld, const float *values, ptrdiff_t stride,       \
-                            int length, const float *sums_of, float *out, ptrdiff_t out_stride) {                      \
-    vec sums[ROWS][VECTORS];                                                                                           \
-    _Pragma("GCC unroll 6") for (int r = 0; r < rows; r++)                                                             \
-      _Pragma("GCC unroll 4") for (int j = 0; j < VECTORS; j++) sums[r][j] = _mm512_setzero_ps();                      \
+/* Values by their weights, so many vectors of columns at a time. */
+#define MIX(SIZE)                                                                                                      \
+  INLINE void mix_##SIZE(const int count, const float *weights, int ld, const float *values, ptrdiff_t stride,         \
+                         int length, const float *totals, float *out, ptrdiff_t out_stride) {                          \
+    vec sums[ROWS][SIZE];                                                                                              \
+    EACH_ROW _Pragma("GCC unroll 4") for (int j = 0; j < SIZE; j++) sums[r][j] = zero();                               \
     for (int t = 0; t < length; t++) {                                                                                 \
-      vec value[VECTORS];                                                                                              \
-      _Pragma("GCC unroll 4") for (int j = 0; j < VECTORS; j++) value[j] = load(values + t * stride + LANES * j);      \
-      _Pragma("GCC unroll 6") for (int r = 0; r < rows; r++) {                                                         \
+      vec value[SIZE];                                                                                                 \
+      _Pragma("GCC unroll 4") for (int j = 0; j < SIZE; j++) value[j] = load(values + t * stride + LANES * j);         \
+      EACH_ROW {                                                                                                       \
         const vec weight = vec_of(weights[r * ld + t]);                                                                \
-        _Pragma("GCC unroll 4") for (int j = 0; j < VECTORS; j++)                                                      \
-          sums[r][j] = _mm512_fmadd_ps(weight, value[j], sums[r][j]);                                                  \
+        _Pragma("GCC unroll 4") for (int j = 0; j < SIZE; j++) sums[r][j] = times_plus(weight, value[j], sums[r][j]);  \
       }                                                                                                                \
     }                                                                                                                  \
-    _Pragma("GCC unroll 6") for (int r = 0; r < rows; r++)                                                             \
-      _Pragma("GCC unroll 4") for (int j = 0; j < VECTORS; j++)                                                        \
-        store(out + r * out_stride + LANES * j, _mm512_mul_ps(sums[r][j], vec_of(1.0f / sums_of[r])));                 \
+    EACH_ROW _Pragma("GCC unroll 4") for (int j = 0; j < SIZE; j++)                                                    \
+      store(out + r * out_stride + LANES * j, times(sums[r][j], vec_of(1.0f / totals[r])));                            \
   }
+#if LANES == 16
 MIX(1)
-MIX(2)
 MIX(4)
+#endif
+MIX(2)
+#undef MIX
 
-INLINE void rows_of(const int rows, const layer_t *layer, const float *query, ptrdiff_t query_stride, const float *panels,
-                    const float *values, ptrdiff_t stride, int length, float *out, ptrdiff_t out_stride, float *scores) {
-  const int count = panels_of(length), ld = count * PANEL, head_dim = layer->head_dim;
-  for (int panel = 0; panel < count; panel++)
-    score(rows, query, query_stride, panels + (ptrdiff_t)panel * PANEL * head_dim, head_dim, vec_of(layer->scale), scores + panel * PANEL, ld);
-  float sums[ROWS];
-  for (int r = 0; r < rows; r++) sums[r] = softmax_row(scores + r * ld, length);
-  for (int d = 0; d < head_dim;) {
-    const int left = head_dim - d;
-    if (left >= 64) { mix_4(rows, scores, ld, values + d, stride, length, sums, out + d, out_stride); d += 64; }
-    else if (left >= 32) { mix_2(rows, scores, ld, values + d, stride, length, sums, out + d, out_stride); d += 32; }
-    else { mix_1(rows, scores, ld, values + d, stride, length, sums, out + d, out_stride); d += 16; }
+INLINE void attend_rows_of(const int count, const layer_t *layer, const float *query, ptrdiff_t query_stride, const float *panels,
+                           const float *values, ptrdiff_t stride, int length, float *out, ptrdiff_t out_stride, float *scores) {
+  const int ld = panels_of(length) * PANEL, head_dim = layer->head_dim;
+  for (int first = 0; first < ld; first += BLOCK) {
+    const float *panel = panels + (ptrdiff_t)(first / PANEL) * PANEL * head_dim + first % PANEL;
+    score(count, query, query_stride, panel, head_dim, vec_of(layer->scale), scores + first, ld);
   }
+  float totals[ROWS];
+  for (int r = 0; r < count; r++) totals[r] = softmax_row(scores + r * ld, length);
+#define TAKE(SIZE) { mix_##SIZE(count, scores, ld, values + d, stride, length, totals, out + d, out_stride); d += SIZE * LANES; }
+  for (int d = 0; d < head_dim;) {
+#if LANES == 16
+    if (head_dim - d >= 64) TAKE(4)
+    else if (head_dim - d >= 32) TAKE(2)
+    else TAKE(1)
+#else
+    TAKE(2)
+#endif
+  }
+#undef TAKE
 }
 
-void attend(const layer_t *layer, const float *query, ptrdiff_t query_stride, int num_queries, const float *keys,
-            const float *values, ptrdiff_t stride, int length, int head, float *out, ptrdiff_t out_stride, float *scratch) {
+/* One head of one sequence: some of its rows as queries. */
+static void attend(const layer_t *layer, const float *query, ptrdiff_t query_stride, int num_queries, const float *keys,
+                   const float *values, ptrdiff_t stride, int length, int head, float *out, ptrdiff_t out_stride, float *scratch) {
   const int head_dim = layer->head_dim, first = head * head_dim, panels = panels_of(length);
   float *turned = scratch, *scores = scratch + (ptrdiff_t)panels * PANEL * head_dim;
   query += first, keys += first, values += first, out += first;
   for (int start = 0; start < panels * PANEL; start += LANES) {
     float *to = turned + (ptrdiff_t)(start / PANEL) * PANEL * head_dim + start % PANEL;
     for (int d = 0; d < head_dim; d += LANES) {
-      __m512i rows[LANES];
+      ivec rows[LANES];
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; i++)
-        rows[i] = start + i < length ? _mm512_loadu_si512(keys + (ptrdiff_t)(start + i) * stride + d) : _mm512_setzero_si512();
+        rows[i] = start + i < length ? load_integers(keys + (ptrdiff_t)(start + i) * stride + d) : integers(0);
       transpose(rows);
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; i++) _mm512_storeu_si512(to + (d + i) * PANEL, rows[i]);
+      for (int i = 0; i < LANES; i++) store_integers(to + (d + i) * PANEL, rows[i]);
     }
   }
-  int row = 0;
-  for (; row + ROWS <= num_queries; row += ROWS)
-    rows_of(ROWS, layer, query + row * query_stride, query_stride, turned, values, stride, length, out + row * out_stride, out_stride, scores);
-  query += row * query_stride, out += row * out_stride;
-  switch (num_queries - row) {
-    case 1: rows_of(1, layer, query, query_stride, turned, values, stride, length, out, out_stride, scores); break;
-    case 2: rows_of(2, layer, query, query_stride, turned, values, stride, length, out, out_stride, scores); break;
-    case 3: rows_of(3, layer, query, query_stride, turned, values, stride, length, out, out_stride, scores); break;
-    case 4: rows_of(4, layer, query, query_stride, turned, values, stride, length, out, out_stride, scores); break;
-    case 5: rows_of(5, layer, query, query_stride, turned, values, stride, length, out, out_stride, scores); break;
+  for (int row = 0; row < num_queries; row += ROWS) {
+    const float *from = query + row * query_stride;
+    float *to = out + row * out_stride;
+#define TAKE(COUNT) attend_rows_of(COUNT, layer, from, query_stride, turned, values, stride, length, to, out_stride, scores);
+    BY_COUNT(least(ROWS, num_queries - row), TAKE)
+#undef TAKE
   }
 }
 
-void attend_first(const layer_t *layer, const float *query, const float *keys, const float *values, ptrdiff_t stride,
-                  int length, int head, float *out, float *scores) {
+/* One query row. */
+static void attend_first(const layer_t *layer, const float *query, const float *keys, const float *values, ptrdiff_t stride,
+                         int length, int head, float *out, float *scores) {
   const int head_dim = layer->head_dim, first = head * head_dim;
   query += first, keys += first, values += first, out += first;
   for (int t = 0; t < length; t++) {
-    vec sum = _mm512_setzero_ps();
-    for (int d = 0; d < head_dim; d += LANES) sum = _mm512_fmadd_ps(load(query + d), load(keys + t * stride + d), sum);
-    scores[t] = layer->scale * _mm512_reduce_add_ps(sum);
+    vec sum = zero();
+    for (int d = 0; d < head_dim; d += LANES) sum = times_plus(load(query + d), load(keys + t * stride + d), sum);
+    scores[t] = layer->scale * sum_of(sum);
   }
   const vec factor = vec_of(1.0f / softmax_row(scores, length));
   for (int d = 0; d < head_dim; d += LANES) {
-    vec sum = _mm512_setzero_ps();
-    for (int t = 0; t < length; t++) sum = _mm512_fmadd_ps(vec_of(scores[t]), load(values + t * stride + d), sum);
-    store(out + d, _mm512_mul_ps(sum, factor));
+    vec sum = zero();
+    for (int t = 0; t < length; t++) sum = times_plus(vec_of(scores[t]), load(values + t * stride + d), sum);
+    store(out + d, times(sum, factor));
   }
 }

@@ -9,20 +9,14 @@ typedef struct {
 
 INLINE vec element(const table_t *table, ptrdiff_t row, int column) {
   const ptrdiff_t place = row * table->width + column;
-  if (table->kind == INT8) {
-    const __m128i values = _mm_loadu_si128((const __m128i *)((const int8_t *)table->values + place));
-    const float scale = table->scales[row * groups_of(table->width) + column / GROUP];
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values)), vec_of(scale));
-  }
-  if (table->kind == BFLOAT16) {
-    const __m256i values = _mm256_loadu_si256((const __m256i *)((const uint16_t *)table->values + place));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
-  }
+  if (table->kind == INT8)
+    return times(load_bytes((const int8_t *)table->values + place), vec_of(table->scales[row * groups_of(table->width) + column / GROUP]));
+  if (table->kind == BFLOAT16) return load_bfloat16((const uint16_t *)table->values + place);
   return load((const float *)table->values + place);
 }
 
 /* Layer norm of the sum of word, token type and position embeddings; a table may be NULL, and ids of types for type 0. */
-EXPORT void fastcls_embed(const table_t *words, const table_t *types, const table_t *positions, const int32_t *word_ids,
+EXPORT void FORM(fastcls_embed)(const table_t *words, const table_t *types, const table_t *positions, const int32_t *word_ids,
                           const int32_t *type_ids, const int32_t *position_ids, const float *weight, const float *bias, float eps,
                           int count, float *out, int threads) {
 #pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
@@ -30,8 +24,8 @@ EXPORT void fastcls_embed(const table_t *words, const table_t *types, const tabl
     float *to = out + (ptrdiff_t)row * words->width;
     for (int column = 0; column < words->width; column += LANES) {
       vec sum = element(words, word_ids[row], column);
-      if (types) sum = _mm512_add_ps(sum, element(types, type_ids ? type_ids[row] : 0, column));
-      if (positions) sum = _mm512_add_ps(sum, element(positions, position_ids[row], column));
+      if (types) sum = add(sum, element(types, type_ids ? type_ids[row] : 0, column));
+      if (positions) sum = add(sum, element(positions, position_ids[row], column));
       store(to + column, sum);
     }
     add_norm_row(to, words->width, weight, bias, eps, to);

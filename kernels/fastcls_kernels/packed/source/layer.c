@@ -10,22 +10,30 @@
 
    To share each operation instead means seven waits a layer, each as long as the slowest core is late. */
 
+#if HAS_BFLOAT16
+static void attend_bfloat16(const layer_t *layer, const float *query, ptrdiff_t query_stride, int num_queries, const float *keys,
+                            const float *values, ptrdiff_t stride, int length, int head, float *out, ptrdiff_t out_stride, float *scratch);
+#define ATTEND(KIND) ((KIND) == BFLOAT16 ? attend_bfloat16 : attend)
+#else
+#define ATTEND(KIND) attend
+#endif
+
 /* Tokens that a thread takes at once, in whole sequences: about as many as its cache holds. */
 #define TOKENS 128
 
-void add_norm_row(const float *x, int width, const float *weight, const float *bias, float eps, float *out) {
-  vec total = _mm512_setzero_ps();
-  for (int i = 0; i < width; i += LANES) total = _mm512_add_ps(total, load(x + i));
-  const vec mean = vec_of(_mm512_reduce_add_ps(total) / (float)width);
-  vec squares = _mm512_setzero_ps();
+static void add_norm_row(const float *x, int width, const float *weight, const float *bias, float eps, float *out) {
+  vec total = zero();
+  for (int i = 0; i < width; i += LANES) total = add(total, load(x + i));
+  const vec mean = vec_of(sum_of(total) / (float)width);
+  vec squares = zero();
   for (int i = 0; i < width; i += LANES) {
-    const vec centred = _mm512_sub_ps(load(x + i), mean);
-    squares = _mm512_fmadd_ps(centred, centred, squares);
+    const vec centred = subtract(load(x + i), mean);
+    squares = times_plus(centred, centred, squares);
   }
-  const vec factor = vec_of(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)width + eps));
+  const vec factor = vec_of(1.0f / sqrtf(sum_of(squares) / (float)width + eps));
   for (int i = 0; i < width; i += LANES) {
-    const vec normed = _mm512_mul_ps(_mm512_sub_ps(load(x + i), mean), factor);
-    store(out + i, _mm512_fmadd_ps(normed, load(weight + i), bias ? load(bias + i) : _mm512_setzero_ps()));
+    const vec normed = times(subtract(load(x + i), mean), factor);
+    store(out + i, times_plus(normed, load(weight + i), bias ? load(bias + i) : zero()));
   }
 }
 
@@ -131,8 +139,8 @@ static void attend_rows(const layer_t *layer, float *x, const int32_t *starts, i
     if (first >= last) continue;
     const float *keys = qkv + (ptrdiff_t)start * 3 * width + width, *queries = qkv + (ptrdiff_t)first * 3 * width;
     for (int head = 0; head < layer->num_heads; head++)
-      (layer->qkv.kind == BFLOAT16 ? attend_bfloat16 : attend)(layer, queries, 3 * width, last - first, keys, keys + width, 3 * width, stop - start, head,
-             memory->context + (ptrdiff_t)(first - begin) * width, width, memory->scratch);
+      ATTEND(layer->qkv.kind)(layer, queries, 3 * width, last - first, keys, keys + width, 3 * width, stop - start, head,
+                              memory->context + (ptrdiff_t)(first - begin) * width, width, memory->scratch);
   }
   finish_rows(layer, x + (ptrdiff_t)begin * width, end - begin, memory);
 }
@@ -215,14 +223,14 @@ static void chunk_of(const layer_t *layer, float *x, const int32_t *starts, int 
       attend_rows(layer, x, starts, sequences, row, least(row + memory->rows, end), qkv, memory);
 }
 
-EXPORT size_t fastcls_layers_memory(const layer_t *layer, int tokens, int longest, int threads) {
+EXPORT size_t FORM(fastcls_layers_memory)(const layer_t *layer, int tokens, int longest, int threads) {
   const plan_t plan = plan_of(layer, tokens, longest, threads);
   return 64 + plan.own * threads + plan.qkv * (plan.apart ? threads : 2);
 }
 
 /* Layers of one shape. x: [tokens][width], in place where `first_rows` is NULL; else [sequences][width] of the last layer
    go there, and x means nothing. */
-EXPORT void fastcls_layers(const layer_t *const *layers, int count, float *x, const int32_t *starts, int sequences, int longest,
+EXPORT void FORM(fastcls_layers)(const layer_t *const *layers, int count, float *x, const int32_t *starts, int sequences, int longest,
                            float *first_rows, char *space, int threads) {
   const int tokens = starts[sequences] - starts[0], width = layers[0]->width;
   const plan_t plan = plan_of(layers[0], tokens, longest, threads);

@@ -18,36 +18,26 @@ INLINE size_t scratch_of(const layer_t *layer, int longest) {
   return (size_t)panels_of(longest) * PANEL * (layer->head_dim + 2 * ROWS) + ROWS * layer->head_dim;
 }
 
-/* One head of one sequence: some of its rows as queries. */
-void attend(const layer_t *layer, const float *query, ptrdiff_t query_stride, int num_queries, const float *keys,
-            const float *values, ptrdiff_t stride, int length, int head, float *out, ptrdiff_t out_stride, float *scratch);
-/* The same in bfloat16, summed in float32. */
-void attend_bfloat16(const layer_t *layer, const float *query, ptrdiff_t query_stride, int num_queries, const float *keys,
-                     const float *values, ptrdiff_t stride, int length, int head, float *out, ptrdiff_t out_stride, float *scratch);
-/* One query row. */
-void attend_first(const layer_t *layer, const float *query, const float *keys, const float *values, ptrdiff_t stride,
-                  int length, int head, float *out, float *scores);
-void add_norm_row(const float *x, int width, const float *weight, const float *bias, float eps, float *out);
-
 /* In place; returns the weights' sum. Lanes beyond `length` become zero. */
 INLINE float softmax_row(float *scores, int length) {
-  const int whole = length / LANES, rest = length % LANES;
+  const int whole = length / LANES * LANES;
+  const lanes rest = first_lanes(length - whole);
   vec highest = vec_of(-INFINITY);
-  for (int i = 0; i < whole; i++) highest = _mm512_max_ps(highest, load(scores + LANES * i));
-  if (rest) highest = _mm512_max_ps(highest, _mm512_mask_loadu_ps(vec_of(-INFINITY), first_lanes(rest), scores + LANES * whole));
-  const vec shift = vec_of(_mm512_reduce_max_ps(highest));
-  vec total = _mm512_setzero_ps();
-  for (int i = 0; i < whole; i++) {
-    const vec weight = exp_of(_mm512_sub_ps(load(scores + LANES * i), shift));
-    total = _mm512_add_ps(total, weight);
-    store(scores + LANES * i, weight);
+  for (int i = 0; i < whole; i += LANES) highest = larger(highest, load(scores + i));
+  if (whole < length) highest = larger(highest, load_or(rest, scores + whole, vec_of(-INFINITY)));
+  const vec shift = vec_of(highest_of(highest));
+  vec total = zero();
+  for (int i = 0; i < whole; i += LANES) {
+    const vec weight = exp_of(subtract(load(scores + i), shift));
+    total = add(total, weight);
+    store(scores + i, weight);
   }
-  if (rest) {
-    const vec weight = _mm512_maskz_mov_ps(first_lanes(rest), exp_of(_mm512_sub_ps(load(scores + LANES * whole), shift)));
-    total = _mm512_add_ps(total, weight);
-    store(scores + LANES * whole, weight);
+  if (whole < length) {
+    const vec weight = choose(rest, exp_of(subtract(load(scores + whole), shift)), zero());
+    total = add(total, weight);
+    store(scores + whole, weight);
   }
-  return _mm512_reduce_add_ps(total);
+  return sum_of(total);
 }
 
 #endif

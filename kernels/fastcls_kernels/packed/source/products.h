@@ -1,15 +1,18 @@
 /* Products with a weight that was packed once: out = f(x weight^T + bias) + residual.
 
    A packed weight is a row of panels of 64 output columns, the last one filled up with zeros. Rows are taken six at a
-   time: six rows by four vectors of sums leave room in the 32 registers for the four vectors of one step of the weight.
-   A row's sums are added up in the same order whatever else is computed, so its bits depend on that row alone. */
+   time, and so many columns of a panel as leave room in the registers beside the sums: for one step of the weight, and one
+   number of a row. A row's sums are added up in the same order whatever else is computed, so its bits depend on that row
+   alone. */
 #ifndef FASTCLS_PRODUCTS_H
 #define FASTCLS_PRODUCTS_H
 
-#include "vectors.h"
+#include "functions.h"
 
 #define PANEL 64
 #define ROWS 6
+/* Columns whose sums the registers hold. */
+#define BLOCK (LANES * VECTORS)
 /* Columns of a row of uint8 numbers that share a scale and a zero point. */
 #define GROUP 128
 
@@ -45,30 +48,33 @@ INLINE int groups_of(int width) { return (width + GROUP - 1) / GROUP; }
 INLINE int panels_of(int columns) { return (columns + PANEL - 1) / PANEL; }
 INLINE int least(int a, int b) { return a < b ? a : b; }
 
-/* Float32 rows to rows of a kind. */
-void read_rows(enum kind kind, const float *x, ptrdiff_t stride, int count, rows_t *to, int threads);
-void product(const weight_t *weight, const rows_t *rows, int count, const result_t *result, int threads);
+/* Calls a macro with the number of rows as a constant. */
+#define BY_COUNT(COUNT, CALL) \
+  switch (COUNT) {            \
+    case 1: CALL(1) break;    \
+    case 2: CALL(2) break;    \
+    case 3: CALL(3) break;    \
+    case 4: CALL(4) break;    \
+    case 5: CALL(5) break;    \
+    case 6: CALL(6) break;    \
+  }
 
-/* Of BFLOAT16, in a file of their own, since they need another instruction set. */
-void round_row(const float *from, int count, uint16_t *to);
-void block_bfloat16(const weight_t *weight, const rows_t *rows, int row, int count, int panel, const char *ahead, const result_t *result, float *tile);
+#define EACH_ROW _Pragma("GCC unroll 6") for (int r = 0; r < count; r++)
+#define EACH_VECTOR _Pragma("GCC unroll 4") for (int j = 0; j < VECTORS; j++)
 
-/* Sums to results, for the columns of one panel: to memory, or to a `tile` of two panels. */
-INLINE void finish(const int count, const int is_exact, vec sums[ROWS][4], const weight_t *weight, int panel, int row, const result_t *result, float *tile) {
-  const int first = panel * PANEL, columns = weight->out_features - first;
-  for (int j = 0; j < 4 && LANES * j < columns; j++) {
-    const int at = first + LANES * j;
-    const __mmask16 there = columns - LANES * j < LANES ? first_lanes(columns - LANES * j) : 0xffff;
+/* Sums to results, for a block of columns that begins with `first`: to memory, or to a `tile` of two panels. */
+INLINE void finish(const int count, const int is_exact, vec sums[ROWS][VECTORS], const weight_t *weight, int first, int row, const result_t *result, float *tile) {
+  for (int j = 0; j < VECTORS && first + LANES * j < weight->out_features; j++) {
+    const int at = first + LANES * j, there = least(LANES, weight->out_features - at);
     const vec bias = load(weight->bias + at);
-#pragma GCC unroll 6
-    for (int r = 0; r < count; r++) {
-      vec x = activate(result->function, is_exact, _mm512_add_ps(sums[r][j], bias));
+    EACH_ROW {
+      vec x = activate(result->function, is_exact, add(sums[r][j], bias));
       if (result->residual)
-        x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(there, result->residual + (row + r) * result->residual_stride + at));
+        x = add(x, load_or(first_lanes(there), result->residual + (row + r) * result->residual_stride + at, zero()));
       if (tile)
         store(tile + r * GROUP + at % GROUP, x);
       else
-        _mm512_mask_storeu_ps(result->out + (row + r) * result->out_stride + at, there, x);
+        store_first(result->out + (row + r) * result->out_stride + at, there, x);
     }
   }
 }
