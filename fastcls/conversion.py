@@ -117,8 +117,8 @@ def optimize(
         runs, reason = explain_compiled(quantize)
         if not runs:
             warnings.warn(
-                f"quantize={quantize!r} is left out, and products stay in float32: the compiled kernels cannot "
-                f"compute it, {reason}. Set quantize on the result to compute in int8 all the same, slower than in float32",
+                f"quantize={quantize!r} is left out, and products stay in float32: the compiled kernels cannot compute "
+                f"it, {reason}. Set quantize on the result to compute in int8 all the same, slower than in float32",
                 RuntimeWarning,
                 stacklevel=2,
             )

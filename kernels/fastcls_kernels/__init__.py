@@ -1,8 +1,8 @@
 """Kernels for encoders that compute only what their answer needs.
 
 Every operation takes packed tokens, runs as a Triton kernel on a GPU and in plain PyTorch elsewhere, and has its
-definition in `fastcls_kernels.reference`. On a CPU with AVX-512 or AVX2, products and layers over packed weights run in C.
-Importing this package needs torch alone.
+definition in `fastcls_kernels.reference`. On a CPU with AVX-512 or AVX2, products and layers over packed weights run in
+C. Importing this package needs torch alone.
 """
 
 from .absorb_query import absorb_query

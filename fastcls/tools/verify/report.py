@@ -160,8 +160,8 @@ def _show_times(found: Verification, console: Console) -> None:
     runs, reason = explain_compiled(found.quantize or "float32")
     if found.quantize is not None and not runs:
         console.print(
-            f"[yellow]Here optimize would leave {found.quantize} out:[/] the compiled kernels cannot compute it, {reason}. "
-            "Times are not those of machines where they run; answers are.",
+            f"[yellow]Here optimize would leave {found.quantize} out:[/] the compiled kernels cannot compute it, "
+            f"{reason}. Times are not those of machines where they run; answers are.",
             highlight=False,
         )
     console.print()

@@ -1,7 +1,7 @@
 """The compiled kernels: C, built when the package is installed where GCC is found, called through ctypes.
 
-They are written for x86-64, in AVX-512 and in AVX2. Threads are those of PyTorch's own OpenMP, which the library finds in
-the process: it brings none of its own.
+They are written for x86-64, in AVX-512 and in AVX2. Threads are those of PyTorch's own OpenMP, which the library finds
+in the process: it brings none of its own.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Compiled:
         def function(name: str, result: Any = None) -> Callable[..., Any]:
             found = getattr(library, f"fastcls_{name}")
             found.restype = result
-            return found  # type: ignore[no-any-return]
+            return found
 
         self.product = function(f"product_{form}")
         self.embed = function(f"embed_{form}")
