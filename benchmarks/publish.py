@@ -1,4 +1,5 @@
-"""Publishes a release run: keeps its results, and makes the README's table and picture from all kept results.
+"""Publishes a run of the suite release or cpu: keeps its results, and makes tables and pictures from all kept results,
+those of release in the README, those of cpu in docs/performance.md.
 
 python benchmarks/publish.py fastcls-bench/2026-01-31-120000/results.json
 python benchmarks/publish.py --check
@@ -7,7 +8,7 @@ python benchmarks/publish.py --check
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -36,14 +37,16 @@ FEATURED = (
     "128 x mixed-512",
     "32 x squad",
 )
+# What makes a page's section, from the folder of results and the page's own path.
+Pages = dict[Path, Callable[[Path, Path], str]]
 # The picture's field for the digest of the results that it was made from.
 DIGEST = "Source"
 
 
 def reason_not_to_publish(report: Report) -> str | None:
     """Why a run's figures may not be published; fills in a commit that only the code itself identifies."""
-    if report.suite != "release":
-        return f"only the release suite is published, this is {report.suite}"
+    if report.suite not in ("release", "cpu"):
+        return f"only the suites release and cpu are published, this is {report.suite}"
     if report.partial:
         return "the run was stopped before its end"
     provenance = report.provenance
@@ -62,8 +65,7 @@ def reason_not_to_publish(report: Report) -> str | None:
 def section_of(results: Path, readme: Path) -> str:
     """Markdown for every ``results/*/release.json``, the newest first: the facts, a picture, a table."""
     parts = []
-    reports = {path: Report.read(path) for path in sorted(results.glob("*/release.json"))}
-    for path, report in sorted(reports.items(), key=lambda each: each[1].provenance["date"], reverse=True):
+    for path, report in _newest_first(results, "release"):
         picture = path.with_suffix(".png")
         parts.append(_headline(report))
         if picture.is_file():
@@ -75,13 +77,41 @@ def section_of(results: Path, readme: Path) -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def cpu_section_of(results: Path, _page: Path) -> str:
+    """Markdown for every ``results/*/cpu.json``, the newest first: the facts, a table of times, the labels kept."""
+    parts = []
+    for _, report in _newest_first(results, "cpu"):
+        names = [row.provider for row in report.cases[0].rows]
+        headings = ["model", "batch", "threads", *names]
+        rows = [headings, ["---"] * 2 + ["---:"] * (len(headings) - 2)]
+        for case in report.cases:
+            times = [duration(case.typical_seconds(name)) for name in names]
+            rows.append([case.subject, case.workload, str(case.threads), *times])
+        parts += [_headline(report), "\n".join(map(_line, rows))]
+        kept = report.cases[0]
+        shares = [
+            f"{row.provider} {row.agreement:.1%}, {row.mean_error:.3f}"
+            for row in kept.rows
+            if row.agreement is not None and row.mean_error is not None and row.provider != kept.baseline
+        ]
+        parts.append(f"{kept.subject} on {kept.judged_on}: labels kept, mean error of a logit: {'; '.join(shares)}.")
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def _newest_first(results: Path, suite: str) -> list[tuple[Path, Report]]:
+    reports = [(path, Report.read(path)) for path in results.glob(f"*/{suite}.json")]
+    return sorted(reports, key=lambda each: each[1].provenance["date"], reverse=True)
+
+
 def _headline(report: Report) -> str:
     provenance = report.provenance
     versions = [f"{name} {provenance['versions'][name]}" for name in PACKAGES if provenance["versions"].get(name)]
     noises = sorted(case.noise for case in _featured(report) if case.noise is not None)
+    # Cases of the suite cpu have threads of their own.
+    threads = [] if report.suite == "cpu" else [f"{provenance['threads']} threads"]
     facts = [
         f"**{provenance['chip']}**",
-        f"{provenance['threads']} threads",
+        *threads,
         ", ".join(versions),
         f"commit {provenance['commit'][:9]}",
         provenance["date"][:10],
@@ -188,10 +218,10 @@ def draw(results: Path) -> Path | None:
     return picture
 
 
-def out_of_step(readme: Path, results: Path) -> list[str]:
+def out_of_step(pages: Pages, results: Path) -> list[str]:
     """The files that no longer show the kept results."""
-    text = readme.read_text(encoding="utf-8")
-    found = [str(readme)] if with_section(text, section_of(results, readme)) != text else []
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    found = [str(page) for page, text in texts.items() if with_section(text, pages[page](results, page)) != text]
     for path in sorted(results.glob("*/release.json")):
         picture = path.with_suffix(".png")
         if not picture.is_file() or Image.open(picture).info.get(DIGEST) != _digest(path):
@@ -204,28 +234,31 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    run: Annotated[Path | None, typer.Argument(help="The results.json of a release run to publish.")] = None,
+    run: Annotated[Path | None, typer.Argument(help="The results.json of the run to publish.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only exit 1 if anything is out of step.")] = False,
-    readme: Annotated[Path, typer.Option(help="The file with the markers.")] = ROOT / "README.md",
-    results: Annotated[Path, typer.Option(help="The folder of */release.json.")] = RESULTS,
+    readme: Annotated[Path, typer.Option(help="The file with release's markers.")] = ROOT / "README.md",
+    page: Annotated[Path, typer.Option(help="The file with cpu's markers.")] = ROOT / "docs" / "performance.md",
+    results: Annotated[Path, typer.Option(help="The folder of */release.json and */cpu.json.")] = RESULTS,
 ) -> None:
-    """Keeps a release run's results, if one is given, and makes the README's table and pictures from all results."""
+    """Keeps a run's results, if one is given, and makes tables and pictures from all results."""
+    pages: Pages = {readme: section_of, page: cpu_section_of}
     try:
         if run is not None:
             report = Report.read(run)
             reason = reason_not_to_publish(report)
             if reason:
                 raise ValueError(f"{run} is not published: {reason}")
-            report.write(results / slug(report.provenance["chip"]) / "release.json")
+            report.write(results / slug(report.provenance["chip"]) / f"{report.suite}.json")
         if check:
-            differing = out_of_step(readme, results)
+            differing = out_of_step(pages, results)
             if differing:
                 raise ValueError(f"out of step with {results}: {', '.join(differing)}; run benchmarks/publish.py")
             return
         for path in sorted(results.glob("*/release.json")):
             draw(path)
-        text = readme.read_text(encoding="utf-8")
-        readme.write_text(with_section(text, section_of(results, readme)), encoding="utf-8")
+        for each, section in pages.items():
+            text = each.read_text(encoding="utf-8")
+            each.write_text(with_section(text, section(results, each)), encoding="utf-8")
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None

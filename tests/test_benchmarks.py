@@ -19,7 +19,7 @@ from rich.console import Console
 from support import tiny_model
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from fastcls.families import FAMILIES
 from fastcls.tools.cli import app
@@ -1360,10 +1360,20 @@ def test_results_folder_is_named_for_the_chip() -> None:
     assert slug("Some(R) Chip 42 @ 3.0GHz, 2 cores") == "some-r-chip-42-3-0ghz-2-cores"
 
 
+def publish_in(folder: Path, publish: ModuleType, *arguments: str) -> Result:
+    """Runs benchmarks/publish.py on pages and results of a folder."""
+    for name in ("README.md", "page.md"):
+        if not (folder / name).exists():
+            (folder / name).write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n", encoding="utf-8")
+    where = ("--readme", "README.md", "--page", "page.md", "--results", "results")
+    paths = [each if each.startswith("--") else str(folder / each) for each in where]
+    return CliRunner().invoke(publish.app, [*arguments, *paths])
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"suite": "quick"}, "only the release suite"),
+        ({"suite": "quick"}, "only the suites release and cpu"),
         ({"partial": True}, "stopped before its end"),
         ({"dirty": True}, "had changes"),
         ({"commit": None}, "its commit is unknown"),
@@ -1379,13 +1389,10 @@ def test_only_whole_release_runs_of_a_clean_commit_are_published(
         else:
             setattr(report, name, value)
     report.write(tmp_path / "run.json")
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"{publish.BEGIN}\n{publish.END}\n", encoding="utf-8")
-    arguments = [str(tmp_path / "run.json"), "--readme", str(readme), "--results", str(results)]
-    result = CliRunner().invoke(publish.app, arguments)
+    result = publish_in(tmp_path, publish, str(tmp_path / "run.json"))
     assert result.exit_code == 1
     assert reason in result.output
-    assert not results.exists()
+    assert not (tmp_path / "results").exists()
 
 
 def test_code_tells_the_commit_where_there_was_no_git(publish: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1402,12 +1409,10 @@ def test_code_tells_the_commit_where_there_was_no_git(publish: ModuleType, monke
 
 def test_published_readme_is_in_step_until_anything_changes(publish: ModuleType, tmp_path: Path) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n", encoding="utf-8")
     made_up_report().write(tmp_path / "run.json")
-    where = ["--readme", str(readme), "--results", str(results)]
 
     def run(*arguments: str) -> int:
-        return CliRunner().invoke(publish.app, [*arguments, *where]).exit_code
+        return publish_in(tmp_path, publish, *arguments).exit_code
 
     assert run("--check") == 1
     assert run(str(tmp_path / "run.json")) == 0
@@ -1484,3 +1489,29 @@ def test_the_newest_machine_comes_first_and_says_what_invariance_costs(publish: 
 
 def test_readme_section_without_results_says_so(publish: ModuleType, tmp_path: Path) -> None:
     assert publish.section_of(tmp_path, ROOT / "README.md") == "Not measured yet."
+
+
+def test_the_suite_cpu_is_published_with_the_labels_kept(publish: ModuleType, tmp_path: Path) -> None:
+    report = made_up_report("cpu")
+    report.cases = report.cases[:2]
+    for case, threads in zip(report.cases, (1, 2), strict=True):
+        case.threads, case.judged_on = threads, "872 sentences"
+        row = case.row(FASTCLS.name)
+        assert row is not None
+        row.agreement, row.mean_error = 0.979, 0.0423
+    report.write(tmp_path / "run.json")
+    assert publish_in(tmp_path, publish, str(tmp_path / "run.json")).exit_code == 0
+    assert publish_in(tmp_path, publish, "--check").exit_code == 0
+    assert "Not measured yet." in (tmp_path / "README.md").read_text(encoding="utf-8")
+    page = tmp_path / "page.md"
+    _, _, headline, _, heading, _, row_32, row_8, _, kept, _, _ = page.read_text(encoding="utf-8").splitlines()
+    assert "2 threads" not in headline
+    cells = dict(zip(heading.strip("| ").split(" | "), row_32.strip("| ").split(" | "), strict=True))
+    assert (cells["batch"], cells["threads"], cells["transformers sdpa"], cells["fastcls"]) == (
+        *("32 x sst2", "1"),
+        *("100.0", "50.00"),
+    )
+    assert row_8.startswith("| bert-base | 8 x 16 | 2 |")
+    assert kept == "bert-base on 872 sentences: labels kept, mean error of a logit: fastcls 97.9%, 0.042."
+    page.write_text(page.read_text(encoding="utf-8").replace("97.9%", "99.9%"), encoding="utf-8")
+    assert publish_in(tmp_path, publish, "--check").exit_code == 1
