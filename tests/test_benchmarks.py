@@ -1002,6 +1002,7 @@ def test_first_call_is_measured_in_a_process_of_its_own() -> None:
         assert found.peak_bytes > 0
 
 
+@pytest.mark.full
 def test_first_call_that_breaks_says_why() -> None:
     plan = FirstCallPlan("no-such-model", Workload(2, "16"), torch.float32, FASTCLS)
     assert "no-such-model" in first_call.measure(plan, "cpu", 1).detail
@@ -1305,6 +1306,7 @@ def test_bench_shows_and_compares_earlier_runs(tmp_path: Path) -> None:
     assert bench("--from", str(old), "--compare", str(new), "--fail-above", "5")[0] == 0
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("plots")
 def test_bench_measures_a_case_and_keeps_it(tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -67,12 +67,13 @@ def test_classify_gives_one_json_line_a_text(model: Path, tmp_path: Path) -> Non
     lines = ["Great service, thank you!", "", "où est le colis ?", "ok"]
     file = tmp_path / "texts.txt"
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    for done in (run("classify", model, file), run("classify", model, stdin=file.read_bytes())):
-        assert done.returncode == 0, done.stderr.decode()
-        rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    done, piped = run("classify", model, file), inside("classify", model, stdin=file.read_bytes())
+    assert (done.returncode, piped.exit_code) == (0, 0), done.stderr.decode() + piped.output
+    assert done.stderr == piped.stderr_bytes == b"", "progress belongs on a terminal only"
+    for output in (done.stdout, piped.stdout_bytes):
+        rows = [json.loads(line) for line in output.decode().splitlines()]
         assert [row["text"] for row in rows] == lines
         assert all(set(row) == {"text", "label", "score"} and row["label"] in ("bad", "fair", "good") for row in rows)
-        assert done.stderr == b"", "progress belongs on a terminal only"
 
 
 def test_a_named_pipe_is_read_once_and_whole(model: Path, tmp_path: Path) -> None:

@@ -192,6 +192,7 @@ def check_pooler(inputs: list[Any], activation: Activation) -> None:
     check(operation, reference, inputs)
 
 
+@pytest.mark.covering(alone=["activation", "dtype"])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_pooler_classifier_kernel_with_another_activation(
     kernels: str, dtype: torch.dtype, activation: Activation

@@ -76,7 +76,10 @@ def test_kernels_folder_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("with_library", [False, True], ids=["without_kernels_library", "with_kernels_library"])
+@pytest.mark.parametrize(
+    "with_library",
+    [pytest.param(False, id="without_kernels_library", marks=pytest.mark.full), pytest.param(True, id="with_one")],
+)
 def test_transformers_imports_at_the_root(tmp_path: Path, with_library: bool) -> None:
     if with_library:
         # The library's names that transformers asks for, enough to see which `kernels` wins.

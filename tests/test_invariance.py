@@ -140,7 +140,9 @@ def sums_in_order(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return kernel_device
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["bert", *(pytest.param(each, marks=pytest.mark.full) for each in ("mpnet", "modernbert")), "deberta-v2"]
+)
 def test_bits_through_the_kernels(kind: str, sums_in_order: str) -> None:
     name = {family: name for name, family in CLASSIFIERS}[kind]
     model = fastcls.optimize(tiny_model(name, kind).to(sums_in_order), batch_invariant=True)

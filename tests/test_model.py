@@ -116,7 +116,10 @@ def with_outlier_features(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("norm_inside", [False, True], ids=["norm_before", "norm_inside"])
+@pytest.mark.parametrize(
+    "norm_inside",
+    [pytest.param(False, id="norm_before", marks=pytest.mark.full), pytest.param(True, id="norm_inside")],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_absorbing_is_as_exact_as_transformers_with_outlier_features(
     kernels: str, dtype: torch.dtype, norm_inside: bool

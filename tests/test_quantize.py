@@ -22,6 +22,7 @@ from test_families import (
     CLASSIFIERS,
     LENGTH,
     answers,
+    arithmetic_and_head,
     assert_close,
     batch,
     every_class,
@@ -173,6 +174,7 @@ def test_packed_weights_change_nothing_but_roundings(model_class: str, family: s
         assert fast.encoder.packed.packing == ("float32" if pack_weights else None)
 
 
+@arithmetic_and_head
 @pytest.mark.parametrize("pack_weights", [True, False], ids=["packed", "as_they_are"])
 @every_classifier
 def test_packed_weights_are_as_exact_in_bfloat16(model_class: str, family: str, pack_weights: bool) -> None:

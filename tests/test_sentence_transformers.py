@@ -455,6 +455,7 @@ def workers(cross_encoder: Any, first_token: Any) -> Iterator[list[tuple[Any, An
             fast.stop_multi_process_pool(pool)
 
 
+@pytest.mark.full
 def test_processes_of_their_own(workers: list[tuple[Any, Any]], cross_encoder: Any, first_token: Any) -> None:
     for fast, pool in workers:
         if isinstance(fast, CrossEncoder):

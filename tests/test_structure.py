@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from support import tiny_bert, tiny_model
-from test_families import CLASSES, family_and_head
+from test_families import CLASSES, arithmetic_and_head
 from test_original import IDS, answer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -641,7 +641,7 @@ def test_an_edit_that_no_module_answers_is_refused(model_class: str, family: str
         fastcls.optimize(model)
 
 
-@family_and_head
+@arithmetic_and_head
 @pytest.mark.parametrize(("model_class", "family"), CLASSES, ids=[name for name, _ in CLASSES])
 def test_every_module_of_every_class_is_looked_at(model_class: str, family: str) -> None:
     model = tiny_model(model_class, family)

@@ -127,8 +127,8 @@ def test_exported_for_every_batch_and_length(model_class: str, family: str) -> N
     [
         pytest.param("BertForSequenceClassification", (), marks=pytest.mark.full),
         ("BertForSequenceClassification", ("transformers",)),
-        ("BertModel", ("transformers",)),
-        ("BertForMaskedLM", ("transformers",)),
+        pytest.param("BertModel", ("transformers",), marks=pytest.mark.full),
+        pytest.param("BertForMaskedLM", ("transformers",), marks=pytest.mark.full),
     ],
 )
 def test_an_exported_program_runs_in_another_process(
