@@ -530,12 +530,12 @@ MADE_OF_WEIGHTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callab
     ),
     "convolution": (
         lambda: deberta_in_float32(conv_kernel_size=3),
-        lambda encoder: [encoder.convolution._matrix],
+        lambda encoder: [encoder.convolution.matrix()],
         lambda encoder: encoder.convolution.kernel_weight,
     ),
     "convolution_of_one": (
         lambda: deberta_in_float32(conv_kernel_size=1),
-        lambda encoder: [encoder.convolution._matrix],
+        lambda encoder: [encoder.convolution.matrix()],
         lambda encoder: encoder.convolution.kernel_weight,
     ),
     "rotary": (

@@ -453,8 +453,9 @@ def test_threads_at_the_first_call(quantize: Any) -> None:
             assert torch.equal(found, expected)
 
 
+@pytest.mark.covering(alone=["kind", "forget"])
 @pytest.mark.parametrize("forget", ["clear_caches", "pack_weights"])
-@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+@pytest.mark.parametrize("kind", ["bert", "mpnet", "modernbert", "deberta"])
 def test_what_is_packed_is_forgotten_while_others_call(kind: str, forget: str) -> None:
     # Of the one layers are computed whole, of the other product by product.
     model_class, family, options = FOLLOWING[kind]
@@ -467,7 +468,7 @@ def test_what_is_packed_is_forgotten_while_others_call(kind: str, forget: str) -
 
     def call() -> None:
         try:
-            for _ in range(150):
+            for _ in range(60):
                 # As packed or not, up to rounding.
                 found = answer(fast)
                 assert found.shape == expected.shape

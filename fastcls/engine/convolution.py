@@ -27,30 +27,37 @@ class EmbeddingConvolution(Weighted):
         assert spec.convolution is not None
         self.spec = spec.convolution
         self.eps = spec.layer_norm_eps
-        self._matrix: Tensor | None = None
-        self._made_of: tuple[int, int] | None = None
+        # The matrix, behind what it was made of.
+        self._made: tuple[object, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_matrix": None, "_made_of": None}
+        return {**self.__dict__, "_made": None}
 
     def refresh(self) -> None:
         """Makes the kernel's matrix anew if the weight has changed since, in the same memory if it fits."""
-        made_of = weight_version(self.kernel_weight)
-        if made_of == self._made_of:
-            return
-        # [out, in, taps] to [out, taps * in]: neighbours stand side by side in a row. A copy, since with one tap a view
-        # would do, and what is made here is written to later.
-        matrix = self.kernel_weight.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(1)
-        self._matrix = in_memory_of(self._matrix, matrix)
-        self._made_of = made_of
+        made_of, made = weight_version(self.kernel_weight), self._made
+        if made is None or made[0] != made_of:
+            self._made = (made_of, in_memory_of(None if made is None else made[1], self._matrix_of_kernel()))
 
     def doubt(self) -> None:
         """Makes `refresh` compute the matrix again, in its place."""
-        self._made_of = None
+        made = self._made
+        self._made = None if made is None else (None, made[1])
 
     def clear(self) -> None:
         """Forgets the matrix."""
-        self._matrix = self._made_of = None
+        self._made = None
+
+    def matrix(self) -> Tensor:
+        """The kernel as a matrix, (out_features, kernel_size * in_features)."""
+        made = self._made
+        # Another thread may have forgotten it since.
+        return self._matrix_of_kernel() if made is None else made[1]
+
+    def _matrix_of_kernel(self) -> Tensor:
+        # [out, in, taps] to [out, taps * in]: neighbours stand side by side in a row. A copy, since with one tap a view
+        # would do, and what is made here is written to later.
+        return self.kernel_weight.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(1)
 
     def forward(self, embedded: Tensor, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
         """The embeddings and the first layer's result, (total_tokens, hidden_size) each, to the same shape."""
@@ -58,10 +65,9 @@ class EmbeddingConvolution(Weighted):
             shape = (layout.total_tokens, self.norm_weight.shape[0])
             embedded = checked_rows("the embeddings", embedded, shape, self.norm_weight)
             hidden_states = checked_rows("the first layer's rows", hidden_states, shape, self.norm_weight)
-        assert self._matrix is not None
         half = self.spec.kernel_size // 2
         taps = [neighbours(embedded, layout, offset) for offset in range(-half, half + 1)]
-        convolved = linear_activation(torch.cat(taps, 1), self._matrix, self.kernel_bias, self.spec.activation)
+        convolved = linear_activation(torch.cat(taps, 1), self.matrix(), self.kernel_bias, self.spec.activation)
         return add_layer_norm(convolved, None, hidden_states, self.norm_weight, self.norm_bias, self.eps)[0]
 
 

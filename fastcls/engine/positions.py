@@ -75,42 +75,47 @@ class DisentangledTables(Weighted):
         self._rows = tuple(rows.tolist())
         # A tuple, so that they are not registered twice: the encoder owns them.
         self._layers = tuple(layers)
-        self._made: list[PositionTables] = []
-        self._made_of: tuple[object, ...] = ()
+        # The tables, behind what they were made of.
+        self._made: tuple[object, list[PositionTables]] | None = None
         self._buckets: Buckets | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_made": [], "_made_of": (), "_buckets": None}
+        return {**self.__dict__, "_made": None, "_buckets": None}
 
     @property
     def buckets(self) -> Buckets:
         """The row of the table for each distance, on the tables' device."""
-        assert self._buckets is not None
-        return self._buckets
+        buckets = self._buckets
+        # Another thread may have forgotten them since.
+        return Buckets(self.rows, self._rows) if buckets is None else buckets
 
     def refresh(self) -> None:
         """Makes the tables anew if weights have changed since, in the same memory, since CUDA graphs may read it."""
-        if self._buckets is None or self._buckets.table.device != self.rows.device:
+        buckets = self._buckets
+        if buckets is None or buckets.table.device != self.rows.device:
             self._buckets = Buckets(self.rows, self._rows)
         made_of = (is_batch_invariant(), *(weight_version(weight) for weight in self._sources()))
-        if made_of == self._made_of:
+        made = self._made
+        if made is not None and made[0] == made_of:
             return
         fresh = [self._tables_of(layer) for layer in self._layers]
-        made = self._made or [(None, None)] * len(fresh)
-        self._made = [_in_memory_of(old, new) for old, new in zip(made, fresh, strict=True)]
-        self._made_of = made_of
+        before = [(None, None)] * len(fresh) if made is None else made[1]
+        self._made = (made_of, [_in_memory_of(old, new) for old, new in zip(before, fresh, strict=True)])
 
     def doubt(self) -> None:
         """Makes `refresh` compute the tables again, in their place."""
-        self._made_of = ()
+        made = self._made
+        self._made = None if made is None else (None, made[1])
 
     def clear(self) -> None:
         """Forgets the tables."""
-        self._made, self._made_of, self._buckets = [], (), None
+        self._made = self._buckets = None
 
     def of_layer(self, layer: int) -> PositionTables:
         """The tables of a set of layer weights."""
-        return self._made[layer]
+        made = self._made
+        # Another thread may have forgotten them since.
+        return self._tables_of(self._layers[layer]) if made is None else made[1][layer]
 
     def _sources(self) -> Iterator[Tensor]:
         yield from (weight for weight in (self.table_weight, self.norm_weight, self.norm_bias) if weight is not None)
@@ -249,7 +254,7 @@ class RotaryPositions(nn.Module):
 
     def doubt(self) -> None:
         """Makes `refresh` compute the tables again, in their place."""
-        self._made = {kind: (None, tables) for kind, (_, tables) in self._made.items()}
+        self._made = {kind: (None, tables) for kind, (_, tables) in dict(self._made).items()}
 
     def clear(self) -> None:
         """Forgets the tables."""
@@ -257,7 +262,10 @@ class RotaryPositions(nn.Module):
 
     def tables(self, kind: str) -> RotaryTables:
         """The tables of a kind of layers."""
-        return self._made[kind if self.table_weight is None else "table_weight"][1]
+        name = kind if self.table_weight is None else "table_weight"
+        made = self._made.get(name)
+        # Another thread may have forgotten them since.
+        return self._tables_of(getattr(self, name)) if made is None else made[1]
 
     def _tables_of(self, source: Tensor) -> RotaryTables:
         if source.ndim > 1:
