@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .attention import attention_varlen_unchecked
 from .layout import PackedLayout
-from .packed.library import LayerStruct, Packing, library
+from .packed.library import Compiled, LayerStruct, Packing, library
 from .packed.torch_path import torch_product
 from .packed.weight import PackedWeight, function_number, packs
 from .runtime.activations import Activation, check_activation
@@ -204,7 +204,7 @@ class PackedStack:
             return torch_layer(x, layout, self.layers[-1], rows)
         starts, sequences, longest = layout.cu_seqlens, layout.num_sequences, layout.max_seqlen
         tokens = int(starts[-1])
-        threads = self._threads(tokens, longest)
+        threads = self._threads(compiled, tokens, longest)
         out = x.new_empty(sequences, first.width) if rows == "first" else None
         size = compiled.layers_memory(first.pointer, tokens, longest, threads)
         memory = torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -221,7 +221,7 @@ class PackedStack:
         )
         return x if out is None else out
 
-    def _threads(self, tokens: int, longest: int) -> int:
+    def _threads(self, compiled: Compiled, tokens: int, longest: int) -> int:
         """How many threads share the work.
 
         Where each has sequences of its own, none waits before the end, and sharing pays early. Else all wait in each
@@ -232,7 +232,7 @@ class PackedStack:
             return 1
         layer = self.layers[0]
         products = tokens * layer.width * (4 * layer.width + 2 * layer.inner) * _COST[layer.qkv.packing]
-        apart = longest * threads <= tokens + tokens // 8
+        apart = compiled.are_apart(tokens, longest, threads)
         is_much = products * len(self.layers) > _MUCH_APART if apart else products > _MUCH_TOGETHER
         return threads if is_much else 1
 

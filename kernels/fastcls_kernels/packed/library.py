@@ -18,7 +18,7 @@ import torch
 from ..runtime.backend import is_plain_torch
 
 # Changes with the structures and functions in source/.
-_INTERFACE = 3
+_INTERFACE = 4
 
 Packing = Literal["float32", "bfloat16", "int8"]
 Form = Literal["avx512", "avx2"]
@@ -114,6 +114,7 @@ class Compiled:
         self.embed = function(f"embed_{form}")
         self.layers_memory = function(f"layers_memory_{form}", ctypes.c_size_t)
         self.layers = function(f"layers_{form}")
+        self.are_apart = function(f"are_apart_{form}", ctypes.c_int32)
         self.count_tokens = function("count_tokens", ctypes.c_int64)
         self.pack_ids = function("pack_ids", ctypes.c_int64)
         has_vnni = library.fastcls_has_avx512_vnni() if form == "avx512" else library.fastcls_has_avx_vnni()

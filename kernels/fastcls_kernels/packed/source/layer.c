@@ -85,8 +85,14 @@ typedef struct {
   size_t qkv; /* bytes of a chunk's queries, keys and values */
 } plan_t;
 
+/* Whether threads take sequences of their own: where the longest one does not keep one thread at work for much longer than
+   the others. */
+EXPORT int32_t FORM(fastcls_are_apart)(int tokens, int longest, int threads) {
+  return threads == 1 || (int64_t)longest * threads <= (int64_t)tokens + tokens / 8;
+}
+
 static plan_t plan_of(const layer_t *layer, int tokens, int longest, int threads) {
-  plan_t plan = {.apart = threads == 1 || longest * threads <= tokens + tokens / 8};
+  plan_t plan = {.apart = FORM(fastcls_are_apart)(tokens, longest, threads)};
   plan.chunks = plan.apart ? (tokens + TOKENS - 1) / TOKENS : 1;
   /* As many chunks for each thread. */
   if (plan.apart) plan.chunks += (threads - plan.chunks % threads) % threads;
