@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,54 @@ def test_what_a_graph_cannot_hold_is_refused() -> None:
     filler = fastcls.optimize(tiny_model("BertForMaskedLM", "bert"), dense=False)
     with pytest.raises(Exception, match="dense must be True in a graph"):
         torch.compile(filler, fullgraph=True, backend="eager")(ids)
+
+
+def with_hook_inside(model_class: str) -> Any:
+    fast = fastcls.optimize(tiny_model(model_class, "bert"))
+    fast.encoder.layers[0].register_forward_hook(lambda _module, _given, made: (made[0] * 1.5, *made[1:]))
+    return fast
+
+
+def released(model_class: str) -> Any:
+    fast = fastcls.optimize(tiny_model(model_class, "bert"))
+    fast.quantize = "int8"
+    fast.let_go()
+    return fast
+
+
+# What a whole graph refuses: the model, and arguments beside a batch.
+OUTSIDE: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "released": (lambda: released("BertForSequenceClassification"), {}),
+    "released encoder": (lambda: released("BertModel"), {}),
+    "released fill": (lambda: released("BertForMaskedLM"), {}),
+    "hook": (lambda: with_hook_inside("BertForSequenceClassification"), {}),
+    "hook in an encoder": (lambda: with_hook_inside("BertModel"), {}),
+    "mask": (lambda: fastcls.optimize(tiny_model("BertModel", "bert")), {"select": torch.eye(3, 7).bool()}),
+    "not dense": (
+        lambda: fastcls.optimize(tiny_model("BertForMaskedLM", "bert"), dense=False),
+        {"labels": torch.eye(3, 7).long() * 101 - 100},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_a_graph_with_breaks_leaves_outside_what_it_cannot_hold(case: str) -> None:
+    make, given = OUTSIDE[case]
+    fast, inputs = make(), batch(3, 7)
+    expected = fast(**inputs, **given)
+    compiled = torch.compile(fast, backend="eager")
+    for _ in range(2):
+        assert_same(compiled(**inputs, **given), expected, inputs)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="graph"):
+        torch.compile(fast, backend="eager", fullgraph=True)(**inputs, **given)
+
+
+def test_a_hook_around_the_model_may_stand_beside_a_graph() -> None:
+    fast, inputs = fastcls.optimize(tiny_bert()), batch(3, 7)
+    fast.register_forward_hook(lambda _module, _given, made: type(made)(logits=made.logits * 3))
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(**inputs).logits, fast(**inputs).logits)
 
 
 def test_bad_values_are_named_when_the_graph_runs() -> None:

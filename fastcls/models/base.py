@@ -345,10 +345,22 @@ class FastModel(Engine):
     ) -> Tensor:
         """`Engine.rows` of the weights as the original has them, or in a graph one node for it."""
         if torch.compiler.is_compiling():
-            return operator.forward(self, self.description, batch, rows, fill, chosen)
+            if self.is_for_graphs and dense:
+                return operator.forward(self, self.description, batch, rows, fill, chosen)
+            outside: Tensor = torch.compiler.disable(self._rows)(batch, rows, fill, chosen, dense=dense)
+            return outside
         # First, so that an original that has become another model is named, and not the input that does not fit it.
         self.catch_up()
         return self.rows(batch, rows, fill, chosen, dense=dense)
+
+    @property
+    def is_for_graphs(self) -> bool:
+        """Whether a graph can hold the model: its weights are there, and no hooks inside that the graph would pass by.
+
+        Where it cannot, a graph that must be whole was refused before this is asked. Of others PyTorch runs what raised
+        once more, outside, and compiles the functions that are called there: so each that would make a node asks.
+        """
+        return not self.encoder.packed.is_alone and not self.hooked_inside()
 
     def _list_rows(
         self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None, rows: Rows

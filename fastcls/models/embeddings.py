@@ -195,7 +195,10 @@ class FastEncoder(FastModel):
     def _pooled(self, states: Tensor) -> Tensor:
         """The pooler over (num_texts, hidden_size)."""
         if torch.compiler.is_compiling():
-            return operator.pool(self, self.description, states)
+            if self.is_for_graphs:
+                return operator.pool(self, self.description, states)
+            outside: Tensor = torch.compiler.disable(self.head_of)(states)
+            return outside
         return self.head_of(states)
 
     def _chosen_states(self, batch: PaddedBatch, chosen: Tensor) -> Tensor:
