@@ -14,6 +14,7 @@ from support import tiny_model
 
 import fastcls
 from fastcls.tools.demo import _saved, run_demo, sample_texts, sample_tokenizer
+from fastcls_kernels import explain_compiled
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,23 @@ def test_texts_are_cut_to_what_a_model_has_positions_for(tmp_path: Path) -> None
     run_demo(str(tmp_path), 1, "cpu", None, Console(file=out, width=200), Console(file=io.StringIO()))
     assert "labels equal 64 of 64" in out.getvalue()
     assert "int8" not in out.getvalue()
+
+
+@pytest.mark.parametrize("pack_weights", [True, False])
+def test_a_step_that_computes_what_another_does_is_left_out(
+    pack_weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = sample_tokenizer(sample_texts())
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 112}
+    tiny_model("BertForSequenceClassification", "bert", vocab_size=len(tokenizer), **sizes).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr("fastcls.tools.demo.optimize", lambda model: fastcls.optimize(model, pack_weights=pack_weights))
+    out = io.StringIO()
+    run_demo(str(tmp_path), 1, "cpu", None, Console(file=out, width=200), Console(file=io.StringIO()))
+    # The compiled kernels make the last layer's keys and values.
+    takes_whole_layers = pack_weights and explain_compiled()[0]
+    assert ("keys and values not made" in out.getvalue()) is not takes_whole_layers
+    assert "labels equal 64 of 64" in out.getvalue()
 
 
 def test_int8_is_a_step_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +86,7 @@ def test_int8_is_a_step_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert differences[""] < 1e-4
     assert differences[" in int8"] == pytest.approx(3, abs=1)
     (row,) = (index for index, line in enumerate(lines) if "+ products in int8" in line)
-    assert "keys and values not made" in lines[row - 1]
+    assert "last layer for [CLS] only" in lines[row - 1] or "keys and values not made" in lines[row - 1]
     monkeypatch.setattr("fastcls.tools.demo.optimize", lambda model, **_: fastcls.optimize(model))
     out = io.StringIO()
     run_demo(str(tmp_path), 1, "cpu", None, Console(file=out, width=200), console, quantize="int8")

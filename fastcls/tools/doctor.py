@@ -147,9 +147,17 @@ def _cpu_instructions() -> set[str] | None:
     """Names of the CPU's instruction sets, in lower case; None if they cannot be found out."""
     # Older versions of torch do not have it.
     if (ask := getattr(torch.cpu, "get_capabilities", None)) is not None:
-        return {name for name, has in ask().items() if has is True}
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next(({*line.split()} for line in lines if line.startswith(("flags", "Features"))), None)
+        found = {name for name, has in ask().items() if has is True}
+    else:
+        try:
+            lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return None
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), None)
+        if flags is None:
+            return None
+        found = set(flags.split())
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        # ATEN_CPU_CAPABILITY leaves out what there is beyond.
+        found = {name for name in found if not name.startswith(("avx512", "amx"))}
+    return found

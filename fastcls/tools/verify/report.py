@@ -161,7 +161,7 @@ def _show_times(found: Verification, console: Console) -> None:
     if found.quantize is not None and not runs:
         console.print(
             f"[yellow]Here optimize would leave {found.quantize} out:[/] the compiled kernels cannot compute it, "
-            f"{reason}. Times are not those of machines where they run; answers are.",
+            f"{reason}. Times are not those of machines where they run, and labels near a tie may be others.",
             highlight=False,
         )
     console.print()

@@ -259,7 +259,7 @@ def verify(
     texts = checked_texts(texts)
     if fast is None:
         fast = optimize(model)
-        # Set afterwards, int8 is computed even where it is slow: its answers are the same everywhere.
+        # Set afterwards, int8 is computed even where it is slow: its answers come as near everywhere.
         fast.quantize = quantize
     else:
         _check_fits(fast, model, task, quantize)
