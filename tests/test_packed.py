@@ -11,6 +11,7 @@ import importlib
 import itertools
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, get_args
 
 import pytest
@@ -546,7 +547,7 @@ def test_a_longest_sequence_that_is_only_a_bound_changes_nothing(rows: str) -> N
     x, cu_seqlens = torch.randn(110, shape.width), cu_seqlens_of(lengths)
     exact = packed_layer(x, cu_seqlens, 70, layer, rows)
     chosen = [0, 2, 3] if rows == "first" else slice(108)
-    for bound in (71, 500, 100_000):
+    for bound in (71, 500, 100_000, 2**31, 2**32):
         found = packed_layer(x, cu_seqlens, bound, layer, rows, PackedLayout(cu_seqlens, bound, 110))
         assert torch.equal(found[chosen], exact[chosen])
 
@@ -790,6 +791,23 @@ def test_copies_share_and_pickles_compute_the_same(path: str, packing: Packing) 
     assert torch.equal(table_again.rows(ids), table.rows(ids))
     rows = torch.randn(9, shape.width)
     assert torch.equal(run_layer(rows, [9], layer_again, "all"), run_layer(rows, [9], layer, "all"))
+
+
+def test_what_was_handed_to_another_process_computes_as_before(path: str) -> None:
+    shape = SHAPES[0]
+    weight, bias = weight_and_bias(100, shape.width)
+    packed, x = pack_weight(weight, bias), torch.randn(7, shape.width)
+    layer = packed_of(layer_weights(shape), shape, "float32")
+
+    def results(packed: PackedWeight, layer: PackedLayer) -> list[Tensor]:
+        return [packed_linear(x, packed), run_layer(x, [7], layer, "all")]
+
+    expected = results(packed, layer)
+    # This pickler moves tensors to shared memory.
+    there = pickle.loads(ForkingPickler.dumps((packed, layer)))
+    for each in ((packed, layer), there):
+        for found, before in zip(results(*each), expected, strict=True):
+            assert torch.equal(found, before)
 
 
 @every_packing

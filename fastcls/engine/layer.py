@@ -228,7 +228,8 @@ class EncoderLayer(Weighted):
         """The product of some of queries, keys and values, which stand in this order."""
         sizes, packed = self.spec.qkv_sizes, self._packed_products
         start, size = sum(sizes[:first]), sum(sizes[first : first + count])
-        if packed is not None and start % PANEL == 0 and size % PANEL == 0:
+        # Where int8 is computed, queries fill whole panels, so this never falls back on the weights: they may be gone.
+        if packed is not None and start % PANEL == 0:
             return packed.qkv.columns(start, size), None
         rows = slice(start, start + size)
         return self.qkv_weight[rows], None if self.qkv_bias is None else self.qkv_bias[rows]

@@ -69,9 +69,9 @@ class PackedWeights:
         self._stack: PackedStack | None = None
         self.is_alone = False
         self._made_of: tuple[Any, ...] = ()
-        # The memory of the weights that are packed: held, so that no new weight gets an old one's address and is taken
-        # for it.
-        self._memory: list[torch.UntypedStorage] = []
+        # The memory of the weights that are packed, and where in it they begin: held, so that no new weight gets an old
+        # one's address and is taken for it.
+        self._memory: list[tuple[torch.UntypedStorage, Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # What can be made anew is left out.
@@ -119,8 +119,12 @@ class PackedWeights:
         Raises:
             RuntimeError: they have, and cannot be packed anew.
         """
-        is_current = self._made_of == (self._state(packing) if packing else ())
+        state = self._state(packing) if packing else ()
+        is_current = self._made_of == state
         if self.is_alone and not is_current:
+            if self._has_only_moved(state):
+                self._note(state)
+                return True
             raise RuntimeError(f"weights and options must stay as they were: {LET_GO}")
         return is_current
 
@@ -156,7 +160,7 @@ class PackedWeights:
             packing: as what; None forgets what was packed.
         """
         if packing is None:
-            self.clear()
+            self._forget()
             return
         made_of = self._state(packing)
         with torch.inference_mode(False), torch.no_grad():
@@ -172,7 +176,13 @@ class PackedWeights:
             self._made_of = ()
 
     def clear(self) -> None:
-        """Forgets what was packed."""
+        """Forgets what was packed. Of int8 it is kept until `refresh`: a pass under way would go on in float32."""
+        if self.packing == "int8":
+            self.doubt()
+        else:
+            self._forget()
+
+    def _forget(self) -> None:
         if self._made and not self.is_alone:
             self._made, self._table, self._stack, self._made_of, self._memory = (), None, None, (), []
             for layer in self._layers:
@@ -195,8 +205,18 @@ class PackedWeights:
 
     def _note(self, made_of: tuple[Any, ...]) -> None:
         """Notes what the packed weights are made of."""
-        self._memory = [each.untyped_storage() for each in self._weights()]
+        self._memory = [(each.untyped_storage(), each.storage_offset()) for each in self._weights()]
         self._made_of = made_of
+
+    def _has_only_moved(self, state: tuple[Any, ...]) -> bool:
+        """Whether all that is different is where in memory the weights lie, as after another process was given them."""
+        before, now = self._made_of, self._weights()
+        if len(state) != 3 or len(before) != 3 or state[::2] != before[::2] or len(now) != len(self._memory):
+            return False
+        places = ((each.untyped_storage()._cdata, each.storage_offset()) for each in now)
+        return all(
+            place == (memory._cdata, offset) for place, (memory, offset) in zip(places, self._memory, strict=True)
+        )
 
     def _weights(self) -> list[Tensor]:
         """What packed weights are made of, and other weights beside them."""

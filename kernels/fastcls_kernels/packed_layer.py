@@ -101,17 +101,33 @@ class PackedLayer:
         self.attention_norm, self.output_norm = norms
         self.width, self.inner, self.num_heads, self.head_dim = width, inner, num_heads, width // num_heads
         self.scale, self.eps, self.activation = scale, eps, activation
-        self.struct = LayerStruct(
-            *(width, num_heads, self.head_dim, inner, function_number(activation), scale, eps, 0),
-            *(weight.struct for weight in (qkv, out, up, down)),
-            *(None if each is None else each.data_ptr() for norm in norms for each in norm),
-        )
-        self.pointer = ctypes.byref(self.struct)
+        self.struct = LayerStruct(width, num_heads, self.head_dim, inner, function_number(activation), scale, eps, 0)
+        self._point()
+        self._may_move = False
+
+    def _point(self) -> None:
+        struct, norms = self.struct, (*self.attention_norm, *self.output_norm)
+        struct.qkv, struct.out = self.qkv.placed(), self.out.placed()
+        struct.up, struct.down = self.up.placed(), self.down.placed()
+        places = (None if each is None else each.data_ptr() for each in norms)
+        struct.attention_norm, struct.attention_norm_bias, struct.output_norm, struct.output_norm_bias = places
+
+    @property
+    def may_move(self) -> bool:
+        """Whether its tensors may no longer lie where ``struct`` says: see `PackedWeight`."""
+        weights_may = self.qkv.may_move or self.out.may_move or self.up.may_move or self.down.may_move
+        return self._may_move or weights_may
+
+    def place(self) -> None:
+        """Has ``struct`` say where its tensors lie, if they may have moved."""
+        if self.may_move:
+            self._point()
 
     def __deepcopy__(self, memo: dict[int, object]) -> PackedLayer:
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
+        self._may_move = True
         weights = (self.qkv, self.out, self.up, self.down, self.attention_norm, self.output_norm)
         return PackedLayer, (*weights, self.num_heads, self.scale, self.eps, self.activation)
 
@@ -202,11 +218,15 @@ class PackedStack:
             for layer in self.layers[:-1]:
                 x = torch_layer(x, layout, layer, "all")
             return torch_layer(x, layout, self.layers[-1], rows)
-        starts, sequences, longest = layout.cu_seqlens, layout.num_sequences, layout.max_seqlen
+        starts, sequences = layout.cu_seqlens, layout.num_sequences
         tokens = int(starts[-1])
+        # A bound may be any number, and memory is taken for it.
+        longest = min(layout.max_seqlen, tokens)
         threads = self._threads(compiled, tokens, longest)
+        for layer in self.layers:
+            layer.place()
         out = x.new_empty(sequences, first.width) if rows == "first" else None
-        size = compiled.layers_memory(first.pointer, tokens, longest, threads)
+        size = compiled.layers_memory(ctypes.byref(first.struct), tokens, longest, threads)
         memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         compiled.layers(
             self.pointers,

@@ -95,7 +95,7 @@ def packed_linear_unchecked(
         rows[2] = hidden_states.new_empty(count, groups, dtype=torch.int32)
     threads = torch.get_num_threads() if count * in_features * weight.out_features > _FEW_PRODUCTS else 1
     compiled.product(
-        weight.pointer,
+        ctypes.byref(weight.placed()),
         ctypes.c_void_p(hidden_states.data_ptr()),
         ctypes.c_ssize_t(hidden_states.stride(0)),
         count,

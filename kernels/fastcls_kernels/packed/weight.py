@@ -14,7 +14,6 @@ wide columns, which would take the digits of all others.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any, get_args
 
 import torch
@@ -49,6 +48,10 @@ class PackedWeight:
         packing: what its numbers are.
         in_features, out_features: its shape.
         panels, bias, scales, sums: see `pack_weight`.
+
+    Attributes:
+        struct: what the compiled kernels read, to be had from `placed`.
+        may_move: its tensors may no longer lie where ``struct`` says.
     """
 
     def __init__(
@@ -65,16 +68,27 @@ class PackedWeight:
         self.in_features = in_features
         self.out_features = out_features
         self.panels, self.bias, self.scales, self.sums = panels, bias, scales, sums
-        self.struct = WeightStruct(
-            *(_KINDS[packing], in_features, out_features, 0 if sums is None else sums.stride(0)),
-            *(None if each is None else each.data_ptr() for each in (panels, bias, scales, sums)),
-        )
-        self.pointer = ctypes.byref(self.struct)
+        self.struct = WeightStruct(_KINDS[packing], in_features, out_features, 0 if sums is None else sums.stride(0))
+        self._point()
+        self.may_move = False
+
+    def _point(self) -> None:
+        tensors = (self.panels, self.bias, self.scales, self.sums)
+        places = (None if each is None else each.data_ptr() for each in tensors)
+        self.struct.packed, self.struct.bias, self.struct.scales, self.struct.sums = places
+
+    def placed(self) -> WeightStruct:
+        """What the compiled kernels read."""
+        if self.may_move:
+            self._point()
+        return self.struct
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # To hand tensors to another process torch.multiprocessing moves them, at any time from now on.
+        self.may_move = True
         own = (self.packing, self.in_features, self.out_features, self.panels, self.bias, self.scales, self.sums)
         return PackedWeight, own
 
