@@ -793,7 +793,8 @@ def test_copies_share_and_pickles_compute_the_same(path: str, packing: Packing) 
     assert torch.equal(run_layer(rows, [9], layer_again, "all"), run_layer(rows, [9], layer, "all"))
 
 
-def test_what_was_handed_to_another_process_computes_as_before(path: str) -> None:
+@pytest.mark.usefixtures("path")
+def test_what_was_handed_to_another_process_computes_as_before() -> None:
     shape = SHAPES[0]
     weight, bias = weight_and_bias(100, shape.width)
     packed, x = pack_weight(weight, bias), torch.randn(7, shape.width)
