@@ -917,6 +917,11 @@ def test_a_cpu_gets_the_kernels_for_its_instructions(
         assert (f"({name})" if runs else str(expected)) in reason
 
 
+def test_another_packing_is_refused() -> None:
+    with pytest.raises(ValueError, match="packing must be one of float32, bfloat16, int8, got 'int4'"):
+        explain_compiled("int4")
+
+
 def test_a_cpu_without_vectors_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     monkeypatch.setattr(LIBRARY, "_open", lambda: (MadeUpLibrary("avx2", "avx512"), ""))

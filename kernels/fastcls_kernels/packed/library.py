@@ -11,7 +11,7 @@ import functools
 import importlib.machinery
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -173,7 +173,12 @@ def explain_compiled(packing: Packing = "float32") -> tuple[bool, str]:
 
     Args:
         packing: "float32", "bfloat16" or "int8".
+
+    Raises:
+        ValueError: another packing.
     """
+    if packing not in get_args(Packing):
+        raise ValueError(f"packing must be one of {', '.join(get_args(Packing))}, got {packing!r}")
     if is_plain_torch():
         return False, 'left out by use_backend("torch")'
     found, reason = _load()
