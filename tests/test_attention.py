@@ -74,6 +74,7 @@ def check_varlen(
     assert not bool(actual[sum(lengths) :].any()), "rows that belong to no sequence must be zero"
 
 
+@pytest.mark.covering(alone=["num_heads", "head_dim", "dtype"])
 @pytest.mark.parametrize(("num_heads", "head_dim"), HEADS)
 def test_every_schedule_matches_the_definition(
     schedule: str, lengths: list[int], num_heads: int, head_dim: int, dtype: torch.dtype
@@ -173,6 +174,7 @@ def check_relative(
     assert not bool(actual[-2:].any()), "rows that belong to no sequence must be zero"
 
 
+@pytest.mark.covering(alone=["schedule", "relative", "left_out"])
 @LEFT_OUT
 @pytest.mark.parametrize("relative", RELATIVE)
 @pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])

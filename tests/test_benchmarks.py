@@ -201,7 +201,7 @@ SHAPES = [name for name, each in MODELS.items() if name not in TOO_LARGE and not
 # BERT-base once more, with other words, half its layers or another task; and what takes longest.
 TWINS = (
     *("roberta-base", "electra-base", "distilbert", "bert-base-fill", "gte-multilingual-base", "jina-embeddings-v3"),
-    *("deberta-base", "eurobert-210m", "nomic-embed-text-v1.5"),
+    *("deberta-base", "eurobert-210m", "nomic-embed-text-v1.5", "modernbert-base", "deberta-v3-base"),
 )
 
 
@@ -446,6 +446,7 @@ def test_without_sentences_weights_and_calibration_are_random(monkeypatch: pytes
     assert max(int(batch["input_ids"].max()) for batch in texts) < 1100
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("tiny_is_known")
 def test_plan_by_threads_of_its_own_loads_peers_with_them() -> None:
     seen: list[int] = []
@@ -950,6 +951,7 @@ def test_interrupted_run_keeps_the_rounds_of_the_case_under_way() -> None:
     assert "Partial" in text_of(*render(report))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("tiny_is_known")
 def test_what_breaks_a_case_is_shown_and_the_rest_is_measured(
     model: BertForSequenceClassification, monkeypatch: pytest.MonkeyPatch

@@ -52,6 +52,7 @@ def test_torch_path_matches_definition(torch_path: str, lengths: list[int], dtyp
     check_stream(lengths * MANY, 12, 48, dtype, torch_path)
 
 
+@pytest.mark.covering(alone=["width", "dtype"])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_kernel_takes_every_width(kernels: str, width: int, dtype: torch.dtype) -> None:
@@ -319,6 +320,7 @@ def check_extras(
     ids=[*EXTRAS, "all-splits=3"],
 )
 @several_packings
+@pytest.mark.covering(alone=["lengths", "dtype"])
 def test_kernel_takes_keys_biases_and_any_rows(
     kernels: str, lengths: list[int], dtype: torch.dtype, extras: set[str], num_splits: int | None
 ) -> None:
@@ -551,6 +553,7 @@ def check_kv_extras(
     ids=[*KV_EXTRAS, "both-splits=3"],
 )
 @several_packings
+@pytest.mark.covering(alone=["lengths", "dtype"])
 def test_kv_kernel_takes_biases_and_any_rows(
     kernels: str, lengths: list[int], dtype: torch.dtype, extras: set[str], num_splits: int | None
 ) -> None:

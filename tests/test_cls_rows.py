@@ -166,6 +166,7 @@ def test_cls_output_torch_path_without_biases(
 POOLERS = [(501, 48, 48, 2), (1087, 64, 80, 1), (145, 40, 130, 77), (0, 32, 32, 3)]
 
 
+@pytest.mark.covering(alone=["num_rows", "width", "pooled", "labels", "dtype"])
 @pytest.mark.parametrize(("num_rows", "width", "pooled", "labels"), POOLERS)
 def test_pooler_classifier_kernel(
     kernels: str, num_rows: int, width: int, pooled: int, labels: int, dtype: torch.dtype

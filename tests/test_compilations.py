@@ -13,8 +13,9 @@ import fastcls
 import fastcls_kernels
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not fastcls_kernels.HAS_TRITON, reason="triton is not installed")
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.full), "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_two_hundred_random_batches_compile_nothing_new(arch: str) -> None:
     counts = run_worker("compilation_worker.py", arch, "200")
     assert counts["launches"] > 2000

@@ -216,7 +216,7 @@ def test_whole_classifier_through_the_kernels(kernel_device: str, model_class: s
             assert_close(actual, expected, 1e-5, last_layer)
 
 
-@pytest.mark.covering(by=by_kernels)
+@pytest.mark.covering(by=lambda case: {"device": case["kernel_device"]})
 @every_filler
 def test_masked_rows_through_the_kernels(kernel_device: str, model_class: str, family: str) -> None:
     if kernel_device == "cpu" and family not in INTERPRETED:

@@ -54,7 +54,11 @@ def test_triton_backend_without_triton_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["fastcls_kernels", "fastcls, fastcls.models.base, fastcls.classifier, fastcls.tools.cli"]
+    "module",
+    [
+        "fastcls_kernels",
+        pytest.param("fastcls, fastcls.models.base, fastcls.classifier, fastcls.tools.cli", marks=pytest.mark.full),
+    ],
 )
 def test_import_asks_for_no_device(module: str) -> None:
     code = (

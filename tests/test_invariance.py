@@ -141,7 +141,7 @@ def sums_in_order(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize(
-    "kind", ["bert", *(pytest.param(each, marks=pytest.mark.full) for each in ("mpnet", "modernbert")), "deberta-v2"]
+    "kind", [pytest.param(each, marks=[] if each == "bert" else [pytest.mark.full]) for each in KINDS]
 )
 def test_bits_through_the_kernels(kind: str, sums_in_order: str) -> None:
     name = {family: name for name, family in CLASSIFIERS}[kind]

@@ -26,6 +26,7 @@ from test_families import (
     arithmetic_and_head,
     assert_close,
     batch,
+    by_family_and_head,
     every_class,
     every_classifier,
     family_and_head,
@@ -162,7 +163,7 @@ def test_int8_is_the_same_from_the_compiled_kernels_and_from_pytorch(model_class
 
 
 @pytest.mark.parametrize("mask", ["right_padding", "holes", "none"])
-@pytest.mark.covering(alone=["model_class", "mask"])
+@pytest.mark.covering(by=by_family_and_head, alone=["family", "head", "mask"])
 @every_class
 def test_packed_weights_change_nothing_but_roundings(model_class: str, family: str, mask: str) -> None:
     model = tiny_model(model_class, family, attn_implementation="eager")

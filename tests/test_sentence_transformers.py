@@ -714,6 +714,7 @@ def test_texts_are_not_joined_for_flash_attention(minilm_path: Path) -> None:
     assert fast[0].unpad_inputs is None
 
 
+@pytest.mark.full
 def test_sentence_transformers_is_not_imported_for_other_models() -> None:
     code = (
         "import sys, fastcls, support; fastcls.optimize(support.tiny_bert()); "

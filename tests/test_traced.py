@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import has_compiler, tiny_bert, tiny_model
-from test_families import CLASSES, answers, arithmetic_and_head, shaped_for
+from test_families import CLASSES, answers, arithmetic, shaped_for
 from test_imports import BLOCK, run
 from torch import Tensor
 from torch.export import Dim
@@ -64,7 +64,7 @@ def calls(graph: torch.fx.GraphModule) -> list[str]:
     return [str(node.target) for node in graph.graph.nodes if "fastcls" in str(node.target)]
 
 
-@arithmetic_and_head
+@arithmetic
 @every_class
 def test_compiled_without_a_break(model_class: str, family: str, device: str) -> None:
     fast = fastcls.optimize(tiny_model(model_class, family).to(device))

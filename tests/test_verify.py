@@ -706,6 +706,7 @@ def broken_off(texts: Iterator[Any], after: int) -> Iterator[Any]:
     raise KeyboardInterrupt
 
 
+@pytest.mark.full
 def test_real_sentences(
     minilm_sst2: Any, minilm_tokenizer: PreTrainedTokenizerBase, sst2: Callable[[str], Any]
 ) -> None:
