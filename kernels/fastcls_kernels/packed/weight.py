@@ -8,7 +8,7 @@
 An int8 weight has a scale for each output column, symmetric: w = scale * q with q from -127 to 127. A row is quantised
 by groups of 128 columns, each with a scale and a zero point of its own that its numbers alone decide:
 x = scale * (q - zero_point) with q from 0 to 255. Sums within a group are exact, in int32; they are scaled and added up
-in float32. So a row's result depends on no other row. Groups halve the error of one scale a row: LayerNorm leaves a few
+in float32. So a row's result depends on no other row. Groups err less than one scale a row: LayerNorm leaves a few
 wide columns, which would take the digits of all others.
 """
 
