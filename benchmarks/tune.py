@@ -1,7 +1,6 @@
 """Measures tiles on this machine's GPU and writes its chip's table, kernels/fastcls_kernels/configs/<chip>.json.
 
 python benchmarks/tune.py --dry-run
-python benchmarks/tune.py
 python benchmarks/tune.py --operation linear_gelu --seconds 120 --out sm_90.json
 
 Tiles run through the public operations. First each is compiled and checked, many at a time, in separate processes; the
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 import multiprocessing
 import os
@@ -32,21 +30,19 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-import fastcls_kernels as ours
-from fastcls_benchmarks import machine, provenance, runner, timing
+from fastcls_benchmarks import provenance, timing
+from fastcls_benchmarks.kernels import OPERATIONS, Arguments, random_numbers
+from fastcls_benchmarks.provider import reason_of
 from fastcls_benchmarks.results import AGAIN, Case
 from fastcls_benchmarks.tables import NONE, duration, plain_table
-from fastcls_benchmarks.tile_candidates import OPERATIONS, Arguments, Facts, Problem, Random, Tile, suits
-from fastcls_benchmarks.tile_rules import BITS, Winner, table_with, written
-from fastcls_benchmarks.workloads import SEED
+from fastcls_benchmarks.tiles import CANDIDATES, Point, Problem, Tile, Winner, label, points_of, table_with, written
+from fastcls_kernels import explain_backend
 from fastcls_kernels.runtime import tile_tables
 
-# The chip of a plan if there is no GPU.
-PLANNED_ARCH = "sm_90"
+PLANNED_ARCH = "sm_90"  # if there is no GPU
 # Checking may take this share of the time, in this number of processes.
 CHECKING = 0.5
 PROCESSES = max(1, min((os.cpu_count() or 1) - 1, 14))
@@ -59,60 +55,15 @@ MAX_TURNS = 10
 CHECK_SECONDS, FIRST_SECONDS, ROUND_SECONDS = 1.5, 0.065, 0.045
 
 
-class Point(NamedTuple):
-    """Facts that the table tells apart, with the problems that it cannot tell apart."""
-
-    operation: str
-    facts: Facts
-    problems: list[Problem]
-
-    def candidates(self, arch: str) -> dict[str, Tile]:
-        """The tiles to try by their labels, the table's present choice first."""
-        present = tile_tables._first_fitting(arch, self.operation, {**BITS, **self.facts})
-        has_tma = arch.startswith("sm_") and int(arch[3:]) >= 90
-        tiles = (tile for tile in OPERATIONS[self.operation].tiles if suits(tile, self.problems[0], has_tma))
-        return {label(tile): tile for tile in (present, *tiles)}
-
-
-def points_of(name: str) -> list[Point]:
-    """An operation's points, by shape and size."""
-    operation = OPERATIONS[name]
-    found: dict[tuple[int, ...], Point] = {}
-    for shape, size in itertools.product(operation.shapes, operation.sizes):
-        problem = Problem(name, shape, *size)
-        facts = operation.facts(problem)
-        found.setdefault(tuple(facts.values()), Point(name, facts, [])).problems.append(problem)
-    return list(found.values())
-
-
-_COUNTS = {"num_warps": "w", "num_stages": "s", "SPLITS": "splits"}
-
-
-def label(tile: Tile) -> str:
-    """A tile's name in tables."""
-    blocks = "x".join(str(value) for name, value in tile.items() if "BLOCK" in name)
-    counts = [f"{short}{tile[name]}" for name, short in _COUNTS.items() if name in tile]
-    flags = [name for name, value in tile.items() if value is True]
-    return " ".join(filter(None, [tile.get("BY"), blocks, *counts, *flags]))
-
-
-# Checking
-
-
 def shortfall(found: Tensor, eager: Tensor, exact: Tensor) -> str:
     """Why a result is not exact enough: over 1.1 times eager's error in RMS or 2 times at the worst; "" if it is."""
     # If eager happens to be better than its dtype can store, the rounded exact result is the measure.
     errors = [(each.double() - exact).abs() for each in (found, eager, exact.to(eager.dtype))]
-    rms, worst = zip(*((float(each.square().mean().sqrt()), float(each.max())) for each in errors), strict=True)
+    rms, worst = [float(each.square().mean().sqrt()) for each in errors], [float(each.max()) for each in errors]
     for what, (error, *bounds), factor in (("RMS", rms, 1.1), ("worst", worst, 2)):
         if not error <= factor * max(bounds):
             return f"{what} error {error:.1e}, more than {factor} times {max(bounds):.1e}"
     return ""
-
-
-def _source(device: str, dtype: torch.dtype, seed: int) -> Random:
-    generator = torch.Generator(device).manual_seed(seed)
-    return lambda *shape: torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
 
 def _run(problem: Problem, tile: Tile, arguments: Arguments) -> Tensor:
@@ -120,17 +71,11 @@ def _run(problem: Problem, tile: Tile, arguments: Arguments) -> Tensor:
         return OPERATIONS[problem.operation].run(*arguments)
 
 
-def _define(problem: Problem, arguments: Arguments, dtype: torch.dtype) -> Tensor:
-    return OPERATIONS[problem.operation].definition(
-        *(each.to(dtype) if isinstance(each, Tensor) and each.is_floating_point() else each for each in arguments)
-    )
-
-
 def _spilled() -> set[str]:
     """The kernels of this process that spill registers."""
     modules = [module for name, module in sys.modules.items() if name.startswith("fastcls_kernels.")]
     caches = [getattr(each, "device_caches", {}) for module in modules for each in vars(module).values()]
-    kernels = [kernel for each in caches for kernels, *_ in each.values() for kernel in kernels.values()]
+    kernels = [kernel for each in caches for compiled, *_ in each.values() for kernel in compiled.values()]
     # A kernel that needs more memory than the chip has was never loaded, and has no count.
     return {kernel.hash for kernel in kernels if getattr(kernel, "n_spills", 0)}
 
@@ -140,20 +85,20 @@ def verdict(problem: Problem, tile: Tile, device: str, dtype: torch.dtype) -> st
     """Why a tile may not be timed; "" if it may."""
     # A rule of 16 bits is float16's, too. Compiled kernels err alike in both; a library's approximations may not.
     dtypes = (dtype,) if tile.get("BY", "triton") == "triton" else (dtype, torch.float16)
-    small, before = problem.to_check(), _spilled()
+    operation, small, before = OPERATIONS[problem.operation], problem.to_check(), _spilled()
     try:
         for each in dict.fromkeys(dtypes):
             # Each tile has its own numbers: memory that a kernel fails to write may hold another tile's result.
-            random = _source(device, each, zlib.crc32(label(tile).encode()))
-            arguments = OPERATIONS[problem.operation].make(random, small)
+            random = random_numbers(device, each, zlib.crc32(label(tile).encode()))
+            arguments = operation.make(random, small.shape, small.layout(device))
             found = _run(small, tile, arguments)
-            wrong = shortfall(found, _define(small, arguments, each), _define(small, arguments, torch.float64))
+            wrong = shortfall(found, operation.define(arguments, each), operation.define(arguments, torch.float64))
             if wrong:
                 return f"{str(each).removeprefix('torch.')}: {wrong}"
     except Exception as error:  # whatever is wrong with a tile is a line of the report, not the end of the run
         # Raises if this process has lost the GPU.
-        machine.wait_for(torch.device(device))
-        return runner.reason_of(error)
+        timing.wait_for(torch.device(device))
+        return reason_of(error)
     # tests/test_aot.py would refuse it.
     return "it spills registers" if _spilled() - before else ""
 
@@ -174,26 +119,9 @@ def in_processes(judge: Callable[..., str], tasks: Iterable[tuple[Any, ...]], un
                 return str(own.pool.submit(judge, *task).result())
             except Exception as error:
                 del own.pool
-                return runner.reason_of(error)
+                return reason_of(error)
 
         yield from threads.map(in_own_process, tasks)
-
-
-# Timing
-
-
-class _Timed(NamedTuple):
-    """Functions of one problem, with the number of calls in each."""
-
-    case: Case
-    functions: dict[str, timing.Function]
-    calls: int
-
-    def rounds(self, names: Iterable[str], effort: timing.Effort, device: torch.device) -> None:
-        self.case.seconds.clear()
-        timing.time_rounds(self.case, {name: self.functions[name] for name in names}, effort, device)
-        for name, rounds in self.case.seconds.items():
-            self.case.seconds[name] = [[seconds / self.calls for seconds in each] for each in rounds]
 
 
 def choose(cases: Sequence[Case]) -> str:
@@ -222,13 +150,9 @@ def _subject(problem: Problem, name: str) -> str:
 
 
 def tasks_of(points: Iterable[Point], arch: str) -> dict[str, tuple[Problem, Tile]]:
-    """The tiles to compile and check: each once for each shape."""
-    return {
-        _subject(problem, name): (problem, tile)
-        for point in points
-        for name, tile in point.candidates(arch).items()
-        for problem in point.problems
-    }
+    """The tiles to compile and check, each once for each shape, by what to call them."""
+    tried = [(problem, point[0].candidates(arch)) for point in points for problem in point]
+    return {_subject(problem, name): (problem, tile) for problem, tiles in tried for name, tile in tiles.items()}
 
 
 @dataclass
@@ -251,92 +175,85 @@ class Tuner:
             self.doing(f"checked {subject}")
             if reason:
                 self.skipped[subject] = reason
-        left = sum(len(point.problems) for point in points)
+        left = sum(map(len, points))
         for point in points:
-            now = time.monotonic()
+            now, problem = time.monotonic(), point[0]
             if now > self.until:
                 return
-            self.doing(f"{point.operation}, {point.problems[0].name}")
-            tiles = point.candidates(self.arch)
-            wrong = {name for name in tiles for each in point.problems if _subject(each, name) in self.skipped}
-            right = {name: tile for name, tile in tiles.items() if name not in wrong}
+            self.doing(f"{problem.operation}, {problem.name}")
+            tiles = problem.candidates(self.arch)
+            wrong = {name for name in tiles for each in point if _subject(each, name) in self.skipped}
+            right = {name: tiles[name] for name in tiles if name not in wrong}
+            cases = []
             try:
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                cases = self.measure(point, right, now + (self.until - now) * len(point.problems) / left)
+                cases = self.measure(point, right, now + (self.until - now) * len(point) / left)
             except Exception as error:  # as in verdict
-                self.skipped[f"{point.operation}, all of {point.facts}"] = runner.reason_of(error)
-                cases = []
-            left -= len(point.problems)
+                self.skipped[f"{problem.operation}, all of {problem.facts}"] = reason_of(error)
+            left -= len(point)
             if cases:
                 chosen = choose(cases)
                 yield Choice(point, next(iter(tiles)), chosen, tiles[chosen], cases)
 
     def measure(self, point: Point, tiles: Mapping[str, Tile], until: float) -> list[Case]:
         """A case for each of a point's problems, with the same tiles in all; the first that runs is the baseline."""
-        timed = [self._prepare(problem, tiles) for problem in point.problems]
-        names = [name for name in tiles if all(name in each.functions for each in timed)]
+        torch.cuda.empty_cache()
+        prepared = [self._prepare(problem, tiles) for problem in point]
+        names = [name for name in tiles if all(name in functions for functions, _ in prepared)]
         if not names:
             return []
-        for each in timed:
-            each.case.baseline = names[0]
-            each.rounds(names, ONE_ROUND, self.device)
-        ranked = sorted(names, key=lambda name: math.prod(each.case.round_seconds(name)[0] for each in timed))
+        dtype = str(self.dtype).removeprefix("torch.")
+        cases = [Case("kernel", problem.operation, problem.name, dtype, names[0]) for problem in point]
+
+        for case, (functions, _) in zip(cases, prepared, strict=True):
+            timing.time_rounds(case, {name: functions[name] for name in names}, ONE_ROUND, self.device)
+        ranked = sorted(names, key=lambda name: math.prod(case.round_seconds(name)[0] for case in cases))
         finalists = dict.fromkeys([names[0], *ranked[:FINALISTS]])
-        for number, each in enumerate(timed):
-            seconds = max(until - time.monotonic(), 0) / (len(timed) - number)
-            each.rounds(finalists, timing.Effort(seconds, visit_seconds=0.01, max_calls=10), self.device)
-        return [each.case for each in timed]
+        for left, case, (functions, calls) in zip(range(len(cases), 0, -1), cases, prepared, strict=True):
+            case.seconds.clear()
+            effort = timing.Effort(max(until - time.monotonic(), 0) / left, visit_seconds=0.01, max_calls=10)
+            timing.time_rounds(case, {name: functions[name] for name in finalists}, effort, self.device)
+            for name, rounds in case.seconds.items():
+                case.seconds[name] = [[each / calls for each in one_round] for one_round in rounds]
+        return cases
 
     @torch.inference_mode()
-    def _prepare(self, problem: Problem, tiles: Mapping[str, Tile]) -> _Timed:
-        """On input sets that no cache holds together; on a GPU in a CUDA graph, so that launches do not count."""
-        make, random = OPERATIONS[problem.operation].make, _source(str(self.device), self.dtype, SEED)
-        sets = [make(random, problem)]
+    def _prepare(self, problem: Problem, tiles: Mapping[str, Tile]) -> tuple[dict[str, timing.Function], int]:
+        """Functions by labels, and the calls in each: on a GPU a CUDA graph, so that launches do not count."""
+        make, shape, layout = OPERATIONS[problem.operation].make, problem.shape, problem.layout(self.device)
+        random = random_numbers(self.device, self.dtype)
+        # Input sets that no cache holds together.
+        sets = [make(random, shape, layout)]
         size = sum(each.nbytes for each in sets[0] if isinstance(each, Tensor))
-        count = min(max(math.ceil(runner.INPUT_BYTES / size), 2), runner.MAX_INPUT_SETS)
-        sets += [make(random, problem) for _ in range(count - 1)]
-        turns = min(math.ceil(runner.GRAPH_CALLS / count), MAX_TURNS)
+        count = min(max(math.ceil(timing.INPUT_BYTES / size), 2), timing.MAX_INPUT_SETS)
+        sets += [make(random, shape, layout) for _ in range(count - 1)]
+        turns = min(math.ceil(timing.GRAPH_CALLS / count), MAX_TURNS)
         on_gpu = self.device.type == "cuda"
         functions = {}
         for name, tile in tiles.items():
             runs = [functools.partial(_run, problem, tile, each) for each in sets]
             try:
-                functions[name] = runner.captured(runs, turns) if on_gpu else runner.in_turn(runs)
+                functions[name] = timing.captured(runs, turns) if on_gpu else timing.in_turn(runs)
             except Exception as error:  # as in verdict
-                self.skipped[f"{problem.operation}, {problem.name}: {name}"] = runner.reason_of(error)
-        dtype = str(self.dtype).removeprefix("torch.")
-        case = Case("kernel", problem.operation, problem.name, dtype, baseline="")
-        return _Timed(case, functions, turns * count if on_gpu else 1)
+                self.skipped[f"{problem.operation}, {problem.name}: {name}"] = reason_of(error)
+        return functions, turns * count if on_gpu else 1
 
 
-def provenance_of(device: torch.device) -> dict[str, Any]:
-    """The provenance of the figures behind a rule."""
-    facts = provenance.collect(device)
-    kept = ("chip", "driver", "commit", "dirty", "source_digest", "date")
-    return {name: facts[name] for name in kept} | {name: facts["versions"][name] for name in ("torch", "triton")}
-
-
-# The report
-
-
-def plan_of(points: Sequence[Point], arch: str, seconds: float) -> Table:
+def plan_of(names: Iterable[str], arch: str, seconds: float) -> Table:
     """The planned steps, and the least time that they take."""
     table = plain_table(f"Plan for {arch}, tiles checked in {PROCESSES} processes")
     for heading in ("operation", "shapes", "sizes", "tiles", "timings", "seconds"):
         table.add_column(heading, justify="left" if heading in ("operation", "shapes", "sizes") else "right")
     total = 0.0
-    for name, group in itertools.groupby(points, key=lambda point: point.operation):
-        own, operation = list(group), OPERATIONS[name]
-        candidates = [(problem, point.candidates(arch)) for point in own for problem in point.problems]
-        timings = sum(len(tiles) for _, tiles in candidates)
-        least = len(tasks_of(own, arch)) * CHECK_SECONDS / PROCESSES + timings * FIRST_SECONDS
-        least += len(candidates) * timing.Effort(0).min_rounds * (FINALISTS + 2) * ROUND_SECONDS
+    for name in names:
+        points = points_of(name)
+        candidates = [problem.candidates(arch) for point in points for problem in point]
+        timings = sum(map(len, candidates))
+        rounds = len(candidates) * timing.Effort(0).min_rounds * (FINALISTS + 2)
+        checks = len(tasks_of(points, arch)) / PROCESSES
+        least = checks * CHECK_SECONDS + timings * FIRST_SECONDS + rounds * ROUND_SECONDS
         total += least
-        shapes = ", ".join(f"{a} x {b}" for a, b in operation.shapes)
-        sizes = ", ".join(str(size[-1]) for size in operation.sizes)
-        distinct = {tile for _, tiles in candidates for tile in tiles}
-        table.add_row(name, shapes, sizes, str(len(distinct)), str(timings), f"{least:.0f}")
+        shapes, sizes = (", ".join(f"{a} x {b}" for a, b in CANDIDATES[name][each]) for each in ("shapes", "sizes"))
+        table.add_row(name, shapes, sizes, str(len(set().union(*candidates))), str(timings), f"{least:.0f}")
     table.caption = f"At least {total:.0f} seconds of {seconds:.0f}. What there is no time for stays as it is."
     return table
 
@@ -346,22 +263,13 @@ def result_of(choices: Sequence[Choice]) -> Table:
     table = plain_table("Former and chosen tiles")
     for heading in ("operation", "problem", "former", "µs", "chosen", "µs", "faster"):
         table.add_column(heading, justify="right" if heading in ("µs", "faster") else "left")
-    for choice in choices:
-        for case in choice.cases:
-            former, chosen = (duration(case.typical_seconds(name), "µs") for name in (choice.former, choice.chosen))
-            ratio = case.times_faster(choice.chosen, choice.former)
-            faster = NONE if ratio is None or choice.chosen == choice.former else f"{ratio:.2f} x"
-            new = choice.chosen if choice.chosen != choice.former else "the same"
-            table.add_row(case.subject, case.workload, choice.former, former, new, chosen, faster)
+    for _, former, chosen, _, cases in choices:
+        for case in cases:
+            before, after = (duration(case.typical_seconds(name), "µs") for name in (former, chosen))
+            ratio = None if chosen == former else case.times_faster(chosen, former)
+            new, faster = "the same" if chosen == former else chosen, NONE if ratio is None else f"{ratio:.2f} x"
+            table.add_row(case.subject, case.workload, former, before, new, after, faster)
     return table
-
-
-def chip() -> tuple[str | None, str]:
-    """The chip that kernels run on here, or None and the reason."""
-    if not torch.cuda.is_available():
-        return None, "there is no GPU that torch can use"
-    backend, why = ours.explain_backend("cuda")
-    return (tile_tables.arch_of(torch.device("cuda")) if backend == "triton" else None), why
 
 
 def main(
@@ -373,71 +281,52 @@ def main(
     """Measures tiles on this GPU and writes the rules by which its kernels choose them."""
     began = time.monotonic()
     console, errors = Console(), Console(stderr=True)
-    unknown = [name for name in operation or () if name not in OPERATIONS]
-    if unknown:
-        known = f"must be one of {', '.join(OPERATIONS)}; got {', '.join(unknown)}"
+    if unknown := [name for name in operation or () if name not in CANDIDATES]:
+        known = f"must be one of {', '.join(CANDIDATES)}; got {', '.join(unknown)}"
         raise typer.BadParameter(known, param_hint="--operation")
     if out is not None and not out.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="--out")
-    points = [point for name in OPERATIONS if name in (operation or OPERATIONS) for point in points_of(name)]
-    arch, why = chip()
+    names = [name for name in CANDIDATES if name in (operation or CANDIDATES)]
+    here = torch.cuda.is_available()
+    backend, why = explain_backend("cuda") if here else ("torch", "there is no GPU that torch can use")
+    arch = tile_tables.arch_of(torch.device("cuda")) if backend == "triton" else PLANNED_ARCH
     if dry_run:
-        console.print(plan_of(points, arch or PLANNED_ARCH, seconds))
+        console.print(plan_of(names, arch, seconds))
         return
-    if arch is None:
+    if backend != "triton":
         errors.print(f"tune.py needs a GPU: {why}. With --dry-run it needs none.", soft_wrap=True)
         raise typer.Exit(2)
-    device = torch.device("cuda")
-    measured = provenance_of(device)
     out = out or tile_tables.CONFIGS / f"{arch}.json"
-    choices: list[Choice] = []
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("", total=seconds)
-
-        def doing(what: str) -> None:
-            progress.update(task, completed=time.monotonic() - began, description=escape(what))
-
-        judge = functools.partial(in_processes, verdict, until=began + CHECKING * seconds)
-        tuner = Tuner(arch, device, began + seconds, judge, doing=doing)
+    facts = provenance.collect(torch.device("cuda"))
+    measured = {name: facts[name] for name in ("chip", "driver", "commit", "dirty", "source_digest", "date")}
+    measured |= {name: facts["versions"][name] for name in ("torch", "triton")}
+    judge = functools.partial(in_processes, verdict, until=began + CHECKING * seconds)
+    tuner = Tuner(arch, torch.device("cuda"), began + seconds, judge)
+    points = {name: points_of(name) for name in names}
+    choices: dict[str, list[Choice]] = {name: [] for name in names}
+    winners: dict[str, list[Winner]] = {}
+    with errors.status("") as status:
+        tuner.doing = lambda what: status.update(f"{time.monotonic() - began:4.0f} s {escape(what)}")
         try:
-            for choice in tuner.choices(points):
-                choices.append(choice)
-                # At once, so that whatever ends the run loses no complete operation.
-                keep(complete(points, choices), arch, measured, out)
+            for choice in tuner.choices([point for own in points.values() for point in own]):
+                name, facts = choice.point[0].operation, choice.point[0].facts
+                choices[name].append(choice)
                 if not errors.is_terminal:
-                    passed = time.monotonic() - began
-                    errors.print(f"{passed:4.0f} s {choice.point.operation} {choice.point.facts}: {choice.chosen}")
+                    errors.print(f"{time.monotonic() - began:4.0f} s {name} {facts}: {choice.chosen}")
+                if len(choices[name]) == len(points[name]):
+                    # At once, so that whatever ends the run loses no complete operation.
+                    winners[name] = [(each.point[0].facts, each.tile) for each in choices[name]]
+                    out.write_text(written(table_with(arch, winners, measured)), encoding="utf-8")
         except KeyboardInterrupt:
             errors.print("Interrupted: what was complete is kept.", style="bold red")
-    console.print(result_of(choices))
+    console.print(result_of([choice for own in choices.values() for choice in own]))
     if tuner.skipped:
         console.print(f"Not timed ({len(tuner.skipped)}):")
-        for subject, reason in tuner.skipped.items():
-            console.print(f"  {escape(subject)}: {escape(reason)}", highlight=False)
-    winners = complete(points, choices)
-    for name in dict.fromkeys(point.operation for point in points):
-        if name not in winners:
-            done = sum(choice.point.operation == name for choice in choices)
-            wanted = sum(point.operation == name for point in points)
-            console.print(f"{name} stays as it is: measured at {done} of {wanted} points.")
-    if winners:
-        console.print(f"Written to {out}: {', '.join(winners)}.")
-
-
-def keep(winners: Mapping[str, Sequence[Winner]], arch: str, measured: dict[str, Any], out: Path) -> None:
-    """Writes the table if it has new rules."""
-    if winners:
-        out.write_text(written(table_with(arch, winners, measured)), encoding="utf-8")
-
-
-def complete(points: Sequence[Point], choices: Sequence[Choice]) -> dict[str, list[Winner]]:
-    """The winners of the operations that were measured at all their points."""
-    winners: dict[str, list[Winner]] = {}
-    for name, group in itertools.groupby(points, key=lambda point: point.operation):
-        own = [(choice.point.facts, choice.tile) for choice in choices if choice.point.operation == name]
-        if len(own) == len(list(group)):
-            winners[name] = own
-    return winners
+    for subject, reason in tuner.skipped.items():
+        console.print(f"  {escape(subject)}: {escape(reason)}", highlight=False)
+    for name in names:
+        stays = f"{name} stays as it is: measured at {len(choices[name])} of {len(points[name])} points."
+        console.print(f"{name} is written to {out}." if name in winners else stays)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from . import comparison, provenance, runner, suites, tables
+from .provider import Provider
 from .providers import PROVIDERS
 from .results import Report
 from .suites import Suite
+from .texts import CORPORA, PIPELINE, TEXT_PROVIDERS, server, tokenizer_of
 from .workloads import LENGTHS, MODELS, SEED
 
 RESULTS_FILE = "results.json"
@@ -25,45 +27,42 @@ COLUMNS = 100
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Choice:
-    """The options, checked.
+def chosen_suite(
+    suite: str,
+    models: Sequence[str],
+    lengths: Sequence[str],
+    batch_sizes: Sequence[int],
+    providers: Sequence[str],
+    dtypes: Sequence[str],
+    url: str | None,
+    device: torch.device,
+) -> Suite:
+    """The suite that the options ask for.
 
     Raises:
         ValueError: a choice that does not exist; it names the option, its value and the possible ones.
     """
+    _check("--suite", [suite], suites.names(device))
+    _check("--model", models, MODELS)
+    _check("--lengths", lengths, LENGTHS)
+    _check("--provider", providers, PROVIDERS)
+    _check("--dtype", dtypes, _DTYPES)
+    found = suites.suite(suite, device)
+    if url is not None:
+        return suites.with_server(found, server(url))
+    if models or lengths or batch_sizes or dtypes or providers:
+        return suites.custom(found, models, batch_sizes, lengths, providers, [_DTYPES[name] for name in dtypes])
+    return found
 
-    def __init__(
-        self,
-        suite: str,
-        models: Sequence[str],
-        lengths: Sequence[str],
-        batch_sizes: Sequence[int],
-        providers: Sequence[str],
-        dtypes: Sequence[str],
-        device: torch.device,
-    ) -> None:
-        _check("--suite", [suite], suites.names(device))
-        _check("--model", models, MODELS)
-        _check("--lengths", lengths, LENGTHS)
-        _check("--provider", providers, PROVIDERS)
-        _check("--dtype", dtypes, _DTYPES)
-        self.device = device
-        self.suite = self._suite(suite, models, lengths, batch_sizes, providers, [_DTYPES[name] for name in dtypes])
 
-    def _suite(
-        self,
-        name: str,
-        models: Sequence[str],
-        lengths: Sequence[str],
-        batch_sizes: Sequence[int],
-        providers: Sequence[str],
-        dtypes: Sequence[torch.dtype],
-    ) -> Suite:
-        if models or lengths or batch_sizes or dtypes:
-            chosen = [PROVIDERS[each] for each in providers]
-            return suites.custom(name, self.device, models, batch_sizes, lengths, chosen, dtypes)
-        found = suites.suite(name, self.device)
-        return suites.with_providers(found, providers) if providers else found
+def save_checkpoint(suite: str, folder: Path, device: torch.device) -> Path:
+    """Writes the model of the suite's first case from text to label, with its tokenizer, for a server to serve."""
+    _check("--suite", [suite], suites.names(device))
+    plan = suites.with_server(suites.suite(suite, device), PIPELINE).plans[0]
+    model = runner.Session(plan, device).model
+    model.save_pretrained(folder)
+    tokenizer_of(model).save_pretrained(folder)
+    return folder
 
 
 def _check(option: str, names: Sequence[str], known: Collection[str]) -> None:
@@ -91,11 +90,8 @@ class _Shown:
     """A progress bar in planned seconds, or in a log a line for each case; keeps complete cases in a file."""
 
     def __init__(self, progress: Progress, total: float, path: Path) -> None:
-        self.progress = progress
+        self.progress, self.total, self.path, self.passed = progress, total, path, 0.0
         self.task = progress.add_task("starting", total=total)
-        self.path = path
-        self.total = total
-        self.passed = 0.0
 
     def doing(self, what: str) -> None:
         self.progress.update(self.task, description=escape(what))
@@ -111,37 +107,24 @@ class _Shown:
         report.write(self.path)
 
 
-def measure(choice: Choice, folder: Path, errors: Console) -> Report:
+def measure(suite: Suite, device: torch.device, folder: Path, errors: Console) -> Report:
     """Runs the suite. Ctrl-C ends it early, and complete cases are kept."""
-    arguments = {
-        "suite": choice.suite.name,
-        "device": str(choice.device),
-        "seed": SEED,
-        "plans": [
-            f"{plan.model}, {plan.workload.name}: {'; '.join(each.name for each in plan.providers)}"
-            for plan in choice.suite.models
-        ],
-    }
+    names = [
+        f"{plan.subject}, {plan.workload.name}: {'; '.join(each.name for each in plan.providers)}"
+        for plan in suite.plans
+    ]
+    arguments = {"suite": suite.name, "device": str(device), "seed": SEED, "plans": names}
     # Before anything is measured, so that a folder that cannot be written to is an error now.
     folder.mkdir(parents=True, exist_ok=True)
-    report = Report(choice.suite.name, provenance.collect(choice.device), arguments)
-    columns = (
-        SpinnerColumn(),
-        BarColumn(16),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.description}"),
-    )
-    total = sum(runner.planned_seconds(choice.suite, choice.device))
-    errors.print(
-        f"Suite {choice.suite.name}: about {max(total / 60, 1):.0f} min. Results go to {folder}.", highlight=False
-    )
+    report = Report(suite.name, provenance.collect(device), arguments)
+    columns = (SpinnerColumn(), BarColumn(16), TimeElapsedColumn(), TextColumn("left:"))
+    columns += (TimeRemainingColumn(elapsed_when_finished=True), TextColumn("{task.description}"))  # type: ignore[assignment]
+    total = sum(runner.planned_seconds(suite, device))
+    errors.print(f"Suite {suite.name}: about {max(total / 60, 1):.0f} min. Results go to {folder}.", highlight=False)
+    options = {"console": errors, "transient": True, "disable": not errors.is_terminal, "speed_estimate_period": 3600}
     try:
-        with Progress(
-            *columns, console=errors, transient=True, disable=not errors.is_terminal, speed_estimate_period=3600
-        ) as progress:
-            runner.run(choice.suite, report, choice.device, _Shown(progress, total, folder / RESULTS_FILE))
+        with Progress(*columns, **options) as progress:  # type: ignore[arg-type]
+            runner.run(suite, report, device, _Shown(progress, total, folder / RESULTS_FILE))
     except KeyboardInterrupt:
         errors.print("Interrupted: what was measured so far is kept.", style="bold red")
     return report
@@ -159,7 +142,7 @@ def write(report: Report, folder: Path) -> list[str]:
     """Writes JSON, CSV, and if possible pictures and the HTML report; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     report.write(folder / RESULTS_FILE)
-    report.write_csv(folder / "samples.csv")
+    report.samples().to_csv(folder / "samples.csv", index=False)
     if pictures_missing():
         return [RESULTS_FILE, "samples.csv"]
     from . import html, plots
@@ -191,11 +174,29 @@ def show_comparison(old: Report, new: Report, fail_above: float | None, console:
 def show_choices(device: torch.device, console: Console) -> None:
     """Prints all suites, models, lengths and providers."""
     dtype = suites.default_dtype(device)
+
+    def can(provider: Provider) -> str:
+        missing = provider.available(device, dtype)
+        return f"{provider.description}. Cannot run here: {missing}" if missing else provider.description
+
+    def describe(name: str) -> str:
+        suite = suites.suite(name, device)
+        minutes = max(sum(runner.planned_seconds(suite, device)) / 60, 1)
+        kinds = [plan.kind for plan in suite.plans]
+        counts = (
+            (kinds.count("model"), "models"),
+            (kinds.count("text"), "from text to label"),
+            (kinds.count("kernel"), "kernels"),
+        )
+        return f"{', '.join(f'{count} {what}' for count, what in counts if count)}; about {minutes:.0f} min"
+
     for heading, rows in (
-        ("--suite", [(name, _describe(suites.suite(name, device), device)) for name in suites.names(device)]),
+        ("--suite", [(name, describe(name)) for name in suites.names(device)]),
         ("--model", [(name, each.about) for name, each in MODELS.items()]),
         ("--lengths", [(name, f"{each.description} ({each.source})") for name, each in LENGTHS.items()]),
-        ("--provider", [(name, _can(name, device, dtype)) for name in PROVIDERS]),
+        ("--provider", [(name, can(each)) for name, each in PROVIDERS.items()]),
+        ("from text to label", [(name, can(each)) for name, each in TEXT_PROVIDERS.items() if ", sorted" not in name]),
+        ("texts", list(CORPORA.items())),
     ):
         table = Table(box=box.SIMPLE_HEAD, title_justify="left")
         table.add_column(heading, no_wrap=True)
@@ -203,14 +204,4 @@ def show_choices(device: torch.device, console: Console) -> None:
         for name, text in rows:
             table.add_row(name, escape(text))
         console.print(table, highlight=False)
-
-
-def _describe(suite: Suite, device: torch.device) -> str:
-    minutes = max(sum(runner.planned_seconds(suite, device)) / 60, 1)
-    return f"{len(suite.models)} cases, {len(suite.kernels)} kernels, about {minutes:.0f} min"
-
-
-def _can(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    provider = PROVIDERS[name]
-    missing = provider.available(device, dtype)
-    return f"{provider.description}. Cannot run here: {missing}" if missing else provider.description
+    console.print("From text to label, each provider also runs in a loop over texts sorted by length: NAME, sorted.")

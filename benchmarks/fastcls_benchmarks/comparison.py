@@ -4,31 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pandas as pd
 from rich.console import RenderableType
 from rich.markup import escape
 
-from .results import Case, Report
+from .results import Report
 from .tables import duration, plain_table
 
-
-@dataclass(frozen=True)
-class Change:
-    """One provider in one case of two runs.
-
-    Attributes:
-        before, after: how many times faster than the baseline it was; for the baseline itself, seconds.
-        ratio: how many times faster it has become; below 1 it has become slower.
-        moved: whether that is more than both runs' noise.
-    """
-
-    case: Case
-    provider: str
-    before: float
-    after: float
-    seconds_before: float
-    seconds_after: float
-    ratio: float
-    moved: bool
+_KEY = ["case", "provider"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +19,9 @@ class Comparison:
     """Two runs side by side.
 
     Attributes:
-        changes: of all providers but the baselines, in the order of the new run.
+        changes: a row for each provider but the baselines: ``case``, ``provider``, and of both runs, with the endings
+            ``_old`` and ``_new``, what `Report.figures` says; ``ratio``, how many times faster it has become relative to
+            its baseline; and whether it ``moved`` by more than both runs' noise.
         machine: how many times faster the baselines have become, as a median: another machine, or another hour.
         only_old, only_new: measured in one of the runs only.
         broken: timed before, and failed now.
@@ -44,7 +29,7 @@ class Comparison:
         same_machine: whether both ran on the same chip with as many threads.
     """
 
-    changes: list[Change]
+    changes: pd.DataFrame
     machine: float | None
     only_old: list[str]
     only_new: list[str]
@@ -53,75 +38,62 @@ class Comparison:
     same_machine: bool
 
     @property
-    def moved(self) -> list[Change]:
-        return [change for change in self.changes if change.moved]
+    def moved(self) -> pd.DataFrame:
+        return self.changes[self.changes.moved.astype(bool)]
 
     def reasons_to_fail(self, percent: float) -> list[str]:
-        """Why the new run does not pass as slower than the old one by at most ``percent``."""
+        """Why the new run does not pass as slower than the old one by at most ``percent``, beyond the noise."""
         reasons = [f"{name} has failed" for name in self.broken]
         if not self.same_machine:
             reasons.append("the runs are of different machines or numbers of threads")
-        if not self.changes:
+        if self.changes.empty:
             reasons.append("the runs have no figures in common")
+        slower = self.moved[1 / self.moved.ratio - 1 > percent / 100]
         return reasons + [
-            f"{change.case.name}, {change.provider}: {1 / change.ratio - 1:.0%} slower, more than {percent:g} %"
-            for change in self.regressions(percent)
+            f"{each.case}, {each.provider}: {1 / each.ratio - 1:.0%} slower, more than {percent:g} %"
+            for each in slower.itertuples()
         ]
-
-    def regressions(self, percent: float) -> list[Change]:
-        """The changes that are slower by more than ``percent``, beyond the noise."""
-        return [change for change in self.moved if 1 / change.ratio - 1 > percent / 100]
 
 
 def compare(old: Report, new: Report) -> Comparison:
     """Compares each provider's speed relative to its baseline, so that a slower hour of the machine is no change."""
-    before = {case.key: case for case in old.cases}
-    changes, machine = [], []
-    old_names, new_names = _names(old), _names(new)
-    for case in new.cases:
-        if case.key not in before:
-            continue
-        was = before[case.key]
-        baselines = was.typical_seconds(was.baseline), case.typical_seconds(case.baseline)
-        if baselines[0] and baselines[1] and was.baseline == case.baseline:
-            machine.append(baselines[0] / baselines[1])
-            changes += [change for row in case.rows if (change := _change(was, case, row.provider))]
-    machine.sort()
+    before, after = (_timed(report) for report in (old, new))
+    both = before.merge(after, on=_KEY, suffixes=("_old", "_new")) if len(before) and len(after) else pd.DataFrame()
+    changes, machine = pd.DataFrame(columns=[*_KEY, "ratio", "moved"]), None
+    if len(both):
+        both = both[both.baseline_old == both.baseline_new]
+        is_baseline = both.provider == both.baseline_new
+        machine = float((both.seconds_old / both.seconds_new)[is_baseline].median())
+        found = both[~is_baseline & both.low_old.notna() & both.low_new.notna()]
+        apart = (found.low_new > found.high_old) | (found.high_new < found.low_old)
+        changes = found.assign(ratio=found.times_new / found.times_old, moved=apart)
+    names_old, names_new = (
+        [f"{case}, {provider}" for case, provider in zip(each.case, each.provider, strict=True)]
+        for each in (before, after)
+    )
+    failed = {f"{case.name}, {row.provider}": None for case in new.cases for row in case.rows if row.status == "failed"}
     return Comparison(
         changes,
-        machine[len(machine) // 2] if machine else None,
-        [name for name in old_names if name not in new_names],
-        [name for name in new_names if name not in old_names],
-        [name for name in _names(new, "failed") if name in old_names],
+        machine,
+        [name for name in names_old if name not in names_new],
+        [name for name in names_new if name not in names_old],
+        [name for name in failed if name in names_old],
         _differing(old, new),
         all(old.provenance[name] == new.provenance[name] for name in ("chip", "threads")),
     )
 
 
-def _names(report: Report, status: str = "timed") -> dict[str, None]:
-    """Every provider with this status, with its case; a dict, because it keeps the order."""
-    return {f"{case.name}, {row.provider}": None for case in report.cases for row in case.rows if row.status == status}
+def _timed(report: Report) -> pd.DataFrame:
+    figures = report.figures()
+    return figures[figures.seconds.notna()]
 
 
 def _differing(old: Report, new: Report) -> list[str]:
-    facts = [
-        (name, old.provenance[name], new.provenance[name])
-        for name in ("chip", "threads", "driver", "python", "commit", "dirty")
-    ]
-    packages = {*old.provenance["versions"], *new.provenance["versions"]}
-    facts += [
-        (name, old.provenance["versions"].get(name), new.provenance["versions"].get(name)) for name in sorted(packages)
-    ]
-    return [f"{name}: {before} before, {after} now" for name, before, after in facts if before != after]
-
-
-def _change(was: Case, case: Case, provider: str) -> Change | None:
-    old, new = was.interval(provider), case.interval(provider)
-    before, after = was.typical_seconds(provider), case.typical_seconds(provider)
-    if provider == case.baseline or old is None or new is None or before is None or after is None:
-        return None
-    moved = new.low > old.high or new.high < old.low
-    return Change(case, provider, old.median, new.median, before, after, new.median / old.median, moved)
+    facts = [{**each.provenance, **each.provenance["versions"]} for each in (old, new)]
+    packages = sorted({*old.provenance["versions"], *new.provenance["versions"]})
+    named = [*("chip", "threads", "driver", "python", "commit", "dirty"), *packages]
+    values = ((name, *(each.get(name) for each in facts)) for name in named)
+    return [f"{name}: {before} before, {after} now" for name, before, after in values if before != after]
 
 
 def render(comparison: Comparison) -> list[RenderableType]:
@@ -130,38 +102,25 @@ def render(comparison: Comparison) -> list[RenderableType]:
     if comparison.differing:
         parts.append("The runs differ in " + escape("; ".join(comparison.differing)) + ".\n")
     if comparison.machine is not None:
-        parts.append(
-            f"The baselines took {1 / comparison.machine:.2f} times as long as before; "
-            "what follows is relative to them.\n"
-        )
-    count = len(comparison.changes)
-    if comparison.moved:
-        table = plain_table(f"Beyond the noise of both runs: {len(comparison.moved)} of {count}")
-        table.add_column("case", overflow="fold")
-        table.add_column("provider", no_wrap=True)
-        for heading in ("ms before", "ms now", "vs baseline", "change"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for change in comparison.moved:
-            percent = change.ratio - 1
-            table.add_row(
-                escape(change.case.name),
-                change.provider,
-                duration(change.seconds_before),
-                duration(change.seconds_after),
-                f"{change.before:.2f} to {change.after:.2f}",
-                f"{percent:+.0%}",
-                style="green" if percent > 0 else "red",
+        slower = 1 / comparison.machine
+        parts.append(f"The baselines took {slower:.2f} times as long as before; what follows is relative to them.\n")
+    count, moved = len(comparison.changes), comparison.moved
+    if len(moved):
+        columns = ("case", "provider", "ms before", "ms now", "vs baseline", "change")
+        table = plain_table(f"Beyond the noise of both runs: {len(moved)} of {count}", columns=columns, left=2)
+        table.columns[0].no_wrap = False
+        for each in moved.itertuples():
+            shown = (
+                duration(each.seconds_old),
+                duration(each.seconds_new),
+                f"{each.times_old:.2f} to {each.times_new:.2f}",
             )
+            style = "green" if each.ratio > 1 else "red"
+            table.add_row(escape(each.case), each.provider, *shown, f"{each.ratio - 1:+.0%}", style=style)
         parts.append(table)
     elif not count:
         parts.append("The runs have no figures in common.")
     else:
         parts.append(f"Unchanged: none of {count} figures moved beyond the noise of both runs.")
-    for heading, names in (
-        ("Failed now", comparison.broken),
-        ("Only before", comparison.only_old),
-        ("Only now", comparison.only_new),
-    ):
-        if names:
-            parts.append(f"{heading}: {escape('; '.join(names))}.")
-    return parts
+    lists = {"Failed now": comparison.broken, "Only before": comparison.only_old, "Only now": comparison.only_new}
+    return parts + [f"{heading}: {escape('; '.join(names))}." for heading, names in lists.items() if names]

@@ -70,8 +70,8 @@ def main(work: dict[str, str | int]) -> dict[str, float | int | str | None]:
     model_class = class_of(name)
     imported = time.perf_counter()
 
-    from .machine import wait_for
     from .providers import PROVIDERS
+    from .timing import wait_for
 
     torch.set_num_threads(int(work["threads"]))
     device, dtype = torch.device(str(work["device"])), getattr(torch, str(work["dtype"]))

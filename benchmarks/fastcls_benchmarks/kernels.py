@@ -1,10 +1,9 @@
-"""Single kernels, each beside its usual alternatives, at BERT-base's shapes."""
+"""Single operations, and kernels: operations at BERT-base's shapes, each beside its usual alternatives."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -12,32 +11,139 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcls_kernels import (
-    PackedLayout,
-    absorb_query,
-    add_layer_norm,
-    attention_varlen,
-    cls_attention,
-    cls_output,
-    embedding_layer_norm,
-    linear_gelu,
-    pooler_classifier,
-    reference,
-)
+import fastcls_kernels as ours
+from fastcls_kernels import AddNorm, PackedLayout, reference
 
 from .provider import Available
 from .providers import compiler_missing
 from .workloads import SEED, VOCAB_SIZE, Workload, lengths_of
 
-NUM_HEADS, HEAD_DIM, WIDTH, INNER_WIDTH, MAX_POSITIONS = 12, 64, 768, 3072, 512
+Arguments = tuple[Any, ...]
+Random = Callable[..., Tensor]
+Shape = tuple[int, int]
+
 EPS = 1e-12
+# BERT-base's.
+HEADS, HEAD_DIM, WIDTH, INNER, LABELS, MAX_POSITIONS = 12, 64, 768, 3072, 2, 512
+
+
+def random_numbers(device: torch.device | str, dtype: torch.dtype, seed: int = SEED) -> Random:
+    """A function from sizes to normal random numbers, the same ones every time."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda *sizes: torch.randn(*sizes, generator=generator, device=device, dtype=dtype)
+
+
+def layout_of(lengths: Sequence[int], device: torch.device | str) -> PackedLayout:
+    """The layout of texts given shortest first, as the model packs them."""
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    return PackedLayout(cu_seqlens, lengths[-1], sum(lengths))
+
+
+def _arguments(name: str, random: Random, shape: Shape, layout: PackedLayout) -> Arguments:
+    """Of one of `OPERATIONS`. What one kernel hands to the next in float32 is float32 here, too."""
+    # Heads and the size of one, features before and after, or heads, labels or positions and the width.
+    first, width = shape
+    tokens, texts, starts = layout.total_tokens, layout.num_sequences, layout.cu_seqlens[:-1]
+
+    def linear(out_features: int, in_features: int) -> Arguments:
+        # Scaled as trained weights are, so that results lie around 1.
+        return random(out_features, in_features) * in_features**-0.5, random(out_features)
+
+    def norm() -> Arguments:
+        return random(width), random(width), EPS
+
+    match name:
+        case "attention":
+            return *random(tokens, 3, *shape).unbind(1), layout
+        case "cls_attention":
+            x, bias, residual = random(tokens, width), random(width), random(tokens, width)
+            return random(texts, *shape).float(), x, layout, bias, residual, *norm()
+        case "cls_pass":
+            return random(texts, *shape), random(tokens, width), layout
+        case "absorb_query":
+            return random(tokens, width), starts, *linear(width, width), linear(width, width)[0], first
+        case "cls_output":
+            summed, products = random(texts, *shape).float(), (*linear(width, width), *linear(width, width))
+            return summed, *products, random(tokens, width), starts, *norm()
+        case "pooler_classifier":
+            return random(texts, width), *linear(width, width), *linear(first, width)
+        case "add_layer_norm":
+            return random(tokens, width), random(width), random(tokens, width), *norm()
+        case "embedding_layer_norm":
+            generator = torch.Generator().manual_seed(SEED)
+            ids = torch.randint(VOCAB_SIZE, (tokens,), generator=generator).to(starts.device)
+            places = torch.arange(tokens, device=starts.device) - starts.repeat_interleave(layout.cu_seqlens.diff())
+            tables = [random(rows, width) for rows in (VOCAB_SIZE, first, 2)]
+            return ids, places, torch.zeros_like(ids), *tables, *norm()
+        case "linear_gelu":
+            return random(tokens, first), *linear(width, first)
+        case "linear_add_layer_norm":
+            return random(tokens, first), *linear(width, first), random(tokens, width), *norm()
+    raise ValueError(f"no operation {name}")
+
+
+class Operation(NamedTuple):
+    """What makes an operation's arguments for texts in a layout, what users call, and the plainest torch."""
+
+    make: Callable[[Random, Shape, PackedLayout], Arguments]
+    run: Callable[..., Tensor]
+    definition: Callable[..., Tensor]
+
+    def define(self, arguments: Arguments, dtype: torch.dtype) -> Tensor:
+        """The definition's result, computed in a dtype."""
+        return self.definition(
+            *(each.to(dtype) if isinstance(each, Tensor) and each.is_floating_point() else each for each in arguments)
+        )
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+    return ours.attention_varlen(q, k, v, layout.cu_seqlens, layout.max_seqlen, layout=layout)
+
+
+def _attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+    return reference.attention_varlen_reference(q, k, v, layout.cu_seqlens, layout.max_seqlen)
+
+
+def _cls_attention(query: Tensor, x: Tensor, layout: PackedLayout, *norm: Any) -> Tensor:
+    """With the layer norm before it, if there is one: a tile computes it inside or leaves it to a separate pass."""
+    # Not the head size's scale, which is for queries that are products over it: these are random.
+    before, scale = AddNorm(*norm) if norm else None, x.shape[1] ** -0.5
+    return ours.cls_attention(query, x, layout.cu_seqlens, layout.max_seqlen, scale, layout=layout, norm=before)
+
+
+def _cls_attention_reference(query: Tensor, x: Tensor, layout: PackedLayout, *norm: Any) -> Tensor:
+    x = reference.add_layer_norm_reference(x, *norm) if norm else x
+    return reference.cls_attention_reference(query, x, layout.cu_seqlens, layout.max_seqlen, x.shape[1] ** -0.5)
+
+
+def _cls_output_reference(summed: Tensor, value_weight: Tensor, *others: Any) -> Tensor:
+    return reference.cls_output_reference(summed.to(value_weight.dtype), value_weight, *others)
+
+
+def _linear_add_layer_norm_reference(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    return reference.add_layer_norm_reference(F.linear(x, weight), *others)
+
+
+# By their names in the tables of tiles; the [CLS] pass is attention of the [CLS] rows without the norm before it.
+_FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "attention": (_attention, _attention_reference),
+    "cls_pass": (_cls_attention, _cls_attention_reference),
+    "cls_attention": (_cls_attention, _cls_attention_reference),
+    "absorb_query": (ours.absorb_query, reference.absorb_query_reference),
+    "cls_output": (ours.cls_output, _cls_output_reference),
+    "pooler_classifier": (ours.pooler_classifier, reference.pooler_classifier_reference),
+    "add_layer_norm": (ours.add_layer_norm, reference.add_layer_norm_reference),
+    "embedding_layer_norm": (ours.embedding_layer_norm, reference.embedding_layer_norm_reference),
+    "linear_gelu": (ours.linear_gelu, reference.linear_gelu_reference),
+    "linear_add_layer_norm": (ours.linear_add_layer_norm, _linear_add_layer_norm_reference),
+}
+OPERATIONS = {name: Operation(functools.partial(_arguments, name), *both) for name, both in _FUNCTIONS.items()}
 
 
 class Inputs(NamedTuple):
-    """One set of inputs: the operation's arguments, in the order of its definition, and the layout of the texts."""
+    """One set of inputs: the operation's arguments, and the texts' lengths."""
 
-    arguments: tuple[Any, ...]
-    layout: PackedLayout
+    arguments: Arguments
     lengths: list[int]
 
     @property
@@ -46,12 +152,7 @@ class Inputs(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A provider on one set of inputs.
-
-    Attributes:
-        run: the timed call.
-        result: brings the result of ``run`` to the shape of the definition's; None if it is no answer to check.
-    """
+    """What is timed, and what brings its result to the shape of the definition's: None if it is no answer to check."""
 
     run: Callable[[], Tensor]
     result: Callable[[Tensor], Tensor] | None = lambda out: out
@@ -68,60 +169,62 @@ class KernelProvider:
 
 @dataclass(frozen=True)
 class Kernel:
-    """An operation.
-
-    Attributes:
-        make: the arguments of one set, from a source of random numbers and the texts' lengths.
-        definition: computes the result in the plainest torch.
-        least: (floating point operations, bytes) that it needs, from the inputs and the size of an element.
-        providers: the first is the baseline.
-        rounding: an error that is always allowed, however small the definition's own happens to be.
-    """
+    """One of `OPERATIONS` at one shape; by default the alternatives are its definition, and that compiled."""
 
     name: str
-    make: Callable[[Callable[..., Tensor], PackedLayout, list[int]], tuple[Any, ...]]
-    definition: Callable[..., Tensor]
-    least: Callable[[Inputs, int], tuple[float, float]]
-    providers: tuple[KernelProvider, ...]
-    rounding: Callable[[Inputs], float] = lambda _: 0.0
+    operation: str
+    shape: Shape
+    alternatives: tuple[KernelProvider, ...] = ()
+
+    @property
+    def providers(self) -> tuple[KernelProvider, ...]:
+        """The first is the baseline."""
+        _, ours, definition = OPERATIONS[self.operation]
+        by_torch = (
+            KernelProvider("torch", _by(definition)),
+            KernelProvider("torch.compile", lambda inputs: _by(compiled(definition))(inputs), compiler_missing),
+        )
+        return (*(self.alternatives or by_torch), KernelProvider("fastcls", _by(ours)))
 
     def inputs(self, workload: Workload, device: torch.device, dtype: torch.dtype, sets: int) -> list[Inputs]:
         """``sets`` different sets of inputs."""
-        generator = torch.Generator(device).manual_seed(SEED)
+        random, make = random_numbers(device, dtype), OPERATIONS[self.operation].make
+        all_lengths = [sorted(lengths_of(batch).tolist()) for batch in workload.batches(sets)]
+        return [Inputs(make(random, self.shape, layout_of(each, device)), each) for each in all_lengths]
 
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
-
-        made = []
-        for batch in workload.batches(sets):
-            # Shortest first, as the model packs them.
-            lengths = sorted(lengths_of(batch).tolist())
-            cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-            layout = PackedLayout(cu_seqlens, lengths[-1], sum(lengths))
-            made.append(Inputs(self.make(random, layout, lengths), layout, lengths))
-        return made
+    def least(self, inputs: Inputs, itemsize: int) -> tuple[float, float]:
+        """(floating point operations, bytes) that it needs at least."""
+        flops, elements, other_bytes = _needs(inputs)[self.operation]
+        return float(flops), float(elements * itemsize + other_bytes)
 
     def check(self, inputs: Inputs, found: Tensor) -> float:
         """The largest error against float64.
 
         Raises:
-            ValueError: it is more than twice that of the definition in the inputs' own dtype, and more than rounding
-                explains, or not a number.
+            ValueError: it is more than twice the definition's in its own dtype, and than rounding explains, or NaN.
         """
-        exact = self.definition(*map(_double, inputs.arguments))
+        operation = OPERATIONS[self.operation]
+        exact = operation.define(inputs.arguments, torch.float64)
         if found.shape != exact.shape:
             raise ValueError(f"the result has shape {tuple(found.shape)} and not {tuple(exact.shape)}")
-        error, plain = (
-            float((each.double() - exact).abs().max()) for each in (found, self.definition(*inputs.arguments))
-        )
-        bound = max(2 * plain, self.rounding(inputs))
+        results = (found, operation.definition(*inputs.arguments))
+        error, plain = (float((each.double() - exact).abs().max()) for each in results)
+        # However small the definition's own error happens to be.
+        bound = max(2 * plain, _rounding(self.operation, inputs.arguments))
         if not error <= bound:
             raise ValueError(f"error {error:.1e}, more than {bound:.1e}")
         return error
 
 
-def _double(argument: Any) -> Any:
-    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+def _rounding(operation: str, arguments: Arguments) -> float:
+    """The textbook bound on the error of a first product that is summed in float32 in any order (Higham, 3.5)."""
+    if operation not in ("absorb_query", "cls_output", "pooler_classifier", "linear_gelu"):
+        return 0.0
+    if operation == "absorb_query":
+        arguments = (arguments[0][arguments[1]], *arguments[2:])
+    x, weight, bias = (each.double().abs() for each in arguments[:3])
+    terms = (x.shape[-1] + 1) * torch.finfo(torch.float32).eps / 2
+    return float((x @ weight.T + bias).max()) * terms / (1 - terms)
 
 
 def _by(function: Callable[..., Tensor]) -> Callable[[Inputs], Prepared]:
@@ -134,287 +237,103 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=True)
 
 
-def _torch_and_ours(definition: Callable[..., Tensor], ours: Callable[..., Tensor]) -> tuple[KernelProvider, ...]:
-    def by_compiling(inputs: Inputs) -> Prepared:
-        return _by(compiled(definition))(inputs)
-
-    return (
-        KernelProvider("torch", _by(definition)),
-        KernelProvider("torch.compile", by_compiling, compiler_missing),
-        KernelProvider("fastcls", _by(ours)),
-    )
-
-
-# Attention
-
-
-def _attention_arguments(random: Callable[..., Tensor], layout: PackedLayout, _: list[int]) -> tuple[Any, ...]:
-    q, k, v = random(layout.total_tokens, 3, NUM_HEADS, HEAD_DIM).unbind(1)
-    return q, k, v, layout.cu_seqlens, layout.max_seqlen, HEAD_DIM**-0.5
-
-
-def _attention_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
-    return 4.0 * WIDTH * sum(length**2 for length in inputs.lengths), 4.0 * inputs.tokens * WIDTH * itemsize
+def _padded(layout: PackedLayout, *packed: Tensor) -> tuple[Tensor, ...]:
+    """A mask over the texts, (num_texts, max_seqlen), and tensors padded to it with zeros."""
+    keep = torch.arange(layout.max_seqlen, device=layout.cu_seqlens.device) < layout.cu_seqlens.diff()[:, None]
+    padded = [each.new_zeros(*keep.shape, *each.shape[1:]) for each in packed]
+    for into, each in zip(padded, packed, strict=True):
+        into[keep] = each
+    return keep, *padded
 
 
 def _padded_sdpa(inputs: Inputs) -> Prepared:
     """As in a model without packing: q, k and v padded, a mask over the keys."""
-    *qkv, cu_seqlens, max_seqlen, scale = inputs.arguments
-    keep = torch.arange(max_seqlen, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
-
-    def pad(packed: Tensor) -> Tensor:
-        padded = packed.new_zeros(*keep.shape, NUM_HEADS, HEAD_DIM)
-        padded[keep] = packed
-        return padded.transpose(1, 2)
-
-    q, k, v = map(pad, qkv)
+    *qkv, layout = inputs.arguments
+    keep, *padded = _padded(layout, *qkv)
+    q, k, v = (each.transpose(1, 2) for each in padded)
+    attend = functools.partial(F.scaled_dot_product_attention, q, k, v)
     mask = None if bool(keep.all()) else keep[:, None, None, :]
-    return Prepared(
-        lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale),
-        lambda out: out.transpose(1, 2)[keep],
-    )
-
-
-def _varlen_missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda" or dtype == torch.float32:
-        return "torch.nn.attention.varlen needs a GPU and 16 bits"
-    return None
+    return Prepared(functools.partial(attend, attn_mask=mask), lambda out: out.transpose(1, 2)[keep])
 
 
 def _varlen(inputs: Inputs) -> Prepared:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v, cu_seqlens, max_seqlen, _ = inputs.arguments
-    q, k, v = (each.contiguous() for each in (q, k, v))
-    return Prepared(lambda: cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)))
+    *qkv, layout = inputs.arguments
+    q, k, v = (each.contiguous() for each in qkv)
+    bounds, longest = layout.cu_seqlens, layout.max_seqlen
+    return Prepared(lambda: cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest)))
 
 
 def _flex(inputs: Inputs) -> Prepared:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    *qkv, cu_seqlens, _, scale = inputs.arguments
-    # [1, NUM_HEADS, total_tokens, HEAD_DIM]
+    *qkv, layout = inputs.arguments
+    # [1, HEADS, total_tokens, HEAD_DIM]
     q, k, v = (each.transpose(0, 1)[None].contiguous() for each in qkv)
-    text = torch.repeat_interleave(torch.arange(len(inputs.lengths), device=q.device), cu_seqlens.diff().long())
-
-    def same_text(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return text[query] == text[key]
-
-    mask = create_block_mask(same_text, None, None, inputs.tokens, inputs.tokens, device=str(q.device))
+    text = torch.arange(layout.num_sequences, device=q.device).repeat_interleave(layout.cu_seqlens.diff())
+    sizes, device = (inputs.tokens, inputs.tokens), str(q.device)
+    mask = create_block_mask(lambda _b, _h, query, key: text[query] == text[key], None, None, *sizes, device=device)
     attend = compiled(cast(Callable[..., Tensor], flex_attention))
-    return Prepared(
-        lambda: attend(q, k, v, block_mask=mask, scale=scale),
-        lambda out: out[0].transpose(0, 1),
-    )
+    return Prepared(lambda: attend(q, k, v, block_mask=mask), lambda out: out[0].transpose(0, 1))
 
 
-def _our_attention(inputs: Inputs) -> Prepared:
-    return Prepared(functools.partial(attention_varlen, *inputs.arguments, layout=inputs.layout))
-
-
-# The [CLS] pass
-
-
-def _cls_arguments(random: Callable[..., Tensor], layout: PackedLayout, lengths: list[int]) -> tuple[Any, ...]:
-    # Not the head size's scale, which is for queries that are products over it: these are random.
-    scale = WIDTH**-0.5
-    query, hidden_states = random(len(lengths), NUM_HEADS, WIDTH), random(layout.total_tokens, WIDTH)
-    return query, hidden_states, layout.cu_seqlens, layout.max_seqlen, scale
-
-
-def _cls_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
-    # Every token is read once; each head of each text reads a query and writes a sum.
-    rows = inputs.tokens + 2 * NUM_HEADS * len(inputs.lengths)
-    return 4.0 * NUM_HEADS * WIDTH * inputs.tokens, 1.0 * rows * WIDTH * itemsize
+def _padded_cls_pass(inputs: Inputs) -> Prepared:
+    """Two batched products over a padded batch, as torch alone would do it."""
+    query, hidden_states, layout = inputs.arguments
+    keep, padded = _padded(layout, hidden_states)
+    # [num_texts, 1, max_seqlen]
+    bias = torch.zeros(keep.shape, dtype=query.dtype, device=query.device).masked_fill_(~keep, -torch.inf)[:, None]
+    return Prepared(lambda: torch.baddbmm(bias, query, padded.mT, alpha=WIDTH**-0.5).softmax(-1) @ padded)
 
 
 def _copy_as_many_bytes(inputs: Inputs) -> Prepared:
     """Half of the bytes are read and half are written."""
-    hidden_states = inputs.arguments[1]
-    _, num_bytes = _cls_least(inputs, hidden_states.itemsize)
-    source = hidden_states.new_empty(int(num_bytes / hidden_states.itemsize / 2)).normal_()
-    return Prepared(source.clone, None)
+    _, elements, _ = _needs(inputs)["cls_pass"]
+    return Prepared(inputs.arguments[1].new_empty(elements // 2).normal_().clone, None)
 
 
-def _padded_cls_attention(inputs: Inputs) -> Prepared:
-    """Two batched products over a padded batch, as torch alone would do it."""
-    query, hidden_states, cu_seqlens, max_seqlen, scale = inputs.arguments
-    keep = torch.arange(max_seqlen, device=query.device) < cu_seqlens.diff()[:, None]
-    padded = hidden_states.new_zeros(*keep.shape, WIDTH)
-    padded[keep] = hidden_states
-    # [num_texts, 1, max_seqlen]
-    bias = torch.zeros(keep.shape, dtype=query.dtype, device=query.device).masked_fill_(~keep, -torch.inf)[:, None]
-    return Prepared(lambda: torch.baddbmm(bias, query, padded.mT, alpha=scale).softmax(-1) @ padded)
+def _needs(inputs: Inputs) -> dict[str, tuple[int, int, int]]:
+    """The least that each operation needs: floating point operations, elements to read or write, and other bytes."""
+    texts, tokens, pairs = len(inputs.lengths), inputs.tokens, sum(length**2 for length in inputs.lengths)
+    # Each text has a row in the model's dtype, and one for each head in float32.
+    cls_rows = (4 * texts * WIDTH**2, (2 * WIDTH + texts) * WIDTH, 4 * texts * HEADS * WIDTH)
+    return {
+        "attention": (4 * pairs * WIDTH, 4 * tokens * WIDTH, 0),
+        # Every token is read once; each head of each text reads a query and writes a sum.
+        "cls_pass": (4 * HEADS * WIDTH * tokens, (tokens + 2 * HEADS * texts) * WIDTH, 0),
+        "absorb_query": cls_rows,
+        "cls_output": cls_rows,
+        "pooler_classifier": (2 * texts * WIDTH**2, (WIDTH + texts) * WIDTH, 0),
+        "add_layer_norm": (0, 3 * tokens * WIDTH, 0),
+        "embedding_layer_norm": (0, 2 * tokens * WIDTH, 0),
+        "linear_gelu": (2 * tokens * WIDTH * INNER, (tokens + INNER) * WIDTH + tokens * INNER, 0),
+    }
 
 
-def _our_cls_attention(inputs: Inputs) -> Prepared:
-    return Prepared(functools.partial(cls_attention, *inputs.arguments, layout=inputs.layout))
-
-
-# The [CLS] rows before and after that pass
-
-
-def _first_rows(random: Callable[..., Tensor], layout: PackedLayout) -> tuple[Tensor, Tensor]:
-    """Hidden states, and where each text begins."""
-    return random(layout.total_tokens, WIDTH), layout.cu_seqlens[:-1]
-
-
-def _projection(random: Callable[..., Tensor], rows: int = WIDTH) -> Tensor:
-    # Scaled as trained weights are.
-    return random(rows, WIDTH) * WIDTH**-0.5
-
-
-def _query_arguments(random: Callable[..., Tensor], layout: PackedLayout, _: list[int]) -> tuple[Any, ...]:
-    return *_first_rows(random, layout), _projection(random), random(WIDTH), _projection(random), NUM_HEADS
-
-
-def _query_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
-    texts = len(inputs.lengths)
-    return 4.0 * texts * WIDTH**2, (2.0 * WIDTH**2 + texts * WIDTH) * itemsize + 4.0 * texts * NUM_HEADS * WIDTH
-
-
-def _output_arguments(random: Callable[..., Tensor], layout: PackedLayout, lengths: list[int]) -> tuple[Any, ...]:
-    # In float32, as from the pass.
-    summed = random(len(lengths), NUM_HEADS, WIDTH).float()
-    value, out = _projection(random), _projection(random)
-    value_bias, out_bias, *norm = (random(WIDTH) for _ in range(4))
-    return summed, value, value_bias, out, out_bias, *_first_rows(random, layout), *norm, EPS
-
-
-def _output_definition(summed: Tensor, value_weight: Tensor, *others: Any) -> Tensor:
-    return reference.cls_output_reference(summed.to(value_weight.dtype), value_weight, *others)
-
-
-def _classifier_arguments(random: Callable[..., Tensor], _: PackedLayout, lengths: list[int]) -> tuple[Any, ...]:
-    return random(len(lengths), WIDTH), _projection(random), random(WIDTH), _projection(random, 2), random(2)
-
-
-def _classifier_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
-    texts = len(inputs.lengths)
-    return 2.0 * texts * WIDTH**2, (WIDTH**2 + texts * WIDTH) * itemsize
-
-
-# Operations row by row
-
-
-def _norm_arguments(random: Callable[..., Tensor], layout: PackedLayout, _: list[int]) -> tuple[Any, ...]:
-    hidden_states, residual = random(layout.total_tokens, WIDTH), random(layout.total_tokens, WIDTH)
-    return hidden_states, random(WIDTH), residual, random(WIDTH), random(WIDTH), EPS
-
-
-def _norm_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
-    return 0.0, 3.0 * inputs.tokens * WIDTH * itemsize
-
-
-def _embedding_arguments(random: Callable[..., Tensor], layout: PackedLayout, lengths: list[int]) -> tuple[Any, ...]:
-    tables = (random(VOCAB_SIZE, WIDTH), random(MAX_POSITIONS, WIDTH), random(2, WIDTH))
-    device = layout.cu_seqlens.device
-    token_ids = torch.randint(VOCAB_SIZE, (layout.total_tokens,), generator=torch.Generator().manual_seed(SEED))
-    position_ids = torch.cat([torch.arange(length) for length in lengths])
-    ids = (token_ids.to(device), position_ids.to(device), torch.zeros_like(token_ids).to(device))
-    return *ids, *tables, random(WIDTH), random(WIDTH), EPS
-
-
-def _embedding_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
-    return 0.0, 2.0 * inputs.tokens * WIDTH * itemsize
-
-
-def _gelu_arguments(random: Callable[..., Tensor], layout: PackedLayout, _: list[int]) -> tuple[Any, ...]:
-    # Scaled as trained weights are, so that the GELU sees values around 1.
-    return random(layout.total_tokens, WIDTH), random(INNER_WIDTH, WIDTH) * WIDTH**-0.5, random(INNER_WIDTH)
-
-
-def _gelu_least(inputs: Inputs, itemsize: int) -> tuple[float, float]:
-    tokens = inputs.tokens
-    moved = (tokens + INNER_WIDTH) * WIDTH + tokens * INNER_WIDTH
-    return 2.0 * tokens * WIDTH * INNER_WIDTH, 1.0 * moved * itemsize
-
-
-def _product_rounding(inputs: Inputs) -> float:
-    """The textbook bound on the error of the first product, summed in float32 in any order (Higham, 3.5)."""
-    return _rounding_of(*inputs.arguments[:3])
-
-
-def _query_rounding(inputs: Inputs) -> float:
-    hidden_states, rows, query_weight, query_bias, *_ = inputs.arguments
-    return _rounding_of(hidden_states[rows], query_weight, query_bias)
-
-
-def _rounding_of(*product: Tensor) -> float:
-    x, weight, bias = map(_double, product)
-    terms = (x.shape[-1] + 1) * torch.finfo(torch.float32).eps / 2
-    return float((x.abs() @ weight.abs().T + bias.abs()).max()) * terms / (1 - terms)
-
-
-_ALL = (
-    Kernel(
-        "packed attention",
-        _attention_arguments,
-        reference.attention_varlen_reference,
-        _attention_least,
-        (
-            KernelProvider("torch padded sdpa", _padded_sdpa),
-            KernelProvider("torch varlen_attn", _varlen, _varlen_missing),
-            KernelProvider("FlexAttention", _flex, compiler_missing),
-            KernelProvider("fastcls", _our_attention),
-        ),
+_ATTENTION = (
+    KernelProvider("torch padded sdpa", _padded_sdpa),
+    KernelProvider(
+        "torch varlen_attn",
+        _varlen,
+        lambda device, dtype: None if device.type == "cuda" and dtype.itemsize == 2 else "needs a GPU and 16 bits",
     ),
-    Kernel(
-        "[CLS] pass",
-        _cls_arguments,
-        reference.cls_attention_reference,
-        _cls_least,
-        (
-            KernelProvider("copy of as many bytes", _copy_as_many_bytes),
-            KernelProvider("torch padded", _padded_cls_attention),
-            KernelProvider("fastcls", _our_cls_attention),
-        ),
-    ),
-    Kernel(
-        "[CLS] queries",
-        _query_arguments,
-        reference.absorb_query_reference,
-        _query_least,
-        _torch_and_ours(reference.absorb_query_reference, absorb_query),
-        _query_rounding,
-    ),
-    Kernel(
-        "[CLS] output + layer norm",
-        _output_arguments,
-        _output_definition,
-        _query_least,
-        _torch_and_ours(_output_definition, cls_output),
-        _product_rounding,
-    ),
-    Kernel(
-        "pooler + classifier",
-        _classifier_arguments,
-        reference.pooler_classifier_reference,
-        _classifier_least,
-        _torch_and_ours(reference.pooler_classifier_reference, pooler_classifier),
-        _product_rounding,
-    ),
-    Kernel(
-        "add + layer norm",
-        _norm_arguments,
-        reference.add_layer_norm_reference,
-        _norm_least,
-        _torch_and_ours(reference.add_layer_norm_reference, add_layer_norm),
-    ),
-    Kernel(
-        "embedding + layer norm",
-        _embedding_arguments,
-        reference.embedding_layer_norm_reference,
-        _embedding_least,
-        _torch_and_ours(reference.embedding_layer_norm_reference, embedding_layer_norm),
-    ),
-    Kernel(
-        "product + GELU",
-        _gelu_arguments,
-        reference.linear_gelu_reference,
-        _gelu_least,
-        _torch_and_ours(reference.linear_gelu_reference, linear_gelu),
-        _product_rounding,
-    ),
+    KernelProvider("FlexAttention", _flex, compiler_missing),
 )
-KERNELS = {kernel.name: kernel for kernel in _ALL}
+_CLS_PASS = (
+    KernelProvider("copy of as many bytes", _copy_as_many_bytes),
+    KernelProvider("torch padded", _padded_cls_pass),
+)
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("packed attention", "attention", (HEADS, HEAD_DIM), _ATTENTION),
+        Kernel("[CLS] pass", "cls_pass", (HEADS, WIDTH), _CLS_PASS),
+        Kernel("[CLS] queries", "absorb_query", (HEADS, WIDTH)),
+        Kernel("[CLS] output + layer norm", "cls_output", (HEADS, WIDTH)),
+        Kernel("pooler + classifier", "pooler_classifier", (LABELS, WIDTH)),
+        Kernel("add + layer norm", "add_layer_norm", (1, WIDTH)),
+        Kernel("embedding + layer norm", "embedding_layer_norm", (MAX_POSITIONS, WIDTH)),
+        Kernel("product + GELU", "linear_gelu", (WIDTH, INNER)),
+    )
+}

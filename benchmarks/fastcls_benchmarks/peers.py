@@ -193,7 +193,7 @@ def _openvino(name: str, make: Callable[[Model, Path], None], **hints: str) -> C
 
 
 _ONNX = ("onnx", "onnxscript")
-_resting = partial(Provider, available=beside_float32(*_ONNX, "onnxruntime"), takes=bert_classifiers)
+_resting = partial(Provider, available=beside_float32(*_ONNX, "onnxruntime"), takes=bert_classifiers, preparing=7)
 ONNXRUNTIME = Provider(
     "onnxruntime",
     "ONNX Runtime after its transformer optimizer",
@@ -202,6 +202,7 @@ ONNXRUNTIME = Provider(
     _onnxruntime_missing,
     bert_classifiers,
     spins=True,
+    preparing=7,
 )
 ONNXRUNTIME_RESTING = _resting(
     "onnxruntime, no spin",
@@ -215,7 +216,9 @@ ONNXRUNTIME_INT8 = _resting(
     REDUCED,
     _onnxruntime("int8.onnx", _dynamic_int8, spins=False),
 )
-_spinning = partial(Provider, available=beside_float32(*_ONNX, "openvino"), takes=bert_classifiers, spins=True)
+_spinning = partial(
+    Provider, available=beside_float32(*_ONNX, "openvino"), takes=bert_classifiers, spins=True, preparing=4
+)
 OPENVINO = _spinning(
     "openvino",
     "OpenVINO, float32",
@@ -234,4 +237,5 @@ OPENVINO_INT8 = _spinning(
     REDUCED,
     _openvino("int8.xml", _calibrated_int8),
     available=beside_float32(*_ONNX, "openvino", "nncf"),
+    preparing=12,
 )

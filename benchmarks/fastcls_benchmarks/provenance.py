@@ -1,4 +1,4 @@
-"""The provenance of figures: chip, threads, versions, commit, date."""
+"""The provenance of figures: chip, threads, versions, commit, date, and torch's own report on its environment."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.collect_env import get_pretty_env_info
 
 import fastcls
 import fastcls_kernels
 
-PACKAGES = ("torch", "triton", "transformers", "onnxruntime", "openvino", "nncf", "flash-attn")
+PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "onnxruntime", "openvino", "nncf", "flash-attn")
 _SOURCES = tuple(Path(each).resolve().parent for each in (fastcls.__file__, fastcls_kernels.__file__, __file__))
 _FOLDER = _SOURCES[0].parent
 
@@ -38,30 +39,15 @@ def output_of(*command: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
-        if name:
-            return name[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _in_checkout() -> bool:
     """Whether git's answers are about the code that runs, and not about the folder of an installed copy."""
     top = output_of("git", "rev-parse", "--show-toplevel")
     return top is not None and Path(top).resolve() == _FOLDER and (_FOLDER / "pyproject.toml").is_file()
 
 
-def _is_dirty() -> bool | None:
+def _is_dirty() -> bool:
     """Whether the code differs from its commit. A run's own changes do not count."""
-    changes = output_of("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
-    return None if changes is None else bool(changes)
+    return bool(output_of("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md"))
 
 
 def source_digest(folders: Iterable[Path] = _SOURCES) -> str:
@@ -76,16 +62,18 @@ def source_digest(folders: Iterable[Path] = _SOURCES) -> str:
 
 def collect(device: torch.device) -> dict[str, Any]:
     """The whole provenance of a run's figures."""
-    cores = _cores()
-    on_gpu = device.type == "cuda"
-    in_checkout = _in_checkout()
+    lines = [line for line in get_pretty_env_info().splitlines() if not line.startswith(("Vulnerability", "Flags"))]
+    told = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpu = told.get("Model name") or platform.processor() or platform.machine()
+    on_gpu, in_checkout = device.type == "cuda", _in_checkout()
     capability = torch.backends.cpu.get_cpu_capability()
     return {
-        "chip": torch.cuda.get_device_name(device) if on_gpu else f"{_cpu_model()} with {capability}, {cores} cores",
+        "chip": torch.cuda.get_device_name(device) if on_gpu else f"{cpu} with {capability}, {cores} cores",
         "device": device.type,
-        "driver": _driver() if on_gpu else None,
+        "driver": told.get("Nvidia driver version") if on_gpu else None,
         "cuda": torch.version.cuda if on_gpu else None,
-        "cpu": _cpu_model(),
+        "cpu": cpu,
         "cpu_capability": capability,
         "cores": cores,
         "threads": torch.get_num_threads(),
@@ -97,13 +85,8 @@ def collect(device: torch.device) -> dict[str, Any]:
         "dirty": _is_dirty() if in_checkout else None,
         "source_digest": source_digest(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "environment": "\n".join(lines),
     }
-
-
-def _driver() -> str | None:
-    """nvidia-smi gives a line for each GPU, all of them alike."""
-    lines = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return lines.splitlines()[0] if lines else None
 
 
 def slug(chip: str) -> str:

@@ -19,16 +19,25 @@ from transformers import BertForSequenceClassification, PreTrainedModel
 
 from .workloads import Batch
 
-Forward = Callable[[Batch], Tensor]
+# From a batch to logits; of a provider of texts, from a list of texts to scores.
+Forward = Callable[[Any], Tensor]
 Model = PreTrainedModel
 ModelClass = type[PreTrainedModel]
 
 
 class Loaded(NamedTuple):
-    """A provider ready to run, and remarks on how it was prepared."""
+    """A provider ready to run.
+
+    Attributes:
+        forward: the timed call.
+        detail: remarks on how it was prepared.
+        resident: makes a call over one batch whose inputs lie on the device before the clock starts; by default
+            ``forward`` over tensors that were moved there.
+    """
 
     forward: Forward
     detail: str = ""
+    resident: Callable[[Batch], Callable[[], Tensor]] | None = None
 
 
 Available = Callable[[torch.device, torch.dtype], str | None]
@@ -48,16 +57,17 @@ REDUCED = math.inf
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a model's logits.
+    """One way to compute a model's logits, or from texts their scores.
 
     Attributes:
         name: as tables show it.
         description: what it is, in a line.
-        bound: the largest difference of a logit from the float32 reference, for a float32 model; or `REDUCED`.
+        bound: the largest difference from the float32 reference, for a float32 model; or `REDUCED`.
         load: makes the function that is timed, and leaves the given model as it was.
         available: the reason why it cannot run on a device in a dtype, or None.
         takes: the reason why it cannot run models of a class, or None.
         spins: whether its threads stay busy for a while after a run.
+        preparing: about how long loading and the first run take on two CPU cores, in seconds per six layers.
     """
 
     name: str
@@ -67,6 +77,7 @@ class Provider:
     available: Available = _always
     takes: Callable[[ModelClass], str | None] = _any_model
     spins: bool = False
+    preparing: float = 0.0
 
     @property
     def reduced(self) -> bool:
@@ -76,6 +87,11 @@ class Provider:
     def missing(self, model_class: ModelClass, device: torch.device, dtype: torch.dtype) -> str | None:
         """The reason why it cannot run models of a class on a device in a dtype, or None."""
         return self.available(device, dtype) or self.takes(model_class)
+
+
+def reason_of(error: Exception) -> str:
+    """An error's first line: a compiler's message may be pages long."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def own_copy(model: Model) -> Model:

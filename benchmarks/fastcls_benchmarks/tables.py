@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,23 +11,18 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from .results import Case, FirstCall, Report, Row
-from .stats import spread
+from .providers import FASTCLS
+from .results import Case, FirstCall, Report
+from .texts import CLASSIFIER
 
 NONE = "-"
-
-
-def times(case: Case, provider: str, baseline: str = "") -> str:
-    """How many times faster, as text: "none" if the difference is within the noise."""
-    ratio, interval = case.times_faster(provider, baseline), case.interval(provider, baseline)
-    if ratio is None:
-        return NONE
-    return "none" if interval and interval.low <= 1 <= interval.high else f"{ratio:.2f} x"
+HIGHLIGHTED = (FASTCLS.name, CLASSIFIER.name)
+_UNITS = {"s": 1, "ms": 1e3, "µs": 1e6}
 
 
 def number(value: float | None) -> str:
-    """Three digits or more, with thousands separated."""
-    if value is None:
+    """Three digits or more, with thousands separated; NaN is unknown, as None is."""
+    if value is None or math.isnan(value):
         return NONE
     if value >= 100:
         return f"{value:,.0f}"
@@ -35,11 +31,23 @@ def number(value: float | None) -> str:
 
 def duration(seconds: float | None, unit: str = "ms") -> str:
     """A time in milliseconds or microseconds, with three digits."""
-    if seconds is None:
+    if seconds is None or math.isnan(seconds):
         return NONE
-    scaled = seconds * {"s": 1, "ms": 1e3, "µs": 1e6}[unit]
-    decimals = 0 if scaled >= 1000 else 1 if scaled >= 100 else 2 if scaled >= 10 else 3
-    return f"{scaled:,.{decimals}f}"
+    scaled = seconds * _UNITS[unit]
+    decimals = 0 if scaled >= 1000 else max(0, 3 - math.floor(math.log10(scaled))) if scaled > 0 else 0
+    return f"{scaled:,.{min(decimals, 3)}f}"
+
+
+def share(value: float | None, digits: int = 0) -> str:
+    return NONE if value is None or math.isnan(value) else f"{value:.{digits}%}"
+
+
+def times(case: Case, provider: str, baseline: str = "") -> str:
+    """How many times faster, as text: "none" if the difference is within the noise."""
+    ratio, interval = case.times_faster(provider, baseline), case.interval(provider, baseline)
+    if ratio is None:
+        return NONE
+    return "none" if interval and interval.low <= 1 <= interval.high else f"{ratio:.2f} x"
 
 
 def facts(provenance: dict[str, Any]) -> list[str]:
@@ -70,57 +78,54 @@ def cannot_run(report: Report) -> dict[str, str]:
 
 
 def headings(case: Case) -> tuple[str, ...]:
-    """A case's columns after the provider's name."""
-    baseline = case.baseline.replace("transformers ", "")
-    vs = f"vs {baseline if len(baseline) < 8 else 'first row'}"
+    """A case's columns, the provider's name first."""
+    baseline = case.baseline.removeprefix("transformers ")
+    vs = f"vs {baseline if len(baseline) < 9 else 'first row'}"
     if case.kind == "kernel":
-        return ("µs", "p20 to p80", vs, "of floor", "error")
-    checked = ("labels", "mean off") if case.judged_on else ("of floor", "logits off")
-    times = ("p50 ms", "p99 ms") if case.is_latency else ("ms", "p20 to p80")
-    return (*times, vs, "texts/s", "tokens/s", *checked)
+        return ("provider", "µs", "p20 to p80", vs, "of floor", "error")
+    checked = ("labels", "mean off") if case.judged_on else ("of floor" if case.flops else "labels", "off")
+    counted = ("texts/s",) if case.kind == "text" else ("texts/s", "tokens/s")
+    return ("provider", *(("p50 ms", "p99 ms") if case.is_latency else ("ms", "p20 to p80")), vs, *counted, *checked)
 
 
-def cells(report: Report, case: Case, row: Row) -> tuple[str, ...]:
-    """A row's cells under `headings`."""
-    difference = row.mean_error if case.judged_on else row.difference
-    off = NONE if difference is None else f"{difference:.1e}"
-    labels = NONE if row.agreement is None else f"{row.agreement:.1%}"
-    seconds = case.round_seconds(row.provider)
-    width = len(headings(case))
-    if not seconds:
-        shown = {"timed": "not timed", "failed": "failed", "unavailable": "cannot run"}[row.status]
-        return (shown, *[NONE] * (width - 3), labels, off)
+def cells(case: Case, row: Any) -> tuple[str, ...]:
+    """A row of `Report.figures` under `headings`."""
+    off = row.mean_error if case.judged_on else row.difference
+    error, labels = NONE if math.isnan(off) else f"{off:.1e}", share(row.agreement, 1)
     unit = "µs" if case.kind == "kernel" else "ms"
-    typical = duration(case.typical_seconds(row.provider), unit)
-    if case.is_latency:
-        around = duration(case.p99_seconds(row.provider), unit)
-    else:
-        low, _, high = spread(seconds)
-        around = f"{duration(low, unit)} to {duration(high, unit)}"
+    if math.isnan(row.seconds):
+        shown = {"timed": "not timed", "failed": "failed", "unavailable": "cannot run"}[row.status]
+        middle = [NONE] * (len(headings(case)) - 4)
+        return (row.provider, shown, *middle, labels, error)
+    p20_p80 = f"{duration(row.p20, unit)} to {duration(row.p80, unit)}"
     faster = "1" if row.provider == case.baseline else times(case, row.provider)
-    # A kernel's row without an error computes something else, so the floor does not apply.
-    is_answer = case.kind == "model" or row.difference is not None
-    share = report.share_of_floor(case, row.provider) if is_answer else None
-    of_floor = NONE if share is None else f"{share:.0%}"
+    shown = (row.provider, duration(row.seconds, unit), duration(row.p99) if case.is_latency else p20_p80, faster)
+    checked = labels if case.judged_on or not case.flops else share(row.share)
     if case.kind == "kernel":
-        return (typical, around, faster, of_floor, off)
-    rates = (case.per_second(row.provider, amount) for amount in (case.batch_size, case.real_tokens))
-    return (typical, around, faster, *map(number, rates), labels if case.judged_on else of_floor, off)
+        return (*shown, share(row.share), error)
+    return (*shown, *map(number, [row.texts, row.tokens][: 1 if case.kind == "text" else 2]), checked, error)
 
 
 def title(case: Case) -> str:
     if case.kind == "kernel":
         return f"{case.name}: {case.real_tokens:,.0f} tokens"
+    if case.kind == "text":
+        return f"{case.name}: {case.about}"
     return f"{case.name}: {case.real_tokens / case.padded_tokens:.0%} of {case.padded_tokens:,.0f} tokens are real"
 
 
 def caption(report: Report, case: Case) -> str:
-    unit = "µs" if case.kind == "kernel" else "ms"
     noise = "unknown" if case.noise is None else f"{case.noise:.1%}"
-    rounds = len(case.seconds.get(case.baseline, []))
+    rounds = f"Noise {noise} in {len(case.seconds.get(case.baseline, []))} rounds."
+    rounds += " More than 8 %: close other programs and run again." if (case.noise or 0) > 0.08 else ""
     if case.judged_on:
-        return f"Labels kept, and how far a logit is off: {case.judged_on}. Noise {noise} in {rounds} rounds."
-    return f"Floor {duration(report.floor_seconds(case), unit)} {unit}. Noise {noise} in {rounds} rounds."
+        return f"Labels kept, and how far an answer is off: {case.judged_on}. {rounds}"
+    floor = report.floor_seconds(case)
+    return (
+        f"Floor {duration(floor, 'µs' if case.kind == 'kernel' else 'ms')} {'µs' if case.kind == 'kernel' else 'ms'}. {rounds}"
+        if floor
+        else rounds
+    )
 
 
 def new_remarks(cases: Iterable[Case]) -> list[list[tuple[str, str]]]:
@@ -134,23 +139,6 @@ def new_remarks(cases: Iterable[Case]) -> list[list[tuple[str, str]]]:
     return remarks
 
 
-def render(report: Report) -> Iterator[RenderableType]:
-    """All tables and lines about a run, in order."""
-    if report.partial:
-        yield "[bold red]Partial: the run was stopped before its end.[/]"
-    yield escape("\n".join(facts(report.provenance))) + "\n"
-    yield from _machine(report)
-    for case, new in zip(report.cases, new_remarks(report.cases), strict=True):
-        yield _case_table(report, case)
-        if new:
-            yield "\n".join(f"  {escape(provider)}: {escape(remark)}" for provider, remark in new) + "\n"
-    if report.first_calls:
-        yield _first_call_table(report)
-    missing = cannot_run(report)
-    if missing:
-        yield "Cannot run here: " + "; ".join(f"{escape(name)} ({escape(why)})" for name, why in missing.items())
-
-
 def machine_line(report: Report) -> str:
     """The best measured rates."""
     products = {rate.dtype: report.best_rate("product", rate.dtype) for rate in report.rates if rate.kind == "product"}
@@ -159,13 +147,33 @@ def machine_line(report: Report) -> str:
     return f"This machine at best, in this run: {', '.join(shown)}, copies {(copies or 0) / 1e9:,.1f} GB/s."
 
 
-def _machine(report: Report) -> Iterator[RenderableType]:
-    if report.rates:
-        yield f"{machine_line(report)}\n"
+def case_rows(report: Report) -> Iterator[tuple[Case, list[tuple[str, tuple[str, ...]]]]]:
+    """Each case with its rows, (style, cells), without those that cannot run."""
+    groups = dict(iter(report.figures().groupby("case", sort=False)))
+    for case in report.cases:
+        rows = []
+        for row in groups[case.name].itertuples():
+            style = "failed" if row.status == "failed" else "ours" if row.provider in HIGHLIGHTED else ""
+            if row.status != "unavailable":
+                rows.append((style, cells(case, row)))
+        yield case, rows
 
 
-def plain_table(heading: str, below: str = "") -> Table:
-    return Table(
+def published_rows(report: Report) -> list[tuple[str, ...]]:
+    """Of rerankers: each provider's most pairs a second over batch sizes, beside what was published elsewhere."""
+    figures = report.figures()
+    if not len(figures) or not figures.published.notna().any():
+        return []
+    best = figures[figures.kind == "text"].pivot_table("texts", "subject", "provider", "max", sort=False)
+    published = figures.groupby("subject", sort=False).published.max()
+    names = [name for name in dict.fromkeys(figures.provider) if name in best.columns]
+    heading = ("pairs/s at the best batch", *names, "published")
+    return [heading, *((each, *map(number, best.loc[each, names]), number(published[each])) for each in best.index)]
+
+
+def plain_table(heading: str, below: str = "", columns: Iterable[str] = (), left: int = 1) -> Table:
+    """A table whose first ``left`` columns are text."""
+    table = Table(
         title=escape(heading),
         caption=escape(below) or None,
         box=box.SIMPLE_HEAD,
@@ -174,40 +182,57 @@ def plain_table(heading: str, below: str = "") -> Table:
         title_style="bold",
         padding=(0, 1, 0, 0),
     )
-
-
-def _case_table(report: Report, case: Case) -> Table:
-    table = plain_table(title(case), caption(report, case))
-    table.add_column("provider", no_wrap=True)
-    for heading in headings(case):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in case.rows:
-        if row.status == "unavailable":
-            continue
-        shown = [escape(cell) for cell in cells(report, case, row)]
-        style = "red" if row.status == "failed" else "bold" if row.provider == "fastcls" else None
-        table.add_row(row.provider, *shown, style=style)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index < left else "right", no_wrap=True)
     return table
+
+
+_PUBLISHED = (
+    "Published: on one H100 80GB in bfloat16, Natural Questions' pairs of at most 512 tokens, best batch size (Hugging "
+    "Face's blog on the Ettin rerankers, May 2026). Another machine, other pairs: the bar, not a comparison."
+)
+FIRST_CALL = ("model, workload", "provider", "import", "load", "convert", "first batch", "memory")
 
 
 def first_call_cells(each: FirstCall) -> tuple[str, ...]:
-    """Import, load, convert, first batch, memory."""
+    """Under `FIRST_CALL`."""
     seconds = (each.import_seconds, each.load_seconds, each.convert_seconds, each.first_seconds)
     memory = NONE if each.peak_bytes is None else f"{each.peak_bytes / 2**20:.1f}"
-    return (*(NONE if value is None else f"{value:.2f}" for value in seconds), memory)
+    shown = (NONE if value is None else f"{value:.2f}" for value in seconds)
+    return (f"{each.model}, {each.workload}, {each.dtype}", each.provider, *shown, memory)
 
 
-def _first_call_table(report: Report) -> Table:
-    table = plain_table(
-        "First call, in a fresh process: seconds; peak memory of a later forward: MiB",
-        "Load: building the transformers model. Convert: from there to what is called.",
-    )
-    for heading in ("model, workload", "provider"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("import", "load", "convert", "first batch", "memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for each in report.first_calls:
-        table.add_row(f"{each.model}, {each.workload}, {each.dtype}", each.provider, *first_call_cells(each))
-        if each.detail:
-            table.add_row("", f"  {escape(each.detail)}")
-    return table
+def render(report: Report) -> Iterator[RenderableType]:
+    """All tables and lines about a run, in order."""
+    if report.partial:
+        yield "[bold red]Partial: the run was stopped before its end.[/]"
+    yield escape("\n".join(facts(report.provenance))) + "\n"
+    if report.rates:
+        yield f"{machine_line(report)}\n"
+    for (case, rows), new in zip(case_rows(report), new_remarks(report.cases), strict=True):
+        table = plain_table(title(case), caption(report, case), headings(case))
+        for style, shown in rows:
+            table.add_row(*map(escape, shown), style={"failed": "red", "ours": "bold"}.get(style))
+        yield table
+        if new:
+            yield "\n".join(f"  {escape(provider)}: {escape(remark)}" for provider, remark in new) + "\n"
+    if rows_of_published := published_rows(report):
+        heading, *lines = rows_of_published
+        table = plain_table("Rerankers", _PUBLISHED)
+        for index, name in enumerate(heading):
+            table.add_column(name, justify="right" if index else "left")
+        for line in lines:
+            table.add_row(*line)
+        yield table
+    if report.first_calls:
+        about = "First call, in a fresh process: seconds; peak memory of a later forward: MiB"
+        meaning = "Load: building the transformers model. Convert: from there to what is called."
+        table = plain_table(about, meaning, FIRST_CALL, left=2)
+        for each in report.first_calls:
+            table.add_row(*first_call_cells(each))
+            if each.detail:
+                table.add_row("", f"  {escape(each.detail)}")
+        yield table
+    missing = cannot_run(report)
+    if missing:
+        yield "Cannot run here: " + "; ".join(f"{escape(name)} ({escape(why)})" for name, why in missing.items())

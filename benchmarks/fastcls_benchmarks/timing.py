@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .machine import wait_for
 from .results import AGAIN, Case
 from .workloads import SEED
 
 # Computes something on the input set with the given number.
 Function = Callable[[int], object]
+# A kernel's sets of inputs hold more than any cache together, so that each call finds its own in main memory.
+INPUT_BYTES = 256 * 2**20
+MAX_INPUT_SETS = 64
+# A captured CUDA graph makes at least this many calls of a kernel, so that replaying it costs little beside them.
+GRAPH_CALLS = 100
+# Before each function's turn, and after one whose threads spin on: ONNX Runtime's do for up to 100 ms, and would slow
+# the next provider by a third.
+_PAUSE_SECONDS = 0.02
+_SETTLE_SECONDS = 0.15
+# A call this long gains nothing from being called once before it is timed.
+_LONG_SECONDS = 0.05
+_WARM_UP_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -36,15 +47,19 @@ class Effort:
     max_calls: int = 20
 
 
-# Before each function's turn, and after one whose threads spin on: ONNX Runtime's do for up to 100 ms, and would slow
-# the next provider by a third.
-_PAUSE_SECONDS = 0.02
-_SETTLE_SECONDS = 0.15
+def wait_for(device: torch.device) -> None:
+    """Waits until the device has finished all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-# A call this long gains nothing from being called once before it is timed.
-_LONG_SECONDS = 0.05
-_WARM_UP_SECONDS = 0.01
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """The time of one call."""
+    wait_for(device)
+    start = time.perf_counter()
+    function()
+    wait_for(device)
+    return time.perf_counter() - start
 
 
 @torch.inference_mode()
@@ -70,7 +85,11 @@ def time_rounds(
     if case.baseline not in timed:
         return
     timed[case.baseline + AGAIN] = timed[case.baseline]
-    one_call = _seconds_of(timed[case.baseline], 0, device)
+
+    def call(name: str, index: int) -> float:
+        return seconds_of(lambda: timed[name](index), device)
+
+    one_call = call(case.baseline, 0)
     calls = min(max(round(effort.visit_seconds / one_call), effort.min_calls), effort.max_calls)
     order = random.Random(SEED)
     began = time.perf_counter()
@@ -83,29 +102,40 @@ def time_rounds(
         for name in order.sample(list(timed), len(timed)):
             progress(f"{case.name}: round {number + 1}, {name}")
             time.sleep(_PAUSE_SECONDS)
-            first = number * calls
-            _warm_up(timed[name], first - 1, one_call, device)
-            this_round[name] = [_seconds_of(timed[name], first + call, device) for call in range(calls)]
+            first, end = number * calls, time.perf_counter() + _WARM_UP_SECONDS
+            # Calls that do not count, so that no function pays for the one before it.
+            while one_call <= _LONG_SECONDS:
+                call(name, first - 1)
+                if time.perf_counter() > end:
+                    break
+            this_round[name] = [call(name, first + each) for each in range(calls)]
             if name in spinning:
                 time.sleep(_SETTLE_SECONDS)
         for name, seconds in this_round.items():
             case.seconds.setdefault(name, []).append([float(f"{each:.5g}") for each in seconds])
 
 
-def _warm_up(function: Function, index: int, one_call: float, device: torch.device) -> None:
-    """Makes calls that do not count, so that no function pays for the one before it."""
-    if one_call > _LONG_SECONDS:
-        return
-    end = time.perf_counter() + _WARM_UP_SECONDS
-    while True:
-        _seconds_of(function, index, device)
-        if time.perf_counter() > end:
-            return
+def in_turn(functions: Sequence[Callable[[], object]]) -> Function:
+    return lambda index: functions[index % len(functions)]()
 
 
-def _seconds_of(function: Function, index: int, device: torch.device) -> float:
-    wait_for(device)
-    start = time.perf_counter()
-    function(index)
-    wait_for(device)
-    return time.perf_counter() - start
+def captured(functions: Sequence[Callable[[], object]], repeats: int) -> Function:
+    """All functions, several times, as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for function in functions:
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for function in functions:
+                function()
+
+    def replay(_: int, kept: object = functions) -> None:
+        # The CUDA graph reads inputs that only the functions keep alive.
+        del kept
+        graph.replay()
+
+    return replay

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import sentences
 from .provider import Forward, Model, Provider, own_copy
 from .providers import EAGER, baseline_of
-from .workloads import Batch, ModelInputs, Workload
 
 # A provider of reduced precision that keeps fewer labels is not timed. The crudest of them, ONNX Runtime's int8 with
 # one scale for all texts of a batch, keeps 94 % on real weights; an ignored mask leaves 75 %.
@@ -28,27 +26,34 @@ class Verdict(NamedTuple):
 
 
 class Reference:
-    """The logits of the transformers model in float32 by its baseline, and how far from them a provider may be.
+    """The answers of the transformers model in float32 by its baseline, and how far from them a provider may be.
 
     In float32 the bound is the provider's own, for logits of about 1, which random weights give over the labels and
     over the vocabulary. In 16 bits it is twice the difference that transformers eager makes in the same dtype on the
-    same batches: a provider need not be more exact than the usual way, and may not be cruder.
+    same inputs: a provider need not be more exact than the usual way, and may not be cruder.
+
+    Args:
+        model: in its own dtype.
+        inputs: batches, or corpora.
+        way: what takes such inputs, of a provider that takes batches.
     """
 
-    def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
-        self.batches = batches
+    def __init__(
+        self, model: Model, inputs: Sequence[Any], way: Callable[[Provider], Provider] = lambda each: each
+    ) -> None:
+        self.inputs = inputs
         single = model if model.dtype == torch.float32 else own_copy(model).float()
-        exact = baseline_of(type(single)).load(single).forward
-        self.logits = [exact(batch).cpu() for batch in batches]
+        exact = way(baseline_of(type(single))).load(single).forward
+        self.answers = [exact(each).cpu() for each in inputs]
         self.eager_difference: float | None = None
         if model.dtype != torch.float32:
-            self.eager_difference = self._difference(EAGER.load(model).forward)
+            self.eager_difference = self._difference(way(EAGER).load(model).forward)
 
     def bound(self, provider: Provider) -> float:
         return provider.bound if self.eager_difference is None else 2 * self.eager_difference
 
     def check(self, provider: Provider, forward: Forward) -> Verdict:
-        """Runs every batch, which also warms the provider up."""
+        """Runs every input, which also warms the provider up."""
         try:
             difference = self._difference(forward)
         except ValueError as error:
@@ -61,8 +66,8 @@ class Reference:
     @torch.inference_mode()
     def _difference(self, forward: Forward) -> float:
         return max(
-            _largest_difference(forward(batch).float().cpu(), logits)
-            for batch, logits in zip(self.batches, self.logits, strict=True)
+            _largest_difference(forward(each).float().cpu(), answers)
+            for each, answers in zip(self.inputs, self.answers, strict=True)
         )
 
 
@@ -79,7 +84,7 @@ class Kept(NamedTuple):
 
     Attributes:
         agreement: the share of texts with the same label; None on random weights, where a label means nothing.
-        mean_error: of a logit.
+        mean_error: of a logit, or a score.
         reason: why it is not enough, if it is not.
     """
 
@@ -89,39 +94,35 @@ class Kept(NamedTuple):
 
 
 class Judge:
-    """Compares labels and logits of whole texts, where no bound on a single logit can tell rounding from an error.
+    """Compares labels and answers of many texts, where no bound on a single logit can tell rounding from an error.
 
     On real weights it takes real sentences and asks for `LEAST_AGREEMENT`. Random weights give nearly the same logits
     for every text. There it asks only that an error is smaller, on average, than the difference between two texts:
     a coarse net. The peers' graphs are also checked by their providers in float32.
 
     Args:
+        exact: gives the answers in float32.
+        inputs: batches, or corpora.
         fitted: whether the model is `sentences.fitted_model`'s.
+        texts: what they are.
     """
 
-    def __init__(self, model: Model, fitted: bool) -> None:
-        self.fitted = fitted
-        inputs = ModelInputs.of(type(model), model.config)
-        self.batches = sentences.judged() if fitted else Workload(32, "sst2").batches(2, inputs)
-        self.logits = self._logits(baseline_of(type(model)).load(model).forward)
-        texts = len(self.logits)
-        self.about = (
-            f"{texts} sentences of SST-2 in batches of {sentences.BATCH_SIZE}, real weights, fitted head"
-            if fitted
-            else f"{texts} random texts, random weights, whose labels mean nothing"
-        )
+    def __init__(self, exact: Forward, inputs: Sequence[Any], fitted: bool, texts: str) -> None:
+        self.inputs, self.fitted = inputs, fitted
+        self.answers = self._answers(exact)
+        self.about = f"{len(self.answers)} {texts}"
 
     @torch.inference_mode()
-    def _logits(self, forward: Forward) -> Tensor:
-        return torch.cat([forward(batch).float().cpu() for batch in self.batches])
+    def _answers(self, forward: Forward) -> Tensor:
+        return torch.cat([forward(each).float().cpu() for each in self.inputs])
 
     def judge(self, forward: Forward) -> Kept:
-        found = self._logits(forward)
-        error = float((found - self.logits).abs().mean())
+        found = self._answers(forward)
+        error = float((found - self.answers).abs().mean())
         if self.fitted:
-            agreement = float((found.argmax(1) == self.logits.argmax(1)).double().mean())
+            agreement = float((found.argmax(1) == self.answers.argmax(1)).double().mean())
             few = f"keeps {agreement:.1%} of the labels, less than {LEAST_AGREEMENT:.0%}"
             return Kept(agreement, error, few if agreement < LEAST_AGREEMENT else "")
-        apart = float((self.logits - self.logits.roll(1, 0)).abs().mean())
+        apart = float((self.answers - self.answers.roll(1, 0)).abs().mean())
         large = f"logits are off by {error:.1e} on average, and texts differ by {apart:.1e}"
         return Kept(None, error, "" if error < apart else large)

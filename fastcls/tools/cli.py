@@ -271,7 +271,7 @@ def demo(
 @expected_errors
 def bench(
     suite: Annotated[
-        str, typer.Option(help="quick (under 1 minute), default (5), release (9 to 10) or cpu.", rich_help_panel="What")
+        str, typer.Option(help="quick (a minute), default, release, rerankers ...: see --list.", rich_help_panel="What")
     ] = "default",
     model: Annotated[
         list[str] | None, typer.Option(help="This model instead of the suite's cases.", rich_help_panel="What")
@@ -284,39 +284,36 @@ def bench(
         list[str] | None, typer.Option(help="By this one and the baseline alone.", rich_help_panel="What")
     ] = None,
     dtype: Annotated[
-        list[str] | None,
-        typer.Option(help="float32, float16 or bfloat16. CPU: float32; GPU: bfloat16.", rich_help_panel="What"),
+        list[str] | None, typer.Option(help="float32, float16 or bfloat16, likewise.", rich_help_panel="What")
     ] = None,
-    list_choices: Annotated[
-        bool, typer.Option("--list", help="Show what can be chosen, and leave.", rich_help_panel="What")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of results. Default: one by date in ./fastcls-bench.")
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Beside text-embeddings-inference or vLLM there.", rich_help_panel="What"),
     ] = None,
-    from_file: Annotated[
-        Path | None, typer.Option("--from", help="Measure nothing: show the results.json of an earlier run.")
-    ] = None,
-    compare: Annotated[
-        Path | None, typer.Option(help="The results.json of an earlier run: show what moved beyond noise.")
-    ] = None,
+    list_choices: Annotated[bool, typer.Option("--list", help="Show all choices, and leave.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of results. Default: by date.")] = None,
+    from_file: Annotated[Path | None, typer.Option("--from", help="Show an earlier results.json.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="What moved since an earlier results.json.")] = None,
     fail_above: Annotated[
-        float | None,
-        typer.Option(min=0, help="With --compare: status 1 if anything is slower by more percent, beyond noise."),
+        float | None, typer.Option(min=0, help="Status 1 if something is slower by more percent.")
     ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write a server's checkpoint here, and leave.")] = None,
     device: Device = None,
     threads: Threads = None,
 ) -> None:
-    """Time fastcls and its peers side by side on this machine, after checking each one's answers.
+    """Time fastcls and its peers side by side, after checking each one's answers.
 
-    The options under "What" can be given several times; each of --model, --lengths, --batch-size and --dtype
-    replaces the suite's own cases by all combinations of what is given.
-
-    Writes results.json, samples.csv, plots and report.html. Ctrl-C keeps what was measured.
+    The options under "What" can be repeated; --model, --lengths, --batch-size and --dtype
+    replace the suite's cases by all combinations. Ctrl-C keeps what was measured.
     """
     if fail_above is not None and compare is None:
         raise ValueError("--fail-above needs --compare: the results.json to compare with")
-    if from_file is not None and (model or lengths or batch_size or provider or dtype):
-        raise ValueError("--from measures nothing: --model, --lengths, --batch-size, --provider and --dtype do not fit")
+    if from_file is not None and (model or lengths or batch_size or provider or dtype or server):
+        raise ValueError(
+            "--from measures nothing: --model, --lengths, --batch-size, --provider, --dtype and --server do not fit"
+        )
+    if server is not None and (model or lengths or batch_size or provider or dtype):
+        raise ValueError("--server takes a suite's own cases: --model, --lengths and their like do not fit")
     command = _bench_command()
     from fastcls_benchmarks.results import Report
 
@@ -327,16 +324,20 @@ def bench(
     if list_choices:
         command.show_choices(place, Console())
         return
+    if save is not None:
+        Console().print(f"Written to {command.save_checkpoint(suite, save, place)}.", highlight=False)
+        return
     old = Report.read(compare) if compare else None
     if from_file is not None:
         report = Report.read(from_file)
         folder = None if out is None else command.result_folder(out)
     else:
         folder = command.result_folder(out)
+        options = (model or [], lengths or [], batch_size or [], provider or [], dtype or [], server)
+        chosen = command.chosen_suite(suite, *options, place)
         if missing := command.pictures_missing():
             stderr.print(missing, style="yellow")
-        choice = command.Choice(suite, model or [], lengths or [], batch_size or [], provider or [], dtype or [], place)
-        report = command.measure(choice, folder, stderr)
+        report = command.measure(chosen, place, folder, stderr)
     console = Console()
     command.show(report, console)
     if folder is not None:
@@ -353,6 +354,8 @@ def _bench_command() -> ModuleType:
     try:
         from fastcls_benchmarks import command
     except ModuleNotFoundError as error:
+        if error.name in ("pandas", "tomli"):
+            fail(f'{error.name} is not installed: pip install "fastcls[bench]"')
         if error.name != "fastcls_benchmarks":
             raise
         fail("fastcls_benchmarks is not found: in a checkout that is not installed, add benchmarks/ to PYTHONPATH")

@@ -1,23 +1,29 @@
-"""The least work that an answer needs, and the floor that it puts under a time.
+"""Rooflines: the least work that an answer needs, the machine's best rates, and the floor that both put under a time.
 
 The useful work is the products of real tokens with the layers' weights, attention among the tokens of a text that see
 one another, and in the last layer one pass over its input and the products of the rows that are read: no padding, no
 rows that nobody reads. Everything elementwise is left out, and so are a classifier's few labels: no program can reach
-the floor.
+the floor. Rates are measured on random data in the same run.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastcls.engine.spec import Disentangled, EncoderSpec, HeadSpec
 from fastcls.families import FAMILIES
+from fastcls_kernels import linear
 
-from .workloads import Batch, class_of, config_of, lengths_of, masked_rows
+from .results import Rate
+from .timing import seconds_of
+from .workloads import SEED, Batch, class_of, config_of, lengths_of, masked_rows
 
 
 class ModelShape(NamedTuple):
@@ -141,3 +147,60 @@ def weight_bytes(shape: ModelShape, itemsize: int) -> int:
 def floor_seconds(flops: float, num_bytes: float, flops_per_second: float, bytes_per_second: float) -> float:
     """The shortest possible time: the longer of computing and moving, as if the two overlapped perfectly."""
     return max(flops / flops_per_second, num_bytes / bytes_per_second)
+
+
+# On a CPU fastcls_kernels.linear may go to oneDNN where torch's own linear does not.
+PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "F.linear": F.linear,
+    "fastcls_kernels.linear": linear,
+}
+
+
+def measured_rates(
+    device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int]], seconds: float
+) -> list[Rate]:
+    """Rates of products and of copies of several sizes, each the median of repeated tries.
+
+    Args:
+        device: the device to measure.
+        dtype: of the products.
+        shapes: (out_features, in_features) of the models' own weights, measured in addition to square ones.
+        seconds: how long to try, altogether.
+    """
+    generator = torch.Generator(device).manual_seed(SEED)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    on_gpu = device.type == "cuda"
+    rows = 16384 if on_gpu else 512
+    squares = (4096, 8192) if on_gpu else (1024, 2048)
+    sizes = [*((rows, *shape) for shape in dict.fromkeys(shapes)), *((size, size, size) for size in squares)]
+    megabytes = (256, 1024) if on_gpu else (64, 256)
+    each = seconds / (len(sizes) * len(PRODUCTS) + len(megabytes))
+    name = str(dtype).removeprefix("torch.")
+    rates = []
+    with torch.inference_mode():
+        for num_rows, out_features, in_features in sizes:
+            x, weight, bias = random(num_rows, in_features), random(out_features, in_features), random(out_features)
+            # On a GPU both go to cuBLAS.
+            for library, product in list(PRODUCTS.items())[: 1 if on_gpu else None]:
+                typical = _typical_time(lambda: product(x, weight, bias), device, each)  # noqa: B023 (called at once)
+                flops = 2 * num_rows * out_features * in_features
+                what = f"{num_rows} x {in_features} by {in_features} x {out_features}, {library}"
+                rates.append(Rate("product", what, name, flops / typical))
+        for size in megabytes:
+            source = random(size * 2**20 // dtype.itemsize)
+            target = torch.empty_like(source)
+            typical = _typical_time(lambda: target.copy_(source), device, each)  # noqa: B023 (called at once)
+            rates.append(Rate("copy", f"{size} MiB, read and written", name, 2 * size * 2**20 / typical))
+    return rates
+
+
+def _typical_time(function: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """The median of at least three tries after one that is not counted."""
+    seconds_of(function, device)
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        times.append(seconds_of(function, device))
+    return statistics.median(times)
