@@ -12,7 +12,7 @@ from fastcls_benchmarks.kernels import KERNELS, Kernel, KernelProvider
 from fastcls_benchmarks.provider import Model, Provider
 from fastcls_benchmarks.runner import prepare_kernel
 from fastcls_benchmarks.suites import Plan, default_dtype, suite
-from fastcls_benchmarks.timing import wait_for
+from fastcls_benchmarks.timing import seconds_of
 from fastcls_benchmarks.verify import Reference
 from fastcls_benchmarks.workloads import ModelInputs, Workload, build_model, class_of, config_of
 
@@ -37,7 +37,7 @@ def test_kernel(kernel: Kernel, provider: KernelProvider, benchmark: BenchmarkFi
         pytest.skip(row.detail)
     assert row.status == "timed", row.detail
     benchmark.group = kernel.name
-    benchmark(lambda: (prepared[0].run(), wait_for(DEVICE)))
+    benchmark(seconds_of, prepared[0].run, DEVICE)
 
 
 @functools.cache
@@ -64,4 +64,4 @@ def test_forward(plan: Plan, provider: Provider, benchmark: BenchmarkFixture) ->
     verdict = Reference(model, [batch]).check(provider, forward)
     assert verdict.passed, verdict.reason
     benchmark.group = f"{plan.subject}, {plan.workload.name}"
-    benchmark(lambda: (forward(batch), wait_for(DEVICE)))
+    benchmark(seconds_of, lambda: forward(batch), DEVICE)

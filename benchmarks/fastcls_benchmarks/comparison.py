@@ -20,8 +20,8 @@ class Comparison:
 
     Attributes:
         changes: a row for each provider but the baselines: ``case``, ``provider``, and of both runs, with the endings
-            ``_old`` and ``_new``, what `Report.figures` says; ``ratio``, how many times faster it has become relative to
-            its baseline; and whether it ``moved`` by more than both runs' noise.
+            ``_old`` and ``_new``, what `Report.figures` says; ``ratio``, how many times faster it has become, relative
+            to its baseline; and whether it ``moved`` by more than both runs' noise.
         machine: how many times faster the baselines have become, as a median: another machine, or another hour.
         only_old, only_new: measured in one of the runs only.
         broken: timed before, and failed now.

@@ -224,6 +224,9 @@ _PROVENANCE = frozenset(
 )
 
 
+_DERIVED = ("p20", "p80", "p99", "times", "low", "high", "texts", "tokens", "share")
+
+
 @dataclass
 class Report:
     """One run; ``partial`` unless it ended by itself."""
@@ -243,7 +246,7 @@ class Report:
         return max(found, default=None)
 
     def floor_seconds(self, case: Case) -> float | None:
-        """The shortest time of one call on this machine by the run's own threads: as if computing and moving overlapped."""
+        """The shortest time of a call on this machine, by the run's own threads, if computing and moving overlap."""
         products, copies = self.best_rate("product", case.dtype), self.best_rate("copy")
         if case.threads or not case.flops + case.num_bytes or products is None or copies is None:
             return None
@@ -269,10 +272,10 @@ class Report:
             }
             of_case |= {"floor": self.floor_seconds(case), "published": case.published}
             for row in case.rows:
-                rounds, calls, interval = (
-                    each(row.provider) for each in (case.round_seconds, case.call_seconds, case.interval)
-                )
-                line: dict[str, Any] = {**of_case, **asdict(row), "seconds": case.typical_seconds(row.provider)}
+                rounds, calls = case.round_seconds(row.provider), case.call_seconds(row.provider)
+                interval = case.interval(row.provider)
+                line: dict[str, Any] = {**of_case, **dict.fromkeys(_DERIVED), **asdict(row)}
+                line["seconds"] = case.typical_seconds(row.provider)
                 if rounds:
                     middle = statistics.median(rounds)
                     line |= {"p20": percentile(rounds, 20), "p80": percentile(rounds, 80), "p99": percentile(calls, 99)}
@@ -284,7 +287,10 @@ class Report:
                 if interval:
                     line |= {"low": interval.low, "high": interval.high}
                 lines.append(line)
-        return pd.DataFrame(lines, columns=None if lines else ["case", "provider", "seconds"])
+        figures = pd.DataFrame(lines, columns=None if lines else ["case", "provider", "seconds"])
+        # None, where nothing is known in any row, is no number.
+        numbers = [name for name in (*_DERIVED, "seconds", "difference", "agreement", "mean_error") if name in figures]
+        return figures.astype(dict.fromkeys(numbers, float))
 
     def samples(self) -> pd.DataFrame:
         """A row for each timed call, with the run's provenance."""

@@ -8,7 +8,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +44,7 @@ NUM_CHECKED_TEXTS = 5
 WARM_UP_CALLS = {"cpu": 1, "cuda": 3}
 # About how long fitting a head takes, and comparing labels once for each provider and number of threads; preparing a
 # kernel; building a model with random weights, in seconds per six layers. On a GPU, with more cores, about half.
-_FITTING, _JUDGING, _PREPARING_KERNEL, _BUILDING, _PREPARING_TEXT = 8.0, 4.0, 4.0, 1.0, 3.0
+_FITTING, _JUDGING, _PREPARING_KERNEL, _BUILDING, _PREPARING_TEXT = 8.0, 4.0, 3.0, 1.0, 3.0
 
 # A provider's row, and its function if it may be timed.
 Prepare = Callable[[], tuple[Row, timing.Function | None]]
@@ -179,12 +179,13 @@ def _free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def new_case(plan: Plan) -> Case:
+def new_case(plan: Plan, model: Model | None = None) -> Case:
     """A case without measurements."""
     dtype = str(plan.dtype).removeprefix("torch.")
     if plan.kind == "kernel":
         return Case("kernel", plan.subject, plan.workload.name, dtype, KERNELS[plan.subject].providers[0].name)
-    baseline = texts.PIPELINE if plan.kind == "text" else baseline_of(class_of(plan.subject))
+    model_class = type(model) if model is not None else class_of(plan.subject)
+    baseline = texts.PIPELINE if plan.kind == "text" else baseline_of(model_class)
     case = Case(plan.kind, plan.subject, plan.workload.name, dtype, baseline.name, plan.workload.batch_size)
     case.threads, case.published = plan.threads, plan.published
     return case
@@ -193,7 +194,7 @@ def new_case(plan: Plan) -> Case:
 def _time(
     case: Case,
     plan: Plan,
-    prepared: dict[str, Prepare],
+    prepared: Mapping[str, Prepare],
     device: torch.device,
     doing: Callable[[str], None],
     spinning: Sequence[str] = (),
@@ -251,7 +252,7 @@ class Session:
         reference = Reference(self.model, checked, way)
         if (time.perf_counter() - start) / len(checked) > LONG_SECONDS:
             inputs = checked
-        judge = self._judge(case, plan, reference)
+        judge = self._judge(plan, reference)
         case.judged_on = judge.about if judge else ""
         if judge and not self.fitted and plan.subject in MODELS and MODELS[plan.subject].fitted:
             case.judged_on += f" ({sentences.missing()})"
@@ -269,7 +270,7 @@ class Session:
         case.flops = statistics.fmean(roofline.useful_flops(shape, batch) for batch in batches)
         case.num_bytes = roofline.weight_bytes(shape, self.model.dtype.itemsize)
 
-    def _judge(self, case: Case, plan: Plan, reference: Reference) -> Judge | None:
+    def _judge(self, plan: Plan, reference: Reference) -> Judge | None:
         """Made only if a provider of reduced precision can run; of texts, on the case's own."""
         asked = [each for each in plan.providers if each.reduced]
         if all(each.missing(type(self.model), self.device, plan.dtype) for each in asked):
@@ -346,7 +347,7 @@ def _resident(loaded: Loaded, batches: Sequence[Batch], device: torch.device) ->
 
 def measure_case(model: Model, plan: Plan, device: torch.device) -> Case:
     """Measures one plan by itself, on the given model."""
-    case = new_case(plan)
+    case = new_case(plan, model)
     Session(plan, device, model).measure(case, plan)
     return case
 

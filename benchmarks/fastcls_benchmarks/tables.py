@@ -94,9 +94,9 @@ def cells(case: Case, row: Any) -> tuple[str, ...]:
     error, labels = NONE if math.isnan(off) else f"{off:.1e}", share(row.agreement, 1)
     unit = "µs" if case.kind == "kernel" else "ms"
     if math.isnan(row.seconds):
-        shown = {"timed": "not timed", "failed": "failed", "unavailable": "cannot run"}[row.status]
+        why = {"timed": "not timed", "failed": "failed", "unavailable": "cannot run"}[row.status]
         middle = [NONE] * (len(headings(case)) - 4)
-        return (row.provider, shown, *middle, labels, error)
+        return (row.provider, why, *middle, labels, error)
     p20_p80 = f"{duration(row.p20, unit)} to {duration(row.p80, unit)}"
     faster = "1" if row.provider == case.baseline else times(case, row.provider)
     shown = (row.provider, duration(row.seconds, unit), duration(row.p99) if case.is_latency else p20_p80, faster)
@@ -120,12 +120,8 @@ def caption(report: Report, case: Case) -> str:
     rounds += " More than 8 %: close other programs and run again." if (case.noise or 0) > 0.08 else ""
     if case.judged_on:
         return f"Labels kept, and how far an answer is off: {case.judged_on}. {rounds}"
-    floor = report.floor_seconds(case)
-    return (
-        f"Floor {duration(floor, 'µs' if case.kind == 'kernel' else 'ms')} {'µs' if case.kind == 'kernel' else 'ms'}. {rounds}"
-        if floor
-        else rounds
-    )
+    floor, unit = report.floor_seconds(case), "µs" if case.kind == "kernel" else "ms"
+    return f"Floor {duration(floor, unit)} {unit}. {rounds}" if floor else rounds
 
 
 def new_remarks(cases: Iterable[Case]) -> list[list[tuple[str, str]]]:

@@ -13,7 +13,7 @@ import random
 import tempfile
 import urllib.request
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -55,7 +55,7 @@ def corpus(name: str, batch_size: int, real: bool) -> Texts:
     kind, _, count = name.partition("-")
     if kind == "nq":
         pairs = _pairs(int(count or 2048))
-        about = "pairs of made-up words, a question of 9 +- 3 and a passage of 130 +- 40 (Natural Questions' lengths, modelled)"
+        about = "pairs of made-up words, lengths modelled on Natural Questions: 9 +- 3 and 130 +- 40 words"
         return Texts(pairs, f"{len(pairs):,} {about}, cut at {LONGEST} tokens", batch_size)
     texts = sentences.read("dev")[0] if real and not sentences.missing() else _made_up_texts(872)
     texts = texts if count == "dev" else texts[:256]
@@ -107,7 +107,7 @@ def scores_of(logits: Tensor) -> Tensor:
 
 
 def loop(provider: Provider) -> Provider:
-    """The provider in a careful loop: all texts are tokenized at once and sorted by length, batches padded to their longest."""
+    """The provider in a careful loop: all texts are tokenized at once, sorted by length, and padded batch by batch."""
 
     def load(model: Model) -> Loaded:
         forward, detail, _ = provider.load(model)
@@ -133,6 +133,11 @@ def loop(provider: Provider) -> Provider:
     return dataclasses.replace(provider, name=f"{provider.name}, sorted", description=about, load=load)
 
 
+def _ids(model: Model) -> dict[str, int]:
+    """The index of each label."""
+    return cast(dict[str, int], model.config.label2id)
+
+
 def _maybe_fast(fast: bool, given: Any) -> Any:
     return fastcls.optimize(given) if fast else given
 
@@ -143,7 +148,7 @@ def _pipeline(fast: bool, model: Model) -> Loaded:
         pipe: Any = transformers.pipeline(
             "text-classification", model=used, tokenizer=tokenizer_of(model), device=model.device, top_k=None
         )
-    ids = model.config.label2id
+    ids = _ids(model)
 
     def classify(texts: Texts) -> Tensor:
         pairs = isinstance(texts.items[0], tuple)
@@ -158,6 +163,7 @@ def _pipeline(fast: bool, model: Model) -> Loaded:
 def _sentence_transformers(fast: bool, model: Model) -> Loaded:
     """A reranker as a CrossEncoder; other classifiers as an encoder whose vectors go through the model's own head."""
     import sentence_transformers
+    from sentence_transformers.models import Pooling, Transformer  # type: ignore[import-not-found,unused-ignore]
 
     with tempfile.TemporaryDirectory() as folder, quietly():
         tokenizer_of(model).save_pretrained(folder)
@@ -165,6 +171,8 @@ def _sentence_transformers(fast: bool, model: Model) -> Loaded:
             model.save_pretrained(folder)
             options = {"model_kwargs": {"dtype": model.dtype}, "device": str(model.device)}
             scorer: Any = _maybe_fast(fast, sentence_transformers.CrossEncoder(folder, **options))
+            # Saving a tokenizer does not keep what it is to give.
+            scorer.tokenizer.model_input_names = tokenizer_of(model).model_input_names
             return Loaded(
                 lambda texts: torch.as_tensor(
                     scorer.predict(texts.items, batch_size=texts.batch_size, show_progress_bar=False)
@@ -172,10 +180,9 @@ def _sentence_transformers(fast: bool, model: Model) -> Loaded:
             )
         any_model: Any = model
         any_model.bert.save_pretrained(folder)
-        library = sentence_transformers.models
         modules = [
-            library.Transformer(folder, model_kwargs={"dtype": model.dtype}),
-            library.Pooling(model.config.hidden_size, "cls"),
+            Transformer(folder, model_kwargs={"dtype": model.dtype}),
+            Pooling(model.config.hidden_size, "cls"),
         ]
         encoder: Any = _maybe_fast(
             fast, sentence_transformers.SentenceTransformer(modules=modules, device=str(model.device))
@@ -192,7 +199,7 @@ def _sentence_transformers(fast: bool, model: Model) -> Loaded:
 def _classifier(model: Model, **options: Any) -> Loaded:
     tokenizer = tokenizer_of(model)
     classifier = fastcls.Classifier(fastcls.optimize(own_copy(model), **options), tokenizer)
-    ids = model.config.label2id
+    ids = _ids(model)
 
     def classify(texts: Texts) -> Tensor:
         rows = classifier(texts.items, top_k=len(ids), truncation=True)
@@ -216,7 +223,7 @@ def server(url: str) -> Provider:
         ValueError: neither answers there.
     """
     url = url.rstrip("/")
-    classify: Callable[[list[Any], Any], list[list[float]]]
+    classify: Callable[..., list[list[float]]]
     try:
         info = _ask(f"{url}/info")
         name, served = f"text-embeddings-inference {info['version']}", info["model_id"]
@@ -237,9 +244,7 @@ def server(url: str) -> Provider:
                 for start in range(0, len(texts.items), TEXTS_IN_A_REQUEST)
             ]
             with concurrent.futures.ThreadPoolExecutor(REQUESTS) as pool:
-                answers = pool.map(
-                    functools.partial(classify, label2id=model.config.label2id, url=url, served=served), parts
-                )
+                answers = pool.map(functools.partial(classify, label2id=_ids(model), url=url, served=served), parts)
                 return torch.tensor([row for rows in answers for row in rows])
 
         return Loaded(of_texts, f"{name}, {served}, {REQUESTS} requests of {TEXTS_IN_A_REQUEST} texts at once")

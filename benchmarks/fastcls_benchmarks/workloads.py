@@ -172,7 +172,7 @@ _CANDIDATES = 500
 
 @dataclass(frozen=True)
 class Workload:
-    """Batches of ``batch_size`` texts whose lengths follow `LENGTHS`\\[lengths], or a corpus of texts in such batches."""
+    """Batches of ``batch_size`` texts whose lengths follow `LENGTHS`\\[lengths], or a corpus in such batches."""
 
     batch_size: int
     lengths: str
