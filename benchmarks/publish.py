@@ -96,6 +96,19 @@ def _headline(report: Report) -> str:
     return " · ".join(facts)
 
 
+def headline(results: Path, _page: Path) -> Iterator[str]:
+    """One figure of the newest machine, from text to label."""
+    for _, report in _newest_first(results, "release")[:1]:
+        for case in report.cases:
+            row, ratio = case.row(CLASSIFIER.name), case.times_faster(CLASSIFIER.name)
+            if case.kind == "text" and row and ratio:
+                labels = "" if row.agreement is None else f", with {row.agreement:.0%} of its labels"
+                yield (
+                    f"**{ratio:.1f} times as fast as transformers' pipeline** from text to label{labels}: MiniLM-L6, "
+                    f"{case.about}, {case.dtype}, {report.provenance['chip']}."
+                )
+
+
 def summary(results: Path, page: Path) -> Iterator[str]:
     """The newest machine: a few rows and one picture."""
     for path, report in _newest_first(results, "release")[:1]:
@@ -199,6 +212,7 @@ def rerankers(results: Path, _page: Path) -> Iterator[str]:
 
 
 SECTIONS: dict[str, Callable[[Path, Path], Iterator[str]]] = {
+    "headline": headline,
     "summary": summary,
     "release": release,
     "cpu": cpu,

@@ -207,6 +207,7 @@ def test_provider_with_wrong_logits_is_caught_and_not_timed(
 # Some machines that test do not hold what is as deep as two of BERT-base, or RoBERTa with more words.
 TOO_LARGE = ("bert-large", "xlm-roberta-base", "camembert-base")
 # A reranker is another model with one label.
+SHAPES_OF_FAMILIES = [name for name, each in MODELS.items() if "num_labels" not in each.options]
 SHAPES = [
     n for n, each in MODELS.items() if n not in TOO_LARGE and not each.fitted and "num_labels" not in each.options
 ]
@@ -701,7 +702,7 @@ def test_rows_in_the_middle_see_to_both_sides() -> None:
     assert found[1] - found[0] == 2 * 64 * (768 + 12 * 768)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SHAPES_OF_FAMILIES)
 def test_padding_is_no_useful_work(name: str) -> None:
     shape = ModelShape.named(name)
     (batch,) = Workload(4, "sst2").batches(1, ModelInputs.of(class_of(name), config_of(name)))
@@ -749,7 +750,7 @@ def test_sst2_lengths_are_those_of_the_sentences(
         assert abs(found[round(index / (len(quantiles) - 1) * (len(found) - 1))] - expected) <= 1
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SHAPES_OF_FAMILIES)
 def test_batches_are_what_the_model_reads(name: str) -> None:
     config = config_of(name)
     (batch,) = Workload(32, "sst2").batches(1, ModelInputs.of(class_of(name), config))
@@ -822,7 +823,14 @@ def test_wrong_kernel_is_caught_and_not_timed() -> None:
 @pytest.mark.parametrize(("name", "device"), [(name, each) for each in (CPU, GPU) for name in suites.names(each)])
 def test_suites_start_with_the_baseline_and_fit_their_time(name: str, device: torch.device) -> None:
     suite = suites.suite(name, device)
-    limit = {"quick": 65, "default": 310, "release": 500, "cpu": 1200, "rerankers": 400, "floors": 120}[name]
+    limit = {
+        "quick": 65,
+        "default": 310,
+        "release": 480 if device == CPU else 500,
+        "cpu": 1200,
+        "rerankers": 400,
+        "floors": 120,
+    }[name]
     assert sum(runner.planned_seconds(suite, device)) <= limit
     for plan in suite.plans:
         if plan.kind == "kernel":
@@ -850,6 +858,7 @@ def test_release_suite_measures_every_family_but_twins(device: torch.device) -> 
     # These compute what another does, but for norms, embeddings and heads, or are of a size that no suite has time for.
     twins = {"data2vec-text", "ernie", "megatron-bert", "rembert", "roberta-prelayernorm", "roformer", "ultrabert"}
     twins |= {"xlm-roberta", "camembert", "esmc", "xlm-roberta-xl", "xmod"}
+    twins |= {"electra", "jina_embeddings_v3"} if device == CPU else set()
     assert found | twins == {family.model_type for family in FAMILIES}
 
 

@@ -18,7 +18,7 @@ import typer
 from gpu_round import ROOT, STEPS, Step
 from typer.testing import CliRunner
 
-from fastcls_benchmarks.tile_candidates import OPERATIONS
+from fastcls_benchmarks.kernels import OPERATIONS
 from fastcls_kernels.runtime.tile_tables import CONFIGS, explain_tiles
 
 WHERE = "import os; print('packages', os.environ['PYTHONPATH'])"

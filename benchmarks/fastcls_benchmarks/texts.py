@@ -163,7 +163,7 @@ def _pipeline(fast: bool, model: Model) -> Loaded:
 def _sentence_transformers(fast: bool, model: Model) -> Loaded:
     """A reranker as a CrossEncoder; other classifiers as an encoder whose vectors go through the model's own head."""
     import sentence_transformers
-    from sentence_transformers.models import Pooling, Transformer  # type: ignore[import-not-found,unused-ignore]
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     with tempfile.TemporaryDirectory() as folder, quietly():
         tokenizer_of(model).save_pretrained(folder)
