@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,25 +18,17 @@ from PIL import Image
 
 from fastcls_benchmarks.plots import plots
 from fastcls_benchmarks.provenance import PACKAGES, output_of, slug, source_digest
-from fastcls_benchmarks.providers import FASTCLS, INVARIANT, OURS, SDPA
+from fastcls_benchmarks.providers import FASTCLS, INVARIANT, SDPA
 from fastcls_benchmarks.results import Case, Report
 from fastcls_benchmarks.tables import NONE, duration, published_rows, share, times
 from fastcls_benchmarks.texts import CLASSIFIER
+from fastcls_benchmarks.workloads import data
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 SUITES = ("release", "cpu", "rerankers")
 MARKERS = re.compile(r"<!-- benchmarks: begin (\w+) -->\n.*?<!-- benchmarks: end -->", re.DOTALL)
-# What the README shows of the newest run: kind, model and workload, and what that is in words.
-SUMMARY = {
-    ("text", "minilm-l6-sst2", "32 x sst2-dev"): "MiniLM-L6, SST-2's dev split, from text to label",
-    ("model", "minilm-l6", "1 x sst2"): "MiniLM-L6, one sentence",
-    ("model", "minilm-l6", "32 x sst2"): "MiniLM-L6, 32 sentences",
-    ("model", "bert-base", "32 x sst2"): "BERT-base, 32 sentences",
-    ("model", "bert-base", "8 x 128"): "BERT-base, 8 texts of 128 tokens",
-    ("model", "bert-base", "32 x 128"): "BERT-base, 32 texts of 128 tokens",
-}
 # The picture's field for the digest of the results that it was made from.
 DIGEST = "Source"
 
@@ -55,21 +47,24 @@ def reason_not_to_publish(report: Report) -> str | None:
         provenance["dirty"] = bool(changes)
     if provenance["commit"] is None:
         return "its commit is unknown, and its code is not this checkout's"
-    if provenance["dirty"]:
-        return "its code had changes: commit them and run again"
-    return None
+    return "its code had changes: commit them and run again" if provenance["dirty"] else None
 
 
-def is_ours(provider: str) -> bool:
-    return provider in OURS or "fastcls" in provider
+def _timed(case: Case) -> dict[str, float]:
+    return {row.provider: seconds for row in case.rows if (seconds := case.typical_seconds(row.provider)) is not None}
 
 
-def fastest_peer(case: Case, exact: bool = True) -> str | None:
-    """The fastest provider that is not ours; if ``exact``, none of reduced precision."""
-    reduced = {row.provider for row in case.rows if exact and re.search("int8|default", row.provider)}
-    names = [row.provider for row in case.rows if not is_ours(row.provider) and row.provider not in reduced]
-    timed = {name: seconds for name in names if (seconds := case.typical_seconds(name)) is not None}
-    return min(timed, key=lambda name: timed[name], default=None)
+def _compared(case: Case) -> tuple[float, tuple[str, ...]] | None:
+    """Fastcls's seconds, if it was timed; the milliseconds of transformers, a peer and itself, and its two ratios."""
+    ours, seconds = CLASSIFIER.name if case.kind == "text" else FASTCLS.name, _timed(case)
+    if case.kind == "kernel" or ours not in seconds:
+        return None
+    # The fastest that is neither ours nor of reduced precision.
+    peers = [name for name in seconds if not re.search("fastcls|int8|default", name)]
+    peer = min(peers, key=lambda name: seconds[name], default="")
+    fastest, vs_peer = (f"{duration(seconds[peer])} ({peer})", times(case, ours, peer)) if peer else (NONE, NONE)
+    transformers = duration(case.typical_seconds(case.baseline))
+    return seconds[ours], (transformers, fastest, duration(seconds[ours]), times(case, ours), vs_peer)
 
 
 def _table(heading: Iterable[str], rows: Iterable[Iterable[str]], left: int) -> str:
@@ -89,11 +84,9 @@ def _headline(report: Report) -> str:
     noises = sorted(case.noise for case in report.cases if case.kind != "kernel" and case.noise is not None)
     # Cases of the suite cpu have threads of their own.
     threads = [] if report.suite == "cpu" else [f"{provenance['threads']} threads"]
-    commit = f"commit {provenance['commit'][:9]}"
-    facts = [f"**{provenance['chip']}**", *threads, ", ".join(versions), commit, provenance["date"][:10]]
-    if noises:
-        facts.append(f"noise {noises[0]:.1%} to {noises[-1]:.1%}")
-    return " · ".join(facts)
+    noise = [f"noise {noises[0]:.1%} to {noises[-1]:.1%}"] if noises else []
+    facts = [*threads, ", ".join(versions), f"commit {provenance['commit'][:9]}", provenance["date"][:10], *noise]
+    return " · ".join([f"**{provenance['chip']}**", *facts])
 
 
 def headline(results: Path, _page: Path) -> Iterator[str]:
@@ -103,33 +96,24 @@ def headline(results: Path, _page: Path) -> Iterator[str]:
             row, ratio = case.row(CLASSIFIER.name), case.times_faster(CLASSIFIER.name)
             if case.kind == "text" and row and ratio:
                 labels = "" if row.agreement is None else f", with {row.agreement:.0%} of its labels"
-                yield (
-                    f"**{ratio:.1f} times as fast as transformers' pipeline** from text to label{labels}: MiniLM-L6, "
-                    f"{case.about}, {case.dtype}, {report.provenance['chip']}."
-                )
+                faster = f"**{ratio:.1f} times as fast as transformers' pipeline** from text to label{labels}"
+                yield f"{faster}: MiniLM-L6, {case.about}, {case.dtype}, {report.provenance['chip']}."
 
 
 def summary(results: Path, page: Path) -> Iterator[str]:
     """The newest machine: a few rows and one picture."""
     for path, report in _newest_first(results, "release")[:1]:
-        provenance = report.provenance
-        yield f"{provenance['chip']}, milliseconds, commit {provenance['commit'][:9]}, {provenance['date'][:10]}:"
-        cases = {case.key[:3]: case for case in report.cases}
-        rows = []
-        for key, about in SUMMARY.items():
-            case = cases.get(key)
-            ours = CLASSIFIER.name if key[0] == "text" else FASTCLS.name
-            if case is None or case.typical_seconds(ours) is None:
-                continue
-            peer = fastest_peer(case)
-            shown = (case.typical_seconds(name) for name in (case.baseline, peer, ours) if name)
-            transformers, fastest, fast = map(duration, shown)
-            ratios = (times(case, ours), times(case, ours, peer or ""))
-            rows.append([about, transformers, f"{fastest} ({peer})", f"**{fast}**", *ratios])
+        chip, commit, date = (report.provenance[name] for name in ("chip", "commit", "date"))
+        yield f"{chip}, milliseconds, commit {commit[:9]}, {date[:10]}:"
+        cases, rows = {", ".join(case.key[:3]): case for case in report.cases}, []
+        for key, about in data("summary.toml").items():
+            if key in cases and (compared := _compared(cases[key])):
+                transformers, fastest, fast, *ratios = compared[1]
+                rows.append([about, transformers, fastest, f"**{fast}**", *ratios])
         heading = ("", "transformers", "fastest peer, same precision", "fastcls", "vs transformers", "vs that peer")
         yield _table(heading, rows, 1)
-        if path.with_suffix(".png").is_file():
-            where = path.with_suffix(".png").resolve().relative_to(page.resolve().parent).as_posix()
+        if (picture := path.with_suffix(".png")).is_file():
+            where = picture.resolve().relative_to(page.resolve().parent).as_posix()
             yield f"![From text to label, by provider]({where})"
 
 
@@ -139,93 +123,63 @@ def release(results: Path, _page: Path) -> Iterator[str]:
         yield _headline(report)
         rows, costs = [], []
         for case in report.cases:
-            ours = CLASSIFIER.name if case.kind == "text" else FASTCLS.name
-            if case.kind == "kernel" or case.typical_seconds(ours) is None:
+            if (compared := _compared(case)) is None:
                 continue
-            peer, floor, seconds = fastest_peer(case), report.floor_seconds(case), case.typical_seconds(ours)
+            (seconds, (transformers, *others)), floor = compared, report.floor_seconds(case)
             # Marks a model that transformers does not compute with sdpa.
             mark = "" if case.baseline == SDPA.name else f" ({case.baseline.removeprefix('transformers ')})"
             noise = "" if (case.noise or 0) <= 0.08 else f", noise {case.noise:.0%}"
-            fastest = f"{duration(case.typical_seconds(peer))} ({peer})" if peer else NONE
-            rows.append(
-                [
-                    case.subject,
-                    f"{case.workload}{', from text' * (case.kind == 'text')}{noise}",
-                    case.dtype,
-                    duration(case.typical_seconds(case.baseline)) + mark,
-                    fastest,
-                    duration(seconds),
-                    times(case, ours),
-                    times(case, ours, peer) if peer else NONE,
-                    share(floor / seconds if floor and seconds else None),
-                ]
-            )
+            batch = f"{case.workload}{', from text' * (case.kind == 'text')}{noise}"
+            shown = (transformers + mark, *others, share(floor and floor / seconds))
+            rows.append([case.subject, batch, case.dtype, *shown])
             if (invariant := case.typical_seconds(INVARIANT.name)) is not None:
                 costs.append(f"{case.subject}, {case.workload}: {duration(invariant)} ms")
         heading = ("model", "batch", "dtype", "transformers, ms", "fastest peer, ms", "fastcls, ms")
         yield _table((*heading, "vs transformers", "vs peer", "of floor"), rows, 3)
         for case in report.cases:
             if case.kind == "text":
-                yield f"From text to label, {case.subject}, {case.about}, ms: {_listed(case)}."
-        calls = [each for each in report.first_calls if each.peak_bytes]
-        if peaks := [f"{each.provider} {(each.peak_bytes or 0) / 2**20:.1f}" for each in calls]:
-            first = calls[0]
-            yield f"Peak memory of a forward, {first.model}, {first.workload}, MiB: {'; '.join(peaks)}."
+                judged = [row for row in case.rows if row.agreement is not None]
+                kept = {row.provider: f" ({row.agreement:.1%} of the labels)" for row in judged}
+                listed = "; ".join(
+                    f"{name} {duration(each)}{kept.get(name, '')}" for name, each in _timed(case).items()
+                )
+                yield f"From text to label, {case.subject}, {case.about}, ms: {listed}."
+        if calls := [each for each in report.first_calls if each.peak_bytes]:
+            peaks = "; ".join(f"{each.provider} {(each.peak_bytes or 0) / 2**20:.1f}" for each in calls)
+            yield f"Peak memory of a forward, {calls[0].model}, {calls[0].workload}, MiB: {peaks}."
         if costs:
             yield f"With `batch_invariant=True`: {'; '.join(costs)}."
-
-
-def _listed(case: Case) -> str:
-    parts = []
-    for row in case.rows:
-        if (seconds := case.typical_seconds(row.provider)) is not None:
-            kept = "" if row.agreement is None else f" ({row.agreement:.1%} of the labels)"
-            parts.append(f"{row.provider} {duration(seconds)}{kept}")
-    return "; ".join(parts)
 
 
 def cpu(results: Path, _page: Path) -> Iterator[str]:
     """Every machine, the newest first: the facts, a table of times, the labels kept."""
     for _, report in _newest_first(results, "cpu"):
-        names = [row.provider for row in report.cases[0].rows]
-        rows = [
-            [case.subject, case.workload, str(case.threads), *(duration(case.typical_seconds(name)) for name in names)]
-            for case in report.cases
-        ]
+        kept = report.cases[0]
+        names = [row.provider for row in kept.rows]
+        rows = []
+        for case in report.cases:
+            seconds = [duration(case.typical_seconds(name)) for name in names]
+            rows.append([case.subject, case.workload, str(case.threads), *seconds])
         yield _headline(report)
         yield _table(("model", "batch", "threads", *names), rows, 2)
-        kept = report.cases[0]
-        shares = [
-            f"{row.provider} {row.agreement:.1%}, {row.mean_error:.3f}"
-            for row in kept.rows
-            if row.agreement is not None and row.mean_error is not None and row.provider != kept.baseline
-        ]
-        yield f"{kept.subject} on {kept.judged_on}: labels kept, mean error of a logit: {'; '.join(shares)}."
+        judged = [row for row in kept.rows if row.agreement is not None and row.provider != kept.baseline]
+        shares = "; ".join(f"{row.provider} {row.agreement:.1%}, {row.mean_error:.3f}" for row in judged)
+        yield f"{kept.subject} on {kept.judged_on}: labels kept, mean error of a logit: {shares}."
 
 
 def rerankers(results: Path, _page: Path) -> Iterator[str]:
     """Every machine, the newest first: the facts, pairs a second beside published figures."""
     for _, report in _newest_first(results, "rerankers"):
-        yield _headline(report)
         heading, *rows = published_rows(report)
+        yield _headline(report)
         yield _table(heading, rows, 1)
 
 
-SECTIONS: dict[str, Callable[[Path, Path], Iterator[str]]] = {
-    "headline": headline,
-    "summary": summary,
-    "release": release,
-    "cpu": cpu,
-    "rerankers": rerankers,
-}
+SECTIONS = {"headline": headline, "summary": summary, "release": release, "cpu": cpu, "rerankers": rerankers}
 
 
 def with_sections(page: Path, results: Path) -> str:
-    """The page's text with the sections between its markers.
-
-    Raises:
-        ValueError: it has none, or names one that there is not.
-    """
+    """The page's text with the sections between its markers; ValueError if it has none, or one that there is not."""
     text = page.read_text(encoding="utf-8")
     names = MARKERS.findall(text)
     if not names or set(names) - set(SECTIONS) or text.count("<!-- benchmarks: ") != 2 * len(names):
@@ -242,18 +196,12 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def draw(results: Path) -> None:
-    """Draws the first picture of a results file beside it, marked with that file's digest."""
-    for plot in plots(Report.read(results))[:1]:
-        plot.figure.savefig(results.with_suffix(".png"), dpi=150, metadata={DIGEST: _digest(results)})
-
-
 def out_of_step(pages: Iterable[Path], results: Path) -> list[str]:
     """The files that no longer show the kept results."""
-    found = [str(page) for page in pages if with_sections(page, results) != page.read_text(encoding="utf-8")]
+    found = [page for page in pages if with_sections(page, results) != page.read_text(encoding="utf-8")]
     pictures = {path: path.with_suffix(".png") for path in sorted(results.glob("*/release.json"))}
     stale = [p for path, p in pictures.items() if not p.is_file() or Image.open(p).info.get(DIGEST) != _digest(path)]
-    return found + [str(picture) for picture in stale]
+    return [str(each) for each in found + stale]
 
 
 app = typer.Typer(add_completion=False)
@@ -271,17 +219,16 @@ def main(
     try:
         if run is not None:
             report = Report.read(run)
-            reason = reason_not_to_publish(report)
-            if reason:
+            if reason := reason_not_to_publish(report):
                 raise ValueError(f"{run} is not published: {reason}")
             report.write(results / slug(report.provenance["chip"]) / f"{report.suite}.json")
         if check:
-            differing = out_of_step(pages, results)
-            if differing:
+            if differing := out_of_step(pages, results):
                 raise ValueError(f"out of step with {results}: {', '.join(differing)}; run benchmarks/publish.py")
             return
         for path in sorted(results.glob("*/release.json")):
-            draw(path)
+            for plot in plots(Report.read(path))[:1]:
+                plot.figure.savefig(path.with_suffix(".png"), dpi=150, metadata={DIGEST: _digest(path)})
         for each in pages:
             each.write_text(with_sections(each, results), encoding="utf-8")
     except (OSError, ValueError) as error:

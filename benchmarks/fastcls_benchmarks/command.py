@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from . import comparison, provenance, runner, suites, tables
 from .provider import Provider
@@ -23,7 +24,6 @@ from .texts import CORPORA, PIPELINE, TEXT_PROVIDERS, server, tokenizer_of
 from .workloads import LENGTHS, MODELS, SEED
 
 RESULTS_FILE = "results.json"
-COLUMNS = 100
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -37,11 +37,7 @@ def chosen_suite(
     url: str | None,
     device: torch.device,
 ) -> Suite:
-    """The suite that the options ask for.
-
-    Raises:
-        ValueError: a choice that does not exist; it names the option, its value and the possible ones.
-    """
+    """The suite that the options ask for; ValueError, with the possible choices, for one that does not exist."""
     _check("--suite", [suite], suites.names(device))
     _check("--model", models, MODELS)
     _check("--lengths", lengths, LENGTHS)
@@ -66,17 +62,12 @@ def save_checkpoint(suite: str, folder: Path, device: torch.device) -> Path:
 
 
 def _check(option: str, names: Sequence[str], known: Collection[str]) -> None:
-    unknown = [name for name in names if name not in known]
-    if unknown:
+    if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{option} must be one of {', '.join(known)}; got {', '.join(unknown)}")
 
 
 def result_folder(out: Path | None) -> Path:
-    """The folder for results.
-
-    Raises:
-        ValueError: it holds results already.
-    """
+    """The folder for results; ValueError if it holds results already."""
     if out is None:
         return Path("fastcls-bench") / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     if (out / RESULTS_FILE).exists():
@@ -90,41 +81,42 @@ class _Shown:
     """A progress bar in planned seconds, or in a log a line for each case; keeps complete cases in a file."""
 
     def __init__(self, progress: Progress, total: float, path: Path) -> None:
-        self.progress, self.total, self.path, self.passed = progress, total, path, 0.0
+        self.progress, self.path = progress, path
         self.task = progress.add_task("starting", total=total)
 
     def doing(self, what: str) -> None:
         self.progress.update(self.task, description=escape(what))
 
     def done(self, what: str, seconds: float) -> None:
-        self.passed += seconds
-        self.progress.update(self.task, advance=seconds)
-        console = self.progress.console
+        self.progress.advance(self.task, seconds)
+        console, (task,) = self.progress.console, self.progress.tasks
         if not console.is_terminal:
-            console.print(f"{self.passed / self.total:4.0%} {what}", highlight=False, markup=False)
+            console.print(f"{task.percentage:3.0f}% {what}", highlight=False, markup=False)
 
     def keep(self, report: Report) -> None:
         report.write(self.path)
 
 
+def _minutes(suite: Suite, device: torch.device) -> str:
+    return f"about {max(sum(runner.planned_seconds(suite, device)) / 60, 1):.0f} min"
+
+
 def measure(suite: Suite, device: torch.device, folder: Path, errors: Console) -> Report:
     """Runs the suite. Ctrl-C ends it early, and complete cases are kept."""
-    names = [
-        f"{plan.subject}, {plan.workload.name}: {'; '.join(each.name for each in plan.providers)}"
-        for plan in suite.plans
-    ]
-    arguments = {"suite": suite.name, "device": str(device), "seed": SEED, "plans": names}
+    by = [(plan, "; ".join(each.name for each in plan.providers)) for plan in suite.plans]
+    plans = [f"{plan.subject}, {plan.workload.name}: {names}" for plan, names in by]
+    arguments = {"suite": suite.name, "device": str(device), "seed": SEED, "plans": plans}
     # Before anything is measured, so that a folder that cannot be written to is an error now.
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(suite.name, provenance.collect(device), arguments)
     columns = (SpinnerColumn(), BarColumn(16), TimeElapsedColumn(), TextColumn("left:"))
     columns += (TimeRemainingColumn(elapsed_when_finished=True), TextColumn("{task.description}"))  # type: ignore[assignment]
-    total = sum(runner.planned_seconds(suite, device))
-    errors.print(f"Suite {suite.name}: about {max(total / 60, 1):.0f} min. Results go to {folder}.", highlight=False)
+    errors.print(f"Suite {suite.name}: {_minutes(suite, device)}. Results go to {folder}.", highlight=False)
     options = {"console": errors, "transient": True, "disable": not errors.is_terminal, "speed_estimate_period": 3600}
     try:
         with Progress(*columns, **options) as progress:  # type: ignore[arg-type]
-            runner.run(suite, report, device, _Shown(progress, total, folder / RESULTS_FILE))
+            shown = _Shown(progress, sum(runner.planned_seconds(suite, device)), folder / RESULTS_FILE)
+            runner.run(suite, report, device, shown)
     except KeyboardInterrupt:
         errors.print("Interrupted: what was measured so far is kept.", style="bold red")
     return report
@@ -133,14 +125,12 @@ def measure(suite: Suite, device: torch.device, folder: Path, errors: Console) -
 def pictures_missing() -> str | None:
     """Why pictures and the HTML page cannot be made."""
     missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
-    if not missing:
-        return None
-    return f'plots and report.html are left out: {" and ".join(missing)} not installed (pip install "fastcls[bench]")'
+    why = f'plots and report.html are left out: {" and ".join(missing)} not installed (pip install "fastcls[bench]")'
+    return why if missing else None
 
 
 def write(report: Report, folder: Path) -> list[str]:
     """Writes JSON, CSV, and if possible pictures and the HTML report; returns their names."""
-    folder.mkdir(parents=True, exist_ok=True)
     report.write(folder / RESULTS_FILE)
     report.samples().to_csv(folder / "samples.csv", index=False)
     if pictures_missing():
@@ -155,7 +145,7 @@ def write(report: Report, folder: Path) -> list[str]:
 def show(report: Report, console: Console) -> None:
     """Prints the tables, in 100 columns if there is no terminal."""
     if not console.is_terminal:
-        console.width = COLUMNS
+        console.width = 100
     for part in tables.render(report):
         console.print(part, highlight=False)
 
@@ -173,22 +163,17 @@ def show_comparison(old: Report, new: Report, fail_above: float | None, console:
 
 def show_choices(device: torch.device, console: Console) -> None:
     """Prints all suites, models, lengths and providers."""
-    dtype = suites.default_dtype(device)
 
     def can(provider: Provider) -> str:
-        missing = provider.available(device, dtype)
+        missing = provider.available(device, suites.default_dtype(device))
         return f"{provider.description}. Cannot run here: {missing}" if missing else provider.description
 
     def describe(name: str) -> str:
         suite = suites.suite(name, device)
-        minutes = max(sum(runner.planned_seconds(suite, device)) / 60, 1)
-        kinds = [plan.kind for plan in suite.plans]
-        counts = (
-            (kinds.count("model"), "models"),
-            (kinds.count("text"), "from text to label"),
-            (kinds.count("kernel"), "kernels"),
-        )
-        return f"{', '.join(f'{count} {what}' for count, what in counts if count)}; about {minutes:.0f} min"
+        counts = Counter[str](plan.kind for plan in suite.plans)
+        words = {"model": "models", "text": "from text to label", "kernel": "kernels"}
+        shown = ", ".join(f"{counts[kind]} {what}" for kind, what in words.items() if counts[kind])
+        return f"{shown}; {_minutes(suite, device)}"
 
     for heading, rows in (
         ("--suite", [(name, describe(name)) for name in suites.names(device)]),
@@ -198,9 +183,7 @@ def show_choices(device: torch.device, console: Console) -> None:
         ("from text to label", [(name, can(each)) for name, each in TEXT_PROVIDERS.items() if ", sorted" not in name]),
         ("texts", list(CORPORA.items())),
     ):
-        table = Table(box=box.SIMPLE_HEAD, title_justify="left")
-        table.add_column(heading, no_wrap=True)
-        table.add_column("")
+        table = Table(Column(heading, no_wrap=True), "", box=box.SIMPLE_HEAD)
         for name, text in rows:
             table.add_row(name, escape(text))
         console.print(table, highlight=False)

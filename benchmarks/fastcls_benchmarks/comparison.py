@@ -11,31 +11,21 @@ from rich.markup import escape
 from .results import Report
 from .tables import duration, plain_table
 
-_KEY = ["case", "provider"]
-
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs side by side.
+    """Two runs side by side."""
 
-    Attributes:
-        changes: a row for each provider but the baselines: ``case``, ``provider``, and of both runs, with the endings
-            ``_old`` and ``_new``, what `Report.figures` says; ``ratio``, how many times faster it has become, relative
-            to its baseline; and whether it ``moved`` by more than both runs' noise.
-        machine: how many times faster the baselines have become, as a median: another machine, or another hour.
-        only_old, only_new: measured in one of the runs only.
-        broken: timed before, and failed now.
-        differing: the differences between the runs' provenance.
-        same_machine: whether both ran on the same chip with as many threads.
-    """
-
+    # For each provider but the baselines `case`, `provider`, and of both runs, with the endings `_old` and `_new`, what
+    # `Report.figures` says; `ratio`, how many times faster it has become, relative to its baseline; and whether it
+    # `moved` by more than both runs' noise.
     changes: pd.DataFrame
-    machine: float | None
-    only_old: list[str]
+    machine: float | None  # how many times faster the baselines have become, as a median: another machine or hour
+    only_old: list[str]  # measured in one of the runs only, as the next
     only_new: list[str]
-    broken: list[str]
-    differing: list[str]
-    same_machine: bool
+    broken: list[str]  # timed before, and failed now
+    differing: list[str]  # between the runs' provenance
+    same_machine: bool  # both ran on the same chip with as many threads
 
     @property
     def moved(self) -> pd.DataFrame:
@@ -49,51 +39,37 @@ class Comparison:
         if self.changes.empty:
             reasons.append("the runs have no figures in common")
         slower = self.moved[1 / self.moved.ratio - 1 > percent / 100]
-        return reasons + [
-            f"{each.case}, {each.provider}: {1 / each.ratio - 1:.0%} slower, more than {percent:g} %"
-            for each in slower.itertuples()
-        ]
+        for each in slower.itertuples():
+            reasons.append(f"{each.case}, {each.provider}: {1 / each.ratio - 1:.0%} slower, more than {percent:g} %")
+        return reasons
 
 
 def compare(old: Report, new: Report) -> Comparison:
     """Compares each provider's speed relative to its baseline, so that a slower hour of the machine is no change."""
-    before, after = (_timed(report) for report in (old, new))
-    both = before.merge(after, on=_KEY, suffixes=("_old", "_new")) if len(before) and len(after) else pd.DataFrame()
-    changes, machine = pd.DataFrame(columns=[*_KEY, "ratio", "moved"]), None
-    if len(both):
-        both = both[both.baseline_old == both.baseline_new]
-        is_baseline = both.provider == both.baseline_new
-        machine = float((both.seconds_old / both.seconds_new)[is_baseline].median())
-        found = both[~is_baseline & both.low_old.notna() & both.low_new.notna()]
-        apart = (found.low_new > found.high_old) | (found.high_new < found.low_old)
-        changes = found.assign(ratio=found.times_new / found.times_old, moved=apart)
-    names_old, names_new = (
-        [f"{case}, {provider}" for case, provider in zip(each.case, each.provider, strict=True)]
-        for each in (before, after)
+    before, after = (
+        report.figures().assign(name=lambda each: each.case + ", " + each.provider) for report in (old, new)
     )
-    failed = {f"{case.name}, {row.provider}": None for case in new.cases for row in case.rows if row.status == "failed"}
-    return Comparison(
-        changes,
-        machine,
-        [name for name in names_old if name not in names_new],
-        [name for name in names_new if name not in names_old],
-        [name for name in failed if name in names_old],
-        _differing(old, new),
-        all(old.provenance[name] == new.provenance[name] for name in ("chip", "threads")),
-    )
-
-
-def _timed(report: Report) -> pd.DataFrame:
-    figures = report.figures()
-    return figures[figures.seconds.notna()]
-
-
-def _differing(old: Report, new: Report) -> list[str]:
+    failed = after.name[after.status == "failed"].unique()
+    before, after = before.dropna(subset="seconds"), after.dropna(subset="seconds")
+    both = before.merge(after, on=["case", "provider"], suffixes=("_old", "_new")).query("baseline_old == baseline_new")
+    is_baseline = both.provider == both.baseline_new
+    machine = (both.seconds_old / both.seconds_new)[is_baseline].median()
+    found = both[~is_baseline & both.low_old.notna() & both.low_new.notna()]
+    apart = (found.low_new > found.high_old) | (found.high_new < found.low_old)
     facts = [{**each.provenance, **each.provenance["versions"]} for each in (old, new)]
     packages = sorted({*old.provenance["versions"], *new.provenance["versions"]})
-    named = [*("chip", "threads", "driver", "python", "commit", "dirty"), *packages]
-    values = ((name, *(each.get(name) for each in facts)) for name in named)
-    return [f"{name}: {before} before, {after} now" for name, before, after in values if before != after]
+    names = ("chip", "threads", "driver", "python", "commit", "dirty", *packages)
+    differing = {name: tuple(each.get(name) for each in facts) for name in names}
+    differing = {name: (was, now) for name, (was, now) in differing.items() if was != now}
+    return Comparison(
+        found.assign(ratio=found.times_new / found.times_old, moved=apart),
+        float(machine) if len(both) else None,
+        [name for name in before.name if name not in set(after.name)],
+        [name for name in after.name if name not in set(before.name)],
+        [name for name in failed if name in set(before.name)],
+        [f"{name}: {was} before, {now} now" for name, (was, now) in differing.items()],
+        not differing.keys() & {"chip", "threads"},
+    )
 
 
 def render(comparison: Comparison) -> list[RenderableType]:
@@ -110,13 +86,9 @@ def render(comparison: Comparison) -> list[RenderableType]:
         table = plain_table(f"Beyond the noise of both runs: {len(moved)} of {count}", columns=columns, left=2)
         table.columns[0].no_wrap = False
         for each in moved.itertuples():
-            shown = (
-                duration(each.seconds_old),
-                duration(each.seconds_new),
-                f"{each.times_old:.2f} to {each.times_new:.2f}",
-            )
-            style = "green" if each.ratio > 1 else "red"
-            table.add_row(escape(each.case), each.provider, *shown, f"{each.ratio - 1:+.0%}", style=style)
+            shown = [duration(each.seconds_old), duration(each.seconds_new)]
+            shown += [f"{each.times_old:.2f} to {each.times_new:.2f}", f"{each.ratio - 1:+.0%}"]
+            table.add_row(escape(each.case), each.provider, *shown, style="green" if each.ratio > 1 else "red")
         parts.append(table)
     elif not count:
         parts.append("The runs have no figures in common.")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Nothing here may import torch: its import is timed, too.
 if TYPE_CHECKING:
@@ -31,55 +31,38 @@ def measure(plan: FirstCallPlan, device: str, threads: int) -> FirstCall:
     """Runs the plan with ``threads`` threads."""
     from .results import FirstCall
 
-    dtype = str(plan.dtype).removeprefix("torch.")
-    result = FirstCall(plan.model, plan.workload.name, dtype, plan.provider.name)
-    work = {
-        "model": plan.model,
-        "batch_size": plan.workload.batch_size,
-        "lengths": plan.workload.lengths,
-        "dtype": dtype,
-        "provider": plan.provider.name,
-        "device": device,
-        "threads": threads,
-    }
-    command = [sys.executable, "-m", __name__, json.dumps(work)]
-    path = os.pathsep.join(each for each in sys.path if each)
-    environment = os.environ | {"PYTHONPATH": path}
+    subject = (plan.model, plan.workload.name, str(plan.dtype).removeprefix("torch."), plan.provider.name)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
+    command = [sys.executable, "-m", __name__, json.dumps([*subject, device, threads])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        result.detail = (done.stderr.strip().splitlines() or ["failed"])[-1]
-        return result
-    for name, value in json.loads(lines[-1]).items():
-        setattr(result, name, value)
-    return result
+        return FirstCall(*subject, detail=(done.stderr.strip().splitlines() or ["failed"])[-1])
+    return FirstCall(*subject, **json.loads(lines[-1]))
 
 
-def main(work: dict[str, str | int]) -> dict[str, float | int | str | None]:
+def main(name: str, workload: str, dtype_name: str, provider_name: str, place: str, threads: int) -> dict[str, Any]:
     """The seconds of each step and the bytes of one more forward."""
     start = time.perf_counter()
     import torch
 
     for library in ("fastcls", "onnxruntime", "openvino"):
-        if str(work["provider"]).startswith(library):
+        if provider_name.startswith(library):
             importlib.import_module(library)
     from .workloads import ModelInputs, Workload, build_model, class_of, config_of, padded_tokens
 
     # `import transformers` puts this import off until a model is asked for.
-    name = str(work["model"])
     model_class = class_of(name)
     imported = time.perf_counter()
 
     from .providers import PROVIDERS
     from .timing import wait_for
 
-    torch.set_num_threads(int(work["threads"]))
-    device, dtype = torch.device(str(work["device"])), getattr(torch, str(work["dtype"]))
-    inputs = ModelInputs.of(model_class, config_of(name))
-    batches = Workload(int(work["batch_size"]), str(work["lengths"])).batches(4, inputs)
-    provider = PROVIDERS[str(work["provider"])]
-    missing = provider.missing(model_class, device, dtype)
-    if missing:
+    torch.set_num_threads(threads)
+    device, dtype = torch.device(place), getattr(torch, dtype_name)
+    batches = Workload.named(workload).batches(4, ModelInputs.of(model_class, config_of(name)))
+    provider = PROVIDERS[provider_name]
+    if missing := provider.missing(model_class, device, dtype):
         return {"detail": missing}
     prepared = time.perf_counter()
     model = build_model(name, device, dtype)
@@ -89,14 +72,9 @@ def main(work: dict[str, str | int]) -> dict[str, float | int | str | None]:
     forward(batches[0])
     wait_for(device)
     answered = time.perf_counter()
-
+    result = {"import_seconds": imported - start, "load_seconds": loaded - prepared}
+    result |= {"convert_seconds": converted - loaded, "first_seconds": answered - converted}
     largest = max(batches, key=padded_tokens)
-    result: dict[str, float | int | str | None] = {
-        "import_seconds": imported - start,
-        "load_seconds": loaded - prepared,
-        "convert_seconds": converted - loaded,
-        "first_seconds": answered - converted,
-    }
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -104,20 +82,16 @@ def main(work: dict[str, str | int]) -> dict[str, float | int | str | None]:
         return result | {"peak_bytes": torch.cuda.max_memory_allocated(device) - before}
     if not (_PROC / "clear_refs").exists():
         return result | {"detail": "peak memory on the CPU is read from Linux's /proc"}
-    _give_back_freed_memory()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        # The forward would use memory that the C library keeps, uncounted: it frees that, now and from now on.
+        libc.mallopt(*_MMAP_THRESHOLD)
+        libc.malloc_trim(0)
     # 5 resets the peak ("VmHWM") to the memory resident now: man 5 proc.
     (_PROC / "clear_refs").write_text("5")
     before = _status("VmRSS")
     forward(largest)
     return result | {"peak_bytes": _status("VmHWM") - before}
-
-
-def _give_back_freed_memory() -> None:
-    """Frees the memory that the C library keeps, now and from now on: the forward would use it uncounted."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.mallopt(*_MMAP_THRESHOLD)
-        library.malloc_trim(0)
 
 
 def _status(name: str) -> int:
@@ -128,4 +102,4 @@ def _status(name: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    print(json.dumps(main(*json.loads(sys.argv[1]))))

@@ -17,43 +17,25 @@ from .workloads import Batch
 
 
 class Packed(NamedTuple):
-    """A batch without its padding.
+    """A batch without its padding; `rows`, `places` and `keep` are None if attention needs none either."""
 
-    Attributes:
-        token_ids, position_ids, token_type_ids: (total_tokens,).
-        cu_seqlens: (batch_size + 1,) where each text starts and ends, int32.
-        first: (batch_size,) the rows of the [CLS] tokens.
-        longest: tokens of the longest text.
-        rows: (batch_size, longest) for each padded place its row, 0 where there is none.
-        places: (total_tokens,) for each row its place among batch_size * longest.
-        keep: (batch_size, 1, 1, longest) whether a place holds a token.
-
-    The last three are None if attention needs no padding.
-    """
-
-    token_ids: Tensor
+    token_ids: Tensor  # [total_tokens], as are the next two
     position_ids: Tensor
     token_type_ids: Tensor
-    cu_seqlens: Tensor
-    first: Tensor
+    cu_seqlens: Tensor  # [batch_size + 1] where each text starts and ends, int32
+    first: Tensor  # [batch_size] the rows of the [CLS] tokens
     longest: int
-    rows: Tensor | None
-    places: Tensor | None
-    keep: Tensor | None
+    rows: Tensor | None  # [batch_size, longest] for each padded place its row, 0 where there is none
+    places: Tensor | None  # [total_tokens] for each row its place among batch_size * longest
+    keep: Tensor | None  # [batch_size, 1, 1, longest] whether a place holds a token
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device, varlen: bool) -> Packed:
         keep = batch["attention_mask"].bool()
         cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0)).int()
         positions = torch.arange(keep.shape[1]).expand_as(keep)
-        parts = (
-            batch["input_ids"][keep],
-            positions[keep],
-            batch["token_type_ids"][keep],
-            cu_seqlens,
-            cu_seqlens[:-1].long(),
-        )
-        packed = [part.to(device, non_blocking=True) for part in parts]
+        ids = (batch["input_ids"][keep], positions[keep], batch["token_type_ids"][keep])
+        packed = [part.to(device, non_blocking=True) for part in (*ids, cu_seqlens, cu_seqlens[:-1].long())]
         if varlen:
             return cls._make([*packed, keep.shape[1], None, None, None])
         places = keep.flatten().nonzero().flatten()
@@ -90,22 +72,18 @@ class PackedTorchBert(nn.Module):
             inner = F.gelu(layer.intermediate.dense(hidden_states))
             hidden_states = layer.output.LayerNorm(layer.output.dense(inner) + hidden_states)
         pooled = cast(nn.Module, self.model.bert.pooler)(hidden_states[packed.first][:, None])
-        logits: Tensor = self.model.classifier(pooled)
-        return logits
+        return cast(Tensor, self.model.classifier(pooled))
 
     def _attend(self, qkv: Tensor, packed: Packed) -> Tensor:
         """(total_tokens, 3 * width) to (total_tokens, width)."""
-        config = self.model.config
-        heads = config.num_attention_heads
+        heads = self.model.config.num_attention_heads
         # [total_tokens, heads, head_dim] each
-        q, k, v = qkv.unflatten(1, (3, heads, config.hidden_size // heads)).unbind(1)
-        if self.varlen:
+        q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)
+        if packed.rows is None or packed.places is None:
             from torch.nn.attention.varlen import varlen_attn
 
             out = varlen_attn(q, k, v, packed.cu_seqlens, packed.cu_seqlens, packed.longest, packed.longest)
             return cast(Tensor, out).flatten(1)
-        assert packed.rows is not None
-        assert packed.places is not None
         # [batch_size, heads, longest, head_dim]
         q, k, v = (each[packed.rows].transpose(1, 2) for each in (q, k, v))
         padded = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.keep)

@@ -1,6 +1,7 @@
-"""Other runtimes on a CPU, each in float32 and in the precisions that people use it in.
+"""Other runtimes on a CPU, each in float32 and in the precisions that people use it in, with as many threads as torch.
 
 All read graphs that torch exports. A graph is made once for a model and kept in a folder that goes when the model does.
+And DeBERTa on a GPU by two libraries whose attention is Triton's, each over the given model's weights.
 """
 
 from __future__ import annotations
@@ -11,30 +12,24 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import DebertaV2ForSequenceClassification
 
 from . import sentences
-from .provider import (
-    REDUCED,
-    Loaded,
-    Model,
-    Provider,
-    bert_classifiers,
-    beside_float32,
-    not_installed,
-    quietly,
-    with_attention,
-)
+from .packed_torch import Packed
+from .provider import Loaded, Model, bert_classifiers, beside_float32, described, not_installed, own_copy, quietly
 from .workloads import Batch
 
+Make = Callable[[Model, Path], None]
 _FOLDERS: weakref.WeakKeyDictionary[Model, Path] = weakref.WeakKeyDictionary()
 
 
-def _graph(model: Model, name: str, make: Callable[[Model, Path], None]) -> Path:
+def _graph(model: Model, name: str, make: Make) -> Path:
     """The model's file of that name, which ``make`` writes if it is not there yet."""
     if model not in _FOLDERS:
         _FOLDERS[model] = Path(tempfile.mkdtemp(prefix="fastcls-bench-"))
@@ -46,25 +41,16 @@ def _graph(model: Model, name: str, make: Callable[[Model, Path], None]) -> Path
     return path
 
 
-def _export(model: Model, attention: str, path: Path) -> None:
+def _export(model: Model, path: Path, attention: str = "sdpa") -> None:
     """Writes the float32 graph of torch's older exporter: ORT's optimizer does not know the newer one's."""
-    exported = with_attention(model, attention)
-    exported = exported.to("cpu", torch.float32)  # type: ignore[arg-type]
+    exported = own_copy(model, attention).to("cpu", torch.float32)  # type: ignore[arg-type]
     exported.config.return_dict = False
     names = ["input_ids", "attention_mask", "token_type_ids"]
     ids = torch.ones(2, 8, dtype=torch.int64)
     axes = {name: {0: "batch", 1: "length"} for name in names} | {"logits": {0: "batch"}}
+    options: dict[str, Any] = {"input_names": names, "output_names": ["logits"], "dynamic_axes": axes}
     with torch.inference_mode():
-        torch.onnx.export(
-            exported,
-            (ids, ids, torch.zeros_like(ids)),
-            path,
-            input_names=names,
-            output_names=["logits"],
-            dynamic_axes=axes,
-            opset_version=17,
-            dynamo=False,
-        )
+        torch.onnx.export(exported, (ids, ids, torch.zeros_like(ids)), path, opset_version=17, dynamo=False, **options)
 
 
 def _fused(model: Model, path: Path) -> None:
@@ -76,21 +62,15 @@ def _fused(model: Model, path: Path) -> None:
     from onnxruntime.transformers.optimizer import optimize_model
 
     # The optimizer knows eager attention's exported graph; in sdpa's it fuses neither attention nor embeddings.
-    exported = path.with_name("exported.onnx")
-    _export(model, "eager", exported)
-    config = model.config
-    optimized = optimize_model(
-        str(exported), model_type="bert", num_heads=config.num_attention_heads, hidden_size=config.hidden_size
-    )
+    exported, config = path.with_name("exported.onnx"), model.config
+    _export(model, exported, "eager")
+    sizes = {"num_heads": config.num_attention_heads, "hidden_size": config.hidden_size}
+    optimized = optimize_model(str(exported), model_type="bert", **sizes)
     exported.unlink()
     fused = {name: count for name, count in optimized.get_fused_operator_statistics().items() if count}
     layers = config.num_hidden_layers
-    expected = {
-        "EmbedLayerNormalization": 1,
-        "Attention": layers,
-        "SkipLayerNormalization": 2 * layers,
-        "BiasGelu": layers,
-    }
+    expected = {"EmbedLayerNormalization": 1, "Attention": layers, "SkipLayerNormalization": 2 * layers}
+    expected["BiasGelu"] = layers
     if fused != expected:
         raise RuntimeError(f"ONNX Runtime's optimizer should fuse {expected}, but fused {fused}")
     if model.dtype == torch.float16:
@@ -116,16 +96,12 @@ def _calibrated_int8(model: Model, path: Path) -> None:
     import nncf  # type: ignore[import-untyped,unused-ignore]
     import openvino
 
-    graph = openvino.Core().read_model(_graph(model, "sdpa.onnx", _exported))
+    graph = openvino.Core().read_model(_graph(model, "sdpa.onnx", _export))
     names = [each.get_any_name() for each in graph.inputs]
     texts = [{name: batch[name].numpy() for name in names} for batch in sentences.calibration(model.config)]
     quantised = nncf.quantize(graph, nncf.Dataset(texts), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(texts))
     # By default it would round the weights that are left in float32 to float16.
     openvino.save_model(quantised, path, compress_to_fp16=False)
-
-
-def _exported(model: Model, path: Path) -> None:
-    _export(model, "sdpa", path)
 
 
 def _onnxruntime_missing(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -141,101 +117,95 @@ def _onnxruntime_missing(device: torch.device, dtype: torch.dtype) -> str | None
     return None if dtype == torch.float16 else "measured in float16 on a GPU"
 
 
-def _onnxruntime(name: str, make: Callable[[Model, Path], None], spins: bool = True) -> Callable[[Model], Loaded]:
-    """With as many threads as torch."""
+def _onnxruntime(name: str, make: Make, spins: bool, model: Model) -> Loaded:
+    import onnxruntime
 
-    def load(model: Model) -> Loaded:
-        import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    if not spins:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    place = "CUDA" if model.device.type == "cuda" else "CPU"
+    path = _graph(model, name, make)
+    session = onnxruntime.InferenceSession(str(path), options, providers=[f"{place}ExecutionProvider"])
+    if session.get_providers()[0] != f"{place}ExecutionProvider":
+        raise RuntimeError(f"ONNX Runtime could not load its {place} libraries and would run elsewhere")
+    names = [each.name for each in session.get_inputs()]
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        if not spins:
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        place = "CUDA" if model.device.type == "cuda" else "CPU"
-        path = _graph(model, name, make)
-        session = onnxruntime.InferenceSession(str(path), options, providers=[f"{place}ExecutionProvider"])
-        if session.get_providers()[0] != f"{place}ExecutionProvider":
-            raise RuntimeError(f"ONNX Runtime could not load its {place} libraries and would run elsewhere")
-        names = [each.name for each in session.get_inputs()]
+    def forward(batch: Batch) -> Tensor:
+        (logits,) = session.run(None, {name: batch[name].numpy() for name in names})
+        return torch.from_numpy(logits)
 
-        def forward(batch: Batch) -> Tensor:
-            (logits,) = session.run(None, {name: batch[name].numpy() for name in names})
-            return torch.from_numpy(logits)
-
-        return Loaded(forward, f"fused: {path.with_name('fused.txt').read_text()}")
-
-    return load
+    return Loaded(forward, f"fused: {path.with_name('fused.txt').read_text()}")
 
 
-def _openvino(name: str, make: Callable[[Model, Path], None], **hints: str) -> Callable[[Model], Loaded]:
-    """With as many threads as torch."""
+def _openvino(name: str, make: Make, model: Model, **hints: str) -> Loaded:
+    import openvino
 
-    def load(model: Model) -> Loaded:
-        import openvino
+    settings: Any = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY", **hints}
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(_graph(model, name, make)), "CPU", settings)
+    names = [each.get_any_name() for each in compiled.inputs]
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
 
-        settings: dict[str, Any] = {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-            **hints,
-        }
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(_graph(model, name, make)), "CPU", settings)
-        names = [each.get_any_name() for each in compiled.inputs]
-        precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    def forward(batch: Batch) -> Tensor:
+        (logits,) = compiled({name: batch[name].numpy() for name in names}).values()
+        return torch.from_numpy(logits.copy())
 
-        def forward(batch: Batch) -> Tensor:
-            (logits,) = compiled({name: batch[name].numpy() for name in names}).values()
-            return torch.from_numpy(logits.copy())
-
-        return Loaded(forward, f"{'products in int8, the rest' if 'int8' in name else 'computes'} in {precision}")
-
-    return load
+    return Loaded(forward, f"{'products in int8, the rest' if 'int8' in name else 'computes'} in {precision}")
 
 
-_ONNX = ("onnx", "onnxscript")
-_resting = partial(Provider, available=beside_float32(*_ONNX, "onnxruntime"), takes=bert_classifiers, preparing=7)
-ONNXRUNTIME = Provider(
-    "onnxruntime",
-    "ONNX Runtime after its transformer optimizer",
-    1e-4,
-    _onnxruntime("fused.onnx", _fused),
-    _onnxruntime_missing,
-    bert_classifiers,
-    spins=True,
-    preparing=7,
-)
-ONNXRUNTIME_RESTING = _resting(
-    "onnxruntime, no spin",
-    "the same with threads that rest between runs, as beside other work",
-    1e-4,
-    _onnxruntime("fused.onnx", _fused, spins=False),
-)
-ONNXRUNTIME_INT8 = _resting(
-    "onnxruntime int8",
-    "the same, its products by quantize_dynamic: weights by channel, a scale for each tensor of activations",
-    REDUCED,
-    _onnxruntime("int8.onnx", _dynamic_int8, spins=False),
-)
-_spinning = partial(
-    Provider, available=beside_float32(*_ONNX, "openvino"), takes=bert_classifiers, spins=True, preparing=4
-)
-OPENVINO = _spinning(
-    "openvino",
-    "OpenVINO, float32",
-    1e-4,
-    _openvino("sdpa.onnx", _exported, INFERENCE_PRECISION_HINT="f32"),
-)
-OPENVINO_DEFAULT = _spinning(
-    "openvino default",
-    "OpenVINO as it comes: in bfloat16 where the CPU can",
-    REDUCED,
-    _openvino("sdpa.onnx", _exported),
-)
-OPENVINO_INT8 = _spinning(
-    "openvino int8",
-    "OpenVINO as it comes, quantised by NNCF after calibration",
-    REDUCED,
-    _openvino("int8.xml", _calibrated_int8),
-    available=beside_float32(*_ONNX, "openvino", "nncf"),
-    preparing=12,
-)
+def _triton_missing(packages: list[str], device: torch.device, dtype: torch.dtype) -> str | None:
+    fits = device.type == "cuda" and dtype != torch.float32
+    return not_installed(*packages, "triton") if fits else "needs a GPU and 16 bits"
+
+
+def _deberta_classifiers(model_class: type[Model]) -> str | None:
+    return None if issubclass(model_class, DebertaV2ForSequenceClassification) else "written for DeBERTa v2 classifiers"
+
+
+def _disentangled_flash(model: Model) -> Loaded:
+    with quietly():
+        copied: Any = own_copy(model)
+        library = import_module("disentangled_flash")
+        encode = library.optimize_deberta(copied.deberta).encoder.forward_packed
+
+    @torch.inference_mode()
+    def forward(batch: Batch) -> Tensor:
+        packed = Packed.of(batch, model.device, varlen=True)
+        ids = [each[None] for each in (packed.token_ids, packed.token_type_ids, packed.position_ids)]
+        info = library.validate_cu_seqlens(packed.cu_seqlens.cpu(), len(packed.token_ids))
+        rows = encode(copied.deberta.embeddings(*ids)[0], packed.cu_seqlens, packed_info=info).last_hidden_state
+        return cast(Tensor, copied.classifier(copied.pooler(rows[packed.first][:, None])))
+
+    return Loaded(forward, "packed")
+
+
+def _flashdeberta(model: Model) -> Loaded:
+    with quietly(), torch.device(model.device):
+        flash: Any = import_module("flashdeberta").FlashDebertaV2ForSequenceClassification(own_copy(model).config)
+        flash.eval().load_state_dict(model.state_dict(), assign=True)
+
+    @torch.inference_mode()
+    def forward(batch: Batch) -> Tensor:
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        return cast(Tensor, flash(**inputs, return_dict=True).logits)
+
+    return Loaded(forward, "padded")
+
+
+_bert = partial(described, takes=bert_classifiers)
+_in_float32 = partial(beside_float32, "onnx", "onnxscript")
+_fused_session, _read = partial(_onnxruntime, "fused.onnx", _fused), partial(_openvino, "sdpa.onnx", _export)
+ONNXRUNTIME = _bert("onnxruntime", partial(_fused_session, True), available=_onnxruntime_missing)
+_resting = partial(_bert, available=_in_float32("onnxruntime"))
+ONNXRUNTIME_RESTING = _resting("onnxruntime, no spin", partial(_fused_session, False))
+ONNXRUNTIME_INT8 = _resting("onnxruntime int8", partial(_onnxruntime, "int8.onnx", _dynamic_int8, False))
+_spinning = partial(_bert, available=_in_float32("openvino"))
+OPENVINO = _spinning("openvino", partial(_read, INFERENCE_PRECISION_HINT="f32"))
+OPENVINO_DEFAULT = _spinning("openvino default", _read)
+_calibrated = partial(_openvino, "int8.xml", _calibrated_int8)
+OPENVINO_INT8 = _bert("openvino int8", _calibrated, available=_in_float32("openvino", "nncf"))
+_deberta = partial(described, takes=_deberta_classifiers)
+_there = partial(partial, _triton_missing)
+DISENTANGLED_FLASH = _deberta("disentangled-flash", _disentangled_flash, available=_there(["disentangled_flash"]))
+FLASHDEBERTA = _deberta("flashdeberta", _flashdeberta, available=_there(["flashdeberta", "einops"]))

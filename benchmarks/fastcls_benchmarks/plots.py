@@ -13,27 +13,13 @@ from matplotlib.ticker import FuncFormatter
 from .providers import ABSORBED, FASTCLS, FULL, INVARIANT, OURS, SELECTED
 from .results import Report
 from .tables import HIGHLIGHTED, duration
-from .workloads import LENGTHS
 
 # Okabe and Ito's colours, which most colour-blind people can tell apart; ours is the strongest.
-_COLOURS = [
-    "#999999",
-    "#0072b2",
-    "#56b4e9",
-    "#009e73",
-    "#44aa99",
-    "#e69f00",
-    "#b8860b",
-    "#cc79a7",
-    "#882255",
-    "#332288",
-    "#117733",
-    "#999933",
-]
+_COLOURS = ["#999999", "#0072b2", "#56b4e9", "#009e73", "#44aa99", "#e69f00", "#b8860b", "#cc79a7"]
+_COLOURS += ["#882255", "#332288", "#117733", "#999933"]
 _OURS, _STEPS_COLOUR = "#d55e00", "#f0b27a"
 _MARKERS = "os^vDPX*<>hp"
-_WIDTH = 5.6
-# The steps after the baseline; on a CPU the last two are one.
+# After the baseline; on a CPU the last two are one.
 STEPS = (FULL.name, SELECTED.name, ABSORBED.name, FASTCLS.name)
 
 
@@ -45,133 +31,103 @@ class Plot(NamedTuple):
     figure: Figure
 
 
-# A provider, the length of its bar, the label at its end.
-Bar = tuple[str, float, str]
-
-
 def plots(report: Report) -> list[Plot]:
     """All pictures for which there is something to show."""
-    figures = report.figures()
-    figures = figures[figures.seconds.notna()] if len(figures) else figures
-    if figures.empty:
-        return []
-    models = figures[figures.kind == "model"]
-    drawn = [
-        text_to_score(figures[figures.kind == "text"]),
-        relative_speed(models),
-        ladder(models),
-        _sweep("latency_by_batch", models),
-        _sweep("throughput_by_length", models),
-        share_of_floor(models),
-    ]
-    return [plot for plot in drawn if plot is not None]
+    figures = report.figures().dropna(subset="seconds")
+    texts, models = (figures[figures.kind == kind] for kind in ("text", "model"))
+    bars = [_text_to_label(texts), _relative_speed(models), _ladder(models)]
+    sweeps = [_sweep("latency_by_batch", models), _sweep("throughput_by_length", models)]
+    return [plot for plot in (*bars, *sweeps, _share_of_floor(models)) if plot is not None]
 
 
 def save(report: Report, folder: Path) -> list[Path]:
     """Writes every picture as PNG."""
-    paths = []
-    for plot in plots(report):
-        paths.append(folder / f"{plot.name}.png")
-        plot.figure.savefig(paths[-1], dpi=200)
-    return paths
+    drawn = {folder / f"{plot.name}.png": plot.figure for plot in plots(report)}
+    for path, figure in drawn.items():
+        figure.savefig(path, dpi=200)
+    return list(drawn)
 
 
 def _colour(provider: str, index: int) -> str:
     if provider in HIGHLIGHTED:
         return _OURS
-    return _STEPS_COLOUR if provider in OURS or "fastcls" in provider else _COLOURS[index % len(_COLOURS)]
+    return _STEPS_COLOUR if "fastcls" in provider else _COLOURS[index % len(_COLOURS)]
 
 
 def _most_contested(models: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The cases, those with the most timed providers first."""
+    """The cases, first those with the most providers."""
     return sorted(models.groupby("case", sort=False), key=lambda each: -len(each[1]))
 
 
 def _axes(height: float, heading: str, hidden: Sequence[str]) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(5.6, height), layout="constrained", facecolor="white")
     axes: Any = figure.subplots()
     axes.set_title(heading, fontsize=11, loc="left")
-    for side in hidden:
-        axes.spines[side].set_visible(False)
+    axes.spines[hidden].set_visible(False)
     return figure, axes
 
 
-def _bars(name: str, text: str, heading: str, groups: Sequence[tuple[str, Sequence[Bar]]]) -> Plot | None:
-    """Horizontal bars in groups, each bar with its own label."""
+def _bars(name: str, text: str, heading: str, groups: Sequence[tuple[str, pd.DataFrame]]) -> Plot | None:
+    """Horizontal bars in groups: rows with ``provider``, the bar's ``length`` and the ``label`` at its end."""
     if not groups:
         return None
-    count = sum(len(bars) for _, bars in groups) + 1.3 * len(groups)
-    figure, axes = _axes(0.5 + 0.235 * count, heading, ("top", "right", "bottom"))
-    longest = max(value for _, bars in groups for _, value, _ in bars)
-    place, ticks, labels = 0.0, [], []
+    figure, axes = _axes(0.5 + 0.235 * sum(len(bars) + 1.3 for _, bars in groups), heading, ["top", "right", "bottom"])
+    longest = max(bars.length.max() for _, bars in groups)
+    place, ticks = 0.0, dict[float, str]()
     for group, bars in groups:
         axes.text(0, place, group, fontsize=9, fontweight="bold", va="center")
-        for index, (provider, value, label) in enumerate(bars):
+        for index, bar in enumerate(bars.itertuples()):
             place += 1
-            axes.barh(place, value, color=_colour(provider, index), height=0.8)
-            axes.text(value + longest * 0.01, place, label, va="center", fontsize=9)
-            ticks.append(place)
-            labels.append(provider)
+            ticks[place] = bar.provider
+            axes.barh(place, bar.length, color=_colour(bar.provider, index), height=0.8)
+            axes.text(bar.length + longest * 0.01, place, bar.label, va="center", fontsize=9)
         place += 1.3
-    axes.set_yticks(ticks, labels, fontsize=9)
-    axes.set_ylim(place - 0.6, -0.8)
-    axes.set_xlim(0, longest * 1.2)
-    axes.set_xticks([])
+    axes.set_yticks(list(ticks), ticks.values(), fontsize=9)
+    axes.set(xlim=(0, longest * 1.2), ylim=(place - 0.6, -0.8), xticks=[])
     axes.tick_params(left=False)
     return Plot(name, text, figure)
 
 
-def text_to_score(texts: pd.DataFrame) -> Plot | None:
-    """Texts a second, from text to label, of the case with the most providers."""
-    cases = _most_contested(texts)[:1]
-    groups = [
-        (name, [(each.provider, each.texts, f"{each.texts:,.0f}") for each in rows.sort_values("texts").itertuples()])
-        for name, rows in cases
-    ]
+def _text_to_label(texts: pd.DataFrame) -> Plot | None:
+    """Of the case with the most providers."""
+    bars = texts.assign(length=texts.texts, label=texts.texts.map("{:,.0f}".format)).sort_values("texts")
+    groups = [(name, bars[bars.case == name]) for name, _ in _most_contested(texts)[:1]]
     text = "Bars: texts a second, from text to label, tokenizing and batching included."
     return _bars("text_to_label", text, "From text to label: texts a second", groups)
 
 
-def relative_speed(models: pd.DataFrame) -> Plot | None:
+def _relative_speed(models: pd.DataFrame) -> Plot | None:
     """How many times faster than the baseline each provider is, for the cases with the most providers."""
-    groups, baselines = [], set()
-    for name, rows in [each for each in _most_contested(models) if len(each[1]) > 2][:4]:
-        shown = rows[~rows.provider.isin({*STEPS, INVARIANT.name} - {FASTCLS.name})]
-        bars = []
-        for each in shown.itertuples():
-            noisy = each.provider != each.baseline and each.low <= 1 <= each.high
-            bars.append((each.provider, each.times, f"{each.times:.2f}{' (noise)' if noisy else ''}"))
-        groups.append((name, bars))
-        baselines |= set(rows.baseline)
+    noisy = (models.provider != models.baseline) & (models.low <= 1) & (models.high >= 1)
+    label = models.times.map("{:.2f}".format) + noisy.map({True: " (noise)", False: ""})
+    bars = models.assign(length=models.times, label=label)
+    bars = bars[~bars.provider.isin({*STEPS, INVARIANT.name} - {FASTCLS.name})]
+    names = [name for name, rows in _most_contested(models) if len(rows) > 2][:4]
+    baselines = models.baseline[models.case.isin(names)].unique()
     # Where several baselines meet, that of each case is the bar of length 1.
-    baseline = baselines.pop() if len(baselines) == 1 else "transformers"
+    baseline = baselines[0] if len(baselines) == 1 else "transformers"
     text = f"Bars: how many times faster than {baseline} each provider is."
+    groups = [(name, bars[bars.case == name]) for name in names]
     return _bars("relative_speed", text, f"Times as fast as {baseline}", groups)
 
 
-def ladder(models: pd.DataFrame) -> Plot | None:
-    """What each step of fastcls is worth."""
+def _ladder(models: pd.DataFrame) -> Plot | None:
     groups = []
     for name, rows in _most_contested(models):
-        found = rows.set_index("provider").seconds
-        steps = [step for step in (rows.baseline.iloc[0], *STEPS) if step in found.index]
-        if {FULL.name, SELECTED.name, FASTCLS.name} <= set(steps):
+        found = rows.set_index("provider", drop=False)
+        steps = found.loc[[step for step in (rows.baseline.iloc[0], *STEPS) if step in found.index]]
+        if {FULL.name, SELECTED.name, FASTCLS.name} <= set(steps.index):
             # Each group has its own scale, or a small model's bars would vanish beside a large one's.
-            longest = max(found[steps])
-            groups.append((name, [(step, found[step] / longest, f"{duration(found[step])} ms") for step in steps]))
+            length, label = steps.seconds / steps.seconds.max(), steps.seconds.map(duration) + " ms"
+            groups.append((name, steps.assign(length=length, label=label)))
     text = "Bars: time of each step from transformers to fastcls."
     return _bars("ladder", text, "What each step saves", groups[:4])
 
 
-def share_of_floor(models: pd.DataFrame) -> Plot | None:
-    """How near to the machine's limit the baseline and fastcls come."""
-    groups = []
-    for name, rows in _most_contested(models)[:8]:
-        ends = rows[
-            ((rows.provider == rows.baseline) | (rows.provider == FASTCLS.name)) & rows.get("share", rows.floor).notna()
-        ]
-        if len(ends):
-            groups.append((name, [(each.provider, each.share, f"{each.share:.0%}") for each in ends.itertuples()]))
+def _share_of_floor(models: pd.DataFrame) -> Plot | None:
+    ends = models[(models.provider == FASTCLS.name) | (models.provider == models.baseline)].dropna(subset="share")
+    bars = ends.assign(length=ends.share, label=ends.share.map("{:.0%}".format))
+    groups = [(name, bars[bars.case == name]) for name, _ in _most_contested(models)[:8] if name in set(bars.case)]
     text = "Bars: the least time that the useful work takes on this machine, as a share of the time taken."
     return _bars("share_of_floor", text, "Share of the ceiling: useful work alone is 100 %", groups)
 
@@ -179,41 +135,32 @@ def share_of_floor(models: pd.DataFrame) -> Plot | None:
 def _sweep(name: str, models: pd.DataFrame) -> Plot | None:
     """The largest group of at least three cases that differ in one thing, as lines: batch size, or equal lengths."""
     by_batch = name == "latency_by_batch"
-    lengths = models.workload.str.split(" x ").str[1]
-    shown = models[~models.provider.isin(OURS - {FASTCLS.name})].assign(lengths=lengths)
-    if not by_batch:
-        shown = shown[shown.lengths.isin([each for each in LENGTHS if each.isdigit()])]
-    kept = ["subject", "lengths" if by_batch else "batch_size", "dtype"]
-    groups = [(key, rows) for key, rows in shown.groupby(kept, sort=False) if rows.case.nunique() >= 3]
-    if not groups:
+    shown = models[~models.provider.isin(OURS - {FASTCLS.name})]
+    shown = shown.assign(lengths=shown.workload.str.split(" x ").str[1])
+    if by_batch:
+        shown = shown.assign(x=shown.batch_size, y=shown.seconds * 1e3)
+        heading, fixed, x_label, y_label = "Latency by batch", "texts of {}", "texts in a batch", "ms a batch"
+        text = "Lines: milliseconds a batch against the number of texts in it."
+    else:
+        shown = shown[shown.lengths.str.isdigit()]
+        shown = shown.assign(x=shown.lengths.astype(float), y=shown.tokens / 1e3)
+        heading, fixed = "Throughput by length, no padding", "{} texts"
+        x_label, y_label = "tokens in each text", "thousand tokens/s"
+        text = "Lines: thousands of tokens a second against the length of the texts."
+    groups = shown.groupby(["subject", "lengths" if by_batch else "batch_size", "dtype"], sort=False)
+    key, points = max(groups, key=lambda each: each[1].case.nunique(), default=("", shown))
+    if points.case.nunique() < 3:
         return None
-    (subject, fixed, dtype), rows = max(groups, key=lambda each: each[1].case.nunique())
-    about = f"texts of {fixed}" if by_batch else f"{fixed} texts"
-    heading = "Latency by batch" if by_batch else "Throughput by length, no padding"
-    figure, axes = _axes(3.9, f"{heading}: {subject}, {about}, {dtype}", ("top", "right"))
-    points = rows.assign(
-        x=rows.batch_size if by_batch else rows.lengths.astype(float),
-        y=rows.seconds * 1e3 if by_batch else rows.tokens / 1e3,
-    ).sort_values("x")
-    for index, (provider, line) in enumerate(points.groupby("provider", sort=False)):
+    figure, axes = _axes(3.9, f"{heading}: {key[0]}, {fixed.format(key[1])}, {key[2]}", ["top", "right"])
+    for index, (provider, line) in enumerate(points.sort_values("x").groupby("provider", sort=False)):
         ours = provider in HIGHLIGHTED
         style = {"color": _colour(provider, index), "marker": _MARKERS[index % len(_MARKERS)], "markersize": 5}
         axes.plot(line.x, line.y, linewidth=2.5 if ours else 1.5, label=provider, zorder=3 if ours else 2, **style)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(set(points.x)), [f"{x:g}" for x in sorted(set(points.x))])
+    axes.set_xticks(ticks := sorted(set(points.x)), [f"{x:g}" for x in ticks])
     axes.minorticks_off()
-    if by_batch:
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0)
+    axes.set(**{"yscale": "log"} if by_batch else {"ylim": (0, None)}, xlabel=x_label, ylabel=y_label)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-    axes.set_xlabel("texts in a batch" if by_batch else "tokens in each text")
-    axes.set_ylabel("ms a batch" if by_batch else "thousand tokens/s")
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.legend(fontsize=9, frameon=False)
-    text = (
-        "Lines: milliseconds a batch against the number of texts in it."
-        if by_batch
-        else "Lines: thousands of tokens a second against the length of the texts."
-    )
     return Plot(name, text, figure)

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +38,10 @@ def output_of(*command: str) -> str | None:
         return None
 
 
-def _in_checkout() -> bool:
-    """Whether git's answers are about the code that runs, and not about the folder of an installed copy."""
-    top = output_of("git", "rev-parse", "--show-toplevel")
-    return top is not None and Path(top).resolve() == _FOLDER and (_FOLDER / "pyproject.toml").is_file()
-
-
-def _is_dirty() -> bool:
-    """Whether the code differs from its commit. A run's own changes do not count."""
-    return bool(output_of("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md"))
-
-
-def source_digest(folders: Iterable[Path] = _SOURCES) -> str:
+def source_digest() -> str:
     """SHA-256 of the code that runs, which identifies its commit if there is no git."""
     digest = hashlib.sha256()
-    for folder in folders:
+    for folder in _SOURCES:
         for path in sorted(folder.rglob("*.py")):
             digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()}\n".encode())
             digest.update(path.read_bytes())
@@ -66,8 +54,12 @@ def collect(device: torch.device) -> dict[str, Any]:
     told = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cpu = told.get("Model name") or platform.processor() or platform.machine()
-    on_gpu, in_checkout = device.type == "cuda", _in_checkout()
-    capability = torch.backends.cpu.get_cpu_capability()
+    on_gpu, capability = device.type == "cuda", torch.backends.cpu.get_cpu_capability()
+    # Else git's answers are about the folder of an installed copy, and not about the code that runs.
+    top = output_of("git", "rev-parse", "--show-toplevel") if (_FOLDER / "pyproject.toml").is_file() else None
+    in_checkout = top is not None and Path(top).resolve() == _FOLDER
+    # A run's own changes do not count.
+    changes = ("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
     return {
         "chip": torch.cuda.get_device_name(device) if on_gpu else f"{cpu} with {capability}, {cores} cores",
         "device": device.type,
@@ -82,7 +74,7 @@ def collect(device: torch.device) -> dict[str, Any]:
         "fastcls": fastcls.__version__,
         "versions": {package: _version(package) for package in PACKAGES},
         "commit": output_of("git", "rev-parse", "HEAD") if in_checkout else None,
-        "dirty": _is_dirty() if in_checkout else None,
+        "dirty": bool(output_of(*changes)) if in_checkout else None,
         "source_digest": source_digest(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "environment": "\n".join(lines),

@@ -1,17 +1,16 @@
 """The providers that are measured: each makes of a transformers model a function from a batch to its logits.
 
-A classifier gives one row of logits per text, a masked language model one row for each [MASK].
-
-Every provider works on a copy of the model over the same weights, in eval mode and without gradients, and takes batches
-as a tokenizer leaves them: on the CPU.
+A classifier gives one row of logits per text, a masked language model one row for each [MASK]. Every provider works on
+a copy of the model over the same weights, in eval mode and without gradients, and takes batches as a tokenizer leaves
+them: on the CPU.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,33 +18,21 @@ from torch import Tensor
 from transformers import BertForSequenceClassification
 
 import fastcls
-from fastcls.engine.spec import LastLayer
 from fastcls.engine.unpacking import unpack_rows
 
-from . import deberta_peers, peers
+from . import peers
 from .packed_torch import Packed, PackedTorchBert
-from .provider import (
-    REDUCED,
-    Forward,
-    Loaded,
-    Model,
-    ModelClass,
-    Provider,
-    bert_classifiers,
-    beside_float32,
-    not_installed,
-    own_copy,
-    with_attention,
-)
+from .provider import Loaded, Model, Provider, bert_classifiers, beside_float32, described, not_installed, own_copy
 from .workloads import MASK_ID, Batch, fills_masks, lengths_of, masked_rows
 
 
-def _forward_of(model: Callable[..., Any], device: torch.device, fills: bool) -> Forward:
-    """For modules that need their inputs on their weights' device; from a mask filler, the masked tokens' logits."""
+def _forward_of(run: Callable[..., Any], model: Model) -> Callable[[Batch], Tensor]:
+    """Moves inputs to the model's device; from a mask filler, the masked tokens' logits."""
+    device, fills = model.device, fills_masks(type(model))
 
     @torch.inference_mode()
     def forward(batch: Batch) -> Tensor:
-        logits: Tensor = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+        logits: Tensor = run(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
         return logits[tuple(masked_rows(batch).T)] if fills else logits
 
     return forward
@@ -54,7 +41,7 @@ def _forward_of(model: Callable[..., Any], device: torch.device, fills: bool) ->
 def _transformers(attention: str, model: Model) -> Loaded:
     no_sdpa = attention == "eager" and baseline_of(type(model)) is EAGER
     detail = "the baseline, because transformers has no sdpa for this model" if no_sdpa else ""
-    return Loaded(_forward_of(with_attention(model, attention), model.device, fills_masks(type(model))), detail)
+    return Loaded(_forward_of(own_copy(model, attention), model), detail)
 
 
 def _compiled(tuned: bool, model: Model) -> Loaded:
@@ -62,46 +49,30 @@ def _compiled(tuned: bool, model: Model) -> Loaded:
     # On a CPU tuned products need weights that are constants.
     options: dict[str, Any] | None = {"max_autotune": True, "freezing": True} if tuned and mode is None else None
     attention = "eager" if baseline_of(type(model)) is EAGER else "sdpa"
-    compiled = torch.compile(with_attention(model, attention), dynamic=True, mode=mode, options=options)
-    return Loaded(
-        _forward_of(compiled, model.device, fills_masks(type(model))), f"dynamic shapes, {attention} attention"
-    )
+    compiled = torch.compile(own_copy(model, attention), dynamic=True, mode=mode, options=options)
+    return Loaded(_forward_of(compiled, model), f"dynamic shapes, {attention} attention")
 
 
 def _packed(compiled: bool, model: Model) -> Loaded:
     packed = PackedTorchBert(cast(BertForSequenceClassification, own_copy(model)))
-    forward_packed = torch.compile(packed, dynamic=True) if compiled else packed
-
-    @torch.inference_mode()
-    def forward(batch: Batch) -> Tensor:
-        logits: Tensor = forward_packed(Packed.of(batch, model.device, packed.varlen))
-        return logits
+    run: Callable[[Packed], Tensor] = torch.compile(packed, dynamic=True) if compiled else packed
 
     def resident(batch: Batch) -> Callable[[], Tensor]:
-        inputs = Packed.of(batch, model.device, packed.varlen)
-        return lambda: cast(Tensor, forward_packed(inputs))
+        return partial(run, Packed.of(batch, model.device, packed.varlen))
 
-    detail = "attention: torch.nn.attention.varlen" if packed.varlen else "attention: padded sdpa"
-    return Loaded(forward, detail, resident)
+    forward = torch.inference_mode()(lambda batch: resident(batch)())
+    return Loaded(forward, f"attention: {'torch.nn.attention.varlen' if packed.varlen else 'padded sdpa'}", resident)
 
 
-def _fastcls(
-    model: Model,
-    last_layer: LastLayer = "absorbed",
-    dtype: torch.dtype | None = None,
-    cuda_graphs: bool = True,
-    **chosen: Any,
-) -> Loaded:
+def _fastcls(model: Model, dtype: torch.dtype | None = None, **options: Any) -> Loaded:
     # A masked language model gives only the rows of its masks.
-    options: dict[str, Any] = {"mask_token_id": MASK_ID, "dense": False} if fills_masks(type(model)) else {}
-    copied = own_copy(model)
-    options |= {"last_layer": last_layer, "cuda_graphs": cuda_graphs, **chosen}
-    fast: Any = fastcls.optimize(copied if dtype is None else copied.to(dtype), **options)  # type: ignore[arg-type]
+    options |= {"mask_token_id": MASK_ID, "dense": False} if fills_masks(type(model)) else {}
+    copied: Any = own_copy(model)
+    fast: Any = fastcls.optimize(copied if dtype is None else copied.to(dtype), **options)
 
     @torch.inference_mode()
     def forward(batch: Batch) -> Tensor:
-        logits: Tensor = fast(**batch).logits
-        return logits
+        return cast(Tensor, fast(**batch).logits)
 
     def resident(batch: Batch) -> Callable[[], Tensor]:
         rows = zip(batch["input_ids"].tolist(), lengths_of(batch).tolist(), strict=True)
@@ -109,10 +80,6 @@ def _fastcls(
         return lambda: unpack_rows([(fast.forward_packed(part), part) for part in parts])
 
     return Loaded(forward, "", resident)
-
-
-def _without(missing: str, has: Callable[[Any], bool]) -> Callable[[ModelClass], str | None]:
-    return lambda model_class: None if has(model_class) else missing
 
 
 def compiler_missing(device: torch.device, _dtype: torch.dtype) -> str | None:
@@ -128,90 +95,50 @@ def _flash_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     return not_installed("flash_attn")
 
 
+def _takes(attribute: str, lacking: str) -> Callable[[type[Model]], str | None]:
+    return lambda model_class: None if getattr(model_class, attribute) else f"transformers has no {lacking}"
+
+
 def _no_graphs(device: torch.device, _dtype: torch.dtype) -> str | None:
     return None if device.type == "cuda" else "CUDA graphs are a GPU's: elsewhere it is fastcls itself"
 
 
-_with = functools.partial
-_NO_SDPA = "transformers has no sdpa for them: eager is the baseline"
-_NO_FLASH = "transformers has no flash-attention for them"
-EAGER = Provider("transformers eager", "attention by plain products", 1e-5, _with(_transformers, "eager"))
-SDPA = Provider(
-    "transformers sdpa",
-    "transformers as it comes: the baseline, but for models that it computes by eager alone",
-    1e-5,
-    _with(_transformers, "sdpa"),
-    takes=_without(_NO_SDPA, lambda each: each._supports_sdpa),
-)
-FLASH = Provider(
-    "transformers flash",
-    "flash-attention 2, which leaves padding out of attention",
-    1e-5,
-    _with(_transformers, "flash_attention_2"),
-    _flash_missing,
-    _without(_NO_FLASH, lambda each: each._supports_flash_attn),
-)
-_compiles = functools.partial(Provider, bound=1e-5, available=compiler_missing)
-COMPILED = _compiles("torch.compile", "the baseline, compiled", load=_with(_compiled, False), preparing=25)
-AUTOTUNED = _compiles(
-    "torch.compile autotune",
-    "the baseline, compiled with max-autotune (CUDA graphs on a GPU, frozen weights on a CPU)",
-    load=_with(_compiled, True),
-    preparing=60,
-)
-PACKED = Provider(
-    "torch packed", "the packed model in torch alone", 1e-5, _with(_packed, False), takes=bert_classifiers
-)
-PACKED_COMPILED = _compiles(
-    "torch packed, compiled",
-    "the packed model in torch alone, compiled",
-    load=_with(_packed, True),
-    takes=bert_classifiers,
-    preparing=25,
-)
-_step = functools.partial(_with, _fastcls, cuda_graphs=False)
-FULL = Provider("fastcls packed only", "fastcls without padding, nothing else", 1e-5, _step(last_layer="full"))
-SELECTED = Provider(
-    "fastcls + selected", "and the last layer for the rows that are read only", 1e-5, _step(last_layer="selected")
-)
-ABSORBED = Provider(
-    "fastcls + absorbed",
-    "and its values not made, nor its keys where no position is in them",
-    1e-5,
-    _step(),
-    _no_graphs,
-)
-FASTCLS = Provider("fastcls", "all of it, on a GPU with CUDA graphs: as users get it", 1e-5, _fastcls)
-INVARIANT = Provider(
-    "fastcls, batch-invariant",
-    "all of it, with the same bits for a text whatever batch it comes in",
-    1e-5,
-    _with(_fastcls, batch_invariant=True),
-)
-_reduced = functools.partial(Provider, bound=REDUCED, available=beside_float32())
-BFLOAT16 = _reduced(
-    "fastcls bfloat16", "all of it, of the model in bfloat16", load=_with(_fastcls, dtype=torch.bfloat16)
-)
-INT8 = _reduced("fastcls int8", 'all of it, with quantize="int8"', load=_with(_fastcls, quantize="int8"))
-
-# Our own providers, which are compared with peers.
-OURS = frozenset(provider.name for provider in (FULL, SELECTED, ABSORBED, FASTCLS, INVARIANT, BFLOAT16, INT8))
-
-
-def baseline_of(model_class: ModelClass) -> Provider:
+def baseline_of(model_class: type[Model]) -> Provider:
     """transformers as it comes: with sdpa, or with eager for models that have nothing else."""
     return SDPA if SDPA.takes(model_class) is None else EAGER
 
 
-def _named(providers: Iterable[Provider]) -> dict[str, Provider]:
-    return {provider.name: provider for provider in providers}
-
-
-PROVIDERS = _named(
-    [
-        *(EAGER, SDPA, FLASH, COMPILED, AUTOTUNED, PACKED, PACKED_COMPILED, peers.ONNXRUNTIME, peers.OPENVINO),
-        *(deberta_peers.DISENTANGLED_FLASH, deberta_peers.FLASHDEBERTA),
-        *(FULL, SELECTED, ABSORBED, FASTCLS, INVARIANT, BFLOAT16, INT8),
-        *(peers.ONNXRUNTIME_RESTING, peers.ONNXRUNTIME_INT8, peers.OPENVINO_DEFAULT, peers.OPENVINO_INT8),
-    ]
+EAGER = described("transformers eager", partial(_transformers, "eager"))
+_with_sdpa = _takes("_supports_sdpa", "sdpa for them: eager is the baseline")
+SDPA = described("transformers sdpa", partial(_transformers, "sdpa"), takes=_with_sdpa)
+_with_flash = partial(
+    described, available=_flash_missing, takes=_takes("_supports_flash_attn", "flash-attention for them")
 )
+FLASH = _with_flash("transformers flash", partial(_transformers, "flash_attention_2"))
+COMPILED = described("torch.compile", partial(_compiled, False), available=compiler_missing)
+AUTOTUNED = described("torch.compile autotune", partial(_compiled, True), available=compiler_missing)
+PACKED = described("torch packed", partial(_packed, False), takes=bert_classifiers)
+_packed_compiled = partial(described, available=compiler_missing, takes=bert_classifiers)
+PACKED_COMPILED = _packed_compiled("torch packed, compiled", partial(_packed, True))
+# Without CUDA graphs, whose own step comes last.
+_step = partial(partial, _fastcls, cuda_graphs=False)
+FULL = described("fastcls packed only", _step(last_layer="full"))
+SELECTED = described("fastcls + selected", _step(last_layer="selected"))
+ABSORBED = described("fastcls + absorbed", _step(), available=_no_graphs)
+FASTCLS = described("fastcls", _fastcls)
+INVARIANT = described("fastcls, batch-invariant", partial(_fastcls, batch_invariant=True))
+_reduced = partial(described, available=beside_float32())
+BFLOAT16 = _reduced("fastcls bfloat16", partial(_fastcls, dtype=torch.bfloat16))
+INT8 = _reduced("fastcls int8", partial(_fastcls, quantize="int8"))
+
+_OURS = (FULL, SELECTED, ABSORBED, FASTCLS, INVARIANT, BFLOAT16, INT8)
+# Our own providers, which are compared with peers.
+OURS = frozenset(provider.name for provider in _OURS)
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        *(EAGER, SDPA, FLASH, COMPILED, AUTOTUNED, PACKED, PACKED_COMPILED, peers.ONNXRUNTIME, peers.OPENVINO),
+        *(peers.DISENTANGLED_FLASH, peers.FLASHDEBERTA, *_OURS),
+        *(peers.ONNXRUNTIME_RESTING, peers.ONNXRUNTIME_INT8, peers.OPENVINO_DEFAULT, peers.OPENVINO_INT8),
+    )
+}

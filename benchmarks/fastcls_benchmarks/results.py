@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 FORMAT = 1
 # The baseline is timed twice under two names: the difference between the two is noise.
 AGAIN = " (again)"
+# The keys of provenance that every results file must have; a run writes more.
+_PROVENANCE = {"chip", "driver", "cuda", "cpu", "cores", "threads", "system", "python", "fastcls", "versions"}
+_PROVENANCE |= {"commit", "dirty", "source_digest", "date"}
+_KEY = ("kind", "subject", "workload", "dtype", "threads")
+_DERIVED = ("seconds", "p20", "p80", "p99", "times", "low", "high", "texts", "tokens", "share")
 
 Status = Literal["timed", "failed", "unavailable"]
 Kind = Literal["model", "kernel", "text"]
@@ -41,9 +46,9 @@ def percentile(samples: Sequence[float], percent: int) -> float:
 def median_interval(samples: Sequence[float]) -> Interval:
     """The interval that follows from the spread of at least two samples.
 
-    For n normal samples with deviation s, the 20th and 80th percentiles lie about 0.84 s from the middle, and 95 % of
-    medians within 1.96 * 1.25 s / sqrt(n). The factor is somewhat larger than the resulting 2.9, because percentiles of
-    few samples lie too far in. It uses percentiles, because now and then a sample is far out.
+    In n normal samples with deviation s the 20th and 80th percentiles, which now and then a sample far out does not
+    move, lie 0.84 s from the middle, and 95 % of medians within 1.96 * 1.25 s / sqrt(n): that makes 2.9, and somewhat
+    more because percentiles of few samples lie too far in.
     """
     low, median, high = (percentile(samples, percent) for percent in (20, 50, 80))
     error = 3.5 * (high - low) / 2 / math.sqrt(len(samples) - 1)
@@ -58,60 +63,39 @@ def noise_of(ratios: Sequence[float]) -> float:
 
 @dataclass
 class Row:
-    """One provider in one case.
-
-    Attributes:
-        difference: the largest from the reference, or None if it was not computed.
-        detail: why it failed or cannot run; otherwise remarks on how it was prepared.
-        convert_seconds: from the transformers model to a function, if this case was the provider's first.
-        first_seconds: the first batch of this case, compiling included if the provider compiles.
-        agreement, mean_error: see `verify.Kept`.
-    """
+    """One provider in one case."""
 
     provider: str
     status: Status
-    difference: float | None = None
-    detail: str = ""
-    convert_seconds: float | None = None
-    first_seconds: float | None = None
-    agreement: float | None = None
+    difference: float | None = None  # the largest from the reference; None if it was not computed
+    detail: str = ""  # why it failed or cannot run; otherwise remarks on how it was prepared
+    convert_seconds: float | None = None  # from the transformers model to a function, in the provider's first case
+    first_seconds: float | None = None  # the first batch of this case, with the provider's compiling
+    agreement: float | None = None  # this and the next: see `verify.Kept`
     mean_error: float | None = None
 
 
 @dataclass
 class Case:
-    """A model, a single kernel, or a way from texts to scores, on one workload in one dtype.
-
-    Attributes:
-        subject: the model's or the kernel's name.
-        workload: `Workload.name`, or the kernel's sizes.
-        baseline: the provider that the others are compared with.
-        batch_size: texts in a call; 0 for a kernel.
-        real_tokens, padded_tokens: of a call, on average.
-        flops, num_bytes: the least that a call needs, on average.
-        seconds: for each provider and the baseline again, for each complete round, for each call.
-        threads: if they are not the run's own.
-        judged_on: the texts on which labels were compared, if there is a provider of reduced precision.
-        about: of texts: which, and how many.
-        published: texts a second that somebody else published for a model of this shape.
-    """
+    """A model, a single kernel, or a way from texts to scores, on one workload in one dtype."""
 
     kind: Kind
-    subject: str
-    workload: str
+    subject: str  # the model's or the kernel's name
+    workload: str  # `Workload.name`, or the kernel's sizes
     dtype: str
-    baseline: str
-    batch_size: int = 0
-    real_tokens: float = 0.0
+    baseline: str  # the provider that the others are compared with
+    batch_size: int = 0  # texts in a call; 0 for a kernel
+    real_tokens: float = 0.0  # this and the next three: of a call, on average
     padded_tokens: float = 0.0
-    flops: float = 0.0
+    flops: float = 0.0  # the least that is needed, as the next
     num_bytes: float = 0.0
     rows: list[Row] = field(default_factory=list)
+    # For each provider and the baseline again, for each complete round, for each call.
     seconds: dict[str, list[list[float]]] = field(default_factory=dict)
-    threads: int | None = None
-    judged_on: str = ""
-    about: str = ""
-    published: float | None = None
+    threads: int | None = None  # if they are not the run's own
+    judged_on: str = ""  # the texts on which labels were compared, if there is a provider of reduced precision
+    about: str = ""  # of texts: which, and how many
+    published: float | None = None  # texts a second, by somebody else, for a model of this shape
 
     @property
     def key(self) -> tuple[str, str, str, str, int | None]:
@@ -131,7 +115,7 @@ class Case:
         return next((row for row in self.rows if row.provider == provider), None)
 
     def round_seconds(self, provider: str) -> list[float]:
-        """For each round the mean time of a call; empty if nothing was timed."""
+        """For each round the mean time of a call."""
         return [statistics.fmean(calls) for calls in self.seconds.get(provider, [])]
 
     def call_seconds(self, provider: str) -> list[float]:
@@ -148,7 +132,6 @@ class Case:
         return [b / a for a, b in zip(ours, theirs, strict=True)] if ours and theirs else []
 
     def times_faster(self, provider: str, baseline: str = "") -> float | None:
-        """The median of `ratios`."""
         ratios = self.ratios(provider, baseline)
         return statistics.median(ratios) if ratios else None
 
@@ -180,51 +163,18 @@ class Rate:
 
 @dataclass
 class FirstCall:
-    """One provider in its own process, from its start to the first batch's logits.
-
-    Attributes:
-        import_seconds: torch, transformers and the provider's library.
-        load_seconds: building the transformers model, which stands for reading a checkpoint.
-        convert_seconds: from there to a function.
-        first_seconds: the first batch.
-        peak_bytes: of one more forward on the largest batch, above the memory held before; None if unknown.
-        detail: why something is missing.
-    """
+    """One provider in its own process, from its start to the first batch's logits."""
 
     model: str
     workload: str
     dtype: str
     provider: str
-    import_seconds: float | None = None
-    load_seconds: float | None = None
-    convert_seconds: float | None = None
+    import_seconds: float | None = None  # torch, transformers and the provider's library
+    load_seconds: float | None = None  # building the transformers model, which stands for reading a checkpoint
+    convert_seconds: float | None = None  # from there to a function
     first_seconds: float | None = None
-    peak_bytes: int | None = None
-    detail: str = ""
-
-
-# The keys of provenance that every results file must have; a run writes more.
-_PROVENANCE = frozenset(
-    [
-        "chip",
-        "driver",
-        "cuda",
-        "cpu",
-        "cores",
-        "threads",
-        "system",
-        "python",
-        "fastcls",
-        "versions",
-        "commit",
-        "dirty",
-        "source_digest",
-        "date",
-    ]
-)
-
-
-_DERIVED = ("p20", "p80", "p99", "times", "low", "high", "texts", "tokens", "share")
+    peak_bytes: int | None = None  # of one more forward on the largest batch, above the memory held before
+    detail: str = ""  # why something is missing
 
 
 @dataclass
@@ -241,7 +191,6 @@ class Report:
     first_calls: list[FirstCall] = field(default_factory=list)
 
     def best_rate(self, kind: Literal["product", "copy"], dtype: str | None = None) -> float | None:
-        """The best rate that was measured, in a dtype or in any."""
         found = [rate.per_second for rate in self.rates if rate.kind == kind and dtype in (None, rate.dtype)]
         return max(found, default=None)
 
@@ -255,106 +204,63 @@ class Report:
     def figures(self) -> pd.DataFrame:
         """A row for each provider of each case, the baseline again left out; what is unknown is NaN.
 
-        Columns: what a `Case` and a `Row` say; ``seconds`` (the typical time), ``p20``, ``p80``, ``p99``, ``times``
-        (faster than the baseline), ``low`` and ``high`` (its interval), ``noise``, ``floor`` and ``share`` (the floor
-        over the time taken), ``texts`` and ``tokens`` a second.
+        Beside what a `Case` and a `Row` say: ``seconds`` is typical, ``times`` faster than the baseline, from ``low``
+        to ``high``; ``share`` is the ``floor`` over the time taken; ``texts`` and ``tokens`` are a second's.
         """
         import pandas as pd
 
         lines = []
-        for case in self.cases:
-            of_case = {name: getattr(case, name) for name in ("kind", "subject", "workload", "dtype", "threads")}
-            of_case |= {
-                "case": case.name,
-                "baseline": case.baseline,
-                "noise": case.noise,
-                "batch_size": case.batch_size,
-            }
-            of_case |= {"floor": self.floor_seconds(case), "published": case.published}
-            for row in case.rows:
-                rounds, calls = case.round_seconds(row.provider), case.call_seconds(row.provider)
-                interval = case.interval(row.provider)
-                line: dict[str, Any] = {**of_case, **dict.fromkeys(_DERIVED), **asdict(row)}
-                line["seconds"] = case.typical_seconds(row.provider)
-                if rounds:
-                    middle = statistics.median(rounds)
-                    line |= {"p20": percentile(rounds, 20), "p80": percentile(rounds, 80), "p99": percentile(calls, 99)}
-                    line |= {"times": case.times_faster(row.provider), "texts": case.batch_size / middle}
-                    line |= {"tokens": case.real_tokens / middle}
-                    # A kernel's row without an error computes something else, so the floor does not apply.
-                    if of_case["floor"] and (case.kind != "kernel" or row.difference is not None):
-                        line["share"] = of_case["floor"] / middle
-                if interval:
-                    line |= {"low": interval.low, "high": interval.high}
-                lines.append(line)
-        figures = pd.DataFrame(lines, columns=None if lines else ["case", "provider", "seconds"])
+        for case, row in ((each, row) for each in self.cases for row in each.rows):
+            name, floor = row.provider, self.floor_seconds(case)
+            line = {**vars(case), **vars(row), "case": case.name, "noise": case.noise, "floor": floor}
+            line |= {"seconds": case.typical_seconds(name), "times": case.times_faster(name)}
+            if rounds := case.round_seconds(name):
+                middle, p99 = statistics.median(rounds), percentile(case.call_seconds(name), 99)
+                line |= {"p20": percentile(rounds, 20), "p80": percentile(rounds, 80), "p99": p99}
+                line |= {"texts": case.batch_size / middle, "tokens": case.real_tokens / middle}
+                # A kernel's row without an error computes something else, so the floor does not apply.
+                if floor and (case.kind != "kernel" or row.difference is not None):
+                    line["share"] = floor / middle
+            lines.append(line | (interval._asdict() if (interval := case.interval(name)) else {}))
+        of_case = ("case", *_KEY, "baseline", "batch_size", "published", "noise", "floor")
+        figures = pd.DataFrame(lines, columns=[*of_case, *(each.name for each in fields(Row)), *_DERIVED])
         # None, where nothing is known in any row, is no number.
-        numbers = [name for name in (*_DERIVED, "seconds", "difference", "agreement", "mean_error") if name in figures]
-        return figures.astype(dict.fromkeys(numbers, float))
+        return figures.astype(dict.fromkeys((*_DERIVED, "difference", "agreement", "mean_error"), float))
 
     def samples(self) -> pd.DataFrame:
         """A row for each timed call, with the run's provenance."""
         import pandas as pd
 
+        facts = {name: self.provenance[name] for name in sorted(_PROVENANCE - {"versions", "threads"})}
         lines = [
-            (
-                *case.key[:4],
-                case.threads or self.provenance["threads"],
-                case.batch_size,
-                provider,
-                number,
-                call,
-                seconds,
-            )
+            (*case.key[:4], case.threads or self.provenance["threads"], case.batch_size, provider, number, *call)
             for case in self.cases
             for provider, rounds in case.seconds.items()
             for number, calls in enumerate(rounds)
-            for call, seconds in enumerate(calls)
+            for call in enumerate(calls)
         ]
-        columns = [
-            "kind",
-            "subject",
-            "workload",
-            "dtype",
-            "threads",
-            "batch_size",
-            "provider",
-            "round",
-            "call",
-            "seconds",
-        ]
-        facts = {name: self.provenance[name] for name in sorted(_PROVENANCE - {"versions", "threads"})}
-        return pd.DataFrame(lines, columns=columns).assign(**facts, **self.provenance["versions"], suite=self.suite)
-
-    def first_call(self, subject: str, workload: str, dtype: str, provider: str) -> FirstCall | None:
-        wanted = (subject, workload, dtype, provider)
-        found = (each for each in self.first_calls if (each.model, each.workload, each.dtype, each.provider) == wanted)
-        return next(found, None)
+        samples = pd.DataFrame(lines, columns=[*_KEY, "batch_size", "provider", "round", "call", "seconds"])
+        return samples.assign(**facts, **self.provenance["versions"], suite=self.suite)
 
     def write(self, path: Path) -> None:
         """Writes JSON; a run that is stopped while writing leaves the former file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=None) + "\n", encoding="utf-8")
+        part.write_text(json.dumps({"format": FORMAT, **asdict(self)}) + "\n", encoding="utf-8")
         os.replace(part, path)
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """
-        Raises:
-            OSError: it cannot be read.
-            ValueError: it is no results file of this version.
-        """
+        """OSError if it cannot be read, ValueError if it is no results file of this version."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("format") != FORMAT:
                 raise ValueError("of another version")
-            missing = _PROVENANCE - data["provenance"].keys()
-            if missing:
+            if missing := _PROVENANCE - data["provenance"].keys():
                 raise ValueError(f"its provenance lacks {', '.join(sorted(missing))}")
-            cases = [Case(**{**case, "rows": [Row(**row) for row in case["rows"]]}) for case in data.pop("cases")]
-            rates = [Rate(**rate) for rate in data.pop("rates")]
-            first_calls = [FirstCall(**each) for each in data.pop("first_calls")]
-            return cls(**data, rates=rates, cases=cases, first_calls=first_calls)
+            data["cases"] = [Case(**{**case, "rows": [Row(**row) for row in case["rows"]]}) for case in data["cases"]]
+            data["rates"] = [Rate(**rate) for rate in data["rates"]]
+            data["first_calls"] = [FirstCall(**each) for each in data["first_calls"]]
+            return cls(**data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} must be a results.json of fastcls bench, format {FORMAT}: {error}") from error

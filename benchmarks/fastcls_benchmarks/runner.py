@@ -14,32 +14,20 @@ from typing import Any, Protocol
 import torch
 
 from . import first_call, roofline, sentences, texts, timing
-from .kernels import KERNELS, Inputs, Kernel, KernelProvider, Prepared, compiled
+from .kernels import KERNELS, Inputs, KernelProvider, Prepared, compiled
 from .provider import Forward, Loaded, Model, Provider, reason_of
 from .providers import EAGER, baseline_of
 from .results import Case, Report, Row
 from .roofline import ModelShape
 from .suites import Plan, Suite
 from .verify import Judge, Kept, Reference
-from .workloads import (
-    MODELS,
-    Batch,
-    ModelInputs,
-    Workload,
-    build_model,
-    class_of,
-    config_of,
-    padded_tokens,
-    real_tokens,
-)
+from .workloads import MODELS, ModelInputs, Workload, build_model, class_of, config_of, padded_tokens, real_tokens
 
-# Different batches that calls take in turn; if a batch takes longer than LONG_SECONDS, only those that are checked.
-NUM_BATCHES = 8
-NUM_LATENCY_BATCHES = 20
+# Different batches that calls take in turn, and those of them on which a provider's logits are checked; the same for
+# batches of one text. If a batch takes longer than LONG_SECONDS, only those that are checked are timed.
+NUM_BATCHES, NUM_CHECKED = 8, 2
+NUM_LATENCY_BATCHES, NUM_CHECKED_TEXTS = 20, 5
 LONG_SECONDS = 0.25
-# Batches on which a provider's logits are checked; for batches of one text, the number of texts.
-NUM_CHECKED = 2
-NUM_CHECKED_TEXTS = 5
 # How often each batch runs before anything is timed: on a GPU a CUDA graph is warmed up, then recorded.
 WARM_UP_CALLS = {"cpu": 1, "cuda": 3}
 # About how long fitting a head takes, and comparing labels once for each provider and number of threads; preparing a
@@ -47,20 +35,17 @@ WARM_UP_CALLS = {"cpu": 1, "cuda": 3}
 _FITTING, _JUDGING, _PREPARING_KERNEL, _BUILDING, _PREPARING_TEXT = 8.0, 4.0, 3.0, 1.0, 3.0
 
 # A provider's row, and its function if it may be timed.
-Prepare = Callable[[], tuple[Row, timing.Function | None]]
+Ready = tuple[Row, timing.Function | None]
+Doing = Callable[[str], None]
+Check = Callable[[Inputs, torch.Tensor], float]
 
 
 class Listener(Protocol):
-    """Follows the progress of a run."""
+    """Follows a run: what happens now, a plan that has ended, with the seconds expected, and each complete case."""
 
-    def doing(self, what: str) -> None:
-        """``what`` is happening now."""
-
-    def done(self, what: str, seconds: float) -> None:
-        """A plan that was expected to take ``seconds`` has ended."""
-
-    def keep(self, report: Report) -> None:
-        """The report holds another complete case."""
+    def doing(self, what: str) -> None: ...
+    def done(self, what: str, seconds: float) -> None: ...
+    def keep(self, report: Report) -> None: ...
 
 
 def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
@@ -92,17 +77,10 @@ def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
 
 def run(suite: Suite, report: Report, device: torch.device, listener: Listener) -> None:
     """Fills ``report``, which holds only complete cases whatever ends the run."""
+    began, expected = time.perf_counter(), iter(planned_seconds(suite, device))
     if device.type == "cuda":
         # Streams and CUDA graphs are made on the current device.
         torch.cuda.set_device(device)
-    # A compiler that gives up and runs eager must not be timed under its own name.
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        _run(suite, report, device, listener)
-
-
-def _run(suite: Suite, report: Report, device: torch.device, listener: Listener) -> None:
-    began = time.perf_counter()
-    expected = iter(planned_seconds(suite, device))
 
     def finished(what: str) -> None:
         report.seconds = time.perf_counter() - began
@@ -112,8 +90,7 @@ def _run(suite: Suite, report: Report, device: torch.device, listener: Listener)
     def measure_machine() -> None:
         listener.doing("the machine's own rates")
         for dtype in dict.fromkeys(plan.dtype for plan in suite.plans):
-            of_dtype = [plan for plan in suite.plans if plan.dtype == dtype and plan.kind == "model"]
-            models = dict.fromkeys(plan.subject for plan in of_dtype)
+            models = dict.fromkeys(p.subject for p in suite.plans if p.dtype == dtype and p.kind == "model")
             shapes = [shape for name in models for shape in roofline.product_shapes(ModelShape.named(name))]
             report.rates += roofline.measured_rates(device, dtype, shapes, suite.machine_seconds)
         finished("the machine's own rates")
@@ -121,13 +98,12 @@ def _run(suite: Suite, report: Report, device: torch.device, listener: Listener)
     measure_machine()
     session: Session | None = None
     for plan in suite.plans:
-        case = new_case(plan)
-        with _kept(case, report), _threads(plan.threads):
+        with _case_of(plan, report) as case:
             if plan.kind == "kernel":
                 session = None
                 measure_kernel(case, plan, device, listener.doing)
             else:
-                if session is None or not session.serves(plan):
+                if session is None or session.of != (plan.kind, plan.subject, plan.dtype):
                     # The former model is freed first: two large ones may not fit.
                     session = None
                     _free_memory(device)
@@ -139,35 +115,32 @@ def _run(suite: Suite, report: Report, device: torch.device, listener: Listener)
     _free_memory(device)
     # Measured again, since a machine's speed varies: the best of both counts.
     measure_machine()
-    for first_plan in suite.first_calls:
-        what = f"{first_plan.model}, {first_plan.workload.name}: first call of {first_plan.provider.name}"
+    for first in suite.first_calls:
+        what = f"{first.model}, {first.workload.name}: first call of {first.provider.name}"
         listener.doing(what)
-        report.first_calls.append(first_call.measure(first_plan, str(device), torch.get_num_threads()))
+        report.first_calls.append(first_call.measure(first, str(device), torch.get_num_threads()))
         finished(what)
     report.partial = False
 
 
 @contextlib.contextmanager
-def _kept(case: Case, report: Report) -> Iterator[None]:
-    """Puts the case into the report whatever ends it; an error ends only the case, not the run."""
+def _case_of(plan: Plan, report: Report) -> Iterator[Case]:
+    """The plan's case, which goes into the report whatever ends it; an error ends only the case, not the run.
+
+    Meanwhile torch, and the peers that are loaded, have the plan's number of threads.
+    """
+    case, before = new_case(plan), torch.get_num_threads()
+    torch.set_num_threads(plan.threads or before)
     try:
-        yield
+        # A compiler that gives up and runs eager must not be timed under its own name.
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            yield case
     except Exception as error:
         case.rows.append(Row(case.baseline, "failed", detail=reason_of(error)))
     finally:
+        torch.set_num_threads(before)
         if case.rows:
             report.cases.append(case)
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Sets torch's number of threads, which peers are loaded with, for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _free_memory(device: torch.device) -> None:
@@ -184,24 +157,17 @@ def new_case(plan: Plan, model: Model | None = None) -> Case:
     dtype = str(plan.dtype).removeprefix("torch.")
     if plan.kind == "kernel":
         return Case("kernel", plan.subject, plan.workload.name, dtype, KERNELS[plan.subject].providers[0].name)
-    model_class = type(model) if model is not None else class_of(plan.subject)
-    baseline = texts.PIPELINE if plan.kind == "text" else baseline_of(model_class)
+    of_model = baseline_of(class_of(plan.subject) if model is None else type(model))
+    baseline = texts.PIPELINE if plan.kind == "text" else of_model
     case = Case(plan.kind, plan.subject, plan.workload.name, dtype, baseline.name, plan.workload.batch_size)
     case.threads, case.published = plan.threads, plan.published
     return case
 
 
-def _time(
-    case: Case,
-    plan: Plan,
-    prepared: Mapping[str, Prepare],
-    device: torch.device,
-    doing: Callable[[str], None],
-    spinning: Sequence[str] = (),
-) -> None:
+def _time(case: Case, plan: Plan, ways: Mapping[str, Callable[[], Ready]], device: torch.device, doing: Doing) -> None:
     """Prepares and checks every provider, then times those that passed; one that breaks is a row of the table."""
     timed: dict[str, timing.Function] = {}
-    for name, prepare in prepared.items():
+    for name, prepare in ways.items():
         doing(f"{case.name}: preparing and checking {name}")
         try:
             row, function = prepare()
@@ -212,6 +178,7 @@ def _time(
             timed[name] = function
     if case.kind == "kernel" and timed and case.baseline not in timed:
         case.baseline = next(iter(timed))
+    spinning = [each.name for each in plan.providers if each.spins]
     timing.time_rounds(case, timed, plan.effort, device, doing, spinning)
 
 
@@ -219,56 +186,47 @@ class Session:
     """A model and its prepared providers, for one plan after the other."""
 
     def __init__(self, plan: Plan, device: torch.device, model: Model | None = None) -> None:
-        self.of = (plan.kind, plan.subject, plan.dtype)
-        self.device = device
+        self.of, self.device = (plan.kind, plan.subject, plan.dtype), device
         fitted = sentences.fitted_model(plan.subject, device, plan.dtype) if model is None else None
         self.fitted = fitted is not None
         # Of texts, the tokenizer decides what padding is.
         padding = {"pad_token_id": texts.tokenizer_of().pad_token_id} if plan.kind == "text" else {}
         self.model = model or fitted or build_model(plan.subject, device, plan.dtype, **padding)
+        self.inputs = ModelInputs.of(type(self.model), self.model.config)
         self.judge: Judge | None = None
         # By name and number of threads.
         self.loaded: dict[tuple[str, int], Loaded | Exception] = {}
         self.judged: dict[tuple[str, int], Kept] = {}
 
-    def serves(self, plan: Plan) -> bool:
-        return self.of == (plan.kind, plan.subject, plan.dtype)
-
-    def measure(self, case: Case, plan: Plan, doing: Callable[[str], None] = lambda _: None) -> None:
+    def measure(self, case: Case, plan: Plan, doing: Doing = lambda _: None) -> None:
         doing(f"{case.name}: the reference")
-        way: Callable[[Provider], Provider]
+        inputs: list[Any]
+        checked: list[Any]
+        way: list[Callable[[Provider], Provider]] = []
         if plan.kind == "text":
             given = texts.corpus(plan.workload.lengths, plan.workload.batch_size, self.fitted)
-            inputs: list[Any] = [given]
-            checked, way = inputs, texts.loop
+            checked, way, inputs = [given], [texts.loop], [given]
             case.batch_size, case.about = len(given.items), given.about
         else:
             latency = plan.workload.batch_size == 1
-            count, num_checked = (NUM_LATENCY_BATCHES, NUM_CHECKED_TEXTS) if latency else (NUM_BATCHES, NUM_CHECKED)
-            inputs = list(plan.workload.batches(count, ModelInputs.of(type(self.model), self.model.config)))
-            self._describe(case, inputs)
-            checked, way = inputs[:num_checked], lambda each: each
+            inputs = plan.workload.batches(NUM_LATENCY_BATCHES if latency else NUM_BATCHES, self.inputs)
+            checked = inputs[: NUM_CHECKED_TEXTS if latency else NUM_CHECKED]
+            shape = ModelShape.of(type(self.model), self.model.config)
+            case.real_tokens = statistics.fmean(map(real_tokens, inputs))
+            case.padded_tokens = statistics.fmean(map(padded_tokens, inputs))
+            case.flops = statistics.fmean(roofline.useful_flops(shape, batch) for batch in inputs)
+            case.num_bytes = roofline.weight_bytes(shape, self.model.dtype.itemsize)
         start = time.perf_counter()
-        reference = Reference(self.model, checked, way)
+        reference = Reference(self.model, checked, *way)
         if (time.perf_counter() - start) / len(checked) > LONG_SECONDS:
             inputs = checked
         judge = self._judge(plan, reference)
-        case.judged_on = judge.about if judge else ""
-        if judge and not self.fitted and plan.subject in MODELS and MODELS[plan.subject].fitted:
-            case.judged_on += f" ({sentences.missing()})"
-        ways = {
-            each.name: functools.partial(self._prepare, each, plan, inputs, reference, judge) for each in plan.providers
-        }
-        spinning = [provider.name for provider in plan.providers if provider.spins]
-        _time(case, plan, ways, self.device, doing, spinning)
-
-    def _describe(self, case: Case, batches: Sequence[Batch]) -> None:
-        """Fills in the case's tokens, operations and bytes."""
-        shape = ModelShape.of(type(self.model), self.model.config)
-        case.real_tokens = statistics.fmean(map(real_tokens, batches))
-        case.padded_tokens = statistics.fmean(map(padded_tokens, batches))
-        case.flops = statistics.fmean(roofline.useful_flops(shape, batch) for batch in batches)
-        case.num_bytes = roofline.weight_bytes(shape, self.model.dtype.itemsize)
+        if judge:
+            lacking = not self.fitted and plan.subject in MODELS and MODELS[plan.subject].fitted
+            case.judged_on = judge.about + (f" ({sentences.missing()})" if lacking else "")
+        prepare = functools.partial(self._prepare, plan=plan, inputs=inputs, reference=reference, judge=judge)
+        ways = {each.name: functools.partial(prepare, each) for each in plan.providers}
+        _time(case, plan, ways, self.device, doing)
 
     def _judge(self, plan: Plan, reference: Reference) -> Judge | None:
         """Made only if a provider of reduced precision can run; of texts, on the case's own."""
@@ -280,8 +238,7 @@ class Session:
             answers = iter(reference.answers)
             return Judge(lambda _: next(answers), reference.inputs, self.fitted, f"texts, {weights}")
         if self.judge is None:
-            inputs = ModelInputs.of(type(self.model), self.model.config)
-            batches = sentences.judged() if self.fitted else Workload(32, "sst2").batches(2, inputs)
+            batches = sentences.judged() if self.fitted else Workload(32, "sst2").batches(2, self.inputs)
             of = f"sentences of SST-2 in batches of {sentences.BATCH_SIZE}" if self.fitted else "random texts"
             exact = baseline_of(type(self.model)).load(self.model).forward
             self.judge = Judge(exact, batches, self.fitted, f"{of}, {weights}")
@@ -289,7 +246,7 @@ class Session:
 
     def _prepare(
         self, provider: Provider, plan: Plan, inputs: list[Any], reference: Reference, judge: Judge | None
-    ) -> tuple[Row, timing.Function | None]:
+    ) -> Ready:
         missing = provider.missing(type(self.model), self.device, plan.dtype)
         if missing:
             return Row(provider.name, "unavailable", detail=missing), None
@@ -314,13 +271,13 @@ class Session:
         row = Row(provider.name, "timed", verdict.difference, loaded.detail, convert_seconds, first_seconds)
         why = verdict.reason
         if judge is not None and verdict.passed:
+            kept = self.judged.get(key)
             if plan.kind == "text":
-                row.agreement, row.mean_error, why = judge.judge(lambda _: first)
-            else:
-                if key not in self.judged:
-                    self.judged[key] = judge.judge(loaded.forward)
-                row.agreement, row.mean_error, why = self.judged[key]
-            if provider.reduced and row.mean_error < EAGER.bound:
+                kept = judge.judge(lambda _: first)
+            elif kept is None:
+                kept = self.judged[key] = judge.judge(loaded.forward)
+            row.agreement, row.mean_error, why = kept
+            if provider.reduced and kept.mean_error < EAGER.bound:
                 row.detail = f"nothing is reduced here, these are float32's logits. {row.detail}".strip()
         if why:
             row.status, row.detail = "failed", why
@@ -334,12 +291,11 @@ class Session:
 
 
 @torch.inference_mode()
-def _resident(loaded: Loaded, batches: Sequence[Batch], device: torch.device) -> Forward:
+def _resident(loaded: Loaded, batches: Sequence[Any], device: torch.device) -> Forward:
     """The provider over inputs that are on the device already, by batch."""
 
-    def moved(batch: Batch) -> Callable[[], torch.Tensor]:
-        there = {name: tensor.to(device) for name, tensor in batch.items()}
-        return lambda: loaded.forward(there)
+    def moved(batch: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+        return functools.partial(loaded.forward, {name: tensor.to(device) for name, tensor in batch.items()})
 
     calls = {id(batch): (loaded.resident or moved)(batch) for batch in batches}
     return torch.inference_mode()(lambda batch: calls[id(batch)]())
@@ -352,48 +308,38 @@ def measure_case(model: Model, plan: Plan, device: torch.device) -> Case:
     return case
 
 
-def measure_kernel(case: Case, plan: Plan, device: torch.device, doing: Callable[[str], None] = lambda _: None) -> None:
+@torch.inference_mode()
+def measure_kernel(case: Case, plan: Plan, device: torch.device, doing: Doing) -> None:
     """Measures a kernel's providers. On a GPU a CUDA graph replays their calls, so that launches do not count."""
     kernel = KERNELS[plan.subject]
     doing(f"{case.name}: making inputs")
-    with torch.inference_mode():
-        sets = _input_sets(kernel, plan, device)
-        least = [kernel.least(inputs, plan.dtype.itemsize) for inputs in sets]
-        case.flops, case.num_bytes = (statistics.fmean(each) for each in zip(*least, strict=True))
-        case.real_tokens = case.padded_tokens = statistics.fmean(inputs.tokens for inputs in sets)
-        repeats = math.ceil(timing.GRAPH_CALLS / len(sets)) if device.type == "cuda" else 0
-
-        def prepare(provider: KernelProvider) -> tuple[Row, timing.Function | None]:
-            row, prepared = prepare_kernel(provider, kernel.check, sets, device, plan.dtype)
-            functions = [each.run for each in prepared]
-            if not functions:
-                return row, None
-            return row, timing.captured(functions, repeats) if repeats else timing.in_turn(functions)
-
-        ways = {provider.name: functools.partial(prepare, provider) for provider in kernel.providers}
-        try:
-            _time(case, plan, ways, device, doing)
-        finally:
-            calls = repeats * len(sets) or 1
-            case.seconds = {
-                name: [[seconds / calls for seconds in each] for each in rounds]
-                for name, rounds in case.seconds.items()
-            }
-
-
-def _input_sets(kernel: Kernel, plan: Plan, device: torch.device) -> list[Inputs]:
-    (first,) = kernel.inputs(plan.workload, device, plan.dtype, 1)
-    size = sum(each.nbytes for each in first.arguments if isinstance(each, torch.Tensor))
+    arguments = kernel.inputs(plan.workload, device, plan.dtype, 1)[0].arguments
+    size = sum(each.nbytes for each in arguments if isinstance(each, torch.Tensor))
+    del arguments
     count = min(max(math.ceil(timing.INPUT_BYTES / size), 2), timing.MAX_INPUT_SETS)
-    return kernel.inputs(plan.workload, device, plan.dtype, count)
+    sets = kernel.inputs(plan.workload, device, plan.dtype, count)
+    least = [kernel.least(inputs, plan.dtype.itemsize) for inputs in sets]
+    case.flops, case.num_bytes = (statistics.fmean(each) for each in zip(*least, strict=True))
+    case.real_tokens = case.padded_tokens = statistics.fmean(inputs.tokens for inputs in sets)
+    repeats = math.ceil(timing.GRAPH_CALLS / len(sets)) if device.type == "cuda" else 0
+
+    def prepare(provider: KernelProvider) -> Ready:
+        row, prepared = prepare_kernel(provider, kernel.check, sets, device, plan.dtype)
+        functions = [each.run for each in prepared]
+        if not functions:
+            return row, None
+        return row, timing.captured(functions, repeats) if repeats else timing.in_turn(functions)
+
+    try:
+        _time(case, plan, {each.name: functools.partial(prepare, each) for each in kernel.providers}, device, doing)
+    finally:
+        calls = repeats * len(sets) or 1
+        for name, rounds in case.seconds.items():
+            case.seconds[name] = [[seconds / calls for seconds in each] for each in rounds]
 
 
 def prepare_kernel(
-    provider: KernelProvider,
-    check: Callable[[Inputs, torch.Tensor], float],
-    sets: Sequence[Inputs],
-    device: torch.device,
-    dtype: torch.dtype,
+    provider: KernelProvider, check: Check, sets: Sequence[Inputs], device: torch.device, dtype: torch.dtype
 ) -> tuple[Row, list[Prepared]]:
     """The provider's row, and its functions, one for each set, if they may be timed."""
     missing = provider.available(device, dtype)

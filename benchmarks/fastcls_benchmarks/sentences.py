@@ -48,10 +48,8 @@ def weights() -> str:
 def batches_of(texts: list[str], size: int) -> list[Batch]:
     """In the order given, each batch padded to its longest."""
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(weights())
-    return [
-        dict(tokenizer(texts[start : start + size], padding=True, return_tensors="pt"))
-        for start in range(0, len(texts), size)
-    ]
+    parts = (texts[start : start + size] for start in range(0, len(texts), size))
+    return [dict(tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
 
 
 def fitted_model(name: str, device: torch.device, dtype: torch.dtype) -> Model | None:
@@ -67,11 +65,10 @@ def fitted_model(name: str, device: torch.device, dtype: torch.dtype) -> Model |
     with quietly():
         model = BertForSequenceClassification.from_pretrained(weights(), dtype=torch.float32).eval()
     texts, labels = read("train")
-    texts, labels = texts[:NUM_FITTED], labels[:NUM_FITTED]
     with torch.inference_mode():
         encoder = fastcls.optimize(model.bert)
-        pooled = torch.cat([encoder(**batch).pooler_output for batch in batches_of(texts, BATCH_SIZE)])
-    regression = LogisticRegression(C=100, max_iter=2000).fit(pooled.numpy(), labels)
+        pooled = torch.cat([encoder(**batch).pooler_output for batch in batches_of(texts[:NUM_FITTED], BATCH_SIZE)])
+    regression = LogisticRegression(C=100, max_iter=2000).fit(pooled.numpy(), labels[:NUM_FITTED])
     weight, bias = torch.tensor(regression.coef_ / 2), torch.tensor(regression.intercept_ / 2)
     with torch.no_grad():
         model.classifier.weight.copy_(torch.cat((-weight, weight)))

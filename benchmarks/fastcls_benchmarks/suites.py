@@ -23,27 +23,18 @@ _DATA = data("suites.toml")
 
 @dataclass(frozen=True)
 class Plan:
-    """A case to measure.
-
-    Attributes:
-        subject: a model or, of kind "kernel", a kernel, which has providers of its own.
-        providers: the baseline among them.
-        seconds: how long it is timed.
-        threads: torch's own number if None.
-        resident: inputs lie on the device before the clock starts.
-        goal: the seconds to reach; published: texts a second, by somebody else.
-    """
+    """A case to measure."""
 
     kind: Kind
-    subject: str
+    subject: str  # a model or, of kind "kernel", a kernel, which has providers of its own
     workload: Workload
     dtype: torch.dtype
-    providers: tuple[Provider, ...]
-    seconds: float
-    threads: int | None = None
-    resident: bool = False
-    goal: float | None = None
-    published: float | None = None
+    providers: tuple[Provider, ...]  # the baseline among them
+    seconds: float  # how long it is timed
+    threads: int | None = None  # torch's own number if None
+    resident: bool = False  # inputs lie on the device before the clock starts
+    goal: float | None = None  # the seconds to reach
+    published: float | None = None  # texts a second, by somebody else
 
     @property
     def effort(self) -> Effort:
@@ -68,16 +59,12 @@ class FirstCallPlan:
 
 @dataclass(frozen=True)
 class Suite:
-    """The plans to measure, in this order; successive plans for one model load it once.
-
-    Attributes:
-        machine_seconds: how long each measurement of the machine's rates takes.
-    """
+    """The plans to measure, in this order; successive plans for one model load it once."""
 
     name: str
     plans: tuple[Plan, ...]
     first_calls: tuple[FirstCallPlan, ...] = ()
-    machine_seconds: float = 2.0
+    machine_seconds: float = 2.0  # how long each measurement of the machine's rates takes
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -85,9 +72,13 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def _of(device: torch.device) -> dict[str, Any]:
+    return _DATA["cuda" if device.type == "cuda" else "cpu"]
+
+
 def names(device: torch.device) -> tuple[str, ...]:
     """The suites that there are for a kind of device."""
-    return tuple(_DATA["cuda" if device.type == "cuda" else "cpu"])
+    return tuple(_of(device))
 
 
 def _flat(names: Sequence[str]) -> Iterator[str]:
@@ -106,32 +97,27 @@ def providers_of(kind: Kind, model: str, names: Sequence[str]) -> tuple[Provider
 
 
 def _plans(kind: Kind, entry: dict[str, Any], dtype: torch.dtype, resident: bool) -> Iterator[Plan]:
-    providers = providers_of(kind, entry["of"], entry["by"])
+    of, providers = entry["of"], providers_of(kind, entry["of"], entry["by"])
     dtype = getattr(torch, entry["dtype"]) if "dtype" in entry else dtype
     threads = [each for each in entry.get("threads", ()) if each <= torch.get_num_threads()] or [None]
-    goal, published = entry.get("goal_ms"), entry.get("published")
+    aims = {"goal": entry["goal_ms"] / 1e3 if "goal_ms" in entry else None, "published": entry.get("published")}
     for count, name in itertools.product(threads, entry["on"]):
-        yield Plan(
-            *(kind, entry["of"], Workload.named(name), dtype, providers, entry["seconds"], count, resident),
-            *(goal and goal / 1e3, published),
-        )
+        yield Plan(kind, of, Workload.named(name), dtype, providers, entry["seconds"], count, resident, **aims)
 
 
 def suite(name: str, device: torch.device) -> Suite:
     """One of `names` on a kind of device."""
-    entry, dtype = _DATA["cuda" if device.type == "cuda" else "cpu"][name], default_dtype(device)
-    resident, kernels, first = entry.get("resident", False), entry.get("kernels"), entry.get("first_calls")
-    plans = [plan for each in entry.get("texts", ()) for plan in _plans("text", each, dtype, resident)]
-    plans += [plan for each in entry.get("cases", ()) for plan in _plans("model", each, dtype, resident)]
-    if kernels:
-        pairs = itertools.product(map(Workload.named, kernels["on"]), KERNELS)
-        plans += [Plan("kernel", kernel, on, dtype, (), kernels["seconds"]) for on, kernel in pairs]
-    calls = [
-        FirstCallPlan(first["of"], Workload.named(on), dtype, provider)
-        for on in (first or {}).get("on", ())
-        for provider in (SDPA, FASTCLS)
-    ]
-    return Suite(name, tuple(plans), tuple(calls), entry.get("machine_seconds", 2.0))
+    entry, dtype = _of(device)[name], default_dtype(device)
+    resident = entry.get("resident", False)
+    kinds: tuple[tuple[Kind, str], ...] = (("text", "texts"), ("model", "cases"))
+    plans = [p for kind, of in kinds for each in entry.get(of, ()) for p in _plans(kind, each, dtype, resident)]
+    nothing: dict[str, Any] = {"on": ()}
+    kernels, first = entry.get("kernels", nothing), entry.get("first_calls", nothing)
+    for on, kernel in itertools.product(map(Workload.named, kernels["on"]), KERNELS):
+        plans.append(Plan("kernel", kernel, on, dtype, (), kernels["seconds"]))
+    pairs = itertools.product(map(Workload.named, first["on"]), (SDPA, FASTCLS))
+    calls = tuple(FirstCallPlan(first["of"], on, dtype, provider) for on, provider in pairs)
+    return Suite(name, tuple(plans), calls, entry.get("machine_seconds", 2.0))
 
 
 def custom(
@@ -146,11 +132,11 @@ def custom(
 
     With providers alone, they take the places of the suite's own.
     """
-    first = next((plan for plan in like.plans if plan.kind == "model"), like.plans[0])
+    own = [plan for plan in like.plans if plan.kind == "model"]
     if not (models or batch_sizes or lengths or dtypes):
-        kept = [plan for plan in like.plans if plan.kind == "model"]
-        plans = [replace(plan, providers=providers_of("model", plan.subject, providers)) for plan in kept]
-        return Suite("custom", tuple(plans), machine_seconds=like.machine_seconds)
+        plans = tuple(replace(plan, providers=providers_of("model", plan.subject, providers)) for plan in own)
+        return Suite("custom", plans, machine_seconds=like.machine_seconds)
+    first = (own or like.plans)[0]
     grid = itertools.product(
         models or (first.subject,),
         dtypes or (first.dtype,),
@@ -158,13 +144,11 @@ def custom(
         lengths or (first.workload.lengths,),
     )
     chosen = list(providers) or [each.name for each in first.providers]
-    return Suite(
-        "custom",
-        tuple(
-            Plan("model", model, Workload(size, length), dtype, providers_of("model", model, chosen), first.seconds)
-            for model, dtype, size, length in grid
-        ),
+    plans = tuple(
+        Plan("model", model, Workload(size, length), dtype, providers_of("model", model, chosen), first.seconds)
+        for model, dtype, size, length in grid
     )
+    return Suite("custom", plans)
 
 
 def with_server(given: Suite, server: Provider) -> Suite:
@@ -173,8 +157,8 @@ def with_server(given: Suite, server: Provider) -> Suite:
     Raises:
         ValueError: the suite has none.
     """
-    plans = [plan for plan in given.plans if plan.kind == "text"]
+    chosen = (PIPELINE, CLASSIFIER, server)
+    plans = tuple(replace(plan, providers=chosen) for plan in given.plans if plan.kind == "text")
     if not plans:
         raise ValueError(f"--server is measured from texts to scores, and --suite {given.name} has no such case")
-    chosen = (PIPELINE, CLASSIFIER, server)
-    return Suite("custom", tuple(replace(plan, providers=chosen) for plan in plans), (), given.machine_seconds)
+    return Suite("custom", plans, (), given.machine_seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import RenderableType
@@ -17,25 +17,38 @@ from .texts import CLASSIFIER
 
 NONE = "-"
 HIGHLIGHTED = (FASTCLS.name, CLASSIFIER.name)
-_UNITS = {"s": 1, "ms": 1e3, "µs": 1e6}
+FIRST_CALL = ("model, workload", "provider", "import", "load", "convert", "first batch", "memory")
+_PUBLISHED = (
+    "Published: on one H100 80GB in bfloat16, Natural Questions' pairs of at most 512 tokens, best batch size (Hugging "
+    "Face's blog on the Ettin rerankers, May 2026). Another machine, other pairs: the bar, not a comparison."
+)
+
+
+class Shown(NamedTuple):
+    """A case as a table."""
+
+    case: Case
+    title: str
+    caption: str
+    headings: tuple[str, ...]
+    rows: list[tuple[str, tuple[str, ...]]]  # (style, cells)
+    notes: list[tuple[str, str]]  # (provider, remark), which no earlier case had
 
 
 def number(value: float | None) -> str:
     """Three digits or more, with thousands separated; NaN is unknown, as None is."""
     if value is None or math.isnan(value):
         return NONE
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if value >= 1 else f"{value:.2g}"
+    return f"{value:{',.0f' if value >= 100 else '.3g' if value >= 1 else '.2g'}}"
 
 
 def duration(seconds: float | None, unit: str = "ms") -> str:
     """A time in milliseconds or microseconds, with three digits."""
     if seconds is None or math.isnan(seconds):
         return NONE
-    scaled = seconds * _UNITS[unit]
-    decimals = 0 if scaled >= 1000 else max(0, 3 - math.floor(math.log10(scaled))) if scaled > 0 else 0
-    return f"{scaled:,.{min(decimals, 3)}f}"
+    scaled = seconds * {"ms": 1e3, "µs": 1e6}[unit]
+    decimals = 3 - math.floor(math.log10(scaled)) if scaled > 0 else 0
+    return f"{scaled:,.{min(max(decimals, 0), 3)}f}"
 
 
 def share(value: float | None, digits: int = 0) -> str:
@@ -55,30 +68,22 @@ def facts(provenance: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items() if version)
     commit = f"commit {(provenance['commit'] or 'unknown')[:9]}{' with changes' if provenance['dirty'] else ''}"
     driver = f"driver {provenance['driver']}, CUDA {provenance['cuda']}, " if provenance["driver"] else ""
-    return [
-        f"{provenance['chip']}, {provenance['threads']} threads",
-        f"{driver}{versions}",
-        f"fastcls {provenance['fastcls']}, {commit}, {provenance['date']}",
-    ]
+    chip, code = f"{provenance['chip']}, {provenance['threads']} threads", f"fastcls {provenance['fastcls']}, {commit}"
+    return [chip, f"{driver}{versions}", f"{code}, {provenance['date']}"]
 
 
 def cannot_run(report: Report) -> dict[str, str]:
     """The providers that could not run here, with the reason; if some models ran, it says which did not."""
-    missing: dict[tuple[str, str], list[str]] = {}
-    for case in report.cases:
-        for row in case.rows:
-            if row.status == "unavailable":
-                missing.setdefault((row.provider, row.detail), []).append(case.subject)
-    ran = {row.provider for case in report.cases for row in case.rows if row.status != "unavailable"}
-    found: dict[str, str] = {}
-    for (provider, why), subjects in missing.items():
-        with_what = f"{', '.join(dict.fromkeys(subjects))}: " if provider in ran else ""
+    figures, found = report.figures(), dict[str, str]()
+    missing = figures[figures.status == "unavailable"]
+    ran = set(figures.provider[figures.status != "unavailable"])
+    for (provider, why), subjects in missing.groupby(["provider", "detail"], sort=False).subject:
+        with_what = f"{', '.join(subjects.unique())}: " if provider in ran else ""
         found[provider] = "; ".join(filter(None, (found.get(provider), with_what + why)))
     return found
 
 
-def headings(case: Case) -> tuple[str, ...]:
-    """A case's columns, the provider's name first."""
+def _headings(case: Case) -> tuple[str, ...]:
     baseline = case.baseline.removeprefix("transformers ")
     vs = f"vs {baseline if len(baseline) < 9 else 'first row'}"
     if case.kind == "kernel":
@@ -88,51 +93,43 @@ def headings(case: Case) -> tuple[str, ...]:
     return ("provider", *(("p50 ms", "p99 ms") if case.is_latency else ("ms", "p20 to p80")), vs, *counted, *checked)
 
 
-def cells(case: Case, row: Any) -> tuple[str, ...]:
-    """A row of `Report.figures` under `headings`."""
+def _cells(case: Case, row: Any) -> tuple[str, ...]:
+    """A row of `Report.figures` under `_headings`."""
     off = row.mean_error if case.judged_on else row.difference
     error, labels = NONE if math.isnan(off) else f"{off:.1e}", share(row.agreement, 1)
-    unit = "µs" if case.kind == "kernel" else "ms"
     if math.isnan(row.seconds):
-        why = {"timed": "not timed", "failed": "failed", "unavailable": "cannot run"}[row.status]
-        middle = [NONE] * (len(headings(case)) - 4)
-        return (row.provider, why, *middle, labels, error)
-    p20_p80 = f"{duration(row.p20, unit)} to {duration(row.p80, unit)}"
+        why = "failed" if row.status == "failed" else "not timed"
+        return (row.provider, why, *[NONE] * (len(_headings(case)) - 4), labels, error)
+    unit = "µs" if case.kind == "kernel" else "ms"
+    spread = duration(row.p99) if case.is_latency else f"{duration(row.p20, unit)} to {duration(row.p80, unit)}"
     faster = "1" if row.provider == case.baseline else times(case, row.provider)
-    shown = (row.provider, duration(row.seconds, unit), duration(row.p99) if case.is_latency else p20_p80, faster)
-    checked = labels if case.judged_on or not case.flops else share(row.share)
-    if case.kind == "kernel":
-        return (*shown, share(row.share), error)
-    return (*shown, *map(number, [row.texts, row.tokens][: 1 if case.kind == "text" else 2]), checked, error)
+    counted = {"kernel": (), "text": (row.texts,), "model": (row.texts, row.tokens)}[case.kind]
+    checked = share(row.share) if case.kind == "kernel" or (case.flops and not case.judged_on) else labels
+    return (row.provider, duration(row.seconds, unit), spread, faster, *map(number, counted), checked, error)
 
 
-def title(case: Case) -> str:
-    if case.kind == "kernel":
-        return f"{case.name}: {case.real_tokens:,.0f} tokens"
-    if case.kind == "text":
-        return f"{case.name}: {case.about}"
-    return f"{case.name}: {case.real_tokens / case.padded_tokens:.0%} of {case.padded_tokens:,.0f} tokens are real"
-
-
-def caption(report: Report, case: Case) -> str:
-    noise = "unknown" if case.noise is None else f"{case.noise:.1%}"
-    rounds = f"Noise {noise} in {len(case.seconds.get(case.baseline, []))} rounds."
-    rounds += " More than 8 %: close other programs and run again." if (case.noise or 0) > 0.08 else ""
-    if case.judged_on:
-        return f"Labels kept, and how far an answer is off: {case.judged_on}. {rounds}"
-    floor, unit = report.floor_seconds(case), "µs" if case.kind == "kernel" else "ms"
-    return f"Floor {duration(floor, unit)} {unit}. {rounds}" if floor else rounds
-
-
-def new_remarks(cases: Iterable[Case]) -> list[list[tuple[str, str]]]:
-    """For each case the remarks on its providers, (provider, remark), that no earlier case had."""
-    said: set[tuple[str, str]] = set()
-    remarks = []
-    for case in cases:
-        found = [(row.provider, row.detail) for row in case.rows if row.detail and row.status != "unavailable"]
-        remarks.append([remark for remark in found if remark not in said])
-        said.update(found)
-    return remarks
+def cases(report: Report) -> Iterator[Shown]:
+    """Each case without the providers that cannot run."""
+    figures, said = report.figures(), set[tuple[str, str]]()
+    for case in report.cases:
+        about = f"{case.real_tokens / (case.padded_tokens or 1):.0%} of {case.padded_tokens:,.0f} tokens are real"
+        about = {"kernel": f"{case.real_tokens:,.0f} tokens", "text": case.about, "model": about}[case.kind]
+        noise = "unknown" if case.noise is None else f"{case.noise:.1%}"
+        caption = f"Noise {noise} in {len(case.seconds.get(case.baseline, []))} rounds."
+        caption += " More than 8 %: close other programs and run again." if (case.noise or 0) > 0.08 else ""
+        floor, unit = report.floor_seconds(case), "µs" if case.kind == "kernel" else "ms"
+        if case.judged_on:
+            caption = f"Labels kept, and how far an answer is off: {case.judged_on}. {caption}"
+        elif floor:
+            caption = f"Floor {duration(floor, unit)} {unit}. {caption}"
+        rows, notes = [], []
+        for row in figures[(figures.case == case.name) & (figures.status != "unavailable")].itertuples():
+            style = "failed" if row.status == "failed" else "ours" if row.provider in HIGHLIGHTED else ""
+            rows.append((style, _cells(case, row)))
+            if row.detail and (row.provider, row.detail) not in said:
+                notes.append((row.provider, row.detail))
+        said.update(notes)
+        yield Shown(case, f"{case.name}: {about}", caption, _headings(case), rows, notes)
 
 
 def machine_line(report: Report) -> str:
@@ -143,22 +140,10 @@ def machine_line(report: Report) -> str:
     return f"This machine at best, in this run: {', '.join(shown)}, copies {(copies or 0) / 1e9:,.1f} GB/s."
 
 
-def case_rows(report: Report) -> Iterator[tuple[Case, list[tuple[str, tuple[str, ...]]]]]:
-    """Each case with its rows, (style, cells), without those that cannot run."""
-    groups = dict(iter(report.figures().groupby("case", sort=False)))
-    for case in report.cases:
-        rows = []
-        for row in groups[case.name].itertuples():
-            style = "failed" if row.status == "failed" else "ours" if row.provider in HIGHLIGHTED else ""
-            if row.status != "unavailable":
-                rows.append((style, cells(case, row)))
-        yield case, rows
-
-
 def published_rows(report: Report) -> list[tuple[str, ...]]:
     """Of rerankers: each provider's most pairs a second over batch sizes, beside what was published elsewhere."""
     figures = report.figures()
-    if not len(figures) or not figures.published.notna().any():
+    if not figures.published.notna().any():
         return []
     best = figures[figures.kind == "text"].pivot_table("texts", "subject", "provider", "max", sort=False)
     published = figures.groupby("subject", sort=False).published.max()
@@ -167,27 +152,14 @@ def published_rows(report: Report) -> list[tuple[str, ...]]:
     return [heading, *((each, *map(number, best.loc[each, names]), number(published[each])) for each in best.index)]
 
 
-def plain_table(heading: str, below: str = "", columns: Iterable[str] = (), left: int = 1) -> Table:
+def plain_table(heading: str, below: str = "", columns: Iterable[str] = (), left: int = 1, wrap: bool = False) -> Table:
     """A table whose first ``left`` columns are text."""
-    table = Table(
-        title=escape(heading),
-        caption=escape(below) or None,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        padding=(0, 1, 0, 0),
-    )
+    table = Table(title=escape(heading), caption=escape(below) or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title_justify = table.caption_justify = "left"
+    table.title_style = "bold"
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index < left else "right", no_wrap=True)
+        table.add_column(name, justify="left" if index < left else "right", no_wrap=not wrap)
     return table
-
-
-_PUBLISHED = (
-    "Published: on one H100 80GB in bfloat16, Natural Questions' pairs of at most 512 tokens, best batch size (Hugging "
-    "Face's blog on the Ettin rerankers, May 2026). Another machine, other pairs: the bar, not a comparison."
-)
-FIRST_CALL = ("model, workload", "provider", "import", "load", "convert", "first batch", "memory")
 
 
 def first_call_cells(each: FirstCall) -> tuple[str, ...]:
@@ -205,19 +177,16 @@ def render(report: Report) -> Iterator[RenderableType]:
     yield escape("\n".join(facts(report.provenance))) + "\n"
     if report.rates:
         yield f"{machine_line(report)}\n"
-    for (case, rows), new in zip(case_rows(report), new_remarks(report.cases), strict=True):
-        table = plain_table(title(case), caption(report, case), headings(case))
-        for style, shown in rows:
-            table.add_row(*map(escape, shown), style={"failed": "red", "ours": "bold"}.get(style))
+    for shown in cases(report):
+        table = plain_table(shown.title, shown.caption, shown.headings)
+        for style, cells in shown.rows:
+            table.add_row(*map(escape, cells), style={"failed": "red", "ours": "bold"}.get(style))
         yield table
-        if new:
-            yield "\n".join(f"  {escape(provider)}: {escape(remark)}" for provider, remark in new) + "\n"
-    if rows_of_published := published_rows(report):
-        heading, *lines = rows_of_published
-        table = plain_table("Rerankers", _PUBLISHED)
-        for index, name in enumerate(heading):
-            table.add_column(name, justify="right" if index else "left")
-        for line in lines:
+        if shown.notes:
+            yield "\n".join(f"  {escape(provider)}: {escape(remark)}" for provider, remark in shown.notes) + "\n"
+    if published := published_rows(report):
+        table = plain_table("Rerankers", _PUBLISHED, published[0], wrap=True)
+        for line in published[1:]:
             table.add_row(*line)
         yield table
     if report.first_calls:
@@ -229,6 +198,5 @@ def render(report: Report) -> Iterator[RenderableType]:
             if each.detail:
                 table.add_row("", f"  {escape(each.detail)}")
         yield table
-    missing = cannot_run(report)
-    if missing:
+    if missing := cannot_run(report):
         yield "Cannot run here: " + "; ".join(f"{escape(name)} ({escape(why)})" for name, why in missing.items())

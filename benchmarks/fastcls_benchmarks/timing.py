@@ -21,28 +21,19 @@ MAX_INPUT_SETS = 64
 GRAPH_CALLS = 100
 # Before each function's turn, and after one whose threads spin on: ONNX Runtime's do for up to 100 ms, and would slow
 # the next provider by a third.
-_PAUSE_SECONDS = 0.02
-_SETTLE_SECONDS = 0.15
-# A call this long gains nothing from being called once before it is timed.
-_LONG_SECONDS = 0.05
-_WARM_UP_SECONDS = 0.01
+_PAUSE_SECONDS, _SETTLE_SECONDS = 0.02, 0.15
+# A call as long as the first gains nothing from being called once before it is timed.
+_LONG_SECONDS, _WARM_UP_SECONDS = 0.05, 0.01
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured for one case.
+    """How much is measured for one case."""
 
-    Attributes:
-        seconds: rounds go on until this time has passed since the first began.
-        min_rounds, max_rounds: limits on the number of rounds, whatever the time.
-        visit_seconds: in each round a function is called for about this time, if `max_calls` allows.
-        min_calls, max_calls: limits on a function's calls in one round.
-    """
-
-    seconds: float
+    seconds: float  # rounds go on until this time has passed since the first began
     min_rounds: int = 3
     max_rounds: int = 40
-    visit_seconds: float = 0.1
+    visit_seconds: float = 0.1  # in each round a function is called for about this time, within the next limits
     min_calls: int = 1
     max_calls: int = 20
 
@@ -73,18 +64,11 @@ def time_rounds(
 ) -> None:
     """Fills ``case.seconds``, one complete round at a time; the baseline is timed twice, under two names.
 
-    Args:
-        case: its baseline must be among the functions, or nothing is timed.
-        functions: by provider.
-        effort: how long to time them.
-        device: the device to wait for.
-        progress: is called with the round and the provider that is timed.
-        spinning: providers whose threads go on for a while after their turn.
+    Without it nothing is timed. The threads of ``spinning`` providers go on for a while after their turn.
     """
-    timed = dict(functions)
-    if case.baseline not in timed:
+    if case.baseline not in functions:
         return
-    timed[case.baseline + AGAIN] = timed[case.baseline]
+    timed = {**functions, case.baseline + AGAIN: functions[case.baseline]}
 
     def call(name: str, index: int) -> float:
         return seconds_of(lambda: timed[name](index), device)
@@ -129,9 +113,8 @@ def captured(functions: Sequence[Callable[[], object]], repeats: int) -> Functio
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            for function in functions:
-                function()
+        for function in [*functions] * repeats:
+            function()
 
     def replay(_: int, kept: object = functions) -> None:
         # The CUDA graph reads inputs that only the functions keep alive.

@@ -30,27 +30,21 @@ class Reference:
 
     In float32 the bound is the provider's own, for logits of about 1, which random weights give over the labels and
     over the vocabulary. In 16 bits it is twice the difference that transformers eager makes in the same dtype on the
-    same inputs: a provider need not be more exact than the usual way, and may not be cruder.
-
-    Args:
-        model: in its own dtype.
-        inputs: batches, or corpora.
-        way: what takes such inputs, of a provider that takes batches.
+    same inputs: a provider need not be more exact than the usual way, and may not be cruder. Inputs are batches or,
+    where ``way`` makes of a provider of batches one of texts, corpora.
     """
 
     def __init__(
         self, model: Model, inputs: Sequence[Any], way: Callable[[Provider], Provider] = lambda each: each
     ) -> None:
-        self.inputs = inputs
-        single = model if model.dtype == torch.float32 else own_copy(model).float()
+        self.inputs, in_float32 = inputs, model.dtype == torch.float32
+        single = model if in_float32 else own_copy(model).float()
         exact = way(baseline_of(type(single))).load(single).forward
         self.answers = [exact(each).cpu() for each in inputs]
-        self.eager_difference: float | None = None
-        if model.dtype != torch.float32:
-            self.eager_difference = self._difference(way(EAGER).load(model).forward)
+        self._of_eager = None if in_float32 else self._difference(way(EAGER).load(model).forward)
 
     def bound(self, provider: Provider) -> float:
-        return provider.bound if self.eager_difference is None else 2 * self.eager_difference
+        return provider.bound if self._of_eager is None else 2 * self._of_eager
 
     def check(self, provider: Provider, forward: Forward) -> Verdict:
         """Runs every input, which also warms the provider up."""
@@ -59,52 +53,36 @@ class Reference:
         except ValueError as error:
             return Verdict(False, None, str(error))
         bound = math.inf if provider.reduced else self.bound(provider)
-        if difference > bound:
-            return Verdict(False, difference, f"logits differ by {difference:.1e}, more than {bound:.0e}")
-        return Verdict(True, difference)
+        reason = f"logits differ by {difference:.1e}, more than {bound:.0e}" if difference > bound else ""
+        return Verdict(not reason, difference, reason)
 
     @torch.inference_mode()
     def _difference(self, forward: Forward) -> float:
-        return max(
-            _largest_difference(forward(each).float().cpu(), answers)
-            for each, answers in zip(self.inputs, self.answers, strict=True)
-        )
-
-
-def _largest_difference(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
-        raise ValueError(f"logits have shape {tuple(found.shape)} and not {tuple(expected.shape)}")
-    if not bool(found.isfinite().all()):
-        raise ValueError("logits are not all finite")
-    return float((found - expected).abs().max())
+        largest = []
+        for each, expected in zip(self.inputs, self.answers, strict=True):
+            found = forward(each).float().cpu()
+            if found.shape != expected.shape:
+                raise ValueError(f"logits have shape {tuple(found.shape)} and not {tuple(expected.shape)}")
+            if not bool(found.isfinite().all()):
+                raise ValueError("logits are not all finite")
+            largest.append(float((found - expected).abs().max()))
+        return max(largest)
 
 
 class Kept(NamedTuple):
-    """What a provider keeps of transformers' answers in float32.
+    """What a provider keeps of transformers' answers in float32."""
 
-    Attributes:
-        agreement: the share of texts with the same label; None on random weights, where a label means nothing.
-        mean_error: of a logit, or a score.
-        reason: why it is not enough, if it is not.
-    """
-
-    agreement: float | None
-    mean_error: float
-    reason: str = ""
+    agreement: float | None  # the share of texts with the same label; None on random weights, where it means nothing
+    mean_error: float  # of a logit, or a score
+    reason: str = ""  # why it is not enough, if it is not
 
 
 class Judge:
     """Compares labels and answers of many texts, where no bound on a single logit can tell rounding from an error.
 
-    On real weights it takes real sentences and asks for `LEAST_AGREEMENT`. Random weights give nearly the same logits
-    for every text. There it asks only that an error is smaller, on average, than the difference between two texts:
-    a coarse net. The peers' graphs are also checked by their providers in float32.
-
-    Args:
-        exact: gives the answers in float32.
-        inputs: batches, or corpora.
-        fitted: whether the model is `sentences.fitted_model`'s.
-        texts: what they are.
+    On real weights, those of `sentences.fitted_model`, it takes real sentences and asks for `LEAST_AGREEMENT`. Random
+    weights give nearly the same logits for every text. There it asks only that an error is smaller, on average, than
+    the difference between two texts: a coarse net. The peers' graphs are also checked by their providers in float32.
     """
 
     def __init__(self, exact: Forward, inputs: Sequence[Any], fitted: bool, texts: str) -> None:

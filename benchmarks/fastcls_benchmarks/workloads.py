@@ -6,7 +6,6 @@ distribution of lengths says where it comes from.
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import zlib
@@ -28,9 +27,7 @@ else:
 Batch = dict[str, Tensor]
 
 SEED = 0
-VOCAB_SIZE = 30522  # bert-base-uncased's
-CLS_ID = 101
-MASK_ID = 103
+VOCAB_SIZE, CLS_ID, MASK_ID = 30522, 101, 103  # bert-base-uncased's
 FIRST_WORD_ID = 1000  # below lie special tokens and single characters
 _RESIDUES = (4, 24)  # the 20 amino acids in ESM's vocabulary
 _FILLS_MASKS = "ForMaskedLM"
@@ -56,16 +53,11 @@ class Checkpoint:
         return f"{self.model_class}, {weights}{asked}"
 
 
-def _checkpoints() -> dict[str, Checkpoint]:
-    found: dict[str, Checkpoint] = {}
-    for name, entry in data("models.toml").items():
-        like = found.get(entry.get("like", ""), Checkpoint())
-        options = {**like.options, **entry.get("options", {})}
-        found[name] = Checkpoint(entry.get("class", like.model_class), options, entry.get("fitted", False))
-    return found
-
-
-MODELS = _checkpoints()
+MODELS: dict[str, Checkpoint] = {}
+for _name, _entry in data("models.toml").items():
+    _like = MODELS.get(_entry.get("like", ""), Checkpoint())
+    _options = {**_like.options, **_entry.get("options", {})}
+    MODELS[_name] = Checkpoint(_entry.get("class", _like.model_class), _options, _entry.get("fitted", False))
 
 
 def class_of(name: str) -> type[PreTrainedModel]:
@@ -95,33 +87,20 @@ def fills_masks(model_class: type[PreTrainedModel]) -> bool:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """A model's inputs; the defaults are a BERT classifier's.
-
-    Attributes:
-        vocab_size: token ids are smaller.
-        padding_id: the token after a text's end. RoBERTa and its relatives count positions by it.
-        token_types: whether a tokenizer gives any: not if a model has none, or a single one.
-        masks: whether each text has one [MASK], at a random place between its first and its last token.
-        first_id: the first token.
-        words: the other tokens lie from the first of these to below the second, by default the vocabulary's end.
-    """
+    """A model's inputs; the defaults are a BERT classifier's."""
 
     vocab_size: int = VOCAB_SIZE
-    padding_id: int = 0
-    token_types: bool = True
-    masks: bool = False
+    padding_id: int = 0  # the token after a text's end; RoBERTa and its relatives count positions by it
+    token_types: bool = True  # whether a tokenizer gives any: not if a model has none, or a single one
+    masks: bool = False  # whether each text has one [MASK], at a random place between its first and its last token
     first_id: int = CLS_ID
-    words: tuple[int, int] | None = None
+    words: tuple[int, int] | None = None  # the other tokens are from the first to below the second, or the vocabulary's
 
     @classmethod
     def of(cls, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> ModelInputs:
-        return cls(
-            config.vocab_size,
-            config.pad_token_id or 0,
-            getattr(config, "type_vocab_size", 0) > 1,
-            fills_masks(model_class),
-            *((0, _RESIDUES) if config.model_type == "esm" else ()),
-        )
+        special = (0, _RESIDUES) if config.model_type == "esm" else ()
+        types = getattr(config, "type_vocab_size", 0) > 1
+        return cls(config.vocab_size, config.pad_token_id or 0, types, fills_masks(model_class), *special)
 
 
 @dataclass(frozen=True)
@@ -130,7 +109,7 @@ class Lengths:
 
     description: str
     source: str
-    quantiles: tuple[int, ...]
+    quantiles: Sequence[int]
 
     def at(self, probability: float) -> int:
         position = probability * (len(self.quantiles) - 1)
@@ -139,34 +118,9 @@ class Lengths:
         return round(low + (high - low) * (position - below))
 
 
-def _log_normal(mean: float, sigma: float, shortest: int, longest: int) -> tuple[int, ...]:
-    normal = statistics.NormalDist(sigma=sigma)
-    # The middles of 101 equal parts; bisection finds the median.
-    factors = [math.exp(normal.inv_cdf((index + 0.5) / 101)) for index in range(101)]
-
-    def cut(median: float) -> list[float]:
-        return [min(max(median * factor, shortest), longest) for factor in factors]
-
-    low, high = float(shortest), float(longest)
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if statistics.fmean(cut(middle)) < mean else (low, middle)
-    return tuple(map(round, cut(high)))
-
-
-def _distributions() -> dict[str, Lengths]:
-    found = {}
-    for name, entry in data("lengths.toml").items():
-        about = (entry.pop("description"), entry.pop("source"))
-        found[name] = Lengths(*about, tuple(entry.get("quantiles") or _log_normal(**entry)))
-    equal = {str(length): length for length in (16, 32, 64, 128, 256, 384, 512)}
-    alike = {
-        name: Lengths(f"{name} tokens each, no padding", "all alike", (each, each)) for name, each in equal.items()
-    }
-    return found | alike
-
-
-LENGTHS = _distributions()
+LENGTHS = {name: Lengths(**entry) for name, entry in data("lengths.toml").items()}
+for _each in (16, 32, 64, 128, 256, 384, 512):
+    LENGTHS[str(_each)] = Lengths(f"{_each} tokens each, no padding", "all alike", [_each, _each])
 _CANDIDATES = 500
 
 
@@ -195,20 +149,16 @@ class Workload:
         """
         # crc32, because Python's own hash of a text differs from process to process.
         generator = torch.Generator().manual_seed(SEED + zlib.crc32(self.name.encode()))
-        distribution = LENGTHS[self.lengths]
+        length_at = LENGTHS[self.lengths].at
         if self.batch_size == 1:
             order = torch.randperm(count, generator=generator)
-            drawn = [[distribution.at((int(part) + 0.5) / count)] for part in order]
+            drawn = [[length_at((int(part) + 0.5) / count)] for part in order]
         else:
             probabilities = torch.rand(_CANDIDATES, self.batch_size, generator=generator, dtype=torch.float64)
-            drawn = _most_typical([[distribution.at(each) for each in row] for row in probabilities.tolist()], count)
-        return [_batch(lengths, inputs, generator) for lengths in drawn]
-
-
-def _most_typical(candidates: list[list[int]], count: int) -> list[list[int]]:
-    real = statistics.fmean(map(sum, candidates))
-    longest = statistics.fmean(map(max, candidates))
-    return sorted(candidates, key=lambda each: abs(sum(each) / real - 1) + abs(max(each) / longest - 1))[:count]
+            drawn = [list(map(length_at, row)) for row in probabilities.tolist()]
+            real, longest = (statistics.fmean(map(measure, drawn)) for measure in (sum, max))
+            drawn.sort(key=lambda each: abs(sum(each) / real - 1) + abs(max(each) / longest - 1))
+        return [_batch(lengths, inputs, generator) for lengths in drawn[:count]]
 
 
 def _batch(lengths: Sequence[int], inputs: ModelInputs, generator: torch.Generator) -> Batch:
