@@ -1197,6 +1197,27 @@ def test_plots_name_the_baseline_that_there_was(plots: ModuleType) -> None:
         assert EAGER.name in [label.get_text() for label in plot.figure.axes[0].get_yticklabels()]
 
 
+def test_a_provider_has_one_colour_and_a_line_three_points(plots: ModuleType) -> None:
+    report = made_up_report()
+    report.cases[0].seconds["openvino"] = [[0.07, 0.07]] * 3
+    report.cases[0].rows.append(Row("openvino", "timed", 1e-7))
+    drawn = {plot.name: plot.figure.axes[0] for plot in plots.plots(report)}
+    lines = {line.get_label(): line.get_color() for line in drawn["latency_by_batch"].get_lines()}
+    assert SDPA.name in lines
+    assert "openvino" not in lines, "it ran on one batch size"
+    labels = [label.get_text() for label in drawn["relative_speed"].get_yticklabels()]
+    colours = {
+        bar.get_facecolor()
+        for bar, label in zip(drawn["relative_speed"].patches, labels, strict=True)
+        if label == SDPA.name
+    }
+    assert len(colours) == 1
+    # Cases by other threads are no points of one line.
+    for case in report.cases:
+        case.threads = 1 if case.batch_size == 1 else 2
+    assert "latency_by_batch" not in {plot.name for plot in plots.plots(report)}
+
+
 def test_page_stands_alone(plots: ModuleType) -> None:
     from fastcls_benchmarks import html
 

@@ -10,15 +10,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .providers import ABSORBED, FASTCLS, FULL, INVARIANT, OURS, SELECTED
+from .providers import ABSORBED, FASTCLS, FULL, INVARIANT, OURS, PROVIDERS, SDPA, SELECTED
 from .results import Report
 from .tables import HIGHLIGHTED, duration
+from .texts import PIPELINE
 
 # Okabe and Ito's colours, which most colour-blind people can tell apart; ours is the strongest.
 _COLOURS = ["#999999", "#0072b2", "#56b4e9", "#009e73", "#44aa99", "#e69f00", "#b8860b", "#cc79a7"]
 _COLOURS += ["#882255", "#332288", "#117733", "#999933"]
 _OURS, _STEPS_COLOUR = "#d55e00", "#f0b27a"
 _MARKERS = "os^vDPX*<>hp"
+# In the order of their colours: no two of the first twelve look alike, and these meet most often.
+_PEERS = [SDPA.name, "onnxruntime", "openvino", PIPELINE.name, "sentence-transformers", "torch packed"]
+_PEERS += ["onnxruntime int8", "openvino default", "openvino int8", "torch.compile", "transformers eager"]
+_PEERS += [name for name in PROVIDERS if name not in {*OURS, *_PEERS}]
 # After the baseline; on a CPU the last two are one.
 STEPS = (FULL.name, SELECTED.name, ABSORBED.name, FASTCLS.name)
 
@@ -48,10 +53,16 @@ def save(report: Report, folder: Path) -> list[Path]:
     return list(drawn)
 
 
-def _colour(provider: str, index: int) -> str:
+def _place(provider: str) -> int:
+    """The same for a provider in every picture, from text or not."""
+    # A server is in no list.
+    return [*_PEERS, provider.removesuffix(", sorted")].index(provider.removesuffix(", sorted"))
+
+
+def _colour(provider: str) -> str:
     if provider in HIGHLIGHTED:
         return _OURS
-    return _STEPS_COLOUR if "fastcls" in provider else _COLOURS[index % len(_COLOURS)]
+    return _STEPS_COLOUR if "fastcls" in provider else _COLOURS[_place(provider) % len(_COLOURS)]
 
 
 def _most_contested(models: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -76,10 +87,10 @@ def _bars(name: str, text: str, heading: str, groups: Sequence[tuple[str, pd.Dat
     place, ticks = 0.0, dict[float, str]()
     for group, bars in groups:
         axes.text(0, place, group, fontsize=9, fontweight="bold", va="center")
-        for index, bar in enumerate(bars.itertuples()):
+        for bar in bars.itertuples():
             place += 1
             ticks[place] = bar.provider
-            axes.barh(place, bar.length, color=_colour(bar.provider, index), height=0.8)
+            axes.barh(place, bar.length, color=_colour(bar.provider), height=0.8)
             axes.text(bar.length + longest * 0.01, place, bar.label, va="center", fontsize=9)
         place += 1.3
     axes.set_yticks(list(ticks), ticks.values(), fontsize=9)
@@ -147,14 +158,21 @@ def _sweep(name: str, models: pd.DataFrame) -> Plot | None:
         heading, fixed = "Throughput by length, no padding", "{} texts"
         x_label, y_label = "tokens in each text", "thousand tokens/s"
         text = "Lines: thousands of tokens a second against the length of the texts."
-    groups = shown.groupby(["subject", "lengths" if by_batch else "batch_size", "dtype"], sort=False)
+    alike = ["subject", "lengths" if by_batch else "batch_size", "dtype", "threads"]
+    groups = shown.groupby(alike, sort=False, dropna=False)
     key, points = max(groups, key=lambda each: each[1].case.nunique(), default=("", shown))
     if points.case.nunique() < 3:
         return None
     figure, axes = _axes(3.9, f"{heading}: {key[0]}, {fixed.format(key[1])}, {key[2]}", ["top", "right"])
-    for index, (provider, line) in enumerate(points.sort_values("x").groupby("provider", sort=False)):
+    for provider, line in points.sort_values("x").groupby("provider", sort=False):
+        if len(line) < 3:
+            continue
         ours = provider in HIGHLIGHTED
-        style = {"color": _colour(provider, index), "marker": _MARKERS[index % len(_MARKERS)], "markersize": 5}
+        style: dict[str, Any] = {
+            "color": _colour(provider),
+            "marker": _MARKERS[_place(provider) % len(_MARKERS)],
+            "markersize": 5,
+        }
         axes.plot(line.x, line.y, linewidth=2.5 if ours else 1.5, label=provider, zorder=3 if ours else 2, **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks := sorted(set(points.x)), [f"{x:g}" for x in ticks])
