@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -89,6 +89,14 @@ def _dynamic_int8(model: Model, path: Path) -> None:
     quantize_dynamic(str(_graph(model, "fused.onnx", _fused)), str(path), per_channel=True, extra_options=known)
 
 
+@cache
+def _core() -> Any:
+    """One for the process: once all of OpenVINO is freed, Ctrl-C ends Python by a segmentation fault (2026.4.1)."""
+    import openvino
+
+    return openvino.Core()
+
+
 def _calibrated_int8(model: Model, path: Path) -> None:
     """Writes OpenVINO's graph quantised by NNCF, whose activations' scales come from calibration texts."""
     # Without it importing NNCF starts to report each call to Google Analytics.
@@ -96,7 +104,7 @@ def _calibrated_int8(model: Model, path: Path) -> None:
     import nncf  # type: ignore[import-untyped,unused-ignore]
     import openvino
 
-    graph = openvino.Core().read_model(_graph(model, "sdpa.onnx", _export))
+    graph = _core().read_model(_graph(model, "sdpa.onnx", _export))
     names = [each.get_any_name() for each in graph.inputs]
     texts = [{name: batch[name].numpy() for name in names} for batch in sentences.calibration(model.config)]
     quantised = nncf.quantize(graph, nncf.Dataset(texts), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(texts))
@@ -139,10 +147,8 @@ def _onnxruntime(name: str, make: Make, spins: bool, model: Model) -> Loaded:
 
 
 def _openvino(name: str, make: Make, model: Model, **hints: str) -> Loaded:
-    import openvino
-
     settings: Any = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY", **hints}
-    core = openvino.Core()
+    core = _core()
     compiled = core.compile_model(core.read_model(_graph(model, name, make)), "CPU", settings)
     names = [each.get_any_name() for each in compiled.inputs]
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
