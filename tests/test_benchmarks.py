@@ -1269,6 +1269,13 @@ def test_change_within_noise_is_none_and_beyond_it_is_shown() -> None:
     assert faster.reasons_to_fail(0) == []
 
 
+def test_a_baseline_that_moved_is_no_change_of_the_others() -> None:
+    new = made_up_report()
+    for name in (SDPA.name, SDPA.name + AGAIN):
+        new.cases[0].seconds[name] = [[0.11, 0.11]] * 3
+    assert comparison.compare(made_up_report(), new).moved.empty
+
+
 def test_broken_provider_and_another_machine_do_not_pass() -> None:
     new = made_up_report()
     del new.cases[0].seconds[FASTCLS.name]

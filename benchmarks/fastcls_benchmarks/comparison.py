@@ -56,6 +56,10 @@ def compare(old: Report, new: Report) -> Comparison:
     machine = (both.seconds_old / both.seconds_new)[is_baseline].median()
     found = both[~is_baseline & both.low_old.notna() & both.low_new.notna()]
     apart = (found.low_new > found.high_old) | (found.high_new < found.low_old)
+    # Its own time, too, must have moved, in this hour of the machine: else it is the baseline that did.
+    alone = found.seconds_old / found.seconds_new / machine
+    noise = found[["noise_old", "noise_new"]].astype(float).fillna(0).sum(axis=1)
+    apart &= ((alone - 1).abs() > noise) & ((alone > 1) == (found.times_new > found.times_old))
     facts = [{**each.provenance, **each.provenance["versions"]} for each in (old, new)]
     packages = sorted({*old.provenance["versions"], *new.provenance["versions"]})
     names = ("chip", "threads", "driver", "python", "commit", "dirty", *packages)
