@@ -39,10 +39,10 @@ def output_of(*command: str) -> str | None:
 
 
 def source_digest() -> str:
-    """SHA-256 of the code that runs, which identifies its commit if there is no git."""
+    """SHA-256 of the code that runs, and of its data, which identifies its commit if there is no git."""
     digest = hashlib.sha256()
     for folder in _SOURCES:
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted(each for each in folder.rglob("*") if each.suffix in (".py", ".toml", ".json")):
             digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()}\n".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
