@@ -15,7 +15,8 @@ import torch
 import typer
 from rich.console import Console
 
-from fastcls_benchmarks.roofline import ModelShape, floor_seconds, useful_flops, weight_bytes
+from fastcls_benchmarks.results import floor_seconds
+from fastcls_benchmarks.roofline import ModelShape, useful_flops, weight_bytes
 from fastcls_benchmarks.suites import suite
 from fastcls_benchmarks.tables import duration, plain_table
 from fastcls_benchmarks.workloads import real_tokens

@@ -154,7 +154,9 @@ def main(
     step: Annotated[list[str] | None, typer.Option(help="Only this step; may be repeated.")] = None,
     limit: Annotated[float, typer.Option(min=1, help="Seconds of a call.")] = 570,
     before: Annotated[Path | None, typer.Option(exists=True, help="For call 4: a checkout of the code before.")] = None,
-    record: Annotated[Path | None, typer.Option(exists=True, help="The round.json of an earlier call.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="The round.json of an earlier call.")
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Run what is done once more.")] = False,
     wheels: Annotated[Path | None, typer.Option(exists=True, help="Folder of wheels to use; default: .whl.")] = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Show what would run, and how long; no GPU.")] = False,

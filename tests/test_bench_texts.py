@@ -200,7 +200,7 @@ def test_a_servers_scores_come_in_the_order_of_the_texts(
 
 
 def test_no_server_is_refused_before_anything_is_measured(url: str) -> None:
-    for where in (url + "nothing", "http://127.0.0.1:9"):
+    for where in (url + "nothing", "http://127.0.0.1:9", "http://localhost:abc"):
         with pytest.raises(ValueError, match="--server must be the URL of text-embeddings-inference or vLLM, got"):
             texts.server(where)
     with pytest.raises(ValueError, match="--suite cpu has no such case"):

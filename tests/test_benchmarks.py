@@ -50,11 +50,12 @@ from fastcls_benchmarks.results import (
     Rate,
     Report,
     Row,
+    floor_seconds,
     median_interval,
     noise_of,
     percentile,
 )
-from fastcls_benchmarks.roofline import ModelShape, floor_seconds, product_shapes, useful_flops, weight_bytes
+from fastcls_benchmarks.roofline import ModelShape, product_shapes, useful_flops, weight_bytes
 from fastcls_benchmarks.suites import FirstCallPlan, Plan, Suite
 from fastcls_benchmarks.tables import cannot_run, render
 from fastcls_benchmarks.timing import Effort, time_rounds
@@ -560,6 +561,21 @@ def test_nothing_is_timed_without_a_baseline() -> None:
     assert case.seconds == {}
 
 
+def test_what_breaks_while_it_is_timed_fails_alone() -> None:
+    def break_in_the_second_round(index: int) -> None:
+        if index >= 5:
+            raise ConnectionError("gone")
+
+    case = empty_case()
+    case.rows = [Row("a", "timed"), Row("b", "timed")]
+    functions = {"a": lambda _: None, "b": break_in_the_second_round}
+    time_rounds(case, functions, Effort(0.0, min_calls=5, max_calls=5), CPU)
+    assert [row.status for row in case.rows] == ["timed", "failed"]
+    assert case.rows[1].detail == "ConnectionError: gone"
+    assert case.seconds.keys() == {"a", "a" + AGAIN}
+    assert len(case.seconds["a"]) == Effort(0.0).min_rounds
+
+
 def test_what_spins_on_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr("fastcls_benchmarks.timing.time.sleep", slept.append)
@@ -607,9 +623,17 @@ def test_noise_is_what_one_provider_differs_from_itself_by() -> None:
     # The more rounds, the less; and a constant difference of a provider from itself is noise too.
     assert noise_of([1.0, 1.02, 0.98] * 12) < noise
     assert noise_of([1.04] * 9) == pytest.approx(0.04)
-    # As much to either side: the farther end of an interval of 0.0118 around the median.
+    # As much to either side: the farther end of an interval of 0.0124 around the median.
     for sign in (1, -1):
-        assert noise_of([1 + sign * off for off in (0.02, 0.04, 0.06)] * 12) == pytest.approx(0.0518, abs=1e-4)
+        assert noise_of([1 + sign * off for off in (0.02, 0.04, 0.06)] * 12) == pytest.approx(0.0524, abs=1e-4)
+
+
+def test_interval_of_few_samples_holds_the_middle_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (3, 5, 10):
+        drawn = torch.randn(2000, count, generator=generator).tolist()
+        held = sum(low <= 0 <= high for low, _, high in map(median_interval, drawn))
+        assert held / 2000 > 0.94
 
 
 # Work and workloads
@@ -653,7 +677,19 @@ def test_useful_work_of_modernbert_is_gated_within_windows_and_makes_the_last_ke
     # The last layer: keys of all tokens, one score a head and token, and 12 heads' sums over whole rows.
     last = 2 * width**2 * tokens + 2 * width * tokens + 2 * 12 * width * tokens
     rows = 2 * (weights - width**2 + width**2) * texts
-    assert useful_flops_of("modernbert-base", Workload(texts, str(length))) == layers + last + rows
+    first, mean = (
+        useful_flops_of("modernbert-base", Workload(texts, str(length)), classifier_pooling=pooling)
+        for pooling in ("cls", "mean")
+    )
+    assert first == layers + last + rows
+    # A mean reads every row: the last layer sees everything, and the head has one a text.
+    assert mean == layers + 2 * weights * tokens + wide + 2 * width**2 * texts
+
+
+def test_useful_work_of_a_late_mean_is_the_head_on_every_token() -> None:
+    workload = Workload(2, "64")
+    mean, late = (useful_flops_of("eurobert-210m", workload, classifier_pooling=each) for each in ("mean", "late"))
+    assert late - mean == 2 * 768**2 * (2 * 64 - 2)
 
 
 def test_useful_work_of_deberta_counts_distances_that_have_an_embedding_of_their_own() -> None:
@@ -1323,6 +1359,9 @@ def bench(*arguments: str) -> tuple[int, str]:
         (["--lengths", "17"], "--lengths must be one of sst2"),
         (["--provider", "mine"], "--provider must be one of transformers eager"),
         (["--dtype", "int8"], "--dtype must be one of float32"),
+        (["--suite", "rerankers", "--lengths", "sst2"], "--suite rerankers has no cases of batches"),
+        (["--suite", "rerankers", "--provider", "fastcls"], "--suite rerankers has no cases of batches"),
+        (["--save", "here", "--model", "bert-base"], "--save measures nothing"),
         (["--fail-above", "5"], "--fail-above needs --compare"),
         (["--from", "old.json", "--model", "bert-base"], "--from measures nothing"),
         (["--compare", "no-such-file.json"], "no-such-file.json: No such file"),
@@ -1465,6 +1504,25 @@ def test_only_whole_release_runs_of_a_clean_commit_are_published(
     assert result.exit_code == 1
     assert reason in result.output
     assert not (tmp_path / "results").exists()
+
+
+def test_a_run_in_which_fastcls_failed_is_not_published(publish: ModuleType) -> None:
+    report = made_up_report()
+    report.cases[0].rows.append(Row(INVARIANT.name, "failed", detail="wrong"))
+    assert f"{INVARIANT.name} in {report.cases[0].name} failed" in publish.reason_not_to_publish(report)
+
+
+def test_transformers_is_no_peer_of_its_own_and_a_peer_that_failed_is_named(
+    publish: ModuleType, tmp_path: Path
+) -> None:
+    report = made_up_report()
+    for case in report.cases:
+        case.seconds.pop(PACKED.name, None)
+    report.cases[0].rows.append(Row("onnxruntime", "failed", detail="wrong"))
+    report.write(tmp_path / "chip" / "release.json")
+    text = "\n".join(publish.release(tmp_path, ROOT / "README.md"))
+    assert "(transformers sdpa)" not in text
+    assert f"Failed, and not among the peers: onnxruntime in {report.cases[0].name}" in text
 
 
 def test_code_tells_the_commit_where_there_was_no_git(publish: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,8 @@ def chosen_suite(
 def save_checkpoint(suite: str, folder: Path, device: torch.device) -> Path:
     """Writes the model of the suite's first case from text to label, with its tokenizer, for a server to serve."""
     _check("--suite", [suite], suites.names(device))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--save must be a folder, but {folder} is a file")
     plan = suites.with_server(suites.suite(suite, device), PIPELINE).plans[0]
     model = runner.Session(plan, device).model
     model.save_pretrained(folder)

@@ -20,6 +20,7 @@ import fastcls_kernels
 
 PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "onnxruntime", "openvino", "nncf", "flash-attn")
 _SOURCES = tuple(Path(each).resolve().parent for each in (fastcls.__file__, fastcls_kernels.__file__, __file__))
+_CODE = (".py", ".c", ".h", ".toml", ".json")
 _FOLDER = _SOURCES[0].parent
 
 
@@ -42,7 +43,7 @@ def source_digest() -> str:
     """SHA-256 of the code that runs, and of its data, which identifies its commit if there is no git."""
     digest = hashlib.sha256()
     for folder in _SOURCES:
-        for path in sorted(each for each in folder.rglob("*") if each.suffix in (".py", ".toml", ".json")):
+        for path in sorted(each for each in folder.rglob("*") if each.suffix in _CODE):
             digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()}\n".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -58,8 +59,9 @@ def collect(device: torch.device) -> dict[str, Any]:
     # Else git's answers are about the folder of an installed copy, and not about the code that runs.
     top = output_of("git", "rev-parse", "--show-toplevel") if (_FOLDER / "pyproject.toml").is_file() else None
     in_checkout = top is not None and Path(top).resolve() == _FOLDER
-    # A run's own changes do not count.
-    changes = ("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    # What publishing a run writes does not count.
+    written = (":!benchmarks/results", ":!README.md", ":!docs/performance.md")
+    changes = ("git", "status", "--porcelain", "--", ".", *written)
     return {
         "chip": torch.cuda.get_device_name(device) if on_gpu else f"{cpu} with {capability}, {cores} cores",
         "device": device.type,

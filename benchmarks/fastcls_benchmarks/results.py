@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
+# More noise than this and a case should be measured again: its table says so.
+MUCH_NOISE = 0.08
 # The baseline is timed twice under two names: the difference between the two is noise.
 AGAIN = " (again)"
 # The keys of provenance that every results file must have; a run writes more.
@@ -47,12 +49,18 @@ def median_interval(samples: Sequence[float]) -> Interval:
     """The interval that follows from the spread of at least two samples.
 
     In n normal samples with deviation s the 20th and 80th percentiles, which now and then a sample far out does not
-    move, lie 0.84 s from the middle, and 95 % of medians within 1.96 * 1.25 s / sqrt(n): that makes 2.9, and somewhat
-    more because percentiles of few samples lie too far in.
+    move, lie 0.84 s from the middle, and 95 % of medians within 1.96 * 1.25 s / sqrt(n): that makes 2.9, and more for
+    few samples, whose percentiles lie too far in: drawn at random, three need 6.3 and ten 3.5.
     """
     low, median, high = (percentile(samples, percent) for percent in (20, 50, 80))
-    error = 3.5 * (high - low) / 2 / math.sqrt(len(samples) - 1)
+    factor = 3.5 * (1 + 1.6 / (len(samples) - 1))
+    error = factor * (high - low) / 2 / math.sqrt(len(samples) - 1)
     return Interval(median - error, median, median + error)
+
+
+def floor_seconds(flops: float, num_bytes: float, flops_per_second: float, bytes_per_second: float) -> float:
+    """The shortest possible time: the longer of computing and moving, as if the two overlapped perfectly."""
+    return max(flops / flops_per_second, num_bytes / bytes_per_second)
 
 
 def noise_of(ratios: Sequence[float]) -> float:
@@ -150,6 +158,11 @@ class Case:
         ratios = self.ratios(self.baseline + AGAIN)
         return noise_of(ratios) if len(ratios) > 2 else None
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the noise is more than `MUCH_NOISE`."""
+        return (self.noise or 0.0) > MUCH_NOISE
+
 
 @dataclass
 class Rate:
@@ -195,11 +208,11 @@ class Report:
         return max(found, default=None)
 
     def floor_seconds(self, case: Case) -> float | None:
-        """The shortest time of a call on this machine, by the run's own threads, if computing and moving overlap."""
+        """The shortest possible time of a call on this machine by the run's own threads, if its work is known."""
         products, copies = self.best_rate("product", case.dtype), self.best_rate("copy")
         if case.threads or not case.flops + case.num_bytes or products is None or copies is None:
             return None
-        return max(case.flops / products, case.num_bytes / copies)
+        return floor_seconds(case.flops, case.num_bytes, products, copies)
 
     def figures(self) -> pd.DataFrame:
         """A row for each provider of each case, the baseline again left out; what is unknown is NaN.

@@ -8,7 +8,6 @@ the floor. Rates are measured on random data in the same run.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -90,10 +89,13 @@ def useful_flops(shape: ModelShape, batch: Batch) -> int:
     tokens = len(everything)
     windows = spec.windows or (None,) * spec.num_layers
     flops = 2 * _size(shape.embeddings) * tokens
-    for window in windows[:-1]:
+    reads_all = shape.head.is_late or shape.head.pooling == "mean"
+    for window in windows if reads_all else windows[:-1]:
         scores = _seen(everything, lengths, window) + _distances(spec, everything, lengths)
         flops += 2 * layer_weights * tokens + 2 * width * (scores + _seen(everything, lengths, window))
 
+    if reads_all:
+        return flops + 2 * _size(shape.last) * (tokens if shape.head.is_late else len(lengths))
     first_rows = torch.stack([torch.arange(len(lengths)), torch.zeros_like(lengths)], 1)
     rows = masked_rows(batch) if shape.fills_masks else first_rows
     seen = _seen(rows, lengths, windows[-1])
@@ -136,18 +138,13 @@ def weight_bytes(shape: ModelShape, itemsize: int) -> int:
     return (shape.spec.num_layer_weights * _size(shape.layer) + rest) * itemsize
 
 
-def floor_seconds(flops: float, num_bytes: float, flops_per_second: float, bytes_per_second: float) -> float:
-    """The shortest possible time: the longer of computing and moving, as if the two overlapped perfectly."""
-    return max(flops / flops_per_second, num_bytes / bytes_per_second)
-
-
 # On a CPU fastcls_kernels.linear may go to oneDNN where torch's own linear does not; on a GPU both go to cuBLAS.
 PRODUCTS: dict[str, Callable[..., Tensor]] = {"F.linear": F.linear, "fastcls_kernels.linear": linear}
 
 
 @torch.inference_mode()
 def measured_rates(device: torch.device, dtype: torch.dtype, shapes: Sequence[Product], seconds: float) -> list[Rate]:
-    """Rates of products and of copies of several sizes, each the median of repeated tries, ``seconds`` altogether.
+    """Rates of products and of copies of several sizes, each the best of repeated tries, ``seconds`` altogether.
 
     ``shapes`` are of the models' own weights, measured in addition to square ones.
     """
@@ -164,18 +161,20 @@ def measured_rates(device: torch.device, dtype: torch.dtype, shapes: Sequence[Pr
         for library, product in products.items():
             flops = 2 * num_rows * out_features * in_features
             what = f"{num_rows} x {in_features} by {in_features} x {out_features}, {library}"
-            rates.append(Rate("product", what, name, flops / _typical(partial(product, x, weight, bias), device, each)))
+            rates.append(
+                Rate("product", what, name, flops / _shortest(partial(product, x, weight, bias), device, each))
+            )
     for size in megabytes:
         source = random(size * 2**20 // dtype.itemsize)
-        typical = _typical(partial(torch.empty_like(source).copy_, source), device, each)
-        rates.append(Rate("copy", f"{size} MiB, read and written", name, 2 * size * 2**20 / typical))
+        shortest = _shortest(partial(torch.empty_like(source).copy_, source), device, each)
+        rates.append(Rate("copy", f"{size} MiB, read and written", name, 2 * size * 2**20 / shortest))
     return rates
 
 
-def _typical(function: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """The median time of at least three tries after one that is not counted."""
+def _shortest(function: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """The shortest of at least three tries after one that is not counted: a floor is what nothing falls below."""
     seconds_of(function, device)
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
         times.append(seconds_of(function, device))
-    return statistics.median(times)
+    return min(times)

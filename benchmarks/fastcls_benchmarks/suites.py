@@ -133,15 +133,18 @@ def custom(
     With providers alone, they take the places of the suite's own.
     """
     own = [plan for plan in like.plans if plan.kind == "model"]
+    if not own:
+        raise ValueError(f"--suite {like.name} has no cases of batches, and --model, --provider and so on change these")
     if not (models or batch_sizes or lengths or dtypes):
         plans = tuple(replace(plan, providers=providers_of("model", plan.subject, providers)) for plan in own)
         return Suite("custom", plans, machine_seconds=like.machine_seconds)
-    first = (own or like.plans)[0]
+    first = own[0]
+    # Each once, however often it is given.
     grid = itertools.product(
-        models or (first.subject,),
-        dtypes or (first.dtype,),
-        batch_sizes or (first.workload.batch_size,),
-        lengths or (first.workload.lengths,),
+        dict.fromkeys(models or [first.subject]),
+        dict.fromkeys(dtypes or [first.dtype]),
+        dict.fromkeys(batch_sizes or [first.workload.batch_size]),
+        dict.fromkeys(lengths or [first.workload.lengths]),
     )
     chosen = list(providers) or [each.name for each in first.providers]
     plans = tuple(

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .providers import FASTCLS
-from .results import Case, FirstCall, Report
+from .results import MUCH_NOISE, Case, FirstCall, Report
 from .texts import CLASSIFIER
 
 NONE = "-"
@@ -116,7 +116,7 @@ def cases(report: Report) -> Iterator[Shown]:
         about = {"kernel": f"{case.real_tokens:,.0f} tokens", "text": case.about, "model": about}[case.kind]
         noise = "unknown" if case.noise is None else f"{case.noise:.1%}"
         caption = f"Noise {noise} in {len(case.seconds.get(case.baseline, []))} rounds."
-        caption += " More than 8 %: close other programs and run again." if (case.noise or 0) > 0.08 else ""
+        caption += f" More than {MUCH_NOISE:.0%}: close other programs and run again." if case.is_noisy else ""
         floor, unit = report.floor_seconds(case), "µs" if case.kind == "kernel" else "ms"
         if case.judged_on:
             caption = f"Labels kept, and how far an answer is off: {case.judged_on}. {caption}"

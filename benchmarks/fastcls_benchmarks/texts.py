@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import http.client
 import json
 import random
 import tempfile
@@ -187,7 +188,7 @@ def server(url: str) -> Provider:
     """
     url = url.rstrip("/")
     classify: Callable[[str, str, Texts, Any], list[list[float]]]
-    no_answer = (OSError, ValueError, KeyError, IndexError)
+    no_answer = (OSError, http.client.HTTPException, ValueError, TypeError, KeyError, IndexError)
     try:
         info = _ask(f"{url}/info")
         name, served, classify = f"text-embeddings-inference {info['version']}", info["model_id"], _by_tei
@@ -203,9 +204,13 @@ def server(url: str) -> Provider:
         def of_texts(texts: Texts) -> Tensor:
             starts = range(0, len(texts.items), TEXTS_IN_A_REQUEST)
             parts = (texts._replace(items=texts.items[start : start + TEXTS_IN_A_REQUEST]) for start in starts)
-            with ThreadPoolExecutor(REQUESTS) as pool:
+            pool = ThreadPoolExecutor(REQUESTS)
+            try:
                 answers = pool.map(lambda part: classify(url, served, part, model.config.label2id), parts)
                 return torch.tensor([row for rows in answers for row in rows])
+            finally:
+                # Ctrl-C does not wait for a server that hangs.
+                pool.shutdown(wait=False, cancel_futures=True)
 
         return Loaded(of_texts, f"{name}, {served}, {REQUESTS} requests of {TEXTS_IN_A_REQUEST} texts at once")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .provider import reason_of
 from .results import AGAIN, Case
 from .workloads import SEED
 
@@ -64,7 +65,8 @@ def time_rounds(
 ) -> None:
     """Fills ``case.seconds``, one complete round at a time; the baseline is timed twice, under two names.
 
-    Without it nothing is timed. The threads of ``spinning`` providers go on for a while after their turn.
+    Without it nothing is timed. Another one that breaks is timed no more: its row of the case says why. The threads of
+    ``spinning`` providers go on for a while after their turn.
     """
     if case.baseline not in functions:
         return
@@ -87,12 +89,20 @@ def time_rounds(
             progress(f"{case.name}: round {number + 1}, {name}")
             time.sleep(_PAUSE_SECONDS)
             first, end = number * calls, time.perf_counter() + _WARM_UP_SECONDS
-            # Calls that do not count, so that no function pays for the one before it.
-            while one_call <= _LONG_SECONDS:
-                call(name, first - 1)
-                if time.perf_counter() > end:
-                    break
-            this_round[name] = [call(name, first + each) for each in range(calls)]
+            try:
+                # Calls that do not count, so that no function pays for the one before it.
+                while one_call <= _LONG_SECONDS:
+                    call(name, first - 1)
+                    if time.perf_counter() > end:
+                        break
+                this_round[name] = [call(name, first + each) for each in range(calls)]
+            except Exception as error:
+                row = case.row(name)
+                if row is None or name == case.baseline:
+                    raise
+                row.status, row.detail = "failed", reason_of(error)
+                del timed[name]
+                case.seconds.pop(name, None)
             if name in spinning:
                 time.sleep(_SETTLE_SECONDS)
         for name, seconds in this_round.items():

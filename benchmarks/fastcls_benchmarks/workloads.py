@@ -49,8 +49,9 @@ class Checkpoint:
     @property
     def about(self) -> str:
         asked = ", one [MASK] a text" if self.model_class.endswith(_FILLS_MASKS) else ""
+        read = f", {self.options['classifier_pooling']} pooling" if "classifier_pooling" in self.options else ""
         weights = "real weights, a head fitted to SST-2 (random if not found)" if self.fitted else "random weights"
-        return f"{self.model_class}, {weights}{asked}"
+        return f"{self.model_class}, {weights}{asked}{read}"
 
 
 MODELS: dict[str, Checkpoint] = {}

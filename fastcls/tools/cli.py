@@ -314,6 +314,10 @@ def bench(
         )
     if server is not None and (model or lengths or batch_size or provider or dtype):
         raise ValueError("--server takes a suite's own cases: --model, --lengths and their like do not fit")
+    if save is not None and (
+        from_file or compare or out or server or model or lengths or batch_size or provider or dtype
+    ):
+        raise ValueError("--save measures nothing: beside it only --suite, --device and --threads fit")
     command = _bench_command()
     from fastcls_benchmarks.results import Report
 
