@@ -182,6 +182,7 @@ def rerankers(results: Path, _page: Path) -> Iterator[str]:
         heading, *rows = published_rows(report)
         yield _headline(report)
         yield _table(heading, rows, 1)
+        yield f"Texts: {'; '.join(dict.fromkeys(case.about for case in report.cases))}."
 
 
 SECTIONS = {"headline": headline, "summary": summary, "release": release, "cpu": cpu, "rerankers": rerankers}

@@ -1144,6 +1144,14 @@ def test_what_is_no_results_file_is_refused_by_name(tmp_path: Path, text: str) -
         Report.read(path)
 
 
+def test_results_without_versions_are_refused(tmp_path: Path) -> None:
+    report = made_up_report()
+    report.provenance["versions"] = None
+    report.write(tmp_path / "run.json")
+    with pytest.raises(ValueError, match="its versions are no mapping"):
+        Report.read(tmp_path / "run.json")
+
+
 def test_csv_holds_every_sample_with_its_provenance(tmp_path: Path) -> None:
     report = made_up_report()
     report.samples().to_csv(tmp_path / "samples.csv", index=False)
@@ -1362,6 +1370,7 @@ def bench(*arguments: str) -> tuple[int, str]:
         (["--suite", "rerankers", "--lengths", "sst2"], "--suite rerankers has no cases of batches"),
         (["--suite", "rerankers", "--provider", "fastcls"], "--suite rerankers has no cases of batches"),
         (["--save", "here", "--model", "bert-base"], "--save measures nothing"),
+        (["--device", "meta"], "--device must be cpu or cuda, got meta"),
         (["--fail-above", "5"], "--fail-above needs --compare"),
         (["--from", "old.json", "--model", "bert-base"], "--from measures nothing"),
         (["--compare", "no-such-file.json"], "no-such-file.json: No such file"),

@@ -271,6 +271,8 @@ class Report:
                 raise ValueError("of another version")
             if missing := _PROVENANCE - data["provenance"].keys():
                 raise ValueError(f"its provenance lacks {', '.join(sorted(missing))}")
+            if not isinstance(data["provenance"]["versions"], dict):
+                raise ValueError("its versions are no mapping")
             data["cases"] = [Case(**{**case, "rows": [Row(**row) for row in case["rows"]]}) for case in data["cases"]]
             data["rates"] = [Rate(**rate) for rate in data["rates"]]
             data["first_calls"] = [FirstCall(**each) for each in data["first_calls"]]

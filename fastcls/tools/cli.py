@@ -325,6 +325,8 @@ def bench(
 
     set_threads(threads)
     place = parse_device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {place}: suites are made for these")
     if list_choices:
         command.show_choices(place, Console())
         return
