@@ -189,6 +189,23 @@ def measured(model: BertForSequenceClassification, *providers: Provider, batch_s
 # Providers
 
 
+def test_later_runs_are_checked_because_they_are_timed(model: BertForSequenceClassification) -> None:
+    def right_at_first(given: Model) -> Loaded:
+        forward, met = SDPA.load(given).forward, set[int]()
+
+        def answer(batch: Batch) -> torch.Tensor:
+            again = id(batch) in met
+            met.add(id(batch))
+            return forward(batch) * (0 if again else 1)
+
+        return Loaded(answer)
+
+    late = dataclasses.replace(SDPA, name="late", load=right_at_first, bound=1e-4)
+    row = measured(model, SDPA, late).rows[1]
+    assert row.status == "failed"
+    assert "logits differ" in row.detail
+
+
 @pytest.mark.parametrize("load", [ignore_mask, stay_in_training_mode])
 def test_provider_with_wrong_logits_is_caught_and_not_timed(
     model: BertForSequenceClassification, load: Callable[..., Loaded]
