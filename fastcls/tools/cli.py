@@ -308,15 +308,14 @@ def bench(
     """
     if fail_above is not None and compare is None:
         raise ValueError("--fail-above needs --compare: the results.json to compare with")
-    if from_file is not None and (model or lengths or batch_size or provider or dtype or server):
+    own_cases = model or lengths or batch_size or provider or dtype
+    if from_file is not None and (own_cases or server):
         raise ValueError(
             "--from measures nothing: --model, --lengths, --batch-size, --provider, --dtype and --server do not fit"
         )
-    if server is not None and (model or lengths or batch_size or provider or dtype):
+    if server is not None and own_cases:
         raise ValueError("--server takes a suite's own cases: --model, --lengths and their like do not fit")
-    if save is not None and (
-        from_file or compare or out or server or model or lengths or batch_size or provider or dtype
-    ):
+    if save is not None and (own_cases or server or from_file or compare or out):
         raise ValueError("--save measures nothing: beside it only --suite, --device and --threads fit")
     command = _bench_command()
     from fastcls_benchmarks.results import Report
