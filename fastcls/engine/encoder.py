@@ -54,7 +54,10 @@ class Embeddings(Weighted):
             return packed.inputs_embeds
         word_table: Tensor | PackedTable
         # Rows of their own, one a token, stand in for the table of words.
-        rows = packed.inputs_embeds if self.spec.mask_token_id is None else self._without_masks(packed)
+        rows = packed.inputs_embeds
+        if self.spec.mask_token_id is not None:
+            assert packed.token_ids is not None
+            rows = self.without_masks(F.embedding(packed.token_ids, self.word_weight), packed)
         if rows is not None:
             token_ids = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
             word_table = rows
@@ -91,14 +94,13 @@ class Embeddings(Weighted):
         types, tasks = self.token_type_weight, self.task_weight
         return types if types is None or tasks is None else types + tasks[0]
 
-    def _without_masks(self, packed: PackedTokens) -> Tensor:
-        """(total_tokens, embedding_size), of words: zeros for mask tokens, and the others scaled for their share.
+    def without_masks(self, words: Tensor, packed: PackedTokens) -> Tensor:
+        """``words``, (total_tokens, embedding_size), zero for mask tokens, and the others scaled for their share.
 
         Source: ESM-2 (Lin et al., 2022), whose training left out 0.8 of 15 % of the tokens.
         """
         assert packed.token_ids is not None
         assert self.spec.mask_token_id is not None
-        words = F.embedding(packed.token_ids, self.word_weight)
         is_mask = packed.token_ids.eq(self.spec.mask_token_id)
         bounds = packed.layout.cu_seqlens.long()
         counts = F.pad(is_mask.cumsum(0), (1, 0))[bounds].diff()
@@ -106,8 +108,9 @@ class Embeddings(Weighted):
         share = counts.float() / bounds.diff().clamp(min=1)
         rows = torch.arange(words.shape[0], device=words.device)
         sequences = torch.searchsorted(bounds[1:], rows, right=True).clamp(max=share.shape[0] - 1)
+        dtype = words.dtype
         words = words.masked_fill(is_mask[:, None], 0.0) * (1 - 0.15 * 0.8)
-        return (words / (1 - share)[sequences, None]).to(self.word_weight.dtype)
+        return (words / (1 - share)[sequences, None]).to(dtype)
 
     def _takes_float32(self) -> bool:
         """Whether what reads the embeddings takes them in float32."""

@@ -175,8 +175,18 @@ class Engine(nn.Module):
         Args:
             all_names: give each under all its names, or under its first alone.
         """
-        yield from self.named_parameters(remove_duplicate=not all_names)
+        seen: set[int] = set()
+        for path, module in self.own_modules():
+            for key, weight in module._parameters.items():
+                if weight is not None and (all_names or id(weight) not in seen):
+                    seen.add(id(weight))
+                    yield f"{path}.{key}", weight
         yield from self.named_rotary()
+
+    def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of encoder and head, by our names: a model that is trained shows others, the given one's."""
+        yield from self.encoder.named_modules(prefix="encoder")
+        yield from self.head.named_modules(prefix="head")
 
     def named_rotary(self) -> Iterator[tuple[str, Tensor]]:
         """The rotary frequencies by our names."""
@@ -202,6 +212,31 @@ class Engine(nn.Module):
         Raises:
             ValueError: ``rows`` is another word, ``chosen`` is given with other rows, or a value does not fit.
         """
+        with self.inference():
+            takes_plain = rows in ("first", "mean") and self._packing is not None
+            plain = pack_plain(batch, self.spec, CPU_TOKENS_PER_PASS) if takes_plain and batch.shape[0] else None
+            if plain is not None and chosen is None:
+                return self._pass(plain, rows)
+            return self.rows_by(self._pass, batch, rows, fill, chosen, dense=dense)
+
+    def rows_by(
+        self,
+        run: Callable[[PackedTokens, Rows], Tensor],
+        batch: PaddedBatch,
+        rows: Rows,
+        fill: float = 0.0,
+        chosen: Tensor | None = None,
+        *,
+        dense: bool = True,
+        as_one: bool = False,
+    ) -> Tensor:
+        """`rows`, by passes of another kind, each from packed tokens on the device to rows in packed order.
+
+        Args:
+            run: the pass.
+            batch, rows, fill, chosen, dense: see `rows`.
+            as_one: whether there is one pass for the whole batch, which nothing fills up.
+        """
         if rows not in get_args(Rows):
             raise ValueError(f"rows must be one of {', '.join(get_args(Rows))}, got {rows!r}")
         if (chosen is not None) != (rows == "chosen"):
@@ -212,18 +247,13 @@ class Engine(nn.Module):
         empty = batch.shape[:1] if per_text else batch.shape if dense else (0,)
         if not batch.shape[0] or (chosen is not None and not bool(chosen.any())):
             return self._filled(empty, fill)
-        with self.inference():
-            takes_plain = per_text and self._packing is not None
-            plain = pack_plain(batch, self.spec, CPU_TOKENS_PER_PASS) if takes_plain else None
-            if plain is not None:
-                return self._pass(plain, rows)
-            flat = self._reader.flatten(batch, needs_first=rows == "first", chosen=chosen, keeps_origins=not per_text)
-            if not flat.num_texts:
-                return self._filled(empty, fill)
-            parts = [(self._pass(packed, rows), packed) for packed in self._packed(flat)]
-            if per_text:
-                return unpack_rows(parts, batch.shape[0], fill)
-            return unpack_tokens(parts, batch.shape, fill) if dense else unpack_chosen(parts)[0]
+        flat = self._reader.flatten(batch, needs_first=rows == "first", chosen=chosen, keeps_origins=not per_text)
+        if not flat.num_texts:
+            return self._filled(empty, fill)
+        parts = [(run(packed, rows), packed) for packed in self._packed(flat, as_one=as_one)]
+        if per_text:
+            return unpack_rows(parts, batch.shape[0], fill)
+        return unpack_tokens(parts, batch.shape, fill) if dense else unpack_chosen(parts)[0]
 
     def rows_of_lists(
         self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None, rows: Rows
@@ -339,8 +369,13 @@ class Engine(nn.Module):
     def _filled(self, shape: Iterable[int], fill: float) -> Tensor:
         return self._like.new_full((*shape, self.width), fill)
 
-    def _packed(self, flat: FlatBatch) -> Iterator[PackedTokens]:
+    def _packed(self, flat: FlatBatch, *, as_one: bool = False) -> Iterator[PackedTokens]:
         device, triton = self.device, self._runs_triton
+        if as_one:
+            tokens = int(flat.lengths.sum())
+            for part in parts_of(flat, tokens, sort=not triton):
+                yield pack(flat, part, PackShape(tokens, part.num_texts), pin=device.type == "cuda").to(device)
+            return
         max_tokens = CPU_TOKENS_PER_PASS if device.type == "cpu" else GPU_TOKENS_PER_PASS
         for part in parts_of(flat, max_tokens, sort=not triton):
             shape = (self._shape if triton else fill_rows)(part.num_tokens, part.num_texts)
@@ -413,7 +448,7 @@ class Engine(nn.Module):
 
     def _watch_modules(self) -> None:
         """Notes where modules keep hooks and attributes, and their weights' shapes: each call looks there."""
-        modules = list(self.modules())
+        modules = [self, *(module for _, module in self.own_modules())]
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._states = [vars(module) for module in modules[1:]]
         self._fit = WeightFit(self)
@@ -424,7 +459,7 @@ class Engine(nn.Module):
 
     def hooked_inside(self) -> list[tuple[str, nn.Module]]:
         """The modules below this one that have forward hooks, or another ``forward``, by their names."""
-        return [(name, module) for name, module in self.named_modules() if name and has_hooks(module)]
+        return [(name, module) for name, module in self.own_modules() if has_hooks(module)]
 
     def _check_hooks(self, rows: Rows) -> None:
         """Refuses hooks on modules that a pass does not call as a whole."""

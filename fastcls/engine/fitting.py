@@ -28,8 +28,7 @@ class Owner(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     def weights(self, *, all_names: bool = False) -> Iterator[tuple[str, Tensor]]: ...
-    def modules(self) -> Iterator[nn.Module]: ...
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+    def own_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
 
 
 class WeightFit:
@@ -43,14 +42,14 @@ class WeightFit:
         self._shapes: dict[str, torch.Size | None] = {
             name: weight.shape for name, weight in engine.weights(all_names=True)
         }
-        for path, module in engine.named_modules():
+        for path, module in engine.own_modules():
             for key, weight in module._parameters.items():
                 if weight is None:
                     # A bias, which has a weight beside it, may be put where there was none.
                     of = self._shapes.get(f"{path}.{key.removesuffix('bias')}weight")
                     self._shapes[f"{path}.{key}"] = None if of is None else of[:1]
         # Where weights are: walking over the modules at each call takes as long as the rest.
-        self._places = [module._parameters for module in engine.modules()]
+        self._places = [module._parameters for _, module in engine.own_modules()]
         # Facts of all weights, when they were last found to fit.
         self._fitting: list[list[Any]] = []
 

@@ -132,6 +132,7 @@ class EncoderInside(FastEncoder):
     """
 
     probe: PaddingProbe | None = None
+    stays_in_eval = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -192,6 +192,7 @@ def optimize_heads(
         pack_weights=pack_weights,
     )
     encoder.gives_pooler_output = False
+    encoder.stays_in_eval = True
     for name, each in fast.items():
         _check_same(name, each, encoder)
     heads = {name: _HeadOfModel(models[name], each) for name, each in fast.items()}

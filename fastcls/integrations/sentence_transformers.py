@@ -73,6 +73,7 @@ def optimize_sentence_model(
     memo: dict[int, Any] = {}
     for each in inner:
         fast_inner = optimize(each)
+        fast_inner.stays_in_eval = True
         # A copy, since the library writes its own settings into it.
         fast_inner.config = copy.deepcopy(each.config, memo)
         memo[id(each)] = fast_inner

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 from collections.abc import Iterable, Mapping
@@ -21,11 +20,9 @@ from ..engine.spec import EncoderSpec, HeadSpec, LastLayer, Quantize, Rows
 from ..engine.weights import has_hooks
 from ..families import family_of_class
 from ..families.family import WeightMap
-from ..original.companion import Companion
-from ..original.following import Original, weakly
-from ..original.places import set_weight
 from .arguments import check_extras, check_not_traced, order_of, takes_positions
 from .state_dict import register_hooks
+from .trainable import TrainableModel
 
 # Tables of embeddings, by the ends of their names.
 _TABLES = (
@@ -42,11 +39,11 @@ def _place(weight: Tensor) -> object:
 _Output = TypeVar("_Output", bound=ModelOutput)
 
 
-class FastModel(Engine):
-    """An encoder and its head that compute only what their answer needs. Made by `optimize`; runs inference only.
+class FastModel(TrainableModel):
+    """An encoder and its head that compute only what their answer needs. Made by `optimize`, in eval mode.
 
     It follows the weights of the model that it was made of, see `optimize`; a copy of it, or what a pickle gives back,
-    has weights of its own. It stays in eval mode, whatever module it is part of.
+    has weights of its own. In eval mode it gives no gradients; `train` makes it a model that is trained.
 
     Attributes:
         config: the transformers config.
@@ -89,9 +86,6 @@ class FastModel(Engine):
         self.model_class = model_class
         self.config = config
         self.weight_map = weight_map
-        self._original: Original | None = None
-        # Follows the weights of the modules around this one.
-        self._companion: Companion | None = None
         self._order = order_of(cast("Any", model_class), cast("Any", type(self)))
         self._takes_positions = takes_positions(cast("Any", model_class))
         # A copy, since some are lists.
@@ -100,10 +94,6 @@ class FastModel(Engine):
         register_hooks(self)
         self.description = operator.describe(self)
         self._announce_weights()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.catch_up()
-        return {**super().__getstate__(), "_original": None, "_companion": None}
 
     def __copy__(self) -> FastModel:
         # A copy that shared modules would keep some weights as they were when the original changes, and not others.
@@ -133,128 +123,30 @@ class FastModel(Engine):
             args, kwargs = args[:1], {**dict(zip(self._order[1:], args[1:], strict=False)), **kwargs}
         return super().__call__(*args, **kwargs)
 
-    def train(self, mode: bool = True) -> FastModel:  # noqa: ARG002  # its name is torch's
-        """Stays in eval mode, so that a module that trains can hold a frozen encoder; see `requires_grad_`."""
-        return super().train(False)
-
-    def requires_grad_(self, requires_grad: bool = True) -> FastModel:
-        """Gradients are not computed, and so may not be asked for.
-
-        Raises:
-            RuntimeError: ``requires_grad`` is True.
-        """
-        if requires_grad:
-            raise RuntimeError("fastcls computes no gradients: train the transformers model, which this follows")
-        return super().requires_grad_(requires_grad)
-
     def _replicate_for_data_parallel(self) -> FastModel:
         raise RuntimeError(
             "nn.DataParallel must be left out: it copies the model to every GPU at each call. "
             "Give each GPU a process, or a copy.deepcopy(fast).to(device), of its own"
         )
 
-    def clear_caches(self) -> None:
-        """Forgets the CUDA graphs and all else that was made from the weights, and their memory.
-
-        To be called after writing to weights in a way that counts no changes, ``weight.data.mul_(2)`` or weights made
-        in inference mode: copies of them, and what was made of them, are made anew.
-        """
-        self.forget_made()
-        if self._original is not None:
-            self._original.doubt()
-        if self._companion is not None:
-            self._companion.doubt()
-
-    def forget_made(self) -> None:
-        """Forgets what was made from weights, here and in graphs."""
-        super().forget_made()
-        operator.forget(next(self.parameters()))
-
-    def follow(self, original: Original) -> None:
-        """Follows the weights of a model from now on, those that this one's were made of."""
-        self._original = original
-        original.settle = weakly(self.catch_up)
-
-    def follow_along(self, companion: Companion) -> None:
-        """Has weights around this model follow whenever it does."""
-        self._companion = companion
-
-    @property
-    def follows(self) -> bool:
-        """Whether the weights of another model are followed."""
-        return self._original is not None
-
-    @property
-    def follows_on(self) -> bool:
-        """Whether the model whose weights are followed still holds some."""
-        return self._original is not None and self._original.is_there
-
-    def stop_following(self) -> None:
-        """Goes on with the weights as they are, in memory of its own, whatever becomes of the original's."""
-        companion, self._companion = self._companion, None
-        if companion is not None:
-            companion.stop()
-        original = self._original
-        if original is None:
-            return
-        with contextlib.suppress(RuntimeError):
-            # An original that can no longer be followed leaves the weights that the fast model had last.
-            self.catch_up()
-        self._original = None
-        # By their place, so that tied weights stay one.
-        own: dict[int, Tensor] = {}
-        with torch.inference_mode(False), torch.no_grad():
-            for name, weight in [*self.weights()]:
-                place = weight.data_ptr()
-                if place not in own:
-                    # ``data`` counts changes of its own: changes of ours are no longer the original's.
-                    own[place] = weight.data.clone() if original.holds(weight) else weight.data
-                set_weight(self, name, own[place])
-        self.forget_made()
-
-    def catch_up(self) -> None:
-        """Brings the weights up to the original's, where those have changed."""
-        if self._companion is not None:
-            self._companion.bring()
-        original = self._original
-        if original is None or original.is_current():
-            return
-        is_doubted = original.is_doubted
-        if original.update(self):
-            # What was made from weights is made anew where it is needed: other threads may be reading it.
-            self._graphs.clear()
-            operator.forget(next(self.parameters()))
-            self._announce_weights()
-        if is_doubted:
-            self.encoder.doubt()
-            operator.forget(next(self.parameters()))
-
-    def _announce_weights(self) -> None:
-        """Has graphs of this process take the weights from here, where they are up to the original's."""
-        operator.take_weights_from(next(self.parameters()), self.description, weakly(self._current_weights))
-
-    def _current_weights(self) -> list[Tensor]:
-        if self.is_hooked():
-            self._check_no_hooks_inside()
-        self.catch_up()
-        # The engine that a graph runs is built over these, whatever their shapes are.
-        self.check_weights()
-        return [weight for _, weight in self.weights()]
-
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the weights are, as transformers counts them.
 
         Args:
-            only_trainable: count those that require gradients: none.
+            only_trainable: count those that require gradients: none, before the model is trained.
             exclude_embeddings: leave out the tables of embeddings.
         """
+        if self.trained is not None:
+            return self.trained.model.num_parameters(only_trainable, exclude_embeddings)
+        if only_trainable:
+            return 0
         # By their place, since tied weights share one.
-        counts = {_place(weight): self.weight_map.numel(name, weight) for name, weight in self.named_parameters()}
+        counts = {_place(weight): self.weight_map.numel(name, weight) for name, weight in self.own_parameters()}
         if exclude_embeddings:
-            for name, weight in self.named_parameters():
+            for name, weight in self.own_parameters():
                 if name.endswith(_TABLES):
                     counts.pop(_place(weight), None)
-        return 0 if only_trainable else sum(counts.values())
+        return sum(counts.values())
 
     @property
     def main_input_name(self) -> str:
@@ -263,7 +155,9 @@ class FastModel(Engine):
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of the weights, those that are shared with the original and those that are packed included."""
-        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        tensors = [weight for _, weight in self.own_parameters()]
+        if return_buffers:
+            tensors += [buffer for _, module in self.own_modules() for buffer in module.buffers(recurse=False)]
         there = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if not tensor.is_meta}
         return sum(there.values()) + self.encoder.packed.nbytes
 
@@ -273,7 +167,9 @@ class FastModel(Engine):
         return str(getattr(self.config, "name_or_path", ""))
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The table of words, over the same memory: for ``inputs_embeds``."""
+        """The table of words, for ``inputs_embeds``: over the same memory, or the model's own where that is trained."""
+        if self.trained is not None:
+            return cast(nn.Embedding, self.trained.model.get_input_embeddings())
         self.catch_up()
         self.check_not_let_go("get_input_embeddings")
         return nn.Embedding.from_pretrained(self.encoder.embeddings.word_weight.detach(), freeze=True)
@@ -326,6 +222,7 @@ class FastModel(Engine):
             One row a text, (num_texts, num_labels), or one a token, (num_tokens, width), as the model's task is.
         """
         self._check_no_hooks_of_its_own("forward_packed")
+        self._check_in_eval("forward_packed")
         self.catch_up()
         return self.rows_of_packed(packed, self._task_rows)
 
@@ -344,6 +241,9 @@ class FastModel(Engine):
         self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True
     ) -> Tensor:
         """`Engine.rows` of the weights as the original has them, or in a graph one node for it."""
+        if self.training:
+            trained: Tensor = torch.compiler.disable(self.trained_rows)(batch, rows, fill, chosen, dense=dense)
+            return trained
         if torch.compiler.is_compiling():
             if self.is_for_graphs and dense:
                 return operator.forward(self, self.description, batch, rows, fill, chosen)
@@ -367,6 +267,7 @@ class FastModel(Engine):
     ) -> Tensor:
         """`Engine.rows_of_lists` of the weights as the original has them."""
         self._check_no_hooks_of_its_own("a method that takes lists of ids")
+        self._check_in_eval("a method that takes lists of ids")
         self.catch_up()
         return self.rows_of_lists(token_ids, token_type_ids, rows)
 
@@ -382,11 +283,11 @@ class FastModel(Engine):
             extras: the arguments that ``forward`` does not name.
         """
         if self.training:
-            raise RuntimeError("fastcls runs inference only: call .eval() first, or train the transformers model")
+            self._check_trains()
         if torch.compiler.is_compiling():
             self._check_no_hooks_inside()
             self.check_not_let_go("torch.compile and torch.export")
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self.training:
             self._check_no_gradients(batch)
         check_extras(type(self), self.config, extras)
         if batch.position_ids is not None and not self._takes_positions:
@@ -401,13 +302,13 @@ class FastModel(Engine):
         return batch.shape
 
     def _check_no_gradients(self, batch: PaddedBatch) -> None:
-        asking = next((name for name, weight in self.named_parameters() if weight.requires_grad), None)
+        asking = next((name for name, weight in self.weights() if weight.requires_grad), None)
         if asking is None and batch.inputs_embeds is not None and batch.inputs_embeds.requires_grad:
             asking = "inputs_embeds"
         if asking is not None:
             raise RuntimeError(
-                f"{asking} must not require gradients, which fastcls does not compute: call this inside "
-                "torch.no_grad(), or train the transformers model"
+                f"{asking} must not require gradients, which a model in eval mode does not compute: call train() "
+                "first, or this inside torch.no_grad()"
             )
 
     def _check_no_hooks_of_its_own(self, method: str) -> None:
@@ -416,11 +317,4 @@ class FastModel(Engine):
             raise RuntimeError(
                 f"a {type(self).__name__} with forward hooks, or another forward, must be called as a whole: {method} "
                 "would pass them by"
-            )
-
-    def _check_no_hooks_inside(self) -> None:
-        for name, _ in self.hooked_inside():
-            raise RuntimeError(
-                f"{name} must have no forward hooks, and no other forward, in a graph, which would pass them by: "
-                "remove them, or call the model outside of what is compiled or exported"
             )

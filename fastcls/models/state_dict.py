@@ -21,12 +21,14 @@ def register_hooks(model: nn.Module) -> None:
 
 
 def _follow_first(module: Any, _prefix: str, _keep_vars: bool) -> None:
-    module.check_not_let_go("state_dict")
-    module.catch_up()
+    if module.trained is None:
+        module.check_not_let_go("state_dict")
+        module.catch_up()
 
 
 def _to_checkpoint_names(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    to_checkpoint_names(module.weight_map, state_dict, prefix)
+    if module.trained is None:
+        to_checkpoint_names(module.weight_map, state_dict, prefix)
 
 
 def _from_checkpoint_names(
@@ -39,6 +41,9 @@ def _from_checkpoint_names(
     _unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
+    if module.trained is not None:
+        # The modules are the given model's, and so are the names.
+        return
     module.check_not_let_go("load_state_dict")
     try:
         module.catch_up()

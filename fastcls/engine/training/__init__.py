@@ -1,0 +1,6 @@
+"""The pass that is trained: packed tokens to rows behind the head, with a graph for their gradients."""
+
+from .places import DropoutRates
+from .run import TrainingOptions, TrainingPass
+
+__all__ = ["DropoutRates", "TrainingOptions", "TrainingPass"]

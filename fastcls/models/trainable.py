@@ -1,0 +1,198 @@
+"""A fast model that can be trained: in training mode its parameters are those of the model that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..engine.batch import PaddedBatch
+from ..engine.packed import LET_GO
+from ..engine.spec import Rows
+from ..engine.training import TrainingOptions, TrainingPass
+from ..families.dropout import dropout_rates
+from ..families.family import WeightMap
+from ..original.following import Original
+from ..original.training import Trained, check_rates, model_over
+from .following import FollowingModel
+
+_Model = TypeVar("_Model", bound="TrainableModel")
+
+
+class TrainableModel(FollowingModel):
+    """A following model with a training mode.
+
+    Attributes:
+        trained: the model whose parameters are trained, once `train` was called.
+        stays_in_eval: whether `train` changes nothing, as in a module that trains its own head on a frozen encoder.
+        is_gradient_checkpointing: whether layers are computed again in the backward pass, so that their activations
+            need not be kept.
+    """
+
+    # transformers' Trainer asks.
+    supports_gradient_checkpointing = True
+
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    weight_map: WeightMap
+    trained: Trained | None = None
+    stays_in_eval: bool = False
+    is_gradient_checkpointing: bool = False
+    _training_options: TrainingOptions | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        if self.trained is None:
+            return state
+        # A copy has weights of its own, and trains those.
+        for name in ("trained", "_training_options"):
+            state.pop(name)
+        own = {name: state.pop(name) for name in ("encoder", "head")}
+        return {**state, "_modules": own, "_parameters": {}, "_buffers": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.training:
+            self._begin_training()
+
+    def train(self: _Model, mode: bool = True) -> _Model:
+        """Sets training mode, or eval mode.
+
+        From the first time on, the model holds the transformers model that it was made of, and shows its modules and
+        parameters as its own: optimizers, `state_dict` and transformers' Trainer see what they would see of that
+        model. If nobody holds it any more, another one is made over the same weights. Make optimizers of this model's
+        parameters after this call.
+
+        In training mode a call keeps a graph for gradients, and drops out where the config says so. In eval mode it is
+        what it was before, with the weights as they are trained by then.
+
+        Raises:
+            RuntimeError: the model cannot be trained, and why.
+        """
+        if mode and not self.stays_in_eval:
+            if self.trained is None:
+                self._begin_training()
+            self._check_trains()
+        # Not the modules inside: those of the given model keep the mode that they are in.
+        self.training = mode and not self.stays_in_eval
+        return self
+
+    def requires_grad_(self: _Model, requires_grad: bool = True) -> _Model:
+        """Sets whether parameters have gradients, of a model that is trained.
+
+        Raises:
+            RuntimeError: ``requires_grad`` is True, and `train` was not called yet.
+        """
+        if requires_grad and self.trained is None:
+            raise RuntimeError("gradients must be asked for in training mode: call train() first, then this")
+        return super().requires_grad_(requires_grad)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Has the backward pass compute layers again, so that their activations need not be kept.
+
+        Args:
+            gradient_checkpointing_kwargs: taken for transformers' sake; ``use_reentrant`` changes nothing here.
+
+        Raises:
+            TypeError: an option that is not known.
+        """
+        unknown = set(gradient_checkpointing_kwargs or {}) - {"use_reentrant"}
+        if unknown:
+            raise TypeError(f"gradient_checkpointing_kwargs may hold use_reentrant alone, got {', '.join(sorted(unknown))}")
+        self.is_gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Has layers' activations kept for the backward pass."""
+        self.is_gradient_checkpointing = False
+
+    def _apply(self: _Model, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Model:
+        super()._apply(fn, recurse)
+        if self.trained is not None:
+            # What is shown are the given model's modules, which were moved; these read the same memory, or copies.
+            self.encoder._apply(fn, recurse)
+            self.head._apply(fn, recurse)
+            self.catch_up()
+        return self
+
+    def stop_following(self) -> None:
+        """Goes on with the weights as they are, in memory of its own, whatever becomes of the original's.
+
+        Raises:
+            RuntimeError: the model is trained, and so has no weights but those.
+        """
+        if self.trained is not None:
+            raise RuntimeError("stop_following must be left out: the weights that this model follows are those it trains")
+        super().stop_following()
+
+    def _begin_training(self) -> None:
+        if self.encoder.packed.is_alone:
+            raise RuntimeError(f"the model must keep its weights to be trained: {LET_GO}")
+        if self.head.spec.task == "encoder" and self.spec.num_layers == 0:
+            raise RuntimeError("the model must have a layer to be trained")
+        self.catch_up()
+        original = self._original
+        model = None if original is None else original.model
+        like = None if model is None else next(model.parameters(), None)
+        if original is None or model is None or like is None or (like.device, like.dtype) != (self.device, self.dtype):
+            # What is followed from afar is another model, which somebody else may train.
+            super().stop_following()
+            model = model_over(self.model_class, self.config, dict(self.weights(all_names=True)), self.weight_map)
+            sources = {**self.weight_map.sources, **{own: (name,) for own, name in self.weight_map.buffers.items()}}
+            original = Original(model, sources, self.weight_map.aliases, self.weight_map.layouts)
+            self.follow(original)
+        assert isinstance(model, PreTrainedModel)
+        check_rates(model)
+        self.trained = Trained(model, original, self.weight_map)
+        self._training_options = TrainingOptions(
+            dropout_rates(self.config, self.head.spec), self.trained.padding_ids(), False
+        )
+        own = self._modules
+        # Attributes as before, and modules and parameters of the model that is trained.
+        self.__dict__.update(encoder=own["encoder"], head=own["head"])
+        self.__dict__.update(_modules=model._modules, _parameters=model._parameters, _buffers=model._buffers)
+
+    def _check_trains(self) -> None:
+        """Refuses options and hooks that training passes by.
+
+        Raises:
+            RuntimeError: one is set.
+        """
+        for name, value, needed in (
+            ("quantize", self.quantize, None),
+            ("batch_invariant", self.batch_invariant, False),
+        ):
+            if value != needed:
+                raise RuntimeError(f"{name} must be {needed} in training, got {value!r}")
+        for name, _ in self.hooked_inside():
+            raise RuntimeError(
+                f"{name} must have no forward hooks, and no other forward, in training, where they would not run"
+            )
+        if self.trained is not None:
+            self.trained.check()
+
+    def _check_in_eval(self, method: str) -> None:
+        if self.training:
+            raise RuntimeError(f"the model must be in eval mode for {method}, which gives no gradients: call eval() first")
+
+    def training_pass(self) -> TrainingPass:
+        """A pass over the weights as they are, in autocast's dtype where that is on."""
+        assert self.trained is not None
+        assert self._training_options is not None
+        if self.encoder.rotary is not None:
+            with torch.no_grad():
+                self.encoder.rotary.refresh()
+        kind = self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        options = self._training_options._replace(checkpoints=self.is_gradient_checkpointing)
+        return TrainingPass(self.spec, self.head.spec, self.encoder, self.trained.weights(), options, dtype)
+
+    def trained_rows(
+        self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True
+    ) -> Tensor:
+        """`Engine.rows` with a graph, and with dropout."""
+        run = self.training_pass()
+        with torch.autocast(self.device.type, enabled=False):
+            return self.rows_by(run.rows, batch, rows, fill, chosen, dense=dense, as_one=True)
