@@ -52,6 +52,12 @@ from fastcls_kernels.runtime.tile_tables import (
     rows_tile,
     rules_of,
 )
+from fastcls_kernels.training import cls_kernel as cls_training
+from fastcls_kernels.training import disentangled_kernel
+from fastcls_kernels.training.activation_kernel import launch_activation, launch_activation_backward
+from fastcls_kernels.training.dropout import Dropout
+from fastcls_kernels.training.embedding_kernel import launch_embedding_forward, launch_table_gradient
+from fastcls_kernels.training.norm_kernel import launch_add_norm, launch_drop, launch_norm_backward
 
 
 class Model(NamedTuple):
@@ -105,6 +111,20 @@ def launch_disentangled_attention(arch: str, model: Model, dtype: torch.dtype, t
     pos_key, pos_query = (table if term else None for term in terms)
     tables = DistanceTables(pos_key, pos_query, Buckets(tensor(511, dtype=torch.int32), tuple(range(511))))
     disentangled_attention.launch_disentangled_attention(q, k, v, tables, layout, 0.07, tile)
+
+
+def launch_trained_disentangled_attention(
+    _arch: str, model: Model, dtype: torch.dtype, terms: tuple[bool, bool], dropout: Dropout | None = None
+) -> None:
+    layout = packing(4096)
+    q, k, v = tensor(4096, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)
+    table = tensor(512, model.heads, model.head_dim, dtype=dtype)
+    pos_key, pos_query = (table if term else None for term in terms)
+    tables = DistanceTables(pos_key, pos_query, Buckets(tensor(511, dtype=torch.int32), tuple(range(511))))
+    scoring = (tables, layout, 0.07, dropout)
+    out, statistics = disentangled_kernel.launch_disentangled_forward(q, k, v, *scoring)
+    into = tensor(4096, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)
+    disentangled_kernel.launch_disentangled_backward(out, q, k, v, out, statistics, *scoring, into=into)
 
 
 def launch_attention_with_bias(
@@ -185,6 +205,28 @@ def launch_cls_attention_kv_with_bias(_arch: str, model: Model, dtype: torch.dty
     )
 
 
+def launch_cls_training(
+    _arch: str, model: Model, dtype: torch.dtype, has_keys: bool = False, biased: bool = False, dropped: bool = True
+) -> None:
+    """Forward and backward; keys as a view of one fused projection, and without them absorbed queries, in float32."""
+    layout, x = packing(4096), tensor(4096, model.hidden, dtype=dtype)
+    query = tensor(SEQUENCES, model.heads, model.hidden, dtype=torch.float32)
+    keys = None
+    if has_keys:
+        query = tensor(SEQUENCES, model.heads, model.head_dim, dtype=dtype)
+        keys = tensor(4096, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)[1]
+    bias = tensor(4096, model.heads, dtype=torch.float32) if biased else None
+    options: Any = {"keys": keys, "bias": bias, "dropout": Dropout(0.1, 1) if dropped else None}
+    kept = cls_training.launch_cls_forward(query, x, layout, 0.125, **options)
+    cls_training.launch_cls_backward(*kept[:2], query, x, *kept, layout, 0.125, **options)
+
+
+def launch_cls_training_of_many_heads(arch: str, model: Model, dtype: torch.dtype) -> None:
+    """As many heads as it takes, and fewer that are more than one product's."""
+    for heads in (32, 64):
+        launch_cls_training(arch, model._replace(heads=heads), dtype)
+
+
 def launch_linear_gelu(arch: str, model: Model, dtype: torch.dtype, rows: int) -> None:
     tile = linear_gelu_tile(arch, dtype, rows, model.hidden, model.ffn)
     if tile.BY == "triton":
@@ -259,6 +301,45 @@ def launch_rms_norms(_arch: str, model: Model, dtype: torch.dtype) -> None:
     launch_sum_add_layer_norm(parts, None, x, first, vector, None, 1e-5, keep_sum=True, rms=True)
     ids, words = tensor(4096, dtype=torch.int32), tensor(30522, model.hidden, dtype=dtype)
     _launch_embedding_layer_norm(ids, None, None, words, None, None, vector, None, 1e-5, rms=True)
+
+
+def launch_trained_norm(
+    _arch: str, model: Model, dtype: torch.dtype, rms: bool = False, autocast: bool = False, is_embedding: bool = False
+) -> None:
+    """Forward and backward of a pre-norm encoder's, whose sum has a gradient of its own, or of embeddings."""
+    x, dropout = tensor(4096, model.hidden, dtype=dtype), Dropout(0.1, 1)
+    wide = x.float() if autocast else x
+    vector = tensor(model.hidden, dtype=wide.dtype)
+    residual = None if is_embedding else wide
+    normed, summed, mean, rstd = launch_add_norm(x, residual, dropout, vector, vector, 1e-5, rms)
+    launch_norm_backward(
+        *(normed, residual, summed, mean, rstd, vector, dropout, rms), has_norm_bias=not rms, x_dtype=dtype
+    )
+
+
+def launch_trained_norm_without_dropout(_arch: str, model: Model, dtype: torch.dtype) -> None:
+    x, vector = tensor(4096, model.hidden, dtype=dtype), tensor(model.hidden, dtype=dtype)
+    for residual in (x, None):
+        normed, summed, mean, rstd = launch_add_norm(x, residual, None, vector, None, 1e-5, False)
+        launch_norm_backward(normed, None, summed, mean, rstd, vector, None, False, has_norm_bias=False, x_dtype=dtype)
+
+
+def launch_trained_drop(_arch: str, model: Model, dtype: torch.dtype) -> None:
+    launch_drop(tensor(4096, model.hidden, dtype=dtype), Dropout(0.1, 1))
+
+
+def launch_trained_embedding(_arch: str, model: Model, dtype: torch.dtype, ids_dtype: torch.dtype) -> None:
+    ids = tensor(4096, dtype=ids_dtype)
+    words, positions, types = (tensor(rows, model.hidden, dtype=dtype) for rows in (30522, 512, 2))
+    summed = launch_embedding_forward(ids, ids, ids, words, positions, types)
+    launch_table_gradient(ids, summed, 30522, 0)
+
+
+def launch_trained_activation(_arch: str, model: Model, dtype: torch.dtype, activation: Activation) -> None:
+    grad, up = tensor(4096, model.ffn, dtype=dtype), tensor(4096, 2 * model.ffn, dtype=dtype)
+    launch_activation(grad, activation, False)
+    launch_activation_backward(grad, grad, activation, False)
+    launch_activation_backward(grad, up, activation, True)
 
 
 def launch_gated_activation(_arch: str, model: Model, dtype: torch.dtype, activation: Activation) -> None:
@@ -353,9 +434,35 @@ OTHERS: dict[tuple[str, str], Callable[..., None]] = {
     ("cls_attention_kv", "one_split"): functools.partial(launch_cls_attention_kv, num_splits=1),
     ("cls_attention_kv", "grouped"): functools.partial(launch_cls_attention_kv, num_splits=1, group=4),
     ("cls_attention_kv", "splits"): functools.partial(launch_cls_attention_kv, num_splits=2),
+    ("cls_training", "absorbed"): launch_cls_training,
+    ("cls_training", "no_dropout"): functools.partial(launch_cls_training, dropped=False),
+    ("cls_training", "bias"): functools.partial(launch_cls_training, biased=True),
+    ("cls_training", "keys"): functools.partial(launch_cls_training, has_keys=True),
+    ("cls_training", "keys_and_bias"): functools.partial(launch_cls_training, has_keys=True, biased=True),
+    ("cls_training", "many_heads"): launch_cls_training_of_many_heads,
     ("disentangled_attention", "both_terms"): functools.partial(launch_disentangled_attention, terms=(True, True)),
     ("disentangled_attention", "key_term"): functools.partial(launch_disentangled_attention, terms=(True, False)),
     ("disentangled_attention", "query_term"): functools.partial(launch_disentangled_attention, terms=(False, True)),
+    ("trained_norm", "layer_norm"): launch_trained_norm,
+    ("trained_norm", "rms"): functools.partial(launch_trained_norm, rms=True),
+    ("trained_norm", "autocast"): functools.partial(launch_trained_norm, autocast=True),
+    ("trained_norm", "embeddings"): functools.partial(launch_trained_norm, is_embedding=True),
+    ("trained_norm", "no_dropout"): launch_trained_norm_without_dropout,
+    ("trained_norm", "drop"): launch_trained_drop,
+    ("trained_embedding", "int32"): functools.partial(launch_trained_embedding, ids_dtype=torch.int32),
+    ("trained_embedding", "int64"): functools.partial(launch_trained_embedding, ids_dtype=torch.int64),
+    ("trained_disentangled_attention", "both_terms"): functools.partial(
+        launch_trained_disentangled_attention, terms=(True, True)
+    ),
+    ("trained_disentangled_attention", "dropout"): functools.partial(
+        launch_trained_disentangled_attention, terms=(True, True), dropout=Dropout(0.1, 1)
+    ),
+    ("trained_disentangled_attention", "key_term"): functools.partial(
+        launch_trained_disentangled_attention, terms=(True, False)
+    ),
+    ("trained_disentangled_attention", "query_term"): functools.partial(
+        launch_trained_disentangled_attention, terms=(False, True)
+    ),
     ("embedding_layer_norm", "types"): functools.partial(launch_embedding_layer_norm, has_types=True),
     ("embedding_layer_norm", "no_types"): functools.partial(launch_embedding_layer_norm, has_types=False),
     ("embedding_layer_norm", "words_alone"): launch_embedding_of_words_alone,
@@ -367,6 +474,7 @@ OTHERS: dict[tuple[str, str], Callable[..., None]] = {
         (operation, activation): functools.partial(launch, activation=activation)
         for operation, launch in (
             ("gated_activation", launch_gated_activation),
+            ("trained_activation", launch_trained_activation),
             ("pooler_classifier", functools.partial(launch_pooler_classifier, rows=64)),
         )
         for activation in get_args(Activation)
@@ -390,7 +498,10 @@ def launches(arch: str) -> dict[str, Callable[[], None]]:
                     launch, arch, model, dtype, number
                 )
         for (operation, variant), launch in OTHERS.items():
-            knows_wide_heads = operation in ("cls_attention", "disentangled_attention") or variant == "invariant"
+            knows_wide_heads = variant == "invariant" or operation in (
+                *("cls_attention", "disentangled_attention", "trained_disentangled_attention"),
+                *("trained_norm", "trained_embedding"),
+            )
             if name == "wide_heads" and not knows_wide_heads:
                 continue
             if variant in get_args(Activation) and name != "bert_base":

@@ -45,9 +45,14 @@ MULTIPLY = {
     "_attention_kernel",
     "_cls_attention_kernel",
     "_cls_output_kernel",
+    "_column_gradient_kernel",
     "_disentangled_attention_kernel",
+    "_disentangled_forward_kernel",
+    "_disentangled_key_gradient_kernel",
+    "_disentangled_query_gradient_kernel",
     "_linear_kernel",
     "_pooler_classifier_kernel",
+    "_row_gradient_kernel",
     "_split_linear_kernel",
 }
 

@@ -194,6 +194,8 @@ class FastEncoder(FastModel):
 
     def _pooled(self, states: Tensor) -> Tensor:
         """The pooler over (num_texts, hidden_size)."""
+        if self.training:
+            return torch.compiler.disable(self.trained_pooled)(states)
         if torch.compiler.is_compiling():
             if self.is_for_graphs:
                 return operator.pool(self, self.description, states)

@@ -196,3 +196,9 @@ class TrainableModel(FollowingModel):
         run = self.training_pass()
         with torch.autocast(self.device.type, enabled=False):
             return self.rows_by(run.rows, batch, rows, fill, chosen, dense=dense, as_one=True)
+
+    def trained_pooled(self, states: Tensor) -> Tensor:
+        """The pooler over (num_texts, hidden_size), with a graph."""
+        run = self.training_pass()
+        with torch.autocast(self.device.type, enabled=False):
+            return run.head(states)

@@ -26,7 +26,7 @@ def derivative(x, ACTIVATION: tl.constexpr):
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
     if ACTIVATION == "gelu_tanh":
-        # σ(v) + x σ'(v) v' with σ(v) = 1 / (1 + exp(-v)); σ' is 0 beyond 16, where x³ could overflow.
+        # s(v) + x s'(v) v' with s(v) = 1 / (1 + exp(-v)); s'(v) is 0 for x beyond 16, where x³ could overflow.
         near = tl.where(tl.abs(x) > 16.0, 16.0, x)
         v = 1.5957691216057308 * (near + 0.044715 * near * near * near)
         decay = tl.exp(-tl.abs(v))
@@ -35,7 +35,7 @@ def derivative(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         return tl.where(x <= 0.0, 0.0, 1.0)
     if ACTIVATION == "silu":
-        # σ(x) (1 + x σ(-x)).
+        # s(x) (1 + x s(-x)) with s(x) = 1 / (1 + exp(-x)).
         decay = tl.exp(-tl.abs(x))
         sigmoid = tl.where(x < 0.0, decay, 1.0) / (1.0 + decay)
         return sigmoid * (1.0 + x * (tl.where(x < 0.0, 1.0, decay) / (1.0 + decay)))

@@ -5,12 +5,10 @@
 and for the first and the last number of the table over all pairs at least as far apart. `attention_kernel.py` says what
 g is. A program takes a share of all tiles of queries, one head, and a chunk of BLOCK_N neighbouring offsets: of each
 tile of g that meets the chunk it moves row i by i places, so that each offset has a column, and adds up the columns.
-The shares are as many on every chip and are summed in order, so that every run gives the same.
+The shares are as many on every chip and are summed in order, so that every run gives the same numbers.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +19,17 @@ from ..runtime.tile_tables import arch_of
 from ..runtime.triton import cdiv, jit, tl
 from .attention_tiles import (
     Scoring,
-    Tile,
     load_tile,
     options_of,
+    pairs_of,
     positions_of,
     scores_of,
+    tile_for,
     tile_of,
     weights_and_flow,
 )
 
-# Programs of a head and chunk.
+# Programs of a head and chunk, at most.
 SHARES = 16
 
 
@@ -56,15 +55,15 @@ def _attention_bias_gradient_kernel(
     q_ptr,  # (total_tokens, nheads, headdim)
     k_ptr,  # (total_tokens, nheads_k, headdim)
     v_ptr,  # (total_tokens, nheads_k, headdim)
-    log_sum_ptr,  # (nheads, total_tokens)
+    statistics_ptr,  # (2, nheads, total_tokens)
     delta_ptr,  # (nheads, total_tokens)
-    sums_ptr,  # (SHARES, nheads, num_chunks, BLOCK_N)
+    sums_ptr,  # (shares, nheads, num_chunks, BLOCK_N)
     bias_ptr,  # (nheads, 2 * REACH + 1)
     positions_ptr,  # (total_tokens,), or None where a row's place is its position
     bound_start_ptr,  # (total_tokens,): each query's first key, or None for its sequence's
     bound_end_ptr,  # (total_tokens,), or None
     tiles_ptr,  # (num_tiles, 4)
-    total_tokens, num_tiles, seed, threshold, factor, scale, log2_e,
+    total_tokens, num_tiles, seed, threshold, factor, scale_log2, log2_e,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, REACH: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
@@ -104,8 +103,10 @@ def _attention_bias_gradient_kernel(
             q = load_tile(q_ptr + head * stride_qh, offs_m, in_tile, stride_qt, HEAD_DIM, BLOCK_D)
             grad = load_tile(grad_ptr + head * stride_gh, offs_m, in_tile, stride_gt, HEAD_DIM, BLOCK_D)
             # [BLOCK_M]
-            log_sum = tl.load(log_sum_ptr + head * total_tokens + offs_m, mask=in_tile, other=0.0)
-            delta = tl.load(delta_ptr + head * total_tokens + offs_m, mask=in_tile, other=0.0)
+            line = head * total_tokens + offs_m
+            row_max = tl.load(statistics_ptr + line, mask=in_tile, other=0.0)
+            inverse = tl.load(statistics_ptr + tl.num_programs(1) * total_tokens + line, mask=in_tile, other=0.0)
+            delta = tl.load(delta_ptr + line, mask=in_tile, other=0.0)
             for start_n in tl.range(first_key, last_key, BLOCK_N):
                 offs_n = start_n + columns
                 # [BLOCK_N, BLOCK_D]
@@ -113,11 +114,11 @@ def _attention_bias_gradient_kernel(
                 v = load_rows(v_ptr, None, start_n, last_key, 0, stride_vt, HEAD_DIM, BLOCK_D, BLOCK_N, TMA=False)
                 # [BLOCK_M, BLOCK_N]
                 offset = positions_of(positions_ptr, offs_n, last_key)[None, :] - position[:, None]
-                own = (offs_n[None, :] >= key_start[:, None]) & (offs_n[None, :] < key_end[:, None])
-                own &= in_tile[:, None] & (offs_n < last_key)[None, :]
-                scores = scores_of(q, k, bias_ptr, offset, own, scale, log2_e, REACH)
+                # Rows after the tile's have no sum, and weigh nothing.
+                own = pairs_of(offs_n, key_start, key_end, last_key, bound_start_ptr)
+                scores = scores_of(q, k, bias_ptr, offset, own, scale_log2, log2_e, REACH)
                 _, flow = weights_and_flow(
-                    scores, log_sum[:, None], delta[:, None], grad, v, dropout_row[:, None],
+                    scores, row_max[:, None], inverse[:, None], delta[:, None], grad, v, dropout_row[:, None],
                     (offs_n - sequence_start)[None, :], seed, threshold, factor, HAS_DROPOUT,
                 )  # fmt: skip
                 if positions_ptr is None:
@@ -138,13 +139,6 @@ def _attention_bias_gradient_kernel(
     tl.store(sums_ptr + ((share * tl.num_programs(1) + head) * num_chunks + chunk) * BLOCK_N + columns, acc)
 
 
-def bias_tile(arch: str, dtype: torch.dtype, head_dim: int) -> Tile:
-    """The tile of the bias's gradient."""
-    if dtype == torch.float32:
-        return Tile(32, 32, num_warps=4, num_stages=1)
-    return Tile(64, 64 if head_dim <= 64 else 32, num_warps=4, num_stages=1)
-
-
 def launch_bias_gradient(
     q: Tensor, k: Tensor, given: dict[str, Tensor], strides: dict[str, int], scoring: Scoring
 ) -> Tensor:
@@ -157,13 +151,14 @@ def launch_bias_gradient(
         strides: those of rows and heads, by name.
         scoring: what enters scores; it has a bias.
     """
-    tile = bias_tile(arch_of(q.device), q.dtype, q.shape[2])
+    tile = tile_for(arch_of(q.device), q.dtype, q.shape[2])
     num_heads, reach = q.shape[1], scoring.reach
     num_chunks = cdiv(max(2 * reach - 1, 0), tile.BLOCK_N) + 2
-    sums = q.new_empty(SHARES, num_heads, num_chunks, tile.BLOCK_N, dtype=torch.float32)
     tiles = scoring.layout.sequence_tiles(tile.BLOCK_M)
+    shares = min(SHARES, tiles.shape[0])
+    sums = q.new_empty(shares, num_heads, num_chunks, tile.BLOCK_N, dtype=torch.float32)
     with device_guard(q):
-        _attention_bias_gradient_kernel[(SHARES, num_heads, num_chunks)](
+        _attention_bias_gradient_kernel[(shares, num_heads, num_chunks)](
             **given,
             sums_ptr=sums,
             tiles_ptr=tiles,

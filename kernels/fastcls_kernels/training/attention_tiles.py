@@ -15,7 +15,7 @@ from .dropout import Dropout, kept_numbers
 
 
 class Tile(NamedTuple):
-    """One launch: BLOCK_M queries by BLOCK_N keys."""
+    """One launch: BLOCK_M rows a program, of queries or of keys, by BLOCK_N of the other kind in a step."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -60,7 +60,7 @@ class Scoring(NamedTuple):
             "seed": 0 if dropout is None else dropout.signed_seed,
             "threshold": 0 if dropout is None else dropout.threshold,
             "factor": 1.0 if dropout is None else dropout.factor,
-            "scale": self.scale,
+            "scale_log2": self.scale * LOG2_E,
             "log2_e": LOG2_E,
             "REACH": self.reach,
             "HAS_DROPOUT": dropout is not None,
@@ -88,15 +88,15 @@ def tile_of(
     total_tokens,
     BLOCK: tl.constexpr,
 ):
-    """A tile's rows [BLOCK] and which of them are its own; the start and end of what each meets, [BLOCK]; the first
-    and the end of what any of them meets; and the sequence's first row."""
+    """A tile's rows [BLOCK] and which of them are its own; the start and end of what each meets, [BLOCK] or
+    one for all; the first and the end of what any of them meets; and the sequence's first row."""
     rows = tl.load(tiles_ptr).to(tl.int64) + tl.arange(0, BLOCK)
     in_tile = rows < tl.load(tiles_ptr + 1)
     sequence_start = tl.load(tiles_ptr + 2)
     first = sequence_start
     last = tl.load(tiles_ptr + 3)
-    start = tl.zeros([BLOCK], dtype=tl.int32) + first
-    end = tl.zeros([BLOCK], dtype=tl.int32) + last
+    start = first
+    end = last
     if bound_start_ptr is not None:
         start = tl.load(bound_start_ptr + rows, mask=in_tile, other=0)
         end = tl.load(bound_end_ptr + rows, mask=in_tile, other=0)
@@ -104,6 +104,21 @@ def tile_of(
         first = tl.min(tl.where(end > start, start, total_tokens))
         last = tl.max(end)
     return rows, in_tile, start, end, first, last, sequence_start
+
+
+@jit()
+def pairs_of(
+    rows,  # [BLOCK_N]
+    start,  # [BLOCK_M]
+    end,  # [BLOCK_M]
+    last,
+    bound_start_ptr,  # (total_tokens,), or None
+):
+    """Which rows each row of a tile meets, [BLOCK_M, BLOCK_N] or one line for all of them."""
+    pairs = (rows < last)[None, :]
+    if bound_start_ptr is not None:
+        pairs = (rows[None, :] >= start[:, None]) & (rows[None, :] < end[:, None])
+    return pairs
 
 
 @jit()
@@ -144,9 +159,10 @@ def store_tile(
 @jit()
 def positions_of(positions_ptr, rows, last):
     """The positions of rows, int32; rows from ``last`` on, which are masked elsewhere, take the one before it."""
+    positions = rows.to(tl.int32)
     if positions_ptr is not None:
-        return tl.load(positions_ptr + tl.minimum(rows, last - 1))
-    return rows.to(tl.int32)
+        positions = tl.load(positions_ptr + tl.minimum(rows, last - 1))
+    return positions
 
 
 @jit()
@@ -156,11 +172,11 @@ def scores_of(
     bias_ptr,  # (2 * REACH + 1,), from its middle on, or None
     offset,  # [LEFT, RIGHT]: the key's position less the query's
     own,  # [LEFT, RIGHT]
-    scale, log2_e,
+    scale_log2, log2_e,
     REACH: tl.constexpr,
 ):  # fmt: skip
     """Scores in powers of two, [LEFT, RIGHT]; -inf for pairs that do not meet."""
-    scores = tl.dot(left, tl.trans(right), input_precision="ieee") * (scale * log2_e)
+    scores = tl.dot(left, tl.trans(right), input_precision="ieee") * scale_log2
     if bias_ptr is not None:
         # Clamped, so that pairs that do not meet read within the table, too.
         scores += tl.load(bias_ptr + tl.minimum(tl.maximum(offset, -REACH), REACH)).to(tl.float32) * log2_e
@@ -170,16 +186,17 @@ def scores_of(
 @jit()
 def weights_and_flow(
     scores,  # [LEFT, RIGHT], as `scores_of` gives them
-    log_sums,  # [LEFT, RIGHT], or what broadcasts to it: of queries
-    deltas,  # as log_sums
+    maxima,  # [LEFT, RIGHT], or what broadcasts to it: of queries, in powers of two
+    inverses,  # as maxima
+    deltas,  # as maxima
     left,  # [LEFT, BLOCK_D]: gradients of queries' outputs, or values
     right,  # [RIGHT, BLOCK_D]: the other ones
-    dropout_rows, dropout_columns,  # int32, as log_sums and across them
+    dropout_rows, dropout_columns,  # int32, of all that meets: one along, one across
     seed, threshold, factor,
     HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """The probabilities behind dropout, but for its factor, and the gradients of the scores: [LEFT, RIGHT] both."""
-    weights = tl.exp2(scores - log_sums)
+    weights = tl.exp2(scores - maxima) * inverses
     flow = tl.dot(left, tl.trans(right), input_precision="ieee")
     kept_weights = weights
     if HAS_DROPOUT:
@@ -189,25 +206,16 @@ def weights_and_flow(
     return kept_weights, weights * (flow - deltas)
 
 
-def forward_tile(arch: str, dtype: torch.dtype, head_dim: int) -> Tile:
-    """The tile of the forward pass."""
+def tile_for(arch: str, dtype: torch.dtype, head_dim: int) -> Tile:
+    """The tile of every kernel here; chosen by compiling, not by measuring: none spills on any chip."""
+    is_wide = head_dim > 64
+    # On AMD's chips masks live in scalar registers, which bound the rows of a step.
+    is_amd = arch.startswith("gfx")
     if dtype == torch.float32:
-        return Tile(32, 32, num_warps=4, num_stages=1)
-    return Tile(64, 64 if head_dim <= 64 else 32, num_warps=4, num_stages=2)
-
-
-def query_tile(arch: str, dtype: torch.dtype, head_dim: int) -> Tile:
-    """The tile of the gradients of queries."""
-    if dtype == torch.float32:
-        return Tile(32, 32, num_warps=4, num_stages=1)
-    return Tile(64, 64 if head_dim <= 64 else 32, num_warps=4 if head_dim <= 64 else 8, num_stages=2)
-
-
-def key_tile(arch: str, dtype: torch.dtype, head_dim: int) -> Tile:
-    """The tile of the gradients of keys and values."""
-    if dtype == torch.float32:
-        return Tile(32, 32, num_warps=4, num_stages=1)
-    return Tile(64, 64, num_warps=4 if head_dim <= 64 else 8, num_stages=2)
+        if is_wide:
+            return Tile(16, 16, num_warps=8, num_stages=1)
+        return Tile(32, 16 if is_amd else 32, num_warps=8, num_stages=1)
+    return Tile(64, 16 if is_amd else 32, num_warps=8 if is_wide else 4, num_stages=2)
 
 
 def options_of(tile: Tile, q: Tensor, k: Tensor) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def disentangled_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: None,
+    _out: Tensor,
+    _log_sums: None,
     tables: DistanceTables,
     layout: PackedLayout,
     scale: float,
@@ -82,7 +82,8 @@ def disentangled_backward(
 
     Args:
         grad_out: (total_tokens, nheads, headdim), of any strides.
-        out, lse: what the forward pass gave; not read.
+        _out, _log_sums: what the forward pass returned; not read.
+        q, k, v, tables, layout, scale, dropout: as it had them.
         into: where to write the gradients of q, k and v, of their shape and any strides, or None for new tensors.
 
     Returns:
@@ -305,6 +306,6 @@ class _Mask:
 
     def factors(self, group: Group, heads: slice) -> Tensor:
         """0 for each probability that is dropped and the dropout's factor for others, as scores are shaped."""
-        keys = _by_head(group, self._rows[:, heads]) ^ self._columns[: group.length]
+        keys = _by_head(group, self._rows[:, heads]).contiguous() ^ self._columns[: group.length]
         # In place, so that the answers are as wide as what they multiply.
         return _mixed(keys).ge_(self._dropout.threshold).to(self._dtype).mul_(self._dropout.factor)

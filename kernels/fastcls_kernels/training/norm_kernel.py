@@ -1,10 +1,10 @@
 """Kernels of dropout, addition and layer norm that can be trained, and of their gradients:
 
-    s = drop(x) + residual;    normed = n weight + norm_bias,    n = (s - mean(s)) rstd,    rstd = 1 / sqrt(var(s) + eps)
+    s = drop(x) + residual;    normed = n weight + norm_bias,    n = (s - mean(s)) rstd,    rstd = (var(s) + eps)^-½
     grad_s = rstd (g - mean(g) - n mean(g n)) + grad_summed,    g = grad_normed weight;    grad_x = drop(grad_s)
     grad_weight = Σ grad_normed n,    grad_norm_bias = Σ grad_normed    over rows
 
-With ``rms`` neither s nor g is centred, and rstd is 1 / sqrt(mean(s²) + eps). Everything is taken of s as it is stored,
+With ``rms`` neither s nor g is centred, and rstd is (mean(s²) + eps)^-½. Everything is taken of s as it is stored,
 so that the gradients are those of what was computed. Forward a program takes one row. Backward a bounded number of
 programs take turns with the rows, and each leaves one row of sums for the weight and one for the bias: atomics would
 add them in another order each time.
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..layer_norm import norm_warps
 from ..runtime.backend import device_guard, multiprocessor_count
+from ..runtime.tile_tables import arch_of, unsqueezed
 from ..runtime.triton import cdiv, jit, next_power_of_2, tl
 from .dropout import Dropout, kept_numbers
 
-# Enough to keep memory busy; beyond it the rows of sums weigh more.
-PROGRAMS_PER_PROCESSOR = 4
+# Of the backward pass: as many as its registers leave room for on a multiprocessor, so that all programs run at once.
+WARPS_PER_PROCESSOR = 24
 # Eight numbers a thread; the widths of most models are multiples of 128.
 BLOCK_M = 8
 BLOCK_N = 128
@@ -239,7 +240,9 @@ def launch_norm_backward(
     grad_residual = summed.new_empty(num_rows, width)
     has_grad_x = dropout is not None or x_dtype != summed.dtype
     grad_x = summed.new_empty(num_rows, width, dtype=x_dtype) if has_grad_x else grad_residual
-    num_programs = min(num_rows, PROGRAMS_PER_PROCESSOR * multiprocessor_count(summed.device))
+    # Half as many numbers a thread as forward, since sums are held beside them.
+    num_warps = min(2 * norm_warps(width), 16)
+    num_programs = min(num_rows, WARPS_PER_PROCESSOR // num_warps * multiprocessor_count(summed.device))
     parts = summed.new_empty(1 + has_norm_bias, num_programs, width, dtype=torch.float32)
     if num_rows > 0:
         with device_guard(summed):
@@ -264,7 +267,8 @@ def launch_norm_backward(
                 RMS=rms,
                 WIDTH=width,
                 BLOCK_W=next_power_of_2(width),
-                num_warps=norm_warps(width),
+                num_warps=num_warps,
+                **unsqueezed(arch_of(summed.device)),
                 enable_fp_fusion=True,
             )
     sums = parts.sum(1)
