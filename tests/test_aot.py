@@ -54,6 +54,10 @@ MULTIPLY = {
     "_pooler_classifier_kernel",
     "_row_gradient_kernel",
     "_split_linear_kernel",
+    "cls_flow_kernel",
+    "cls_hidden_gradient_kernel",
+    "cls_scores_kernel",
+    "cls_sum_kernel",
 }
 
 # Chips with the instructions and the memory of one before.

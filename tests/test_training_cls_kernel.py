@@ -44,10 +44,10 @@ CASES = {
     "two_groups_of_heads": Case(heads=17, biased=True, dropout=DROPOUT),
     "window": Case(window=(5, 9)),
     "window_of_positions": Case(window=(5, 20), dropout=DROPOUT, has_positions=True),
-    "keys": Case(heads=9, head_dim=16, is_wide=False),
+    "keys": Case(heads=16, head_dim=16, is_wide=False),
     "wide_keys": Case(heads=6, head_dim=80, biased=True),
     "keys_of_heads_that_fill_no_block": Case(head_dim=12, is_wide=False, dropout=DROPOUT),
-    "all_of_it": Case(heads=9, head_dim=8, biased=True, window=(0, 11), dropout=DROPOUT, has_positions=True),
+    "all_of_it": Case(heads=16, head_dim=8, biased=True, window=(0, 11), dropout=DROPOUT, has_positions=True),
 }
 
 

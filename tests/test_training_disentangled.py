@@ -102,9 +102,9 @@ def definition(q: Tensor, k: Tensor, v: Tensor, pos_key: Tensor | None, pos_quer
 def by_autograd(case: Case, dtype: torch.dtype) -> list[Tensor | None]:
     """The output and all gradients, as `NAMES` names them."""
     given = [case.q, case.k, case.v, case.tables.keys, case.tables.queries]
-    inputs = [None if each is None else each.detach().to(dtype).requires_grad_() for each in given]
+    inputs: Any = [None if each is None else each.detach().to(dtype).requires_grad_() for each in given]
     with torch.enable_grad():
-        out = definition(*inputs, case)  # type: ignore[arg-type]
+        out = definition(*inputs, case)
         wanted = [each for each in inputs if each is not None]
         found = iter(torch.autograd.grad(out, wanted, case.grad_out.to(dtype), materialize_grads=True))
     return [out.detach(), *(None if each is None else next(found) for each in inputs)]
@@ -195,8 +195,8 @@ def test_kernels_match_autograd_of_the_definition(
     check(case, by_kernels)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"])
-@pytest.mark.parametrize("lengths", [[2, 1, 5], [0, 0], []], ids=["short", "nothing", "no_sequences"])
+@pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
+@pytest.mark.parametrize("lengths", [[2, 5, 3], [0, 0], []], ids=["short", "nothing", "no_sequences"])
 def test_kernels_take_the_shortest_texts(kernels: str, dtype: torch.dtype, lengths: list[int]) -> None:
     check(make_case(lengths, dtype, kernels), by_kernels)
 

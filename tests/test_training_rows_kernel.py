@@ -242,7 +242,23 @@ def test_nothing_is_stored_twice_where_nothing_changes(kernels: str, dtype: torc
 def test_gradients_are_the_same_bit_for_bit(kernels: str, dtype: torch.dtype) -> None:
     given: Any = norm_given(Norm(), 17, 24, dtype, kernels)
     first, second = (norm_launches(Norm(), *given)[1] for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True) if one is not None)
+    for one, other in zip(first, second, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+
+
+@FLOAT16
+def test_the_norm_is_of_the_sum_as_it_is_stored(kernels: str, dtype: torch.dtype) -> None:
+    x, residual, weight, *_ = norm_given(Norm(), 5, 24, dtype, kernels)
+    assert x is not None
+    assert weight is not None
+    normed, summed, *statistics = launch_add_norm(x, residual, DROPOUT, weight, None, EPS, False)
+    again, _, *others = launch_add_norm(summed, None, None, weight, None, EPS, False)
+    for one, other in zip((normed, *statistics), (again, *others), strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
 
 
 @FLOAT32

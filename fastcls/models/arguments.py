@@ -45,13 +45,16 @@ def takes_positions(model_class: type[PreTrainedModel]) -> bool:
     return "position_ids" in inspect.signature(model_class.forward).parameters
 
 
-def check_extras(fast_class: type[Any], config: Any, extras: Mapping[str, Any]) -> None:
+def check_extras(
+    fast_class: type[Any], config: Any, extras: Mapping[str, Any], *, accepts_count: bool = False
+) -> None:
     """Checks the arguments that ``forward`` does not name.
 
     Args:
         fast_class: the model's class.
         config: its config, which may ask for outputs, too.
         extras: the arguments.
+        accepts_count: whether the loss is divided by ``num_items_in_batch``, where that is given.
 
     Raises:
         TypeError: one that would change the answer, or that is a mistyped name.
@@ -64,7 +67,7 @@ def check_extras(fast_class: type[Any], config: Any, extras: Mapping[str, Any]) 
                 "Use the transformers model for it"
             )
     for name, value in extras.items():
-        if value is None or value is False:
+        if value is None or value is False or (name == "num_items_in_batch" and accepts_count):
             continue
         if name in _CHANGING:
             raise TypeError(f"forward() takes no argument {name}: fastcls does not compute with it")
@@ -77,6 +80,16 @@ def _mistyped(fast_class: type[Any], name: str) -> str | None:
     """The argument that another name is all but the same as."""
     taken = inspect.signature(fast_class.forward).parameters
     return next(iter(difflib.get_close_matches(name, taken, 1, _TYPING_ERROR)), None)
+
+
+@functools.lru_cache(maxsize=64)
+def divides_by_count(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a transformers class for masks divides its loss by ``num_items_in_batch``, as ModernBERT's does.
+
+    BERT's and most others take the argument and leave it: their loss is the mean over a batch's labels.
+    """
+    names = inspect.unwrap(model_class.forward).__code__.co_names
+    return model_class.__name__.endswith("ForMaskedLM") and "loss_function" in names
 
 
 def check_not_traced() -> None:

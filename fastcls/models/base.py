@@ -20,7 +20,7 @@ from ..engine.spec import EncoderSpec, HeadSpec, LastLayer, Quantize, Rows
 from ..engine.weights import has_hooks
 from ..families import family_of_class
 from ..families.family import WeightMap
-from .arguments import check_extras, check_not_traced, order_of, takes_positions
+from .arguments import check_extras, check_not_traced, divides_by_count, order_of, takes_positions
 from .state_dict import register_hooks
 from .trainable import TrainableModel
 
@@ -65,8 +65,9 @@ class FastModel(TrainableModel):
             With ``quantize`` weights are packed all the same. May be set at any time.
     """
 
-    # transformers' Trainer asks. Losses are means over a batch's labels, whatever number the Trainer would divide by.
-    accepts_loss_kwargs = False
+    # transformers' Trainer asks: whether the loss is divided by the number of labels that it gives, in all batches of a
+    # step. Others are means over a batch's labels, and the Trainer divides by the number of batches.
+    accepts_loss_kwargs: bool = False
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class FastModel(TrainableModel):
         # A copy, since some are lists.
         read = family_of_class(model_class)[0].read_at_calls
         self._read_at_calls = {name: copy.deepcopy(getattr(config, name, None)) for name in read}
+        self.accepts_loss_kwargs = divides_by_count(cast("Any", model_class))
         register_hooks(self)
         self.description = operator.describe(self)
         self._announce_weights()
@@ -289,7 +291,7 @@ class FastModel(TrainableModel):
             self.check_not_let_go("torch.compile and torch.export")
         if torch.is_grad_enabled() and not self.training:
             self._check_no_gradients(batch)
-        check_extras(type(self), self.config, extras)
+        check_extras(type(self), self.config, extras, accepts_count=self.accepts_loss_kwargs)
         if batch.position_ids is not None and not self._takes_positions:
             raise TypeError("forward() takes no argument position_ids: the transformers model computes nothing with it")
         for name, value in self._read_at_calls.items():

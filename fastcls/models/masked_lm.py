@@ -88,7 +88,8 @@ class FastMaskedLM(ModelWithHead):
         if labels is not None:
             found = logits[tuple(predicted.T)] if self.dense else logits
             expected = labels[tuple(predicted.to(labels.device).T)]
-            loss = ForMaskedLMLoss(found, expected, found.shape[1])
+            count = kwargs.get("num_items_in_batch") if self.accepts_loss_kwargs else None
+            loss = ForMaskedLMLoss(found, expected, found.shape[1], num_items_in_batch=count)
         return self._given(FastMaskedLMOutput.of(loss, logits, predicted), return_dict)
 
     def _traced(self, batch: PaddedBatch, wanted: Tensor | None, labels: Tensor | None) -> FastMaskedLMOutput:

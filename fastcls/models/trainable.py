@@ -28,8 +28,7 @@ class TrainableModel(FollowingModel):
     Attributes:
         trained: the model whose parameters are trained, once `train` was called.
         stays_in_eval: whether `train` changes nothing, as in a module that trains its own head on a frozen encoder.
-        is_gradient_checkpointing: whether layers are computed again in the backward pass, so that their activations
-            need not be kept.
+        checkpointed_layers: n where the backward pass computes each n-th layer again, 0 where it computes none.
     """
 
     # transformers' Trainer asks.
@@ -40,7 +39,7 @@ class TrainableModel(FollowingModel):
     weight_map: WeightMap
     trained: Trained | None = None
     stays_in_eval: bool = False
-    is_gradient_checkpointing: bool = False
+    checkpointed_layers: int = 0
     _training_options: TrainingOptions | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,23 +89,51 @@ class TrainableModel(FollowingModel):
             raise RuntimeError("gradients must be asked for in training mode: call train() first, then this")
         return super().requires_grad_(requires_grad)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
         """Has the backward pass compute layers again, so that their activations need not be kept.
 
         Args:
-            gradient_checkpointing_kwargs: taken for transformers' sake; ``use_reentrant`` changes nothing here.
+            activation_checkpointing_kwargs: taken for transformers' sake; ``use_reentrant`` changes nothing here.
+            every_n_layers: 1 for all layers, n for each n-th one, from the first on.
+            offload: must be False.
 
         Raises:
             TypeError: an option that is not known.
+            ValueError: ``every_n_layers`` is below 1, or ``offload`` is set.
         """
-        unknown = set(gradient_checkpointing_kwargs or {}) - {"use_reentrant"}
+        unknown = set(activation_checkpointing_kwargs or {}) - {"use_reentrant"}
         if unknown:
-            raise TypeError(f"gradient_checkpointing_kwargs may hold use_reentrant alone, got {', '.join(sorted(unknown))}")
-        self.is_gradient_checkpointing = True
+            found = ", ".join(sorted(unknown))
+            raise TypeError(f"activation_checkpointing_kwargs may hold use_reentrant alone, got {found}")
+        if every_n_layers < 1:
+            raise ValueError(f"every_n_layers must be at least 1, got {every_n_layers}")
+        if offload:
+            raise ValueError(f"offload must be False, got {offload!r}: activations stay on the model's device")
+        self.checkpointed_layers = every_n_layers
+
+    def activation_checkpointing_disable(self) -> None:
+        """Has layers' activations kept for the backward pass."""
+        self.checkpointed_layers = 0
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether `activation_checkpointing_enable` was called last; transformers asks."""
+        return self.checkpointed_layers > 0
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """`activation_checkpointing_enable`, under the name that transformers gave it before 5.23."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Has layers' activations kept for the backward pass."""
-        self.is_gradient_checkpointing = False
+        """`activation_checkpointing_disable`, under its old name."""
+        self.activation_checkpointing_disable()
 
     def _apply(self: _Model, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Model:
         super()._apply(fn, recurse)
@@ -147,7 +174,7 @@ class TrainableModel(FollowingModel):
         check_rates(model)
         self.trained = Trained(model, original, self.weight_map)
         self._training_options = TrainingOptions(
-            dropout_rates(self.config, self.head.spec), self.trained.padding_ids(), False
+            dropout_rates(self.config, self.head.spec), self.trained.padding_ids()
         )
         own = self._modules
         # Attributes as before, and modules and parameters of the model that is trained.
@@ -181,13 +208,14 @@ class TrainableModel(FollowingModel):
         """A pass over the weights as they are, in autocast's dtype where that is on."""
         assert self.trained is not None
         assert self._training_options is not None
+        self.catch_up()
         if self.encoder.rotary is not None:
             with torch.no_grad():
                 self.encoder.rotary.refresh()
         kind = self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
-        options = self._training_options._replace(checkpoints=self.is_gradient_checkpointing)
-        return TrainingPass(self.spec, self.head.spec, self.encoder, self.trained.weights(), options, dtype)
+        options = self._training_options._replace(checkpointed_layers=self.checkpointed_layers)
+        return TrainingPass(self.spec, self.head.spec, self.encoder, self.trained.weights(dict(self.weights())), options, dtype)
 
     def trained_rows(
         self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True

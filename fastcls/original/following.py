@@ -136,21 +136,6 @@ class Original:
         """The original, while somebody holds it."""
         return self._references[0]()
 
-    def parts(self) -> dict[str, list[Tensor]]:
-        """The original's weights as they stand there now, by our names.
-
-        Raises:
-            RuntimeError: a weight or module was replaced by one that is no longer the same model's.
-        """
-        self._check_structure()
-        found: dict[str, list[Tensor]] = {}
-        for slot in self._seen.slots:
-            tensor = slot.place.get(slot.key)
-            self._check(slot, tensor)
-            assert tensor is not None
-            found.setdefault(slot.own, []).append(tensor)
-        return found
-
     def is_current(self) -> bool:
         """Whether nothing has changed since the last `update`."""
         structure = self._structure

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from ..engine.weights import has_hooks
-from ..families.family import ByHead, WeightMap
+from ..families.family import WeightMap
 from .following import Original
 
 
@@ -29,14 +29,17 @@ class Trained:
         self.original = original
         self.weight_map = weight_map
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weights by our names; those that are joined of several have a graph.
+    def weights(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights by our names, with a graph where they are joined of several.
 
-        Raises:
-            RuntimeError: a weight or module was replaced by one that is no longer the same model's.
+        Args:
+            ours: a fast model's own, which are up to the model's.
         """
-        layouts = self.weight_map.layouts
-        return {own: _joined(parts, layouts.get(own)) for own, parts in self.original.parts().items()}
+        found = {}
+        for own, parts in self.original.tensors().items():
+            is_one = own in self.weight_map.buffers or self.weight_map.is_one(own)
+            found[own] = parts[0].contiguous() if is_one else _Joined.apply(ours[own], self.weight_map, own, *parts)
+        return found
 
     def padding_ids(self) -> dict[str, int]:
         """For our names of tables the row whose gradient stays zero, as ``padding_idx`` of their modules says."""
@@ -114,22 +117,17 @@ def model_over(
     return model
 
 
-class _ByHead(torch.autograd.Function):
+class _Joined(torch.autograd.Function):
+    """Several weights as one of ours, which is a copy of them already: no other is made, or kept."""
+
     @staticmethod
-    def forward(ctx: Any, layout: ByHead, *parts: Tensor) -> Tensor:
-        ctx.layout = layout
-        ctx.shapes = [part.shape for part in parts]
-        return layout.made_of(parts)
+    def forward(ctx: Any, ours: Tensor, weight_map: WeightMap, own: str, *parts: Tensor) -> Tensor:
+        ctx.form = (weight_map, own, [part.shape for part in parts])
+        return ours.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        views = ctx.layout.views(grad)
-        return None, *(rows.reshape(shape) for rows, shape in zip(views, ctx.shapes, strict=True))
-
-
-def _joined(parts: list[Tensor], layout: ByHead | None) -> Tensor:
-    if layout is not None:
-        joined: Tensor = _ByHead.apply(layout, *parts)
-        return joined
-    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+        weight_map, own, shapes = ctx.form
+        parts = weight_map.parts(own, grad)
+        return None, None, None, *(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))

@@ -37,12 +37,13 @@ class TrainingOptions(NamedTuple):
     Attributes:
         rates: of dropout.
         padding_ids: for names of tables of embeddings the row whose gradient stays zero.
-        checkpoints: whether activations inside of layers are computed again in the backward pass, and not kept.
+        checkpointed_layers: n where the activations inside each n-th layer are computed again in the backward pass, and
+            not kept; 0 where all are kept.
     """
 
     rates: DropoutRates
     padding_ids: Mapping[str, int]
-    checkpoints: bool = False
+    checkpointed_layers: int = 0
 
 
 class TrainingPass:
@@ -116,19 +117,18 @@ class TrainingPass:
             layer = TrainedLayer(self.spec, by_layer[own], index, self.seeds, self.dtype)
             seen = self._seen(index, packed, bias, distances)
             if index == last and rows == "first":
-                states = self._computed(layer.first_rows, states, seen)
-            elif index == last and rows == "chosen":
-                assert packed.rows is not None
-                states = self._computed(layer.all_rows, states, seen, packed.rows.long())
+                states = self._computed(index, layer.first_rows, states, seen)
             else:
-                states = self._computed(layer.all_rows, states, seen)
+                chosen = None if packed.rows is None or index < last else packed.rows.long()
+                states = self._computed(index, layer.all_rows, states, seen, chosen)
             if index == 0 and self.spec.convolution is not None and last:
                 convolved = self._convolved(embeddings, states.normed, packed)
                 states = Rows(convolved, convolved)
         return states.normed
 
-    def _computed(self, function: Callable[..., Rows], *arguments: Any) -> Rows:
-        if not self.options.checkpoints or not torch.is_grad_enabled():
+    def _computed(self, index: int, function: Callable[..., Rows], *arguments: Any) -> Rows:
+        every = self.options.checkpointed_layers
+        if not every or index % every or not torch.is_grad_enabled():
             return function(*arguments)
         # Seeds are drawn before, so no generator need be set back.
         found: Rows = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -209,13 +209,14 @@ def weights_and_flow(
 def tile_for(arch: str, dtype: torch.dtype, head_dim: int) -> Tile:
     """The tile of every kernel here; chosen by compiling, not by measuring: none spills on any chip."""
     is_wide = head_dim > 64
-    # On AMD's chips masks live in scalar registers, which bound the rows of a step.
-    is_amd = arch.startswith("gfx")
+    if arch.startswith("gfx"):
+        # Masks live in scalar registers, which bound the rows of a step.
+        if dtype == torch.float32:
+            return Tile(32, 16, num_warps=8, num_stages=1)
+        return Tile(64, 16, num_warps=4, num_stages=1)
     if dtype == torch.float32:
-        if is_wide:
-            return Tile(16, 16, num_warps=8, num_stages=1)
-        return Tile(32, 16 if is_amd else 32, num_warps=8, num_stages=1)
-    return Tile(64, 16 if is_amd else 32, num_warps=8 if is_wide else 4, num_stages=2)
+        return Tile(16, 16, num_warps=8, num_stages=1) if is_wide else Tile(32, 32, num_warps=8, num_stages=1)
+    return Tile(64, 32, num_warps=8 if is_wide else 4, num_stages=2)
 
 
 def options_of(tile: Tile, q: Tensor, k: Tensor) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ..attention.kernel import LOG2_E, NO_WINDOW
 from ..layout import PackedLayout
 from ..runtime.backend import device_guard
 from ..runtime.checks import FLOAT_DTYPES, check_head_dim, check_last_dim_contiguous
-from ..runtime.tile_tables import arch_of
+from ..runtime.tile_tables import arch_of, unsqueezed
 from ..runtime.triton import cdiv, head_block
 from .cls_programs import (
     cls_flow_kernel,
@@ -199,6 +199,7 @@ def launch_cls_backward(
     head_groups = cdiv(num_heads, tile.BLOCK_H)
     # All heads' columns stay in registers.
     block_w = tile.BLOCK_W if head_groups == 1 else tile.BLOCK_W // 2 if head_groups == 2 else 16
+    unspilled = unsqueezed(arch_of(hidden.device))
     with device_guard(hidden):
         scores = None if keys is None else _launch_scores(query, hidden, keys, bias, scale, form)
         cls_flow_kernel[(num_rows, form.token_tiles(tile.BLOCK_N), head_groups)](
@@ -215,6 +216,7 @@ def launch_cls_backward(
             scale_log2=scale * LOG2_E,
             LOG2_E=LOG2_E,
             **form.options,
+            **unspilled,
         )
         cls_score_gradient_kernel[(num_rows, head_groups)](
             probability_ptr=probabilities,
@@ -243,6 +245,7 @@ def launch_cls_backward(
             scale=scale,
             HEAD_GROUPS=head_groups,
             **{**form.options, "BLOCK_W": block_w},
+            **unspilled,
         )
         if keys is not None:
             cls_key_gradient_kernel[(num_rows, num_heads)](
@@ -256,6 +259,7 @@ def launch_cls_backward(
                 total_tokens=hidden.shape[0],
                 scale=scale,
                 **_key_options(keys),
+                **unspilled,
             )
     return grad_query, grad_hidden, grad_keys, grad_bias
 

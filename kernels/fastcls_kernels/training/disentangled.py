@@ -277,13 +277,14 @@ def _probabilities(
     group: Group, queries: Tensor, keys: Tensor, columns: _Columns, heads: slice, places: Tensor | None, scale: float
 ) -> Tensor:
     """The softmax, (heads, num_sequences, length, length)."""
-    by_key, by_query = (columns.term(group, side, heads, rows, places) for side, rows in enumerate((queries, keys)))
-    if by_query is not None:
-        by_query = by_query.transpose(2, 3)
-    if by_key is None or by_query is None:
-        scores = (by_query if by_key is None else by_key).contiguous()
-    else:
-        scores = torch.add(by_key, by_query, out=by_key.new_empty(by_key.shape))
+    terms = []
+    if (by_key := columns.term(group, 0, heads, queries, places)) is not None:
+        terms.append(by_key)
+    if (by_query := columns.term(group, 1, heads, keys, places)) is not None:
+        terms.append(by_query.transpose(2, 3))
+    # Into memory of its own, whose rows lie side by side.
+    scores = torch.empty(terms[0].shape, dtype=columns.dtype, device=queries.device)
+    torch.add(*terms, out=scores) if len(terms) == 2 else scores.copy_(terms[0])
     scores += _each(queries, keys.transpose(2, 3))
     scores *= scale
     if not group.is_even:

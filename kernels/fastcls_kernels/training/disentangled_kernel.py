@@ -386,9 +386,9 @@ def launch_disentangled_backward(
             )
         sides = zip((given_q, given_k), (q, k), (grad_q, grad_k), flows, columns.tables, grad_tables, strict=True)
         for summed, rows, grad, flow, table, grad_table in sides:
-            launch_row_gradient(summed, flow, None if table is None else table[:, heads], scale, grad[:, heads])
-            if flow is not None and grad_table is not None:
-                launch_table_gradient(
-                    flow, rows[:, heads], layout.cu_seqlens, columns.buckets, scale, grad_table[:, heads]
-                )
+            if flow is None or table is None or grad_table is None:
+                grad[:, heads] = summed * scale
+                continue
+            launch_row_gradient(summed, flow, table[:, heads], scale, grad[:, heads])
+            launch_table_gradient(flow, rows[:, heads], layout.cu_seqlens, columns.buckets, scale, grad_table[:, heads])
     return grad_q, grad_k, grad_v, grad_tables[0], grad_tables[1]

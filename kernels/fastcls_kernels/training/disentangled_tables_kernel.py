@@ -21,8 +21,8 @@ from .attention_tiles import Tile, load_tile, store_tile, strides_of
 @jit(do_not_specialize=["total_tokens", "num_columns"])
 def _row_gradient_kernel(
     given_ptr,  # (total_tokens, nheads, headdim)
-    flow_ptr,  # (nheads, total_tokens, num_columns), or None
-    table_ptr,  # (num_columns, nheads, headdim), or None
+    flow_ptr,  # (nheads, total_tokens, num_columns)
+    table_ptr,  # (num_columns, nheads, headdim)
     grad_ptr,  # (total_tokens, nheads, headdim)
     total_tokens, num_columns, scale,
     stride_it, stride_ih, stride_tt, stride_th, stride_gt, stride_gh,
@@ -33,21 +33,20 @@ def _row_gradient_kernel(
     in_rows = rows < total_tokens
     # [BLOCK_M, BLOCK_D]
     acc = load_tile(given_ptr + head * stride_ih, rows, in_rows, stride_it, HEAD_DIM, BLOCK_D)
-    if flow_ptr is not None:
-        flow_ptr += head * total_tokens * num_columns
-        table_ptr += head * stride_th
-        for start in tl.range(0, num_columns, BLOCK_N):
-            columns = start + tl.arange(0, BLOCK_N)
-            in_columns = columns < num_columns
-            # [BLOCK_M, BLOCK_N]
-            flow = tl.load(
-                flow_ptr + (rows[:, None] * num_columns + columns[None, :]),
-                mask=in_rows[:, None] & in_columns[None, :],
-                other=0.0,
-            )
-            # [BLOCK_N, BLOCK_D]
-            table = load_tile(table_ptr, columns, in_columns, stride_tt, HEAD_DIM, BLOCK_D)
-            acc = tl.dot(flow, table, acc, input_precision="ieee")
+    flow_ptr += head * total_tokens * num_columns
+    table_ptr += head * stride_th
+    for start in tl.range(0, num_columns, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        in_columns = columns < num_columns
+        # [BLOCK_M, BLOCK_N]
+        flow = tl.load(
+            flow_ptr + (rows[:, None] * num_columns + columns[None, :]),
+            mask=in_rows[:, None] & in_columns[None, :],
+            other=0.0,
+        )
+        # [BLOCK_N, BLOCK_D]
+        table = load_tile(table_ptr, columns, in_columns, stride_tt, HEAD_DIM, BLOCK_D)
+        acc = tl.dot(flow, table, acc, input_precision="ieee")
     store_tile(grad_ptr + head * stride_gh, acc * scale, rows, in_rows, stride_gt, HEAD_DIM, BLOCK_D)
 
 
@@ -109,13 +108,13 @@ def position_tile(dtype: torch.dtype) -> Tile:
     return Tile(32, 32, num_warps=4, num_stages=1 if dtype == torch.float32 else 2)
 
 
-def launch_row_gradient(given: Tensor, flow: Tensor | None, table: Tensor | None, scale: float, grad: Tensor) -> None:
+def launch_row_gradient(given: Tensor, flow: Tensor, table: Tensor, scale: float, grad: Tensor) -> None:
     """Stores the gradients of rows.
 
     Args:
         given: (total_tokens, nheads, headdim), float32: what does not come by positions.
-        flow: (nheads, total_tokens, num_columns), contiguous, in the rows' dtype, or None.
-        table: (num_columns, nheads, headdim), in that dtype, or None.
+        flow: (nheads, total_tokens, num_columns), contiguous, in the rows' dtype.
+        table: (num_columns, nheads, headdim), in that dtype.
         scale: factor on the sum of both.
         grad: (total_tokens, nheads, headdim), in that dtype: where they are stored.
     """
@@ -128,9 +127,9 @@ def launch_row_gradient(given: Tensor, flow: Tensor | None, table: Tensor | None
             table_ptr=table,
             grad_ptr=grad,
             total_tokens=total_tokens,
-            num_columns=0 if flow is None else flow.shape[2],
+            num_columns=flow.shape[2],
             scale=scale,
-            **strides_of(i=given, t=given if table is None else table, g=grad),
+            **strides_of(i=given, t=table, g=grad),
             HEAD_DIM=head_dim,
             **options,
         )

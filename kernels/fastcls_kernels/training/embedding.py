@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..runtime.backend import runs_triton
-try:
-    from .embedding_kernel import launch_table_gradient
-except ImportError:
-    pass
+from .embedding_kernel import launch_table_gradient
 
 
 class _Rows(torch.autograd.Function):

@@ -16,10 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..layer_norm import cpu_norm
 from ..runtime.backend import runs_triton
 from .dropout import Dropout, drop
-try:
-    from .norm_kernel import launch_add_norm, launch_drop, launch_norm_backward
-except ImportError:
-    pass
+from .norm_kernel import launch_add_norm, launch_drop, launch_norm_backward
 
 
 class _AddNorm(torch.autograd.Function):

@@ -19,10 +19,7 @@ from torch.autograd.function import once_differentiable
 from ..linear.cpu import cpu_product
 from ..runtime.activations import Activation, activate_
 from ..runtime.backend import runs_triton
-try:
-    from .activation_kernel import launch_activation, launch_activation_backward
-except ImportError:
-    pass
+from .activation_kernel import launch_activation, launch_activation_backward
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
