@@ -123,7 +123,8 @@ def launch_trained_disentangled_attention(
     tables = DistanceTables(pos_key, pos_query, Buckets(tensor(511, dtype=torch.int32), tuple(range(511))))
     scoring = (tables, layout, 0.07, dropout)
     out, statistics = disentangled_kernel.launch_disentangled_forward(q, k, v, *scoring)
-    into = tensor(4096, 3, model.heads, model.head_dim, dtype=dtype).unbind(1)
+    grads = tensor(4096, 3, model.heads, model.head_dim, dtype=dtype)
+    into = (grads[:, 0], grads[:, 1], grads[:, 2])
     disentangled_kernel.launch_disentangled_backward(out, q, k, v, out, statistics, *scoring, into=into)
 
 

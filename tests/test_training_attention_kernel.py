@@ -113,7 +113,8 @@ def by_autograd(case: Case, given: Given, dtype: torch.dtype) -> tuple[list[Tens
         leaves.append(given.bias.to(torch.promote_types(dtype, torch.float32)).requires_grad_())
 
     def run() -> Tensor:
-        out = defined(case, given.layout, *leaves[:3], leaves[3] if given.bias is not None else None)
+        bias = leaves[3] if given.bias is not None else None
+        out = defined(case, given.layout, leaves[0], leaves[1], leaves[2], bias)
         grads = torch.autograd.grad(out, leaves, given.grad.to(dtype))
         return torch.cat([each.detach().flatten() for each in (out, *grads)])
 

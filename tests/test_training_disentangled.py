@@ -74,7 +74,7 @@ def make_case(
     return Case(q, k, v, grad_out, DistanceTables(pos_key, pos_query, buckets), layout, dropout)
 
 
-def definition(q: Tensor, k: Tensor, v: Tensor, pos_key: Tensor | None, pos_query: Tensor | None, case: Case) -> Tensor:
+def definition(case: Case, q: Tensor, k: Tensor, v: Tensor, pos_key: Tensor | None, pos_query: Tensor | None) -> Tensor:
     """`disentangled_attention_reference` with dropout, made to be differentiated."""
     buckets, layout = case.tables.buckets, case.layout
     outs = []
@@ -104,7 +104,7 @@ def by_autograd(case: Case, dtype: torch.dtype) -> list[Tensor | None]:
     given = [case.q, case.k, case.v, case.tables.keys, case.tables.queries]
     inputs: Any = [None if each is None else each.detach().to(dtype).requires_grad_() for each in given]
     with torch.enable_grad():
-        out = definition(*inputs, case)
+        out = definition(case, *inputs)
         wanted = [each for each in inputs if each is not None]
         found = iter(torch.autograd.grad(out, wanted, case.grad_out.to(dtype), materialize_grads=True))
     return [out.detach(), *(None if each is None else next(found) for each in inputs)]

@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcls_kernels import batch_invariant, explain_backend, is_batch_invariant, warming_shapes
 from fastcls_kernels.packed import Packing
 from fastcls_kernels.unchecked import mean_pool
 
 from .batch import BatchReader, PaddedBatch, check_packed
-from .convolution import EmbeddingConvolution
 from .cuda_graphs import CudaGraphs, being_captured, bucket_of, graph_key, max_graph_tokens
 from .encoder import Encoder
-from .fitting import WeightFit
 from .head import Head
 from .packed import LET_GO, check_quantizes, packing_of
 from .packing import (
@@ -31,10 +29,10 @@ from .packing import (
     parts_of,
 )
 from .plain import pack_plain
-from .positions import BiasTable
 from .spec import EncoderSpec, HeadSpec, LastLayer, Quantize, Rows, check_last_layer, check_quantize
 from .unpacking import unpack_chosen, unpack_rows, unpack_tokens
-from .weights import checked_rows, has_hooks, is_intercepted, under
+from .watching import WatchedModule
+from .weights import checked_rows, is_intercepted, under
 
 # On a CPU a pass over about this many tokens keeps its activations in cache; larger batches run in several passes.
 CPU_TOKENS_PER_PASS = 2048
@@ -55,7 +53,7 @@ class Options(NamedTuple):
     pack_weights: bool = True
 
 
-class Engine(nn.Module):
+class Engine(WatchedModule):
     """An encoder and the head on it, over packed tokens. Inference only.
 
     Args:
@@ -144,21 +142,6 @@ class Engine(nn.Module):
         self._quantize = quantize
 
     @property
-    def _like(self) -> Tensor:
-        """A weight that is always there: it tells all weights' device and dtype."""
-        return self.encoder.like
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._like.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights and of the computation."""
-        return self._like.dtype
-
-    @property
     def width(self) -> int:
         """How many numbers a row has behind the head."""
         weight = self.head.out_weight
@@ -168,30 +151,6 @@ class Engine(nn.Module):
     def fill_of_texts(self) -> float:
         """Stands for a text that is masked as a whole: NaN, or for a choice, which must not win, the lowest number."""
         return torch.finfo(self.dtype).min if self.head.spec.task == "multiple choice" else math.nan
-
-    def weights(self, *, all_names: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """All weights by our names: parameters, and the rotary frequencies, which no state dict holds.
-
-        Args:
-            all_names: give each under all its names, or under its first alone.
-        """
-        seen: set[int] = set()
-        for path, module in self.own_modules():
-            for key, weight in module._parameters.items():
-                if weight is not None and (all_names or id(weight) not in seen):
-                    seen.add(id(weight))
-                    yield f"{path}.{key}", weight
-        yield from self.named_rotary()
-
-    def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules of encoder and head, by our names: a model that is trained shows others, the given one's."""
-        yield from self.encoder.named_modules(prefix="encoder")
-        yield from self.head.named_modules(prefix="head")
-
-    def named_rotary(self) -> Iterator[tuple[str, Tensor]]:
-        """The rotary frequencies by our names."""
-        if self.encoder.rotary is not None:
-            yield from self.encoder.rotary.named_buffers("encoder.rotary")
 
     def rows(
         self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True
@@ -434,48 +393,3 @@ class Engine(nn.Module):
         if rows == "mean":
             states = mean_pool(states, packed.layout)
         return self.head(states) if has_head else states
-
-    def check_weights(self) -> None:
-        """Checks weights that were put in place by hand, since the kernels and some libraries trust them.
-
-        To be called before anything is made of the weights. A graph reads them where they were when it was captured.
-
-        Raises:
-            TypeError: one has another dtype than the others.
-            ValueError: another shape or device, or strides that the kernels do not take.
-        """
-        self._fit.check(self)
-
-    def _watch_modules(self) -> None:
-        """Notes where modules keep hooks and attributes, and their weights' shapes: each call looks there."""
-        modules = [self, *(module for _, module in self.own_modules())]
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._states = [vars(module) for module in modules[1:]]
-        self._fit = WeightFit(self)
-
-    def is_hooked(self) -> bool:
-        """Whether a module has hooks, or one inside has another ``forward`` set on it."""
-        return any(self._hooks) or any("forward" in state for state in self._states)
-
-    def hooked_inside(self) -> list[tuple[str, nn.Module]]:
-        """The modules below this one that have forward hooks, or another ``forward``, by their names."""
-        return [(name, module) for name, module in self.own_modules() if has_hooks(module)]
-
-    def _check_hooks(self, rows: Rows) -> None:
-        """Refuses hooks on modules that a pass does not call as a whole."""
-        for name, module in self.hooked_inside():
-            reason = self.never_called(name, module, rows)
-            if reason is not None:
-                raise RuntimeError(
-                    f"{name} must have no forward hooks, and no other forward, which would not run: {reason}"
-                )
-
-    def never_called(self, name: str, module: nn.Module, rows: Rows) -> str | None:
-        """Why a pass does not call a module as a whole, or None where it does."""
-        last = f"encoder.layers.{self.spec.layers[-1]}"
-        if name == last and rows in ("first", "chosen") and self.last_layer != "full":
-            return f'only some rows of it are computed. Set last_layer = "full", got {self.last_layer!r}'
-        if name not in ("encoder", "head") and not name.startswith(("encoder.layers.", "encoder.embeddings")):
-            called = isinstance(module, (BiasTable, EmbeddingConvolution))
-            return None if called else "it holds tables that others read"
-        return None

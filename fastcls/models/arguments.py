@@ -45,9 +45,7 @@ def takes_positions(model_class: type[PreTrainedModel]) -> bool:
     return "position_ids" in inspect.signature(model_class.forward).parameters
 
 
-def check_extras(
-    fast_class: type[Any], config: Any, extras: Mapping[str, Any], *, accepts_count: bool = False
-) -> None:
+def check_extras(fast_class: type[Any], config: Any, extras: Mapping[str, Any], *, accepts_count: bool = False) -> None:
     """Checks the arguments that ``forward`` does not name.
 
     Args:

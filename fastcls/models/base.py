@@ -157,7 +157,7 @@ class FastModel(TrainableModel):
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of the weights, those that are shared with the original and those that are packed included."""
-        tensors = [weight for _, weight in self.own_parameters()]
+        tensors: list[Tensor] = [weight for _, weight in self.own_parameters()]
         if return_buffers:
             tensors += [buffer for _, module in self.own_modules() for buffer in module.buffers(recurse=False)]
         there = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if not tensor.is_meta}

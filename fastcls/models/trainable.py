@@ -151,7 +151,9 @@ class TrainableModel(FollowingModel):
             RuntimeError: the model is trained, and so has no weights but those.
         """
         if self.trained is not None:
-            raise RuntimeError("stop_following must be left out: the weights that this model follows are those it trains")
+            raise RuntimeError(
+                "stop_following must be left out: the weights that this model follows are those it trains"
+            )
         super().stop_following()
 
     def _begin_training(self) -> None:
@@ -173,9 +175,7 @@ class TrainableModel(FollowingModel):
         assert isinstance(model, PreTrainedModel)
         check_rates(model)
         self.trained = Trained(model, original, self.weight_map)
-        self._training_options = TrainingOptions(
-            dropout_rates(self.config, self.head.spec), self.trained.padding_ids()
-        )
+        self._training_options = TrainingOptions(dropout_rates(self.config, self.head.spec), self.trained.padding_ids())
         own = self._modules
         # Attributes as before, and modules and parameters of the model that is trained.
         self.__dict__.update(encoder=own["encoder"], head=own["head"])
@@ -202,7 +202,9 @@ class TrainableModel(FollowingModel):
 
     def _check_in_eval(self, method: str) -> None:
         if self.training:
-            raise RuntimeError(f"the model must be in eval mode for {method}, which gives no gradients: call eval() first")
+            raise RuntimeError(
+                f"the model must be in eval mode for {method}, which gives no gradients: call eval() first"
+            )
 
     def training_pass(self) -> TrainingPass:
         """A pass over the weights as they are, in autocast's dtype where that is on."""
@@ -215,7 +217,9 @@ class TrainableModel(FollowingModel):
         kind = self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
         options = self._training_options._replace(checkpointed_layers=self.checkpointed_layers)
-        return TrainingPass(self.spec, self.head.spec, self.encoder, self.trained.weights(dict(self.weights())), options, dtype)
+        return TrainingPass(
+            self.spec, self.head.spec, self.encoder, self.trained.weights(dict(self.weights())), options, dtype
+        )
 
     def trained_rows(
         self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True

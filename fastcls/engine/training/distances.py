@@ -104,9 +104,7 @@ class Distances:
             terms = terms + (keys * pos_query[buckets.of(-positions).long()]).to(wide).sum(2)
         return terms * scale
 
-    def _projected(
-        self, dropout: Dropout | None, weights: Mapping[str, Tensor], dtype: torch.dtype
-    ) -> DistanceTables:
+    def _projected(self, dropout: Dropout | None, weights: Mapping[str, Tensor], dtype: torch.dtype) -> DistanceTables:
         spec, relative = self.spec, self.relative
         table = dropped(self.table, dropout).to(dtype)
 

@@ -143,7 +143,7 @@ class TrainedLayer:
                 # One number more for all scores of a row changes no weight, so this bias has a gradient of zero.
                 query_bias = torch.add(query_bias, key_bias, alpha=0)
             query = linear(rows, query_weight, query_bias).view(by_head).to(wide)
-            absorbed = key_weight.to(wide).view(by_head[1:] + (-1,))
+            absorbed = key_weight.to(wide).view((*by_head[1:], -1))
             query = torch.bmm(query.transpose(0, 1), absorbed).transpose(0, 1).contiguous()
             if seen.bias is not None:
                 reach = seen.bias.shape[1] // 2
@@ -162,7 +162,7 @@ class TrainedLayer:
         summed, sums = cls_attention(
             query, normed.to(self.dtype), seen.layout, self._scoring(seen), keys=keys, bias=terms
         )
-        values = value_weight.to(wide).view(by_head[1:] + (-1,)).transpose(1, 2)
+        values = value_weight.to(wide).view((*by_head[1:], -1)).transpose(1, 2)
         context = torch.bmm(summed.to(wide).transpose(0, 1), values).transpose(0, 1)
         if value_bias is not None:
             # The weights' sum is 1 but for dropout.
@@ -172,9 +172,7 @@ class TrainedLayer:
     def _add_attended(self, context: Tensor, residual: Tensor) -> Rows:
         return self._add(self._linear("out", context), residual, "attention_norm", "attended")
 
-    def _add(
-        self, rows: Tensor, residual: Tensor, norm: str, place: str, *, keeps_sum: bool | None = None
-    ) -> Rows:
+    def _add(self, rows: Tensor, residual: Tensor, norm: str, place: str, *, keeps_sum: bool | None = None) -> Rows:
         normed, summed = add_norm(
             rows,
             residual,

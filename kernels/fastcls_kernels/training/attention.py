@@ -21,6 +21,7 @@ from ..runtime.backend import runs_triton
 from .dropout import Dropout
 from .groups import Block, Group, blocks_of, groups_of
 
+
 class Heads(NamedTuple):
     """How the columns of queries, keys and values lie side by side in one row.
 
@@ -231,9 +232,9 @@ def _backward_group(
         if grad_bias is not None:
             _add_bias_gradient(grad_bias, flow, group, block, layout)
         flow *= scoring.scale
-        torch.bmm(flow, keys[:, block.keys], out=grad_q[:, block.rows]) if is_whole else grad_q[
-            :, block.rows
-        ].copy_(torch.bmm(flow, keys[:, block.keys]))
+        torch.bmm(flow, keys[:, block.keys], out=grad_q[:, block.rows]) if is_whole else grad_q[:, block.rows].copy_(
+            torch.bmm(flow, keys[:, block.keys])
+        )
         _add(grad_k[:, block.keys], flow.transpose(1, 2), queries[:, block.rows], is_whole=is_whole)
     for gradient, target in zip((grad_q, grad_k, grad_v), into, strict=True):
         group.scatter(gradient, target)
@@ -282,9 +283,7 @@ def _factors(group: Group, block: Block, dropout: Dropout, num_heads: int, dtype
     return kept.flatten(0, 1).to(dtype).mul_(dropout.factor)
 
 
-def _dropped(
-    probabilities: Tensor, group: Group, block: Block, dropout: Dropout | None, num_heads: int
-) -> Tensor:
+def _dropped(probabilities: Tensor, group: Group, block: Block, dropout: Dropout | None, num_heads: int) -> Tensor:
     if dropout is None:
         return probabilities
     return probabilities * _factors(group, block, dropout, num_heads, probabilities.dtype)

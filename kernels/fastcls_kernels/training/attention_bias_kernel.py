@@ -152,6 +152,9 @@ def launch_bias_gradient(
         scoring: what enters scores; it has a bias.
     """
     tile = tile_for(arch_of(q.device), q.dtype, q.shape[2])
+    if q.shape[2] > 64:
+        # Moving g by columns takes registers.
+        tile = tile._replace(BLOCK_N=16)
     num_heads, reach = q.shape[1], scoring.reach
     num_chunks = cdiv(max(2 * reach - 1, 0), tile.BLOCK_N) + 2
     tiles = scoring.layout.sequence_tiles(tile.BLOCK_M)

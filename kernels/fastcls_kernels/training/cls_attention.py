@@ -68,7 +68,9 @@ class _ClsAttention(torch.autograd.Function):
         query, hidden, keys, bias, *kept = ctx.saved_tensors
         layout, scoring = ctx.form
         if grad_summed is None:
-            grad_summed = query.new_zeros(*query.shape[:2], hidden.shape[1], dtype=torch.promote_types(hidden.dtype, torch.float32))
+            grad_summed = query.new_zeros(
+                *query.shape[:2], hidden.shape[1], dtype=torch.promote_types(hidden.dtype, torch.float32)
+            )
         if runs_triton(hidden):
             from .cls_kernel import launch_cls_backward
 
@@ -153,9 +155,7 @@ def _tokens(group: Group, hidden: Tensor, keys: Tensor | None, bias: Tensor | No
     )
 
 
-def _probabilities(
-    group: Group, tokens: _Tokens, query: Tensor, scoring: Scoring, layout: PackedLayout
-) -> Tensor:
+def _probabilities(group: Group, tokens: _Tokens, query: Tensor, scoring: Scoring, layout: PackedLayout) -> Tensor:
     """(num_sequences, nheads, length), in float32 at least."""
     wide = torch.promote_types(tokens.hidden.dtype, torch.float32)
     query = query.to(wide)

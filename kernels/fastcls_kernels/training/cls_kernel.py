@@ -198,7 +198,8 @@ def launch_cls_backward(
     tile, common = form.tile, {"start_ptr": form.starts, "end_ptr": form.ends}
     head_groups = cdiv(num_heads, tile.BLOCK_H)
     # All heads' columns stay in registers.
-    block_w = tile.BLOCK_W if head_groups == 1 else tile.BLOCK_W // 2 if head_groups == 2 else 16
+    narrow = {} if head_groups == 1 else {"BLOCK_N": 16, "BLOCK_W": max(16, 64 // head_groups), "num_warps": 8}
+    block_w = narrow.get("BLOCK_W", tile.BLOCK_W)
     unspilled = unsqueezed(arch_of(hidden.device))
     with device_guard(hidden):
         scores = None if keys is None else _launch_scores(query, hidden, keys, bias, scale, form)
@@ -244,7 +245,7 @@ def launch_cls_backward(
             total_tokens=hidden.shape[0],
             scale=scale,
             HEAD_GROUPS=head_groups,
-            **{**form.options, "BLOCK_W": block_w},
+            **{**form.options, **narrow},
             **unspilled,
         )
         if keys is not None:
@@ -321,7 +322,7 @@ def _form_of(
         **tile._asdict(),
         "enable_fp_fusion": True,
     }
-    random = {
+    random: dict[str, object] = {
         "seed": 0 if dropout is None else dropout.signed_seed,
         "threshold": 0 if dropout is None else dropout.threshold,
         "factor": 1.0 if dropout is None else dropout.factor,

@@ -61,7 +61,7 @@ class Group:
             num_heads: how many heads there are to be, each of those that ``rows`` has repeated.
             empties: whether padding is zero; otherwise it is its sequence's last row.
         """
-        found = rows[self.start : self.end] if self.is_even else rows[self.index]
+        found = rows[self.start : self.end] if self.is_even else rows.index_select(0, self.index)
         batch = found.view(self.num_sequences, self.length, *rows.shape[1:])
         if empties and not self.is_even:
             batch = batch.masked_fill_(self.is_padding[..., None, None], 0.0)
@@ -82,7 +82,7 @@ class Group:
                 target.copy_(rows.reshape(target.shape))
             )
         else:
-            target.copy_(rows.reshape(-1, *out.shape[1:])[self.places])
+            target.copy_(rows.reshape(-1, *out.shape[1:]).index_select(0, self.places))
 
     def offsets(self, block: Block, layout: PackedLayout) -> Tensor:
         """Position of key minus position of row, (1 or num_sequences, rows, keys) int64."""

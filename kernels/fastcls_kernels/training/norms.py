@@ -58,6 +58,8 @@ class _AddNorm(torch.autograd.Function):
         _, rms, dropout, has_norm_bias, dtype = ctx.form
         if grad_normed is None and grad_summed is None:
             return (None,) * 7
+        grad_residual: Tensor | None
+        grad_rows: Tensor | None
         if runs_triton(summed):
             grad_residual, grad_rows, grad_weight, grad_bias = launch_norm_backward(
                 *(grad_normed, grad_summed, summed, mean, rstd, weight, dropout, rms),
@@ -76,7 +78,7 @@ class _AddNorm(torch.autograd.Function):
                     flow = flow.to(summed.dtype)
                     grad_residual = flow if grad_summed is None else flow.add_(grad_summed)
             grad_rows = None
-            if ctx.needs_input_grad[0]:
+            if ctx.needs_input_grad[0] and grad_residual is not None:
                 grad_rows = drop(grad_residual.to(dtype), dropout)
         return (
             *(grad_rows, grad_residual if ctx.has_residual else None),
