@@ -55,6 +55,7 @@ from fastcls_kernels.runtime.tile_tables import (
 from fastcls_kernels.training import cls_kernel as cls_training
 from fastcls_kernels.training import disentangled_kernel
 from fastcls_kernels.training.activation_kernel import launch_activation, launch_activation_backward
+from fastcls_kernels.training.attention_kernel import launch_attention_backward, launch_attention_forward
 from fastcls_kernels.training.dropout import Dropout
 from fastcls_kernels.training.embedding_kernel import launch_embedding_forward, launch_table_gradient
 from fastcls_kernels.training.norm_kernel import launch_add_norm, launch_drop, launch_norm_backward
@@ -370,9 +371,33 @@ def launch_embedding_layer_norm(_arch: str, model: Model, dtype: torch.dtype, ha
     _launch_embedding_layer_norm(ids, ids, type_ids, words, positions, types, vector, vector, 1e-12)
 
 
+def launch_trained_attention(
+    _arch: str,
+    model: Model,
+    dtype: torch.dtype,
+    *,
+    window: tuple[int, int] = attention.NO_WINDOW,
+    biased: bool = False,
+    has_positions: bool = False,
+    group: int = 1,
+    dropped: bool = True,
+) -> None:
+    """Forward and backward passes, over views of one fused projection and into those of another."""
+    layout = packing(SEQUENCES * 128)
+    layout.positions = tensor(layout.total_tokens, dtype=torch.int32) if has_positions else None
+    sizes = [model.heads, *([model.heads // group] * 2)]
+    q, k, v = tensor(layout.total_tokens, sum(sizes), model.head_dim, dtype=dtype).split(sizes, 1)
+    grads = tensor(layout.total_tokens, sum(sizes), model.head_dim, dtype=dtype).split(sizes, 1)
+    bias = tensor(model.heads, 257, dtype=torch.float32) if biased else None
+    scoring = (layout, 0.125, window, bias, Dropout(0.1, seed=1) if dropped else None)
+    out, statistics = launch_attention_forward(q, k, v, *scoring)
+    launch_attention_backward(out, q, k, v, out, statistics, *scoring, into=(grads[0], grads[1], grads[2]))
+
+
 def launch_small_heads(arch: str, model: Model, dtype: torch.dtype) -> None:
     """Every kernel that multiplies heads, of fewer columns than NVIDIA's smallest product has."""
     launch_attention(arch, model, dtype, mean_seqlen=16)
+    launch_trained_attention(arch, model, dtype, biased=True)
     launch_disentangled_attention(arch, model, dtype, terms=(True, True))
     launch_cls_attention_with_keys(arch, model, dtype, biased=False)
     launch_cls_attention_kv(arch, model, dtype, num_splits=1)
@@ -444,6 +469,15 @@ OTHERS: dict[tuple[str, str], Callable[..., None]] = {
     ("disentangled_attention", "both_terms"): functools.partial(launch_disentangled_attention, terms=(True, True)),
     ("disentangled_attention", "key_term"): functools.partial(launch_disentangled_attention, terms=(True, False)),
     ("disentangled_attention", "query_term"): functools.partial(launch_disentangled_attention, terms=(False, True)),
+    ("trained_attention", "plain"): functools.partial(launch_trained_attention, dropped=False),
+    ("trained_attention", "dropout"): launch_trained_attention,
+    ("trained_attention", "bias"): functools.partial(launch_trained_attention, biased=True),
+    ("trained_attention", "bias_positions"): functools.partial(
+        launch_trained_attention, biased=True, has_positions=True
+    ),
+    ("trained_attention", "window"): functools.partial(launch_trained_attention, window=(64, 64)),
+    ("trained_attention", "window_and_bias"): functools.partial(launch_trained_attention, window=(64, 64), biased=True),
+    ("trained_attention", "grouped"): functools.partial(launch_trained_attention, group=4),
     ("trained_norm", "layer_norm"): launch_trained_norm,
     ("trained_norm", "rms"): functools.partial(launch_trained_norm, rms=True),
     ("trained_norm", "autocast"): functools.partial(launch_trained_norm, autocast=True),
@@ -501,7 +535,7 @@ def launches(arch: str) -> dict[str, Callable[[], None]]:
         for (operation, variant), launch in OTHERS.items():
             knows_wide_heads = variant == "invariant" or operation in (
                 *("cls_attention", "disentangled_attention", "trained_disentangled_attention"),
-                *("trained_norm", "trained_embedding"),
+                *("trained_norm", "trained_embedding", "trained_attention"),
             )
             if name == "wide_heads" and not knows_wide_heads:
                 continue

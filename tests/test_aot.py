@@ -43,7 +43,11 @@ WIDE = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 NARROW = {"gfx942": "v_mfma"}
 MULTIPLY = {
     "_absorb_query_kernel",
+    "_attention_bias_gradient_kernel",
+    "_attention_forward_kernel",
     "_attention_kernel",
+    "_attention_key_gradient_kernel",
+    "_attention_query_gradient_kernel",
     "_cls_attention_kernel",
     "_cls_output_kernel",
     "_column_gradient_kernel",

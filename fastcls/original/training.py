@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+
+from fastcls_kernels.training.derivatives import first_only
 
 from ..engine.weights import has_hooks
 from ..families.family import WeightMap
@@ -126,7 +127,7 @@ class _Joined(torch.autograd.Function):
         return ours.detach()
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> Any:
         weight_map, own, shapes = ctx.form
         parts = weight_map.parts(own, grad)

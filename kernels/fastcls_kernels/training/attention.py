@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..attention.kernel import NO_WINDOW
 from ..layout import PackedLayout
 from ..rotary import apply_rotary_unchecked_
 from ..runtime.backend import runs_triton
+from .derivatives import first_only
 from .dropout import Dropout
 from .groups import Block, Group, blocks_of, groups_of
 
@@ -86,7 +86,7 @@ class _Turn(torch.autograd.Function):
         return turning.turn_(heads.clone(memory_format=torch.contiguous_format))
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> Any:
         return ctx.turning.turn_(grad.clone(memory_format=torch.contiguous_format), back=True), None
 
@@ -130,7 +130,7 @@ class _Attention(torch.autograd.Function):
         return out.flatten(1)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> Any:
         qkv, bias, *kept = ctx.saved_tensors
         heads, layout, scoring, turning = ctx.form

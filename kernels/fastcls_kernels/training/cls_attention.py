@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..layout import PackedLayout
 from ..runtime.backend import runs_triton
 from .attention import Scoring
+from .derivatives import first_only
 from .groups import Group, groups_of
 
 
@@ -63,7 +63,7 @@ class _ClsAttention(torch.autograd.Function):
         return summed, weights
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad_summed: Tensor | None, grad_weights: Tensor | None) -> Any:
         query, hidden, keys, bias, *kept = ctx.saved_tensors
         layout, scoring = ctx.form

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..disentangled_attention.buckets import Buckets, DistanceTables
 from ..layout import PackedLayout
 from ..runtime.backend import runs_triton
 from .attention import Heads, Scoring
+from .derivatives import first_only
 
 
 class _DisentangledAttention(torch.autograd.Function):
@@ -35,7 +35,7 @@ class _DisentangledAttention(torch.autograd.Function):
         return out.flatten(1)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> Any:
         qkv, pos_key, pos_query, out, log_sums = ctx.saved_tensors
         buckets, heads, layout, scoring = ctx.form

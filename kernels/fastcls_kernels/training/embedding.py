@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..runtime.backend import runs_triton
+from .derivatives import first_only
 from .embedding_kernel import launch_table_gradient
 
 
@@ -21,7 +21,7 @@ class _Rows(torch.autograd.Function):
         return F.embedding(ids, table)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> Any:
         (ids,) = ctx.saved_tensors
         num_rows, padding_id, dtype = ctx.form

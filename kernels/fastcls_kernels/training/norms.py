@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..layer_norm import cpu_norm
 from ..runtime.backend import runs_triton
+from .derivatives import first_only
 from .dropout import Dropout, drop
 from .norm_kernel import launch_add_norm, launch_drop, launch_norm_backward
 
@@ -52,7 +52,7 @@ class _AddNorm(torch.autograd.Function):
         return normed, summed
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad_normed: Tensor | None, grad_summed: Tensor | None) -> Any:
         summed, mean, rstd, weight, norm_bias = ctx.saved_tensors
         _, rms, dropout, has_norm_bias, dtype = ctx.form
@@ -148,7 +148,7 @@ class _Drop(torch.autograd.Function):
         return _dropped(rows, dropout)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> Any:
         return _dropped(grad.contiguous(), ctx.dropout), None
 

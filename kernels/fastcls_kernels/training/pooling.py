@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..layout import PackedLayout
 from ..mean_pool import mean_pool_unchecked
+from .derivatives import first_only
 
 
 class _MeanPool(torch.autograd.Function):
@@ -19,7 +19,7 @@ class _MeanPool(torch.autograd.Function):
         return mean_pool_unchecked(rows, layout)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> Any:
         lengths = ctx.layout.cu_seqlens.diff()
         share = grad / lengths.clamp(min=1)[:, None].to(grad.dtype)

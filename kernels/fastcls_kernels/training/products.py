@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..linear.cpu import cpu_product
 from ..runtime.activations import Activation, activate_
 from ..runtime.backend import runs_triton
 from .activation_kernel import launch_activation, launch_activation_backward
+from .derivatives import first_only
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,7 +35,7 @@ class _Linear(torch.autograd.Function):
         return product(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> Any:
         rows, weight = ctx.saved_tensors
         return _product_gradients(ctx, grad.contiguous(), rows, weight)
@@ -53,7 +53,7 @@ class _ActivatedLinear(torch.autograd.Function):
         return product(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> Any:
         up, weight = ctx.saved_tensors
         activation, gated = ctx.form
@@ -122,7 +122,7 @@ class _Activation(torch.autograd.Function):
         return activate(up, activation, gated=gated)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> Any:
         (up,) = ctx.saved_tensors
         activation, gated = ctx.form
