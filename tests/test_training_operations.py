@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastcls_kernels import Buckets, PackedLayout
+from fastcls_kernels import Activation, Buckets, PackedLayout
 from fastcls_kernels.disentangled_attention.buckets import DistanceTables
 from fastcls_kernels.training import (
     Dropout,
@@ -36,7 +37,7 @@ REST = 2
 ROWS = sum(LENGTHS) + REST
 SIZE = 4
 
-Case = tuple[Callable[..., Any], tuple[Tensor | None, ...]]
+Case = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def layout(rest: int = REST, *, holes: bool = False) -> PackedLayout:
@@ -58,6 +59,9 @@ def numbers(*shape: int) -> Tensor:
 def turning() -> Turning:
     angles = torch.randn(10, SIZE // 2)
     return Turning(torch.arange(ROWS, dtype=torch.int32) % 10, angles.cos(), angles.sin(), False)
+
+
+TURNING = turning()
 
 
 def case_of_attention(heads: Heads, bias: Tensor | None, scoring: Scoring, **options: Any) -> Case:
@@ -103,11 +107,18 @@ def case_of_norm(*, rms: bool, residual: bool, bias: bool, dropout: Dropout | No
     )
 
 
+def case_of_activation(name: Activation, gated: bool) -> Case:
+    def both(up: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return activated_linear(up, weight, bias, name, gated=gated), activation(up, name, gated=gated)
+
+    return both, (numbers(5, 8), numbers(3, 4 if gated else 8), numbers(3))
+
+
 DROPS = Dropout(0.3, 3_000_000_000)
 CASES: dict[str, Callable[[], Case]] = {
     "linear": lambda: (linear, (numbers(5, 4), numbers(3, 4), numbers(3))),
     "linear_without_bias": lambda: (lambda rows, weight: linear(rows, weight), (numbers(5, 4), numbers(3, 4))),
-    "turned": lambda: (lambda heads: turned(heads, turning_of_all), (numbers(ROWS, 2, SIZE),)),
+    "turned": lambda: (lambda heads: turned(heads, TURNING), (numbers(ROWS, 2, SIZE),)),
     "dropped": lambda: (lambda rows: dropped(rows, DROPS), (numbers(5, 6),)),
     "embedded": lambda: (lambda table: embedded(table, torch.tensor([1, 3, 1, 0])), (numbers(4, 3),)),
     "mean_pool": lambda: (lambda rows: mean_pool(rows, layout(0)), (numbers(ROWS - REST, 3),)),
@@ -116,7 +127,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "attention_with_holes": lambda: case_of_attention(Heads(2, 2, SIZE), None, Scoring(0.5, (2, 2)), holes=True),
     "attention_in_groups": lambda: case_of_attention(Heads(4, 2, SIZE), None, Scoring(0.5, dropout=DROPS)),
     "attention_with_bias": lambda: case_of_attention(Heads(2, 2, SIZE), numbers(2, 7), Scoring(0.5, (-1, 3), DROPS)),
-    "attention_turned": lambda: case_of_attention(Heads(2, 2, SIZE), None, Scoring(0.5), turning=turning_of_all),
+    "attention_turned": lambda: case_of_attention(Heads(2, 2, SIZE), None, Scoring(0.5), turning=TURNING),
     "cls_absorbed": lambda: case_of_cls(Scoring(0.3), with_keys=False, with_bias=False),
     "cls_absorbed_with_bias": lambda: case_of_cls(Scoring(0.5, (2, 2), DROPS), with_keys=False, with_bias=True),
     "cls_over_keys": lambda: case_of_cls(Scoring(0.4, dropout=DROPS), with_keys=True, with_bias=False),
@@ -128,18 +139,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "rms_norm": lambda: case_of_norm(rms=True, residual=True, bias=False, dropout=DROPS),
     "rms_norm_with_bias": lambda: case_of_norm(rms=True, residual=False, bias=True, dropout=None),
     **{
-        f"{name}{'_gated' * gated}": lambda name=name, gated=gated: (
-            lambda up, weight, bias: (
-                activated_linear(up, weight, bias, name, gated=gated),
-                activation(up, name, gated=gated),
-            ),
-            (numbers(5, 8), numbers(3, 4 if gated else 8), numbers(3)),
-        )
-        for name in ("gelu", "gelu_tanh", "relu", "silu", "tanh")
+        f"{name}{'_gated' * gated}": functools.partial(case_of_activation, name, gated)
+        for name in get_args(Activation)
         for gated in (False, True)
     },
 }
-turning_of_all = turning()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -179,7 +183,6 @@ def test_rows_of_no_sequence_stay_apart() -> None:
 @pytest.mark.parametrize("name", ["attention_in_groups", "distances"])
 def test_nan_stays_in_its_sequence(name: str) -> None:
     function, (qkv, *others) = CASES[name]()
-    assert qkv is not None
     starts = torch.tensor((0, *LENGTHS)).cumsum(0)
     with torch.no_grad():
         qkv[starts[2]] = float("nan")

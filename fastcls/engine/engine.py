@@ -153,7 +153,14 @@ class Engine(WatchedModule):
         return torch.finfo(self.dtype).min if self.head.spec.task == "multiple choice" else math.nan
 
     def rows(
-        self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True
+        self,
+        batch: PaddedBatch,
+        rows: Rows,
+        fill: float = 0.0,
+        chosen: Tensor | None = None,
+        *,
+        dense: bool = True,
+        run: Callable[[PackedTokens, Rows], Tensor] | None = None,
     ) -> Tensor:
         """Rows of a padded batch behind the head; of an encoder without one, of its last layer.
 
@@ -163,6 +170,8 @@ class Engine(WatchedModule):
             fill: stands where the attention mask leaves out a token, or a text as a whole.
             chosen: (batch, seqlen) bool, the tokens that are chosen as far as the attention mask keeps them.
             dense: whether the rows of tokens stand at their places in the batch, or one after the other.
+            run: one pass of another kind for the whole batch, from packed tokens, which nothing fills up, to rows in
+                packed order: so a model is trained. None for the engine's own, which keep no graph.
 
         Returns:
             (batch, width) for "first" and "mean", (batch, seqlen, width) for "all" and "chosen", or, not dense,
@@ -170,31 +179,6 @@ class Engine(WatchedModule):
 
         Raises:
             ValueError: ``rows`` is another word, ``chosen`` is given with other rows, or a value does not fit.
-        """
-        with self.inference():
-            takes_plain = rows in ("first", "mean") and self._packing is not None
-            plain = pack_plain(batch, self.spec, CPU_TOKENS_PER_PASS) if takes_plain and batch.shape[0] else None
-            if plain is not None and chosen is None:
-                return self._pass(plain, rows)
-            return self.rows_by(self._pass, batch, rows, fill, chosen, dense=dense)
-
-    def rows_by(
-        self,
-        run: Callable[[PackedTokens, Rows], Tensor],
-        batch: PaddedBatch,
-        rows: Rows,
-        fill: float = 0.0,
-        chosen: Tensor | None = None,
-        *,
-        dense: bool = True,
-        as_one: bool = False,
-    ) -> Tensor:
-        """`rows`, by passes of another kind, each from packed tokens on the device to rows in packed order.
-
-        Args:
-            run: the pass.
-            batch, rows, fill, chosen, dense: see `rows`.
-            as_one: whether there is one pass for the whole batch, which nothing fills up.
         """
         if rows not in get_args(Rows):
             raise ValueError(f"rows must be one of {', '.join(get_args(Rows))}, got {rows!r}")
@@ -206,13 +190,20 @@ class Engine(WatchedModule):
         empty = batch.shape[:1] if per_text else batch.shape if dense else (0,)
         if not batch.shape[0] or (chosen is not None and not bool(chosen.any())):
             return self._filled(empty, fill)
-        flat = self._reader.flatten(batch, needs_first=rows == "first", chosen=chosen, keeps_origins=not per_text)
-        if not flat.num_texts:
-            return self._filled(empty, fill)
-        parts = [(run(packed, rows), packed) for packed in self._packed(flat, as_one=as_one)]
-        if per_text:
-            return unpack_rows(parts, batch.shape[0], fill)
-        return unpack_tokens(parts, batch.shape, fill) if dense else unpack_chosen(parts)[0]
+        with self.inference() if run is None else contextlib.nullcontext():
+            takes_plain = run is None and per_text and self._packing is not None
+            plain = pack_plain(batch, self.spec, CPU_TOKENS_PER_PASS) if takes_plain else None
+            if plain is not None:
+                return self._pass(plain, rows)
+            flat = self._reader.flatten(batch, needs_first=rows == "first", chosen=chosen, keeps_origins=not per_text)
+            if not flat.num_texts:
+                return self._filled(empty, fill)
+            parts = [
+                ((run or self._pass)(packed, rows), packed) for packed in self._packed(flat, as_one=run is not None)
+            ]
+            if per_text:
+                return unpack_rows(parts, batch.shape[0], fill)
+            return unpack_tokens(parts, batch.shape, fill) if dense else unpack_chosen(parts)[0]
 
     def rows_of_lists(
         self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None, rows: Rows

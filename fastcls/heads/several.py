@@ -75,6 +75,7 @@ class MultiHead(nn.Module):
             if word not in get_args(HeadRows):
                 raise ValueError(f"rows of {name!r} must be one of {', '.join(get_args(HeadRows))}, got {word!r}")
         self.encoder = encoder
+        encoder.stays_in_eval = True
         self.heads = nn.ModuleDict(heads)
         self.register_state_dict_pre_hook(_catch_up_first)
 
@@ -192,7 +193,6 @@ def optimize_heads(
         pack_weights=pack_weights,
     )
     encoder.gives_pooler_output = False
-    encoder.stays_in_eval = True
     for name, each in fast.items():
         _check_same(name, each, encoder)
     heads = {name: _HeadOfModel(models[name], each) for name, each in fast.items()}

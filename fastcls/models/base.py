@@ -304,7 +304,9 @@ class FastModel(TrainableModel):
         return batch.shape
 
     def _check_no_gradients(self, batch: PaddedBatch) -> None:
-        asking = next((name for name, weight in self.weights() if weight.requires_grad), None)
+        # Of a model that is trained the parameters that are shown are the given model's.
+        shown = self.named_parameters() if self.trained is None else self.weights()
+        asking = next((name for name, weight in shown if weight.requires_grad), None)
         if asking is None and batch.inputs_embeds is not None and batch.inputs_embeds.requires_grad:
             asking = "inputs_embeds"
         if asking is not None:

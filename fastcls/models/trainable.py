@@ -75,8 +75,10 @@ class TrainableModel(FollowingModel):
             if self.trained is None:
                 self._begin_training()
             self._check_trains()
-        # Not the modules inside: those of the given model keep the mode that they are in.
         self.training = mode and not self.stays_in_eval
+        # The modules of the given model keep the mode that they are in, and the engine's own never leave eval mode.
+        for _, module in self.own_modules():
+            module.training = False
         return self
 
     def requires_grad_(self: _Model, requires_grad: bool = True) -> _Model:
@@ -227,7 +229,7 @@ class TrainableModel(FollowingModel):
         """`Engine.rows` with a graph, and with dropout."""
         run = self.training_pass()
         with torch.autocast(self.device.type, enabled=False):
-            return self.rows_by(run.rows, batch, rows, fill, chosen, dense=dense, as_one=True)
+            return self.rows(batch, rows, fill, chosen, dense=dense, run=run.rows)
 
     def trained_pooled(self, states: Tensor) -> Tensor:
         """The pooler over (num_texts, hidden_size), with a graph."""
