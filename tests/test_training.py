@@ -457,3 +457,34 @@ def test_the_kernels_give_the_gradients_of_the_torch_path(model_class: str, fami
         return float(sum(squares) ** 0.5)
 
     assert error(kernels) <= 1.5 * error(eager)
+
+
+def test_an_optimizer_that_was_made_too_early_is_refused(tmp_path: Any) -> None:
+    fast = fastcls.optimize(quiet())
+    early = torch.optim.SGD(fast.parameters(), lr=0.1)
+    inputs = inputs_of(fast, "BertForSequenceClassification")
+    fast.train()(**inputs).loss.backward()
+    with pytest.raises(RuntimeError, match="call train\\(\\) before the optimizer"):
+        early.step()
+    # Some other model's is none of its business.
+    other = nn.Linear(2, 2)
+    other(torch.ones(2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    rows = [
+        {"input_ids": row, "attention_mask": mask, "labels": 1}
+        for row, mask in zip(*list(inputs.values())[:2], strict=True)
+    ]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no"
+    )
+    trainer = transformers.Trainer(model=fastcls.optimize(quiet()), args=arguments, train_dataset=rows)
+    with pytest.raises(RuntimeError, match="call train\\(\\) before the optimizer"):
+        trainer.train()
+
+
+def test_quantised_products_are_not_trained() -> None:
+    fast = fastcls.optimize(quiet())
+    fast.quantize = "int8"
+    with pytest.raises(RuntimeError, match="quantize must be None in training, got 'int8'"):
+        fast.train()
+    assert not fast.training

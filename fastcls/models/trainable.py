@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..engine.batch import PaddedBatch
@@ -15,7 +16,7 @@ from ..engine.spec import Rows
 from ..engine.training import TrainingOptions, TrainingPass
 from ..families.dropout import dropout_rates
 from ..families.family import WeightMap
-from ..original.following import Original
+from ..original.following import Original, tell_of_steps
 from ..original.training import Trained, check_rates, model_over
 from .following import FollowingModel
 
@@ -41,13 +42,15 @@ class TrainableModel(FollowingModel):
     stays_in_eval: bool = False
     checkpointed_layers: int = 0
     _training_options: TrainingOptions | None = None
+    # The parameters that were shown before `train`.
+    _early: tuple[weakref.ref[nn.Parameter], ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         if self.trained is None:
             return state
         # A copy has weights of its own, and trains those.
-        for name in ("trained", "_training_options"):
+        for name in ("trained", "_training_options", "_early"):
             state.pop(name)
         own = {name: state.pop(name) for name in ("encoder", "head")}
         return {**state, "_modules": own, "_parameters": {}, "_buffers": {}}
@@ -72,9 +75,9 @@ class TrainableModel(FollowingModel):
             RuntimeError: the model cannot be trained, and why.
         """
         if mode and not self.stays_in_eval:
+            self._check_trains()
             if self.trained is None:
                 self._begin_training()
-            self._check_trains()
         self.training = mode and not self.stays_in_eval
         # The modules of the given model keep the mode that they are in, and the engine's own never leave eval mode.
         for _, module in self.own_modules():
@@ -161,9 +164,8 @@ class TrainableModel(FollowingModel):
     def _begin_training(self) -> None:
         if self.encoder.packed.is_alone:
             raise RuntimeError(f"the model must keep its weights to be trained: {LET_GO}")
-        if self.head.spec.task == "encoder" and self.spec.num_layers == 0:
-            raise RuntimeError("the model must have a layer to be trained")
         self.catch_up()
+        self._early = tuple(weakref.ref(weight) for _, weight in self.own_parameters())
         original = self._original
         model = None if original is None else original.model
         like = None if model is None else next(model.parameters(), None)
@@ -178,10 +180,30 @@ class TrainableModel(FollowingModel):
         check_rates(model)
         self.trained = Trained(model, original, self.weight_map)
         self._training_options = TrainingOptions(dropout_rates(self.config, self.head.spec), self.trained.padding_ids())
+        tell_of_steps(self)
         own = self._modules
         # Attributes as before, and modules and parameters of the model that is trained.
         self.__dict__.update(encoder=own["encoder"], head=own["head"])
         self.__dict__.update(_modules=model._modules, _parameters=model._parameters, _buffers=model._buffers)
+
+    def doubt_if(self, stepped: set[int]) -> None:
+        """Refuses an optimizer that was made before `train`: it holds none of the parameters that are trained.
+
+        Args:
+            stepped: the ids of the parameters that an optimizer has stepped; of none where it holds none, as the one
+                that transformers' Trainer makes of a model without gradients.
+
+        Raises:
+            RuntimeError: it holds no parameters, or those of eval mode.
+        """
+        if not self.training or any(id(weight) in stepped for weight in self.parameters()):
+            return
+        early = (weight() for weight in self._early)
+        if not stepped or any(weight is not None and id(weight) in stepped for weight in early):
+            raise RuntimeError(
+                "an optimizer has stepped that holds no parameter of the model in training: call train() before the "
+                "optimizer, or transformers' Trainer, is made"
+            )
 
     def _check_trains(self) -> None:
         """Refuses options and hooks that training passes by.
