@@ -46,8 +46,8 @@ CASES = (
     ("deberta-v3-base", "32 x sst2"),
 )
 BASELINE = "transformers sdpa"
-# As exact as the baseline, or this many times its error.
-ALLOWED = 1.5
+# Times the baseline's error: oneDNN adds the products of float32 up in longer chains than MKL.
+ALLOWED = 2.0
 _RATES = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
