@@ -162,4 +162,6 @@ def disentangled_training_tile(arch: str, dtype: torch.dtype, head_dim: int) -> 
 def options_of(q: Tensor) -> tuple[Tile, dict[str, Any]]:
     arch = arch_of(q.device)
     tile = disentangled_training_tile(arch, q.dtype, q.shape[2])
-    return tile, {**tile._asdict(), "enable_fp_fusion": True, **unsqueezed(arch)}
+    # One wave a SIMD has all of its registers: triton 3.6 spills otherwise.
+    alone = {"waves_per_eu": 1} if arch.startswith("gfx") else {}
+    return tile, {**tile._asdict(), "enable_fp_fusion": True, **unsqueezed(arch), **alone}
