@@ -17,6 +17,7 @@ from ..attention.kernel import NO_WINDOW
 from ..layout import PackedLayout
 from ..rotary import apply_rotary_unchecked_
 from ..runtime.backend import runs_triton
+from .attention_kernel import launch_attention_backward, launch_attention_forward
 from .derivatives import first_only
 from .dropout import Dropout
 from .groups import Block, Group, blocks_of, groups_of
@@ -116,8 +117,6 @@ class _Attention(torch.autograd.Function):
             turning.turn_(heads.turned(qkv))
         q, k, v = heads.split(qkv)
         if runs_triton(qkv):
-            from .attention_kernel import launch_attention_forward
-
             out, log_sums = launch_attention_forward(
                 q, k, v, layout, scoring.scale, scoring.window, bias, scoring.dropout
             )
@@ -139,8 +138,6 @@ class _Attention(torch.autograd.Function):
         grads = torch.zeros_like(qkv)
         into = heads.split(grads)
         if runs_triton(qkv):
-            from .attention_kernel import launch_attention_backward
-
             out, log_sums = kept
             grad_bias = launch_attention_backward(
                 *(grad, q, k, v, out, log_sums, layout, scoring.scale, scoring.window, bias, scoring.dropout),

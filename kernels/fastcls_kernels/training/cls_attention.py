@@ -16,6 +16,7 @@ from torch import Tensor
 from ..layout import PackedLayout
 from ..runtime.backend import runs_triton
 from .attention import Scoring
+from .cls_kernel import launch_cls_backward, launch_cls_forward
 from .derivatives import first_only
 from .groups import Group, groups_of
 
@@ -42,8 +43,6 @@ class _ClsAttention(torch.autograd.Function):
         ctx.form = (layout, scoring)
         ctx.set_materialize_grads(False)
         if runs_triton(hidden):
-            from .cls_kernel import launch_cls_forward
-
             summed, weights, log_sums = launch_cls_forward(
                 query, hidden, layout, scoring.scale, keys=keys, bias=bias, window=scoring.window,
                 dropout=scoring.dropout,
@@ -72,8 +71,6 @@ class _ClsAttention(torch.autograd.Function):
                 *query.shape[:2], hidden.shape[1], dtype=torch.promote_types(hidden.dtype, torch.float32)
             )
         if runs_triton(hidden):
-            from .cls_kernel import launch_cls_backward
-
             summed, weights, log_sums = kept
             found = launch_cls_backward(
                 *(grad_summed, grad_weights, query, hidden, summed, weights, log_sums, layout, scoring.scale),

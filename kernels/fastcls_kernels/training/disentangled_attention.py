@@ -12,6 +12,8 @@ from ..layout import PackedLayout
 from ..runtime.backend import runs_triton
 from .attention import Heads, Scoring
 from .derivatives import first_only
+from .disentangled import disentangled_backward, disentangled_forward
+from .disentangled_kernel import launch_disentangled_backward, launch_disentangled_forward
 
 
 class _DisentangledAttention(torch.autograd.Function):
@@ -57,11 +59,7 @@ class _DisentangledAttention(torch.autograd.Function):
 
 def _functions(qkv: Tensor) -> tuple[Any, Any]:
     if runs_triton(qkv):
-        from .disentangled_kernel import launch_disentangled_backward, launch_disentangled_forward
-
         return launch_disentangled_forward, launch_disentangled_backward
-    from .disentangled import disentangled_backward, disentangled_forward
-
     return disentangled_forward, disentangled_backward
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..gated_activation import gated_activation_unchecked
 from ..linear.cpu import cpu_product
 from ..runtime.activations import Activation, activate_
 from ..runtime.backend import runs_triton
@@ -139,10 +140,7 @@ def activate(up: Tensor, name: Activation, *, gated: bool) -> Tensor:
     """The activation alone, without a graph."""
     if runs_triton(up):
         return launch_activation(up, name, gated)
-    if not gated:
-        return activate_(name, up.clone())
-    half, gate = up.chunk(2, 1)
-    return activate_(name, half.clone()).mul_(gate)
+    return gated_activation_unchecked(up, name) if gated else activate_(name, up.clone())
 
 
 def activate_backward(grad: Tensor, up: Tensor, name: Activation, *, gated: bool) -> tuple[Tensor, Tensor]:
