@@ -115,6 +115,21 @@ def test_kernels_compute_all_rows(kernels: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(attend(module, q, k, v, each)[0], expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize("mask", ["none", "with_holes", "an_empty_text"])
+@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"], indirect=True)
+def test_gradients_are_those_of_sdpa(kernels: str, dtype: torch.dtype, mask: str) -> None:
+    numbers = torch.randn(3, 3, 2, 9, 16, device=kernels, dtype=dtype, requires_grad=True)
+    given = None if mask == "none" else torch.tensor(MASKS[mask], device=kernels).bool()
+    attend, module = AttentionInterface()["fastcls"], torch.nn.Module()
+    sees = None if given is None else given[:, None, None]
+    q, k, v = numbers.unbind(0)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sees).transpose(1, 2)
+    found = attend(module, q, k, v, given, is_causal=False)[0]
+    weights = torch.randn_like(found)
+    ours, theirs = (torch.autograd.grad(each, numbers, weights)[0] for each in (found, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_real_rows_have_the_bits_that_they_have_alone() -> None:
     mask = [[1] * 9, [1] * 4 + [0] * 5, [1] + [0] * 8]
     attend, module = AttentionInterface()["fastcls"], torch.nn.Module()
@@ -181,10 +196,6 @@ def _call(model: Any, **inputs: Any) -> None:
         model(torch.arange(27).view(3, 9) + 5, **inputs)
 
 
-def _with_gradients(model: Any) -> None:
-    model(torch.arange(27).view(3, 9))
-
-
 def _in_training(model: Any) -> None:
     model.train()
     _call(model)
@@ -207,7 +218,6 @@ def _windowed() -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
-    "gradients": (_bert, _with_gradients, r"needs torch.no_grad\(\) or"),
     "dropout": (_bert, _in_training, r"without dropout \(model.eval\(\)\), got dropout = 0.1"),
     "a_mask_for_each_query": (
         _bert,
@@ -273,7 +283,7 @@ def test_it_may_be_registered_twice_and_sdpa_stays() -> None:
     fastcls.register_attention()
     model = _bert()
     assert model.config._attn_implementation == "sdpa"
-    _with_gradients(model)
+    model(torch.arange(27).view(3, 9))
 
 
 def test_a_causal_module_without_a_mask_is_refused() -> None:

@@ -68,8 +68,12 @@ class Inputs:
         return torch.randn(shape, dtype=self.dtype, device=self.device)
 
     def wide(self, *shape: int) -> Tensor:
-        """In float32 beside whatever dtype."""
-        return torch.randn(shape, device=self.device)
+        """In float32 beside 16 bits."""
+        return torch.randn(shape, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+
+    @property
+    def angles(self) -> Tensor:
+        return torch.randn(40, HEAD_DIM // 2, device=self.device)
 
     def ids(self, size: int) -> Tensor:
         return torch.randint(0, size, (self.tokens,), device=self.device)
@@ -97,12 +101,12 @@ CASES: Cases = {
     ),
     "apply_rotary_": lambda i: (
         apply_rotary_,
-        (i.random(*i.heads), i.positions, i.wide(40, HEAD_DIM // 2), i.wide(40, HEAD_DIM // 2)),
+        (i.random(*i.heads), i.positions, i.angles, i.angles),
         {},
     ),
     "apply_rotary_-interleaved": lambda i: (
         apply_rotary_,
-        (i.random(*i.heads), i.positions, i.wide(40, HEAD_DIM // 2), i.wide(40, HEAD_DIM // 2)),
+        (i.random(*i.heads), i.positions, i.angles, i.angles),
         {"interleaved": True},
     ),
     "attention_padded": lambda i: (
@@ -249,8 +253,10 @@ class Calls(TorchDispatchMode):
 
 
 def operators() -> set[str]:
+    """Those of operations, without those of their gradients."""
     names = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
-    return {name.removesuffix(".default") for namespace, name in names if namespace == NAMESPACE}
+    found = {name.removesuffix(".default") for namespace, name in names if namespace == NAMESPACE}
+    return {name for name in found if not name.endswith("_backward")}
 
 
 def test_every_operation_is_an_operator() -> None:
@@ -323,16 +329,6 @@ SCHEMAS = {
 def test_exported_programs_find_the_schemas_that_they_hold() -> None:
     found = {name: str(getattr(torch.ops.fastcls_kernels, name).default._schema) for name in operators()}
     assert found == {name: f"{NAMESPACE}::{name}{schema}" for name, schema in SCHEMAS.items()}
-
-
-def test_gradients_are_refused() -> None:
-    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)
-    with pytest.raises(RuntimeError, match="hidden_states must not require gradients"):
-        linear(x, weight)
-    with torch.no_grad():
-        assert not linear(x, weight).requires_grad
-    with pytest.raises(RuntimeError, match="fastcls_kernels computes no gradients"):
-        torch.ops.fastcls_kernels.linear(x, weight, None).sum().backward()
 
 
 def test_what_belongs_together_is_given_together() -> None:
@@ -436,11 +432,3 @@ def test_wrong_calls_are_refused_in_a_graph_too() -> None:
         with pytest.raises(Exception, match=r"takes hidden_states|argument 2 is (longer|shorter)|zip\(\)"):
             torch.compile(call, fullgraph=True, backend="eager")()
         torch.compiler.reset()
-
-
-def test_sums_that_require_gradients_are_refused() -> None:
-    norm = (torch.ones(SIZE), torch.zeros(SIZE), 1e-5)
-    rows, matrix = torch.randn(3, SIZE), torch.randn(SIZE, SIZE)
-    summed = torch.randn(3, HEADS, SIZE, requires_grad=True)
-    with pytest.raises(RuntimeError, match="summed must not require gradients"):
-        cls_output(summed, matrix, None, matrix, None, rows, None, *norm)

@@ -40,14 +40,14 @@ def register_attention() -> None:
     model.set_attn_implementation("fastcls")  # or from_pretrained(..., attn_implementation="fastcls")
     ```
 
-    It is for models that `optimize` does not take. fastcls computes only the attention, in inference: every row,
-    padding included, attends to the tokens of its text that the mask keeps. All rows have sdpa's results, so that code
-    that reads padding, as ColBERT's query expansion does, reads there what sdpa gives; a text of which the mask keeps
-    nothing has zeros, as in sdpa. On a CPU sdpa itself, which is fastest there, computes a batch with padding.
+    It is for models that `optimize` does not take. fastcls computes only the attention: every row, padding included,
+    attends to the tokens of its text that the mask keeps. All rows have sdpa's results, so that code that reads
+    padding, as ColBERT's query expansion does, reads there what sdpa gives; a text of which the mask keeps nothing has
+    zeros, as in sdpa. On a CPU sdpa itself, which is fastest there, computes a batch with padding.
 
     Calling the model raises a ValueError for all that is not computed: causal attention, windows, masks that differ
     from query to query, position biases, cross-attention and caches, fewer heads of keys than of queries, dropout,
-    attentions asked for, gradients.
+    attentions asked for.
     """
     AttentionInterface.register(OUR_ATTENTION, _attention)
     AttentionMaskInterface.register(OUR_ATTENTION, _mask)
@@ -153,8 +153,6 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Queries, keys and values (batch, nheads, seqlen, headdim) to (batch, seqlen, nheads, headdim)."""
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)):
-        _refuse("torch.no_grad() or torch.inference_mode()", "tensors that require gradients")
     if dropout:
         _refuse("attention without dropout (model.eval())", f"dropout = {dropout}")
     if key.shape != query.shape or value.shape != query.shape:

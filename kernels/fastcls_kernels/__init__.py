@@ -24,6 +24,7 @@ from .runtime.activations import Activation
 from .runtime.backend import Backend, explain_backend, use_backend
 from .runtime.invariance import batch_invariant, is_batch_invariant
 from .runtime.triton import HAS_TRITON
+from .training import forms as _forms  # noqa: F401 (gives the operations their differentiable forms)
 from .warming import warming_shapes
 
 __all__ = [

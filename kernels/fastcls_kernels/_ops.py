@@ -6,9 +6,10 @@ process can load both.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -44,7 +45,8 @@ def operator(
     """Registers a function as the operator of its name: one node of a graph that torch.compile or torch.export traces.
 
     The function runs when the node does, since it checks and chooses by values, which no graph can hold. Outside of a
-    graph a call goes to the function itself.
+    graph a call goes to the function itself. The node's gradients are a node, too, NAME_backward, which computes the
+    function once more, so that a graph keeps the arguments alone.
 
     Args:
         schema: the operator's, without its name. ``Tensor[]`` stands for a function that returns one tensor or several,
@@ -79,7 +81,7 @@ def operator(
         registered = torch.library.custom_op(name, run, mutates_args=written, schema=schema)
         registered.register_fake(fake)
         if not written:
-            registered.register_autograd(_refuse_gradients)
+            _register_gradients(registered, function.__name__, schema, run)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -113,8 +115,68 @@ def check_together(**tensors: Tensor | None) -> bool:
     return bool(given)
 
 
-def _refuse_gradients(_context: Any, *_: Any) -> Any:
-    raise RuntimeError(
-        f"{NAMESPACE} computes no gradients: detach what goes in, or call it inside torch.no_grad() or "
-        "torch.inference_mode()"
+def _register_gradients(registered: Any, name: str, schema: str, run: Callable[..., Any]) -> None:
+    """Gives an operator its gradients, an operator of their own: ``run`` by its differentiable form."""
+
+    def compute(grads: Sequence[Tensor], wanted: Sequence[int], *arguments: Any) -> list[Tensor]:
+        given = list(arguments)
+        for index in wanted:
+            given[index] = arguments[index].detach().requires_grad_()
+        leaves = [given[index] for index in wanted]
+        with _recording():
+            made = run(*given)
+            results = [made] if isinstance(made, Tensor) else made
+            found = torch.autograd.grad(results, leaves, grads, allow_unused=True, materialize_grads=True)
+        memory = {each.untyped_storage().data_ptr() for each in (*grads, *arguments) if isinstance(each, Tensor)}
+        return [_own(each, memory) for each in found]
+
+    arguments = schema.removeprefix("(").rpartition(" -> ")[0]
+    backward = torch.library.custom_op(
+        add_op_namespace_prefix(f"{name}_backward"),
+        compute,
+        mutates_args=(),
+        schema=f"(Tensor[] grads, int[] wanted, {arguments} -> Tensor[]",
     )
+    backward.register_fake(lambda _grads, wanted, *given: [given[each].new_empty(given[each].shape) for each in wanted])
+
+    def keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        ctx.rest = [None if isinstance(each, Tensor) else each for each in inputs]
+        ctx.places = [index for index, each in enumerate(inputs) if isinstance(each, Tensor)]
+        ctx.save_for_backward(*(inputs[index] for index in ctx.places))
+        outputs = [output] if isinstance(output, Tensor) else output
+        ctx.shapes = [(each.shape, each.dtype, each.device) for each in outputs]
+
+    def differentiate(ctx: Any, *grads: Any) -> Any:
+        given = list(ctx.rest)
+        for index, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+            given[index] = tensor
+        (incoming,) = grads if isinstance(grads[0], list | tuple) else (grads,)
+        filled = [
+            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+            for grad, (shape, dtype, device) in zip(incoming, ctx.shapes, strict=True)
+        ]
+        wanted = [index for index in ctx.places if ctx.needs_input_grad[index]]
+        found = dict(zip(wanted, backward(filled, wanted, *given), strict=True))
+        # The dispatcher leaves out the last arguments that have their defaults.
+        return tuple(found.get(index) for index in range(len(ctx.needs_input_grad)))
+
+    registered.register_autograd(differentiate, setup_context=keep)
+
+
+def _own(tensor: Tensor, memory: set[int]) -> Tensor:
+    """Contiguous, as the fake gradients that a graph was made for, and in memory of its own, as a node's results."""
+    tensor = tensor.contiguous()
+    if tensor.untyped_storage().data_ptr() in memory:
+        tensor = tensor.clone()
+    memory.add(tensor.untyped_storage().data_ptr())
+    return tensor
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd as outside of an operator, where PyTorch calls it below what records."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield

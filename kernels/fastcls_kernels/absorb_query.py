@@ -16,6 +16,7 @@ from .layer_norm import check_vector
 from .linear import linear_per_head_unchecked, linear_unchecked
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import check_head_dim, check_last_dim_contiguous, check_rows, check_tensor, num_rows_of
+from .runtime.gradients import differentiably
 from .runtime.split_precision import as_pair, pair_dot
 from .runtime.tile_tables import RowsTile, arch_of, rows_tile
 from .runtime.triton import cdiv, head_block, jit, tl
@@ -186,7 +187,7 @@ def absorb_query(
         raise ValueError(f"num_heads must divide query_weight's {query_weight.shape[0]} rows, got {num_heads}")
     check_head_dim("query_weight", query_weight.shape[0] // num_heads)
     check_vector("query_bias", query_bias, query_weight.shape[0], hidden_states)
-    return absorb_query_unchecked(hidden_states, rows, query_weight, query_bias, key_weight, num_heads)
+    return differentiably(absorb_query_unchecked, hidden_states, rows, query_weight, query_bias, key_weight, num_heads)
 
 
 def absorb_query_unchecked(

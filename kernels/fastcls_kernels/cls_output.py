@@ -22,11 +22,11 @@ from .runtime.checks import (
     check_device,
     check_head_dim,
     check_last_dim_contiguous,
-    check_no_gradient,
     check_rows,
     check_tensor,
     num_rows_of,
 )
+from .runtime.gradients import differentiably
 from .runtime.split_precision import as_pair, pair_dot
 from .runtime.tile_tables import RowsTile, arch_of, rows_tile
 from .runtime.triton import cdiv, head_block, jit, tl
@@ -236,7 +236,6 @@ def cls_output(
         raise TypeError(f"summed must be {hidden_states.dtype} like hidden_states or float32, got {summed.dtype}")
     if summed.ndim != 3 or summed.shape[0] != num_rows or summed.shape[2] != width:
         raise ValueError(f"summed must have shape ({num_rows}, nheads, {width}), got {tuple(summed.shape)}")
-    check_no_gradient("summed", summed)
     check_device("summed", summed, hidden_states)
     num_heads = summed.shape[1]
     check_tensor("value_weight", value_weight, "(nheads * headdim, width)", like=hidden_states)
@@ -260,7 +259,8 @@ def cls_output(
         ("hidden_states", hidden_states),
     ):
         check_last_dim_contiguous(name, tensor)
-    normed, attended = cls_output_unchecked(
+    normed, attended = differentiably(
+        cls_output_unchecked,
         *(summed, value_weight, value_bias, out_weight, out_bias, hidden_states, rows, norm_weight, norm_bias, eps),
         keep_sum=keep_sum,
         rms=rms,

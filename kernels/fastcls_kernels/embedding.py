@@ -13,6 +13,7 @@ from ._ops import operator
 from .layer_norm import check_norm, check_width, cpu_norm, norm_warps, normalise_row
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import check_device, check_integers, check_range, check_tensor
+from .runtime.gradients import differentiably
 from .runtime.triton import jit, next_power_of_2, tl
 
 
@@ -169,7 +170,8 @@ def embedding_layer_norm(
             raise ValueError(f"norm_bias must be None where weight is None, got shape {tuple(norm_bias.shape)}")
         if rms:
             raise ValueError("rms must be False where weight is None, got True")
-    return embedding_layer_norm_unchecked(
+    return differentiably(
+        embedding_layer_norm_unchecked,
         *(token_ids, position_ids, token_type_ids, word_table, position_table, token_type_table),
         *(weight, norm_bias, eps),
         rms=rms,

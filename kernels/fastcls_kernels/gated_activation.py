@@ -14,6 +14,7 @@ from ._ops import operator
 from .runtime.activations import Activation, activate_, activated, check_activation
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import check_last_dim_contiguous, check_tensor
+from .runtime.gradients import differentiably
 from .runtime.invariance import choices, in_pieces_
 from .runtime.triton import cdiv, jit, tl
 
@@ -92,7 +93,7 @@ def gated_activation(hidden_states: Tensor, activation: Activation = "gelu") -> 
         raise ValueError(f"hidden_states must have an even number of columns, got {tuple(hidden_states.shape)}")
     check_last_dim_contiguous("hidden_states", hidden_states)
     check_activation(activation)
-    return gated_activation_unchecked(hidden_states, activation)
+    return differentiably(gated_activation_unchecked, hidden_states, activation)
 
 
 def gated_activation_unchecked(hidden_states: Tensor, activation: Activation) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ._ops import operator
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import check_last_dim_contiguous, check_rows, check_tensor, num_rows_of
+from .runtime.gradients import differentiably
 from .runtime.triton import jit, next_power_of_2, tl
 
 MAX_WIDTH = 16384
@@ -231,7 +232,7 @@ def layer_norm(
     check_tensor("hidden_states", hidden_states, "(num_tokens, width)")
     check_norm(weight, norm_bias, hidden_states.shape[1], hidden_states)
     check_last_dim_contiguous("hidden_states", hidden_states)
-    return layer_norm_unchecked(hidden_states, weight, norm_bias, eps, rms=rms)
+    return differentiably(layer_norm_unchecked, hidden_states, weight, norm_bias, eps, rms=rms)
 
 
 def layer_norm_unchecked(
@@ -323,8 +324,11 @@ def add_layer_norm(
     check_add_norm(hidden_states, bias, residual, weight, norm_bias, eps)
     if rows is not None:
         check_rows("rows", rows, hidden_states)
-    normed, summed = add_layer_norm_unchecked(
-        hidden_states, bias, residual, weight, norm_bias, eps, rows, keep_sum=keep_sum, rms=rms
+    normed, summed = differentiably(
+        add_layer_norm_unchecked,
+        *(hidden_states, bias, residual, weight, norm_bias, eps, rows),
+        keep_sum=keep_sum,
+        rms=rms,
     )
     return (normed, summed) if keep_sum else normed
 

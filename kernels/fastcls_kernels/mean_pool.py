@@ -12,6 +12,7 @@ from ._ops import operator
 from .layout import PackedLayout
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import check_last_dim_contiguous, check_tensor
+from .runtime.gradients import differentiably
 from .runtime.triton import cdiv, jit, tl
 
 BLOCK_T = 32
@@ -107,7 +108,8 @@ def mean_pool(
     """
     check_tensor("hidden_states", hidden_states, "(total_tokens, width)")
     check_last_dim_contiguous("hidden_states", hidden_states)
-    return mean_pool_unchecked(hidden_states, PackedLayout.of(hidden_states, cu_seqlens, max_seqlen, layout))
+    layout = PackedLayout.of(hidden_states, cu_seqlens, max_seqlen, layout)
+    return differentiably(mean_pool_unchecked, hidden_states, layout)
 
 
 def mean_pool_unchecked(hidden_states: Tensor, layout: PackedLayout) -> Tensor:

@@ -24,7 +24,7 @@ from .packed.library import Compiled, LayerStruct, Packing, library
 from .packed.torch_path import torch_product
 from .packed.weight import PackedWeight, function_number, packs
 from .runtime.activations import Activation, check_activation
-from .runtime.checks import check_tensor
+from .runtime.checks import check_no_gradient, check_tensor
 
 LayerRows = Literal["all", "first"]
 
@@ -171,6 +171,7 @@ def packed_layer(
         ValueError: a shape or device that does not fit, or another word for ``rows``.
     """
     check_tensor("hidden_states", hidden_states, "(total_tokens, width)")
+    check_no_gradient("hidden_states", hidden_states)
     if hidden_states.dtype != torch.float32:
         raise TypeError(f"hidden_states must be torch.float32, got {hidden_states.dtype}")
     if hidden_states.shape[1] != layer.width or not hidden_states.is_cpu:

@@ -15,6 +15,7 @@ from .linear import linear_activation_unchecked, linear_unchecked
 from .runtime.activations import Activation, activated, check_activation
 from .runtime.backend import device_guard, runs_triton
 from .runtime.checks import check_last_dim_contiguous, check_tensor
+from .runtime.gradients import differentiably
 from .runtime.split_precision import as_pair, pair_dot
 from .runtime.tile_tables import RowsTile, arch_of, rows_tile
 from .runtime.triton import cdiv, jit, next_power_of_2, tl
@@ -205,8 +206,9 @@ def pooler_classifier(
     check_vector("pooler_bias", pooler_bias, pooler_weight.shape[0], cls_states)
     check_vector("classifier_bias", classifier_bias, classifier_weight.shape[0], cls_states)
     check_activation(activation)
-    return pooler_classifier_unchecked(
-        cls_states, pooler_weight, pooler_bias, classifier_weight, classifier_bias, activation
+    return differentiably(
+        pooler_classifier_unchecked,
+        *(cls_states, pooler_weight, pooler_bias, classifier_weight, classifier_bias, activation),
     )
 
 

@@ -16,9 +16,11 @@ from .runtime.checks import (
     check_head_dim,
     check_integers,
     check_last_dim_contiguous,
+    check_no_gradient,
     check_range,
     check_tensor,
 )
+from .runtime.gradients import differentiably
 from .runtime.triton import cdiv, jit, next_power_of_2, tl
 
 MAX_BLOCK_H = 32
@@ -141,7 +143,7 @@ def apply_rotary_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *, int
     if sin.shape != cos.shape:
         raise ValueError(f"sin must have cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}")
     check_range("positions", positions, cos.shape[0])
-    return apply_rotary_unchecked_(x, positions, cos, sin, interleaved=interleaved)
+    return differentiably(apply_rotary_unchecked_, x, positions, cos, sin, interleaved=interleaved)
 
 
 def apply_rotary_unchecked_(
@@ -165,3 +167,4 @@ def _check_table(name: str, table: Tensor, half: int, x: Tensor) -> None:
             f"got shape {tuple(table.shape)} with strides {table.stride()}"
         )
     check_device(name, table, x)
+    check_no_gradient(name, table)

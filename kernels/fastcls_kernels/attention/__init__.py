@@ -15,6 +15,7 @@ from ..runtime.checks import (
     check_last_dim_contiguous,
     check_tensor,
 )
+from ..runtime.gradients import differentiably
 from .cpu import attention_runs
 from .kernel import NO_WINDOW, choose_tile, launch_attention
 from .padded import attention_padded, attention_padded_unchecked
@@ -82,7 +83,7 @@ def attention_varlen(
         _check_bias(bias, q)
     layout = PackedLayout.of(q, cu_seqlens, max_seqlen, layout)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    return attention_varlen_unchecked(q, k, v, layout, scale, window_size, bias)
+    return differentiably(attention_varlen_unchecked, q, k, v, layout, scale, window_size, bias)
 
 
 def attention_varlen_unchecked(

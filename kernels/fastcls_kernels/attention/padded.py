@@ -10,6 +10,7 @@ from .._ops import operator
 from ..layout import PaddedRows
 from ..runtime.backend import runs_triton
 from ..runtime.checks import check_device, check_qkv
+from ..runtime.gradients import differentiably
 from ..runtime.invariance import choices
 from .cpu import attend_batch, is_finite_all
 from .kernel import choose_tile, launch_attention
@@ -36,7 +37,8 @@ def attention_padded(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, softmax_s
     """
     check_qkv(q, k, v, "(batch, seqlen, nheads, headdim)")
     _check_seqlens(seqlens, q)
-    return attention_padded_unchecked(q, k, v, seqlens, q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    return differentiably(attention_padded_unchecked, q, k, v, seqlens, scale)
 
 
 def attention_padded_unchecked(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, scale: float) -> Tensor:

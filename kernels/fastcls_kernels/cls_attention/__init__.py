@@ -31,6 +31,7 @@ from ..runtime.checks import (
     check_last_dim_contiguous,
     check_tensor,
 )
+from ..runtime.gradients import differentiably
 from ..runtime.tile_tables import arch_of, cls_tile
 from .absorbed import launch_cls_attention
 from .cpu import cls_attention_kv_windows, cls_attention_windows
@@ -149,7 +150,8 @@ def cls_attention(
     _check_rows(query, layout, num_splits, bias, row_bounds)
     if norm is not None:
         check_add_norm(hidden_states, *norm)
-    return cls_attention_unchecked(
+    return differentiably(
+        cls_attention_unchecked,
         *(query, hidden_states, layout, softmax_scale),
         num_splits=num_splits,
         norm=norm,
@@ -241,8 +243,8 @@ def cls_attention_kv(
     layout = PackedLayout.of(k, cu_seqlens, max_seqlen, layout)
     _check_rows(query, layout, num_splits, bias, row_bounds)
     scale = query.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    return cls_attention_kv_unchecked(
-        query, k, v, layout, scale, num_splits=num_splits, bias=bias, row_bounds=row_bounds
+    return differentiably(
+        cls_attention_kv_unchecked, query, k, v, layout, scale, num_splits=num_splits, bias=bias, row_bounds=row_bounds
     )
 
 

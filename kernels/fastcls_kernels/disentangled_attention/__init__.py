@@ -17,6 +17,7 @@ from .._ops import operator
 from ..layout import PackedLayout
 from ..runtime.backend import runs_triton
 from ..runtime.checks import check_device, check_last_dim_contiguous, check_qkv, check_tensor
+from ..runtime.gradients import differentiably
 from .buckets import Buckets, DistanceTables
 from .cpu import disentangled_attention_runs
 from .kernel import choose_tile, launch_disentangled_attention
@@ -74,7 +75,7 @@ def disentangled_attention(
     _check_positions(q, pos_key, pos_query, buckets)
     layout = PackedLayout.of(q, cu_seqlens, max_seqlen, layout)
     tables = DistanceTables(pos_key, pos_query, buckets)
-    return disentangled_attention_unchecked(q, k, v, tables, layout, softmax_scale)
+    return differentiably(disentangled_attention_unchecked, q, k, v, tables, layout, softmax_scale)
 
 
 def disentangled_attention_unchecked(

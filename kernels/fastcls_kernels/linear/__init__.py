@@ -19,6 +19,7 @@ from ..packed import PackedWeight, packed_linear_unchecked
 from ..runtime.activations import Activation, activate_, check_activation
 from ..runtime.backend import runs_triton
 from ..runtime.checks import check_last_dim_contiguous, check_tensor
+from ..runtime.gradients import differentiably
 from ..runtime.invariance import choices
 from ..runtime.tile_tables import arch_of, invariant_linear_tile, linear_gelu_tile, linear_norm_tile
 from .cpu import cpu_product, cpu_product_per_head, product_per_head, uses_onednn
@@ -71,7 +72,7 @@ def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         ValueError: a shape or device that does not fit.
     """
     _check_linear(hidden_states, weight, bias)
-    return linear_unchecked(hidden_states, weight, bias)
+    return differentiably(linear_unchecked, hidden_states, weight, bias)
 
 
 def linear_unchecked(hidden_states: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -109,7 +110,7 @@ def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: a shape, stride or device that does not fit.
     """
     _check_linear(hidden_states, weight, bias)
-    return linear_activation_unchecked(hidden_states, weight, bias, "gelu")
+    return differentiably(linear_activation_unchecked, hidden_states, weight, bias, "gelu")
 
 
 @operator(
@@ -134,7 +135,7 @@ def linear_activation(hidden_states: Tensor, weight: Tensor, bias: Tensor | None
     """
     check_activation(activation)
     _check_linear(hidden_states, weight, bias)
-    return linear_activation_unchecked(hidden_states, weight, bias, activation)
+    return differentiably(linear_activation_unchecked, hidden_states, weight, bias, activation)
 
 
 def linear_activation_unchecked(
@@ -183,7 +184,7 @@ def linear_per_head(rows: Tensor, weight: Tensor) -> Tensor:
     if weight.shape[:2] != rows.shape[1:]:
         raise ValueError(f"weight must have shape {(*rows.shape[1:], 'out_features')}, got {tuple(weight.shape)}")
     check_last_dim_contiguous("rows", rows)
-    return linear_per_head_unchecked(rows, weight)
+    return differentiably(linear_per_head_unchecked, rows, weight)
 
 
 def linear_per_head_unchecked(rows: Tensor, weight: Tensor) -> Tensor:
@@ -273,8 +274,11 @@ def linear_add_layer_norm(
         )
     check_last_dim_contiguous("residual", residual)
     check_norm(norm_weight, norm_bias, weight.shape[0], hidden_states)
-    normed, summed = linear_add_layer_norm_unchecked(
-        hidden_states, weight, bias, residual, norm_weight, norm_bias, eps, keep_sum=keep_sum, rms=rms
+    normed, summed = differentiably(
+        linear_add_layer_norm_unchecked,
+        *(hidden_states, weight, bias, residual, norm_weight, norm_bias, eps),
+        keep_sum=keep_sum,
+        rms=rms,
     )
     return (normed, summed) if keep_sum else normed
 

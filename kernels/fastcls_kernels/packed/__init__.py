@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.activations import Activation, check_activation
-from ..runtime.checks import check_last_dim_contiguous, check_tensor
+from ..runtime.checks import check_last_dim_contiguous, check_no_gradient, check_tensor
 from .embedding import PackedTable, pack_table, packed_embedding_unchecked, packs_embedding
 from .library import Packing, explain_compiled, library
 from .torch_path import torch_product
@@ -65,6 +65,7 @@ def packed_linear(
         given.append(("residual", residual, weight.out_features))
     for name, rows, width in given:
         check_tensor(name, rows, f"(num_rows, {width})")
+        check_no_gradient(name, rows)
         if rows.dtype != torch.float32:
             raise TypeError(f"{name} must be torch.float32, got {rows.dtype}")
         if rows.shape != (hidden_states.shape[0], width) or not rows.is_cpu:

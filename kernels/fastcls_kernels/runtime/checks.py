@@ -10,15 +10,13 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def check_tensor(name: str, tensor: torch.Tensor, shape: str, like: torch.Tensor | None = None) -> None:
     """Checks dimensions (``shape`` is a text such as "(total_tokens, nheads, headdim)"), dtype and device.
 
-    Without ``like`` the dtype must be one that the kernels compute in; with it, dtype and device must match. The tensor
-    must not require gradients, since nothing here computes them.
+    Without ``like`` the dtype must be one that the kernels compute in; with it, dtype and device must match.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(tensor).__name__}")
     ndim = shape.count(",") + (0 if shape.endswith(",)") else 1)
     if tensor.ndim != ndim:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    check_no_gradient(name, tensor)
     if like is None:
         # float64 exists to prove exactness on the PyTorch path; no GPU kernel computes in it.
         allowed = FLOAT_DTYPES if tensor.is_cuda else (*FLOAT_DTYPES, torch.float64)
@@ -34,7 +32,7 @@ def check_no_gradient(name: str, tensor: torch.Tensor) -> None:
     """Checks that no gradient is asked for, where one would be computed."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            f"{name} must not require gradients, which fastcls_kernels does not compute: detach it, "
+            f"{name} must not require gradients, which this operation does not compute: detach it, "
             "or call this inside torch.no_grad() or torch.inference_mode()"
         )
 

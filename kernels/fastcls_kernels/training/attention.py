@@ -92,6 +92,22 @@ class _Turn(torch.autograd.Function):
         return ctx.turning.turn_(grad.clone(memory_format=torch.contiguous_format), back=True), None
 
 
+class _TurnInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, turning: Turning) -> Tensor:
+        ctx.turning = turning
+        ctx.mark_dirty(heads)
+        return turning.turn_(heads)
+
+    backward = _Turn.backward
+
+
+def turned_(heads: Tensor, turning: Turning) -> Tensor:
+    """Heads (num_rows, heads, head_dim) turned in place, differentiable."""
+    out: Tensor = _TurnInPlace.apply(heads, turning)
+    return out
+
+
 def turned(heads: Tensor, turning: Turning | None) -> Tensor:
     """Heads (num_rows, heads, head_dim) behind rotary positions, differentiable; None leaves them out."""
     if turning is None:
