@@ -98,12 +98,12 @@ class _ClsAttention(torch.autograd.Function):
             grad_tokens = torch.bmm(weights.transpose(1, 2), grads)
             if keys is None:
                 grad_tokens = torch.baddbmm(grad_tokens, flow.transpose(1, 2), query[rows].to(wide))
-                grad_query[rows] = torch.bmm(flow, states)
+                grad_query[rows] = torch.bmm(flow, states).to(query.dtype)
             else:
                 assert tokens.keys is not None
                 assert grad_keys is not None
                 by_head, asked = flow.flatten(0, 1)[:, None], query[rows].to(wide).flatten(0, 1)[:, None]
-                grad_query[rows] = torch.bmm(by_head, tokens.keys.to(wide)).view(query[rows].shape)
+                grad_query[rows] = torch.bmm(by_head, tokens.keys.to(wide)).view(query[rows].shape).to(query.dtype)
                 group.scatter(torch.bmm(by_head.transpose(1, 2), asked), grad_keys)
             _write(group, grad_tokens, grad_hidden)
         return grad_query, grad_hidden, grad_keys, grad_bias, None, None
