@@ -55,7 +55,7 @@ class Trained:
         """Refuses what a pass would pass by.
 
         Raises:
-            RuntimeError: a module has hooks or another ``forward``, or another rate of dropout than its config says.
+            RuntimeError: a module has hooks, or another ``forward``.
         """
         for name, module in self.model.named_modules():
             if name and has_hooks(module):

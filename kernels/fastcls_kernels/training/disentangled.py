@@ -17,7 +17,7 @@ from torch import Tensor
 from ..disentangled_attention.buckets import DistanceTables
 from ..layout import PackedLayout
 from ..linear.cpu import cpu_product, uses_onednn
-from .dropout import Dropout, _mixed
+from .dropout import Dropout, mix_
 from .groups import Block, Group, groups_of
 
 # Numbers in a product with positions that a CPU's caches hold from one step to the next.
@@ -301,7 +301,7 @@ class _Mask:
         longest = max((group.length for group in groups_of(layout, num_heads)), default=0)
         # [total_tokens, nheads, 1]
         self._rows = dropout.row_keys(rows).view(-1, num_heads, 1)
-        self._columns = _mixed(torch.arange(longest, dtype=torch.int32, device=device))
+        self._columns = mix_(torch.arange(longest, dtype=torch.int32, device=device))
         self._dropout = dropout
         self._dtype = dtype
 
@@ -309,4 +309,4 @@ class _Mask:
         """0 for each probability that is dropped and the dropout's factor for others, as scores are shaped."""
         keys = _by_head(group, self._rows[:, heads]).contiguous() ^ self._columns[: group.length]
         # In place, so that the answers are as wide as what they multiply.
-        return _mixed(keys).ge_(self._dropout.threshold).to(self._dtype).mul_(self._dropout.factor)
+        return mix_(keys).ge_(self._dropout.threshold).to(self._dtype).mul_(self._dropout.factor)

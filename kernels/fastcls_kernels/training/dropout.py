@@ -46,11 +46,11 @@ class Dropout(NamedTuple):
 
     def row_keys(self, rows: Tensor) -> Tensor:
         """The part of the hash that depends on the seed and the row, int32 as ``rows`` are."""
-        return _mixed((rows ^ self.signed_seed).mul_(_signed(_STEP)))
+        return mix_((rows ^ self.signed_seed).mul_(_signed(_STEP)))
 
     def kept(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Whether numbers are kept: bool, of the shape to which rows and columns, both int32, broadcast."""
-        return _mixed(self.row_keys(rows) ^ _mixed(columns.clone())) >= self.threshold
+        return mix_(self.row_keys(rows) ^ mix_(columns.clone())) >= self.threshold
 
 
 def drop(values: Tensor, dropout: Dropout | None) -> Tensor:
@@ -67,7 +67,7 @@ def _signed(bits: int) -> int:
     return bits - 2**32 if bits >= 2**31 else bits
 
 
-def _mixed(bits: Tensor) -> Tensor:
+def mix_(bits: Tensor) -> Tensor:
     """Mixes int32 ``bits`` in place."""
     # Right shifts of signed integers repeat the sign, which the masks remove.
     bits ^= (bits >> 16) & 0xFFFF
@@ -80,7 +80,7 @@ def _mixed(bits: Tensor) -> Tensor:
 
 @jit()
 def mixed_bits(bits):
-    """`_mixed` in a kernel, of uint32."""
+    """`mix_` in a kernel, of uint32."""
     bits ^= bits >> 16
     bits *= tl.cast(0x7FEB352D, tl.uint32)
     bits ^= bits >> 15

@@ -31,7 +31,7 @@ class _AddNorm(torch.autograd.Function):
         rms: bool,
         dropout: Dropout | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.form = (eps, rms, dropout, norm_bias is not None, rows.dtype)
+        ctx.form = (rms, dropout, norm_bias is not None, rows.dtype)
         ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
         if runs_triton(rows):
@@ -55,7 +55,7 @@ class _AddNorm(torch.autograd.Function):
     @first_only
     def backward(ctx: Any, grad_normed: Tensor | None, grad_summed: Tensor | None) -> Any:
         summed, mean, rstd, weight, norm_bias = ctx.saved_tensors
-        _, rms, dropout, has_norm_bias, dtype = ctx.form
+        rms, dropout, has_norm_bias, dtype = ctx.form
         if grad_normed is None and grad_summed is None:
             return (None,) * 7
         grad_residual: Tensor | None
