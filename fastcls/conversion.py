@@ -139,6 +139,7 @@ def optimize(
             *(last_layer, cuda_graphs, batch_invariant, quantize, pack_weights),
         )
     if release:
+        fast.last_frozen = original.frozen
         settle_all(model)
         release_weights(model)
         if quantize is not None:

@@ -1,4 +1,4 @@
-"""The kernels of attention that can be trained against autograd of their definition."""
+"""Attention that can be trained, by kernels and on a CPU, against autograd of its definition."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from test_tile_map import rising_positions
 from torch import Tensor
 
 from fastcls_kernels import PackedLayout
+from fastcls_kernels.attention import cpu
+from fastcls_kernels.training import Heads, Scoring, attention
 from fastcls_kernels.training.attention_kernel import launch_attention_backward, launch_attention_forward
 from fastcls_kernels.training.dropout import Dropout
 
@@ -152,6 +154,27 @@ def test_output_and_gradients_match_autograd_of_the_definition(kernels: str, nam
         assert_as_exact_as(actual, runs, truth, what, times=1.5, times_worst=3)
     for rows in found[:4]:
         assert not bool(rows[-REST:].any()), "rows that belong to no sequence must be zero"
+
+
+@pytest.mark.covering(alone=["name", "dtype"])
+@pytest.mark.parametrize("name", CASES)
+def test_torch_path_matches_autograd_of_the_definition(
+    torch_path: str, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    # Several blocks of rows in most texts.
+    monkeypatch.setattr(cpu, "WINDOW_BLOCK", 16)
+    monkeypatch.setattr(cpu, "BIAS_BLOCK", 32)
+    case = CASES[name]
+    tensors = given(case, dtype, torch_path, LENGTHS)
+    qkv = torch.cat(tensors[:3], 1).flatten(1).requires_grad_()
+    bias = None if tensors.bias is None else tensors.bias.requires_grad_()
+    heads = Heads(case.heads, case.heads_k, case.head_dim)
+    out = attention(qkv, bias, heads, tensors.layout, Scoring(scale_of(case), case.window, case.dropout))
+    grad_qkv, *others = torch.autograd.grad(out, [qkv] if bias is None else [qkv, bias], tensors.grad.flatten(1))
+    found = (out.view(tensors.q.shape).detach(), *heads.split(grad_qkv), *others)
+    eager, exact = (by_autograd(case, tensors, kind) for kind in (dtype, torch.float64))
+    for what, actual, runs, (truth,) in zip(NAMES, found, eager, exact, strict=False):
+        assert_as_exact_as(actual, runs, truth, what, times=1.5, times_worst=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"])

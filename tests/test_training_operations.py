@@ -152,6 +152,30 @@ def test_gradients_are_those_of_differences(name: str) -> None:
     assert gradcheck(function, arguments, fast_mode=True)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_each_gradient_is_the_same_by_itself_and_nothing_given_is_written_to(name: str) -> None:
+    function, arguments = CASES[name]()
+    leaves = [each for each in arguments if each is not None]
+    before = [each.detach().clone() for each in leaves]
+
+    def results(wanted: list[Tensor]) -> tuple[Tensor, ...]:
+        for each in leaves:
+            each.requires_grad_(any(each is one for one in wanted))
+        made = function(*arguments)
+        return made if isinstance(made, tuple) else (made,)
+
+    outs = results(leaves)
+    flows = [torch.randn_like(each) for each in outs]
+    kept = [each.clone() for each in flows]
+    expected = torch.autograd.grad(outs, leaves, flows)
+    for each, whole in zip(leaves, expected, strict=True):
+        pairs = [(out, flow) for out, flow in zip(results([each]), flows, strict=True) if out.requires_grad]
+        (found,) = torch.autograd.grad([out for out, _ in pairs], [each], [flow for _, flow in pairs])
+        torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+    for each, same in zip((*leaves, *flows), (*before, *kept), strict=True):
+        assert torch.equal(each, same)
+
+
 @pytest.mark.parametrize("name", ["linear", "attention", "cls_absorbed", "distances", "norm", "gelu", "embedded"])
 def test_second_derivatives_are_refused(name: str) -> None:
     function, arguments = CASES[name]()

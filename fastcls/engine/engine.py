@@ -188,7 +188,8 @@ class Engine(WatchedModule):
             chosen = chosen & batch.attention_mask.to(chosen.device).bool()
         per_text = rows in ("first", "mean")
         empty = batch.shape[:1] if per_text else batch.shape if dense else (0,)
-        if not batch.shape[0] or (chosen is not None and not bool(chosen.any())):
+        # A model that is trained computes all the same, so that a loss over no rows has gradients, which are zero.
+        if not batch.shape[0] or (run is None and chosen is not None and not bool(chosen.any())):
             return self._filled(empty, fill)
         with self.inference() if run is None else contextlib.nullcontext():
             takes_plain = run is None and per_text and self._packing is not None

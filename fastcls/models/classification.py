@@ -84,7 +84,10 @@ class FastClassifier(Labelled):
         if labels is not None and is_deberta and self.config.problem_type is None:
             loss, logits = deberta_loss(logits, labels, self._labels_of_loss())
         elif labels is not None:
-            loss = classification_loss(logits, labels, self._labels_of_loss(), self.config.problem_type)
+            loss, found = classification_loss(logits, labels, self._labels_of_loss(), self.config.problem_type)
+            if self.training:
+                # What is saved says what it was trained for: pipelines read it.
+                self.config.problem_type = found
         return self._given(SequenceClassifierOutput(loss=loss, logits=logits), return_dict)
 
     def logits_of(

@@ -21,12 +21,19 @@ class FollowingModel(Engine):
     # Says in one text how the model is made, for graphs.
     description: str
     _original: Original | None = None
+    # `frozen` of the original that is followed no longer.
+    last_frozen: frozenset[str] = frozenset()
     # Follows the weights of the modules around this one.
     _companion: Companion | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
-        return {**super().__getstate__(), "_original": None, "_companion": None}
+        return {**super().__getstate__(), "last_frozen": self.frozen, "_original": None, "_companion": None}
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The original's names of weights that ask for no gradients."""
+        return self.last_frozen if self._original is None else self._original.frozen
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters by our names: a model that is trained shows others, the given one's."""
@@ -85,7 +92,7 @@ class FollowingModel(Engine):
         with contextlib.suppress(RuntimeError):
             # An original that can no longer be followed leaves the weights that the fast model had last.
             self.catch_up()
-        self._original = None
+        self.last_frozen, self._original = original.frozen, None
         # By their place, so that tied weights stay one.
         own: dict[int, Tensor] = {}
         with torch.inference_mode(False), torch.no_grad():

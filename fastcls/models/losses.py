@@ -7,6 +7,7 @@ values while it is traced, so there the check is a node that raises the same err
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,13 @@ class _Config:
     """The config that a loss reads, and into which it writes the kind of labels that it found."""
 
     num_labels: int
-    problem_type: str | None = None
+    problem_type: Any = None
 
 
-def classification_loss(logits: Tensor, labels: Tensor, num_labels: int, problem_type: str | None) -> Tensor:
-    """A sequence classifier's loss, for its problem type, or for the one that the labels look like.
+def classification_loss(
+    logits: Tensor, labels: Tensor, num_labels: int, problem_type: str | None
+) -> tuple[Tensor, Any]:
+    """A sequence classifier's loss, for its problem type, or for the one that the labels look like, and that type.
 
     Args:
         logits: (num_texts, width).
@@ -34,8 +37,9 @@ def classification_loss(logits: Tensor, labels: Tensor, num_labels: int, problem
         num_labels: the model's number of labels, which a custom head may not have.
         problem_type: the config's.
     """
-    loss: Tensor = ForSequenceClassificationLoss(labels, logits, _Config(num_labels, problem_type))
-    return loss
+    config = _Config(num_labels, problem_type)
+    loss: Tensor = ForSequenceClassificationLoss(labels, logits, config)
+    return loss, config.problem_type
 
 
 def deberta_loss(logits: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:

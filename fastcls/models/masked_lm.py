@@ -40,7 +40,7 @@ class FastMaskedLM(ModelWithHead):
 
     Attributes:
         mask_token_id: the id of the mask token, ``tokenizer.mask_token_id``. While it is None every token is predicted,
-            unless labels say which.
+            unless labels say which; so it is in training, too, where a loss of one's own may read any token.
         dense: whether logits stand at their places in a padded batch, or are one row for each predicted token.
     """
 
@@ -73,7 +73,7 @@ class FastMaskedLM(ModelWithHead):
         if labels is not None:
             labels = checked_labels(labels, shape, attention_mask)
             wanted = labels != IGNORED
-        elif self.mask_token_id is not None and input_ids is not None:
+        elif self.mask_token_id is not None and input_ids is not None and not self.training:
             wanted = input_ids == self.mask_token_id
         if torch.compiler.is_compiling():
             return self._given(self._traced(batch, wanted, labels), return_dict)

@@ -29,6 +29,14 @@ def _follow_first(module: Any, _prefix: str, _keep_vars: bool) -> None:
 def _to_checkpoint_names(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     if module.trained is None:
         to_checkpoint_names(module.weight_map, state_dict, prefix)
+        return
+    # Tied weights are copies here: safetensors, by which transformers' Trainer saves, refuses shared memory.
+    seen: set[int] = set()
+    for name, tensor in state_dict.items():
+        if name.startswith(prefix) and not tensor.requires_grad:
+            place = tensor.data_ptr()
+            state_dict[name] = tensor.clone() if place in seen else tensor
+            seen.add(place)
 
 
 def _from_checkpoint_names(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..engine.batch import PaddedBatch
@@ -21,6 +21,23 @@ from ..original.training import Trained, check_rates, model_over
 from .following import FollowingModel
 
 _Model = TypeVar("_Model", bound="TrainableModel")
+
+
+class _Once:
+    """A function of tensors that gives those of one memory one result, as those who share it go on to share."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+        # The tensors stay alive meanwhile, so that no memory is given out again.
+        self._found: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if not tensor.data_ptr():
+            return self._function(tensor)
+        if place not in self._found:
+            self._found[place] = tensor.detach(), self._function(tensor)
+        return self._found[place][1]
 
 
 class TrainableModel(FollowingModel):
@@ -43,7 +60,7 @@ class TrainableModel(FollowingModel):
     checkpointed_layers: int = 0
     _training_options: TrainingOptions | None = None
     # The parameters that were shown before `train`.
-    _early: tuple[weakref.ref[nn.Parameter], ...] = ()
+    _early: tuple[weakref.ref[Tensor], ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -69,7 +86,7 @@ class TrainableModel(FollowingModel):
         parameters after this call.
 
         In training mode a call keeps a graph for gradients, and drops out where the config says so. In eval mode it is
-        what it was before, with the weights as they are trained by then.
+        what it was before, with the weights as they are trained by then. The shown modules take the mode, too.
 
         Raises:
             RuntimeError: the model cannot be trained, and why.
@@ -79,9 +96,11 @@ class TrainableModel(FollowingModel):
             if self.trained is None:
                 self._begin_training()
         self.training = mode and not self.stays_in_eval
-        # The modules of the given model keep the mode that they are in, and the engine's own never leave eval mode.
+        # The engine's own never leave eval mode.
         for _, module in self.own_modules():
             module.training = False
+        if self.trained is not None:
+            self.trained.model.train(self.training)
         return self
 
     def requires_grad_(self: _Model, requires_grad: bool = True) -> _Model:
@@ -103,7 +122,8 @@ class TrainableModel(FollowingModel):
         """Has the backward pass compute layers again, so that their activations need not be kept.
 
         Args:
-            activation_checkpointing_kwargs: taken for transformers' sake; ``use_reentrant`` changes nothing here.
+            activation_checkpointing_kwargs: taken for transformers' sake; ``use_reentrant`` and ``preserve_rng_state``
+                change nothing here, where the same numbers are dropped again in any case.
             every_n_layers: 1 for all layers, n for each n-th one, from the first on.
             offload: must be False.
 
@@ -111,10 +131,12 @@ class TrainableModel(FollowingModel):
             TypeError: an option that is not known.
             ValueError: ``every_n_layers`` is below 1, or ``offload`` is set.
         """
-        unknown = set(activation_checkpointing_kwargs or {}) - {"use_reentrant"}
+        unknown = set(activation_checkpointing_kwargs or {}) - {"use_reentrant", "preserve_rng_state"}
         if unknown:
             found = ", ".join(sorted(unknown))
-            raise TypeError(f"activation_checkpointing_kwargs may hold use_reentrant alone, got {found}")
+            raise TypeError(
+                f"activation_checkpointing_kwargs may hold use_reentrant and preserve_rng_state alone, got {found}"
+            )
         if every_n_layers < 1:
             raise ValueError(f"every_n_layers must be at least 1, got {every_n_layers}")
         if offload:
@@ -141,11 +163,12 @@ class TrainableModel(FollowingModel):
         self.activation_checkpointing_disable()
 
     def _apply(self: _Model, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Model:
-        super()._apply(fn, recurse)
+        once = fn if self.trained is None else _Once(fn)
+        super()._apply(once, recurse)
         if self.trained is not None:
             # What is shown are the given model's modules, which were moved; these read the same memory, or copies.
-            self.encoder._apply(fn, recurse)
-            self.head._apply(fn, recurse)
+            self.encoder._apply(once, recurse)
+            self.head._apply(once, recurse)
             self.catch_up()
         return self
 
@@ -164,19 +187,27 @@ class TrainableModel(FollowingModel):
     def _begin_training(self) -> None:
         if self.encoder.packed.is_alone:
             raise RuntimeError(f"the model must keep its weights to be trained: {LET_GO}")
-        self.catch_up()
-        self._early = tuple(weakref.ref(weight) for _, weight in self.own_parameters())
         original = self._original
+        if original is not None:
+            # Those that leave no count among them.
+            original.doubt()
+        self.catch_up()
+        early: list[Tensor] = [weight for _, weight in self.own_parameters()]
+        early += [] if original is None else [weight for parts in original.tensors().values() for weight in parts]
         model = None if original is None else original.model
         like = None if model is None else next(model.parameters(), None)
         if original is None or model is None or like is None or (like.device, like.dtype) != (self.device, self.dtype):
             # What is followed from afar is another model, which somebody else may train.
             super().stop_following()
-            model = model_over(self.model_class, self.config, dict(self.weights(all_names=True)), self.weight_map)
+            model = model_over(
+                self.model_class, self.config, dict(self.weights(all_names=True)), self.weight_map, self.frozen
+            )
             sources = {**self.weight_map.sources, **{own: (name,) for own, name in self.weight_map.buffers.items()}}
             original = Original(model, sources, self.weight_map.aliases, self.weight_map.layouts)
             self.follow(original)
         assert isinstance(model, PreTrainedModel)
+        shown = {id(weight) for weight in model.parameters()}
+        self._early = tuple(weakref.ref(weight) for weight in early if id(weight) not in shown)
         check_rates(model)
         self.trained = Trained(model, original, self.weight_map)
         self._training_options = TrainingOptions(dropout_rates(self.config, self.head.spec), self.trained.padding_ids())
@@ -234,12 +265,17 @@ class TrainableModel(FollowingModel):
         """A pass over the weights as they are, in autocast's dtype where that is on."""
         assert self.trained is not None
         assert self._training_options is not None
+        self.trained.check_pass(self.device, self.dtype, drops=any(self._training_options.rates))
+        # Writes through ``data`` leave no count; an optimizer has stepped since the last pass, as a rule.
+        self.trained.original.doubt()
         self.catch_up()
         if self.encoder.rotary is not None:
             with torch.no_grad():
                 self.encoder.rotary.refresh()
         kind = self.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        # As autocast does, which leaves float64 alone.
+        narrows = torch.is_autocast_enabled(kind) and self.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(kind) if narrows else self.dtype
         options = self._training_options._replace(checkpointed_layers=self.checkpointed_layers)
         return TrainingPass(
             self.spec, self.head.spec, self.encoder, self.trained.weights(dict(self.weights())), options, dtype

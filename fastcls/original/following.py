@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
@@ -113,6 +113,8 @@ class Original:
         ]
         structure.sizes.extend(map(len, structure.places))
         self.is_doubted = False
+        # Of modules that are gone.
+        self._frozen: set[str] = set()
         self._failure: RuntimeError | None = None
         self._seen = look(slots)
         # Brings the fast model up to date once more before the original goes.
@@ -130,6 +132,16 @@ class Original:
             assert tensor is not None
             found.setdefault(slot.own, []).append(tensor)
         return found
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The original's names of weights that ask for no gradients, as it is or was when it went."""
+        return frozenset(self._frozen | self._frozen_among(range(len(self._seen.slots))))
+
+    def _frozen_among(self, indices: Iterable[int]) -> set[str]:
+        seen = self._seen
+        pairs = ((seen.slots[index].name, seen.tensors[index]) for index in indices)
+        return {name for name, tensor in pairs if tensor is not None and not tensor.requires_grad}
 
     @property
     def model(self) -> nn.Module | None:
@@ -183,6 +195,7 @@ class Original:
             # For each of our weights: is a part of it another tensor than before, or was one written to?
             is_other: dict[str, bool] = {}
             is_written: dict[str, bool] = {}
+            is_counted: dict[str, bool] = {}
             pointers: dict[str, int] = {}
             now_counts = {id(tensor): count for tensor, count in zip(fresh.counting, fresh.versions, strict=True)}
             for slot, tensor, pointer, found, place in zip(
@@ -194,8 +207,9 @@ class Original:
                 pointers[own] = pointer
                 other = found is not tensor or place != pointer
                 is_other[own] = is_other.get(own, False) or other
-                written = is_doubted or id(found) not in counts or now_counts.get(id(found)) != counts[id(found)]
-                is_written[own] = is_written.get(own, False) or other or written
+                counted = other or id(found) not in counts or now_counts.get(id(found)) != counts[id(found)]
+                is_counted[own] = is_counted.get(own, False) or counted
+                is_written[own] = is_counted[own] or is_doubted
             for own, parts in now.items():
                 # Originals that were moved to "meta", or are gone in part, leave ours as they are.
                 is_whole = len(parts) == len(self._names[own]) and not any(part.is_meta for part in parts)
@@ -204,7 +218,9 @@ class Original:
                     self.is_doubted = True
                 elif is_written[own] and is_whole:
                     layout = self._layouts.get(own)
-                    moved |= _bring(model, own, parts, layout, pointers[own], is_other=is_other[own])
+                    moved |= _bring(
+                        *(model, own, parts, layout, pointers[own]), is_other=is_other[own], counts=is_counted[own]
+                    )
             self._seen = fresh
             return moved
 
@@ -271,6 +287,7 @@ class Original:
         seen = self._seen
         kept = [index for index, slot in enumerate(seen.slots) if id(slot.place) not in places]
         if len(kept) < len(seen.slots):
+            self._frozen |= self._frozen_among({*range(len(seen.slots))} - {*kept})
             self._seen = look([seen.slots[index] for index in kept], seen, kept)
 
 
@@ -317,9 +334,20 @@ def weakly(method: Callable[[], _T]) -> Callable[[], _T | None]:
 
 
 def _bring(
-    model: nn.Module, own: str, parts: list[Tensor], layout: ByHead | None, pointer: int, *, is_other: bool
+    model: nn.Module,
+    own: str,
+    parts: list[Tensor],
+    layout: ByHead | None,
+    pointer: int,
+    *,
+    is_other: bool,
+    counts: bool,
 ) -> bool:
-    """Brings one of our weights up to date; returns whether it has moved in memory."""
+    """Brings one of our weights up to date; returns whether it has moved in memory.
+
+    ``counts`` says whether a write counts as a change. What is only doubted may hold the same numbers, and a graph that
+    waits for its backward pass may have kept them.
+    """
     place, key = place_of(model, own)
     ours = place[key]
     is_alike = all(part.dtype == ours.dtype and part.device == ours.device for part in parts)
@@ -332,7 +360,7 @@ def _bring(
             set_weight(model, own, fresh)
             return True
         # In place, since CUDA graphs may read this memory.
-        target = ours.detach()
+        target = ours.detach() if counts else ours.data
         if layout is not None:
             all_rows = layout.views(target)
         else:

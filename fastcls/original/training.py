@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Trained:
         self.model = model
         self.original = original
         self.weight_map = weight_map
+        self._modules = [(name, module, _rate_of(module)) for name, module in model.named_modules()]
 
     def weights(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights by our names, with a graph where they are joined of several.
@@ -57,12 +58,43 @@ class Trained:
         Raises:
             RuntimeError: a module has hooks, or another ``forward``.
         """
-        for name, module in self.model.named_modules():
-            if name and has_hooks(module):
+        for name, module, _ in self._modules:
+            if name and (has_hooks(module) or module._backward_hooks or module._backward_pre_hooks):
                 raise RuntimeError(
-                    f"model.{name} must have no forward hooks, and no other forward, in training, where they would not "
-                    "run: remove them, or train the transformers model"
+                    f"model.{name} must have no hooks, and no other forward, in training, where they would not run: "
+                    "remove them, or train the transformers model"
                 )
+
+    def check_pass(self, device: torch.device, dtype: torch.dtype, *, drops: bool) -> None:
+        """Refuses a model that was changed since `FastModel.train` in what a pass would pass by.
+
+        Args:
+            device, dtype: the fast model's.
+            drops: whether it drops out anywhere.
+
+        Raises:
+            RuntimeError: the model lies elsewhere, or one of its modules has another mode or rate of dropout.
+        """
+        like = next(self.model.parameters())
+        if (like.device, like.dtype) != (device, dtype):
+            raise RuntimeError(
+                f"the model that is trained must be {dtype} on {device} like the fast one, got {like.dtype} on "
+                f"{like.device}: move the fast one, which shows its modules, and not that"
+            )
+        if not drops:
+            return
+        for name, module, rate in self._modules:
+            if not module.training or _rate_of(module) != rate:
+                found = "eval mode" if not module.training else f"p = {_rate_of(module)}"
+                raise RuntimeError(
+                    f"model.{name} must be in training mode, with the config's dropout, got {found}: fast.train() sets "
+                    "the mode of all modules, and the config's options the rates, before the model is made"
+                )
+
+
+def _rate_of(module: nn.Module) -> float | None:
+    """The rate of a module of dropout, None of others."""
+    return getattr(module, "p", None) if "Dropout" in type(module).__name__ else None
 
 
 def check_rates(model: PreTrainedModel) -> None:
@@ -75,8 +107,8 @@ def check_rates(model: PreTrainedModel) -> None:
         built = type(model)(model.config)
     expected = dict(built.named_modules())
     for name, module in model.named_modules():
-        rate, wanted = getattr(module, "p", None), getattr(expected.get(name), "p", None)
-        if "Dropout" in type(module).__name__ and rate != wanted:
+        rate, wanted = _rate_of(module), getattr(expected.get(name), "p", None)
+        if rate is not None and rate != wanted:
             raise RuntimeError(
                 f"model.{name}.p must be {wanted}, as the config says, to be trained, got {rate}: set the config's "
                 "option, and make the model of it"
@@ -84,7 +116,11 @@ def check_rates(model: PreTrainedModel) -> None:
 
 
 def model_over(
-    model_class: type[PreTrainedModel], config: Any, weights: Mapping[str, Tensor], weight_map: WeightMap
+    model_class: type[PreTrainedModel],
+    config: Any,
+    weights: Mapping[str, Tensor],
+    weight_map: WeightMap,
+    frozen: Collection[str],
 ) -> PreTrainedModel:
     """A transformers model whose parameters are views of ours, for those that hold the given one no longer.
 
@@ -94,16 +130,22 @@ def model_over(
         model_class, config: the given model's.
         weights: ours, by our names.
         weight_map: where each of them comes from.
+        frozen: the parameters that ask for no gradients, by the model's names; a class may freeze others itself.
     """
     with torch.device("meta"):
         model = model_class(config)
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    without = {*frozen, *(name for name, parameter in model.named_parameters() if not parameter.requires_grad)}
     made = {
-        name: nn.Parameter(part.detach(), requires_grad=name not in frozen)
+        # What is joined has memory of its own: ours is written anew from it.
+        name: nn.Parameter(part.detach() if weight_map.is_one(own) else part.clone(), requires_grad=name not in without)
         for own, names in weight_map.sources.items()
         for name, part in zip(names, weight_map.parts(own, weights[own].detach()), strict=True)
     }
     made |= {alias: made[name] for alias, name in weight_map.aliases.items()}
+    for name, other in _ties(model):
+        # Where the config ties them, and they are one: two parameters over one memory would both be stepped.
+        if name in made and other in made and torch.equal(made[name], made[other]):
+            made[other] = made[name]
     buffers = {name: weights[own] for own, name in weight_map.buffers.items() if own in weights}
     for path, module in model.named_modules():
         for key in module._parameters:
@@ -116,6 +158,14 @@ def model_over(
             else:
                 del module._buffers[key]
     return model
+
+
+def _ties(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Pairs of names of one parameter, the first name with each other one."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            yield first[id(parameter)], name
 
 
 class _Joined(torch.autograd.Function):

@@ -230,7 +230,11 @@ def _backward_group(
     grad_q = torch.empty_like(queries)
     blocks = list(blocks_of(group, scoring.window))
     is_whole = len(blocks) == 1
-    grad_k, grad_v = (torch.empty_like(each) if is_whole else torch.zeros_like(each) for each in (keys, values))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # Blocks are added up in float32 at least, and rounded once.
+    grad_k, grad_v = (
+        torch.empty_like(each) if is_whole else torch.zeros_like(each, dtype=wide) for each in (keys, values)
+    )
     for block in blocks:
         probabilities = _probabilities(group, block, queries, keys, bias, scoring, layout)
         grads = grad_out[:, block.rows]
@@ -308,7 +312,7 @@ def _add_bias_gradient(grad_bias: Tensor, flow: Tensor, group: Group, block: Blo
     columns = group.offsets(block, layout).clamp(-reach, reach) + reach
     by_head = flow.view(group.num_sequences, -1, *flow.shape[1:]).to(grad_bias.dtype)
     if columns.shape[0] == 1:
-        grad_bias.index_add_(1, columns.flatten(), by_head.sum(0).flatten(1))
-        return
-    for sequence in range(group.num_sequences):
-        grad_bias.index_add_(1, columns[sequence].flatten(), by_head[sequence].flatten(1))
+        by_head = by_head.sum(0, keepdim=True)
+    for places, flows in zip(columns, by_head, strict=True):
+        # A sum of its own for each text: one over all of them would round more.
+        grad_bias += torch.zeros_like(grad_bias).index_add_(1, places.flatten(), flows.flatten(1))

@@ -22,7 +22,7 @@ class Dropout(NamedTuple):
     """Dropout at one place of a model.
 
     Attributes:
-        rate: the probability that a number is dropped, at least 0 and below 1.
+        rate: the probability that a number is dropped, from 0 to 1.
         seed: 32 bits without sign, one for each place and step.
     """
 
@@ -36,8 +36,8 @@ class Dropout(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """What numbers that are kept are multiplied by."""
-        return 1 / (1 - self.rate)
+        """What numbers that are kept are multiplied by: 0 at a rate of 1, where one hash of 2^32 is kept, too."""
+        return 1 / (1 - self.rate) if self.rate < 1 else 0.0
 
     @property
     def signed_seed(self) -> int:

@@ -25,7 +25,8 @@ from .derivatives import first_only
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows weightᵀ + bias: (num_rows, in_features) by (out_features, in_features), either of them a transposed view."""
-    return cpu_product(rows, weight, bias) if rows.is_cpu else F.linear(rows, weight, bias)
+    # oneDNN refuses sums of no terms, as a weight's gradient is where there are no rows.
+    return cpu_product(rows, weight, bias) if rows.is_cpu and rows.shape[1] else F.linear(rows, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
