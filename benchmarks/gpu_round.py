@@ -57,6 +57,7 @@ STEPS = {
     "tune": Step(2, ("benchmarks/tune.py", "--seconds={seconds}", "--out={out}/tiles.json", *_TUNED), "tiles.json"),
     "release": Step(3, (*_BENCH, "release")),
     "rerankers": Step(3, (*_BENCH, "rerankers")),
+    "train": Step(3, (*_BENCH, "train")),
 }
 
 

@@ -1,5 +1,5 @@
-"""Publishes a run of the suite release, cpu or rerankers: keeps its results, and makes the tables and the picture of
-README.md and docs/performance.md from all kept results.
+"""Publishes a run of the suite release, cpu, rerankers or train: keeps its results, and makes the tables and the
+picture of README.md, docs/performance.md and docs/training.md from all kept results.
 
 python benchmarks/publish.py fastcls-bench/2026-01-31-120000/results.json
 python benchmarks/publish.py --check
@@ -20,14 +20,14 @@ from fastcls_benchmarks.plots import plots
 from fastcls_benchmarks.provenance import PACKAGES, output_of, slug, source_digest
 from fastcls_benchmarks.providers import FASTCLS, INVARIANT, SDPA
 from fastcls_benchmarks.results import Case, Report
-from fastcls_benchmarks.tables import NONE, duration, published_rows, share, times
+from fastcls_benchmarks.tables import NONE, duration, number, published_rows, share, times
 from fastcls_benchmarks.texts import CLASSIFIER
 from fastcls_benchmarks.workloads import data
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
-SUITES = ("release", "cpu", "rerankers")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "training.md")
+SUITES = ("release", "cpu", "rerankers", "train")
 MARKERS = re.compile(r"<!-- benchmarks: begin (\w+) -->\n.*?<!-- benchmarks: end -->", re.DOTALL)
 # The picture's field for the digest of the results that it was made from.
 DIGEST = "Source"
@@ -56,6 +56,11 @@ def _failed(report: Report) -> list[str]:
     return [f"{row.provider} in {case.name}" for case in report.cases for row in case.rows if row.status == "failed"]
 
 
+def _failures(report: Report) -> Iterator[str]:
+    if failed := _failed(report):
+        yield f"Failed, and not among the peers: {'; '.join(failed)}."
+
+
 def _timed(case: Case) -> dict[str, float]:
     return {row.provider: seconds for row in case.rows if (seconds := case.typical_seconds(row.provider)) is not None}
 
@@ -71,6 +76,28 @@ def _compared(case: Case) -> tuple[float, tuple[str, ...]] | None:
     fastest, vs_peer = (f"{duration(seconds[peer])} ({peer})", times(case, ours, peer)) if peer else (NONE, NONE)
     transformers = duration(case.typical_seconds(case.baseline))
     return seconds[ours], (transformers, fastest, duration(seconds[ours]), times(case, ours), vs_peer)
+
+
+_TIMES = ("transformers, ms", "fastest peer, ms", "fastcls, ms", "vs transformers", "vs peer")
+_COMPARED = ("model", "batch", "dtype", *_TIMES)
+
+
+def _row(case: Case) -> tuple[float, list[str]] | None:
+    """Fastcls's seconds, if it was timed, and the cells under `_COMPARED`."""
+    if (compared := _compared(case)) is None:
+        return None
+    seconds, (transformers, *others) = compared
+    # Marks a model that transformers does not compute with sdpa.
+    mark = "" if case.baseline == SDPA.name else f" ({case.baseline.removeprefix('transformers ')})"
+    noise = f", noise {case.noise:.0%}" if case.is_noisy else ""
+    batch = f"{case.workload}{', from text' * (case.kind == 'text')}{noise}"
+    return seconds, [case.subject, batch, case.dtype, transformers + mark, *others]
+
+
+def _peaks(report: Report, what: str) -> Iterator[str]:
+    if calls := [each for each in report.first_calls if each.peak_bytes]:
+        peaks = "; ".join(f"{each.provider} {(each.peak_bytes or 0) / 2**20:.1f}" for each in calls)
+        yield f"Peak memory of {what}, {calls[0].model}, {calls[0].workload}, MiB: {peaks}."
 
 
 def _table(heading: Iterable[str], rows: Iterable[Iterable[str]], left: int) -> str:
@@ -130,19 +157,13 @@ def release(results: Path, _page: Path) -> Iterator[str]:
         yield _headline(report)
         rows, costs = [], []
         for case in report.cases:
-            if (compared := _compared(case)) is None:
+            if (compared := _row(case)) is None:
                 continue
-            (seconds, (transformers, *others)), floor = compared, report.floor_seconds(case)
-            # Marks a model that transformers does not compute with sdpa.
-            mark = "" if case.baseline == SDPA.name else f" ({case.baseline.removeprefix('transformers ')})"
-            noise = f", noise {case.noise:.0%}" if case.is_noisy else ""
-            batch = f"{case.workload}{', from text' * (case.kind == 'text')}{noise}"
-            shown = (transformers + mark, *others, share(floor and floor / seconds))
-            rows.append([case.subject, batch, case.dtype, *shown])
+            (seconds, cells), floor = compared, report.floor_seconds(case)
+            rows.append([*cells, share(floor and floor / seconds)])
             if (invariant := case.typical_seconds(INVARIANT.name)) is not None:
                 costs.append(f"{case.subject}, {case.workload}: {duration(invariant)} ms")
-        heading = ("model", "batch", "dtype", "transformers, ms", "fastest peer, ms", "fastcls, ms")
-        yield _table((*heading, "vs transformers", "vs peer", "of floor"), rows, 3)
+        yield _table((*_COMPARED, "of floor"), rows, 3)
         for case in report.cases:
             if case.kind == "text":
                 judged = [row for row in case.rows if row.agreement is not None]
@@ -151,13 +172,10 @@ def release(results: Path, _page: Path) -> Iterator[str]:
                     f"{name} {duration(each)}{kept.get(name, '')}" for name, each in _timed(case).items()
                 )
                 yield f"From text to label, {case.subject}, {case.about}, ms: {listed}."
-        if calls := [each for each in report.first_calls if each.peak_bytes]:
-            peaks = "; ".join(f"{each.provider} {(each.peak_bytes or 0) / 2**20:.1f}" for each in calls)
-            yield f"Peak memory of a forward, {calls[0].model}, {calls[0].workload}, MiB: {peaks}."
+        yield from _peaks(report, "a forward")
         if costs:
             yield f"With `batch_invariant=True`: {'; '.join(costs)}."
-        if failed := _failed(report):
-            yield f"Failed, and not among the peers: {'; '.join(failed)}."
+        yield from _failures(report)
 
 
 def cpu(results: Path, _page: Path) -> Iterator[str]:
@@ -185,7 +203,22 @@ def rerankers(results: Path, _page: Path) -> Iterator[str]:
         yield f"Texts: {'; '.join(dict.fromkeys(case.about for case in report.cases))}."
 
 
-SECTIONS = {"headline": headline, "summary": summary, "release": release, "cpu": cpu, "rerankers": rerankers}
+def train(results: Path, _page: Path) -> Iterator[str]:
+    """Every machine, the newest first: the facts, a table of steps with their memory and the gradients' error."""
+    for _, report in _newest_first(results, "train"):
+        yield _headline(report)
+        figures, rows = report.figures().set_index(["case", "provider"]), []
+        for case in report.cases:
+            if (compared := _row(case)) is not None:
+                theirs, ours = (figures.loc[(case.name, name)] for name in (case.baseline, FASTCLS.name))
+                memory = f"{number(ours.step_bytes / 2**20)} of {number(theirs.step_bytes / 2**20)}"
+                rows.append([*compared[1], number(ours.tokens), memory, f"{ours.difference / theirs.difference:.2f}"])
+        yield _table((*_COMPARED, "tokens/s", "MiB", "error"), rows, 3)
+        yield from _peaks(report, "a whole step, gradients included")
+        yield from _failures(report)
+
+
+SECTIONS = {section.__name__: section for section in (headline, summary, release, cpu, rerankers, train)}
 
 
 def with_sections(page: Path, results: Path) -> str:

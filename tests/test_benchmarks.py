@@ -59,6 +59,7 @@ from fastcls_benchmarks.roofline import ModelShape, product_shapes, useful_flops
 from fastcls_benchmarks.suites import FirstCallPlan, Plan, Suite
 from fastcls_benchmarks.tables import cannot_run, render
 from fastcls_benchmarks.timing import Effort, time_rounds
+from fastcls_benchmarks.training import TRAINING_PROVIDERS
 from fastcls_benchmarks.verify import Judge, Reference
 from fastcls_benchmarks.workloads import (
     LENGTHS,
@@ -882,6 +883,7 @@ def test_suites_start_with_the_baseline_and_fit_their_time(name: str, device: to
         "release": 480 if device == CPU else 500,
         "cpu": 1200,
         "rerankers": 400,
+        "train": 540,
         "floors": 120,
     }[name]
     assert sum(runner.planned_seconds(suite, device)) <= limit
@@ -892,6 +894,8 @@ def test_suites_start_with_the_baseline_and_fit_their_time(name: str, device: to
         baseline, ours = baseline_of(class_of(plan.subject)), FASTCLS
         if plan.kind == "text":
             baseline, ours = texts.PIPELINE, texts.CLASSIFIER
+        if plan.kind == "train":
+            baseline, ours = (TRAINING_PROVIDERS[each.name] for each in (baseline, ours))
         assert {baseline, ours} <= set(plan.providers)
         assert all(each.takes(class_of(plan.subject)) is None for each in plan.providers if each is not FLASH)
 
@@ -1379,13 +1383,17 @@ def bench(*arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "slow"], "--suite must be one of quick, default, release, cpu, rerankers; got slow"),
+        (["--suite", "slow"], "--suite must be one of quick, default, release, cpu, train, rerankers; got slow"),
         (["--model", "bert-huge"], "--model must be one of minilm-l6"),
         (["--lengths", "17"], "--lengths must be one of sst2"),
         (["--provider", "mine"], "--provider must be one of transformers eager"),
         (["--dtype", "int8"], "--dtype must be one of float32"),
         (["--suite", "rerankers", "--lengths", "sst2"], "--suite rerankers has no cases of batches"),
         (["--suite", "rerankers", "--provider", "fastcls"], "--suite rerankers has no cases of batches"),
+        (
+            ["--suite", "train", "--provider", "onnxruntime"],
+            "--provider must be one of transformers eager, transformers",
+        ),
         (["--save", "here", "--model", "bert-base"], "--save measures nothing"),
         (["--device", "meta"], "--device must be cpu or cuda, got meta"),
         (["--fail-above", "5"], "--fail-above needs --compare"),
@@ -1498,7 +1506,7 @@ PAGE = "before\n<!-- benchmarks: begin {0} -->\nold\n<!-- benchmarks: end -->\na
 
 def publish_in(folder: Path, publish: ModuleType, *arguments: str) -> Result:
     """Runs benchmarks/publish.py on pages and results of a folder."""
-    pages = {"README.md": ["summary"], "page.md": ["release", "cpu", "rerankers"]}
+    pages = {"README.md": ["summary"], "page.md": ["release", "cpu", "rerankers", "train"]}
     for name, sections in pages.items():
         if not (folder / name).exists():
             (folder / name).write_text("".join(map(PAGE.format, sections)), encoding="utf-8")
@@ -1510,7 +1518,7 @@ def publish_in(folder: Path, publish: ModuleType, *arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"suite": "quick"}, "only the suites release, cpu, rerankers"),
+        ({"suite": "quick"}, "only the suites release, cpu, rerankers, train"),
         ({"partial": True}, "stopped before its end"),
         ({"dirty": True}, "had changes"),
         ({"commit": None}, "its commit is unknown"),
@@ -1676,3 +1684,21 @@ def test_the_suite_cpu_is_published_with_the_labels_kept(publish: ModuleType, tm
     assert kept == "bert-base on 872 sentences: labels kept, mean error of a logit: fastcls 97.9%, 0.042."
     page.write_text(page.read_text(encoding="utf-8").replace("97.9%", "99.9%"), encoding="utf-8")
     assert publish_in(tmp_path, publish, "--check").exit_code == 1
+
+
+def test_steps_of_training_are_published_with_their_memory(publish: ModuleType, tmp_path: Path) -> None:
+    report = made_up_report("train")
+    report.cases = [dataclasses.replace(report.cases[0], kind="train", flops=0.0, num_bytes=0.0)]
+    for name, difference, size in ((SDPA.name, 1e-6, 3), (PACKED.name, 1e-6, 2), (FASTCLS.name, 1.5e-6, 1)):
+        row = report.cases[0].row(name)
+        assert row is not None
+        row.difference, row.step_bytes = difference, size * 2**20
+    report.write(tmp_path / "run.json")
+    assert publish_in(tmp_path, publish, str(tmp_path / "run.json")).exit_code == 0
+    section = (tmp_path / "page.md").read_text(encoding="utf-8").split("begin train -->\n")[1].split("<!--")[0]
+    _, _, heading, _, line, _, peaks, *_ = section.splitlines()
+    cells = cells_of(heading, line)
+    assert (cells["transformers, ms"], cells["fastcls, ms"], cells["vs transformers"]) == ("100.0", "50.00", "2.00 x")
+    assert (cells["fastest peer, ms"], cells["MiB"], cells["error"]) == ("62.50 (torch packed)", "1 of 3", "1.50")
+    assert cells["tokens/s"] == "14,000"
+    assert peaks.startswith("Peak memory of a whole step, gradients included, bert-base, 32 x sst2, MiB: transformers")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastcls
 from fastcls.families import FAMILIES
+from fastcls_benchmarks.training import kept_tensors
 from fastcls_kernels.training import Dropout
 
 CLASSES = [
@@ -146,22 +147,8 @@ def quiet(model_class: str = "BertForSequenceClassification", family: str = "ber
 
 def saved_bytes(model: Any, inputs: dict[str, Tensor]) -> tuple[int, list[torch.Size]]:
     """The bytes that a forward pass keeps for its backward pass, weights left out, and the shapes of what it keeps."""
-    kept: dict[int, Tensor] = {}
-    weights = (
-        [*model.parameters(), *(weight for _, weight in model.weights())]
-        if hasattr(model, "weights")
-        else [*model.parameters()]
-    )
-    memory = {weight.untyped_storage().data_ptr() for weight in weights}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in memory:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**inputs)
-    return sum(each.untyped_storage().nbytes() for each in kept.values()), [each.shape for each in kept.values()]
+    kept = kept_tensors(model, lambda: model(**inputs))
+    return sum(each.untyped_storage().nbytes() for each in kept), [each.shape for each in kept]
 
 
 def test_the_parameters_are_the_given_models() -> None:

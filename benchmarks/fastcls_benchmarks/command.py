@@ -21,6 +21,7 @@ from .providers import PROVIDERS
 from .results import Report
 from .suites import Suite
 from .texts import CORPORA, PIPELINE, TEXT_PROVIDERS, server, tokenizer_of
+from .training import TRAINING_PROVIDERS
 from .workloads import LENGTHS, MODELS, SEED
 
 RESULTS_FILE = "results.json"
@@ -41,9 +42,10 @@ def chosen_suite(
     _check("--suite", [suite], suites.names(device))
     _check("--model", models, MODELS)
     _check("--lengths", lengths, LENGTHS)
-    _check("--provider", providers, PROVIDERS)
     _check("--dtype", dtypes, _DTYPES)
     found = suites.suite(suite, device)
+    trains = {plan.kind for plan in found.plans} == {"train"}
+    _check("--provider", providers, TRAINING_PROVIDERS if trains else PROVIDERS)
     if url is not None:
         return suites.with_server(found, server(url))
     if models or lengths or batch_sizes or dtypes or providers:
@@ -173,7 +175,7 @@ def show_choices(device: torch.device, console: Console) -> None:
     def describe(name: str) -> str:
         suite = suites.suite(name, device)
         counts = Counter[str](plan.kind for plan in suite.plans)
-        words = {"model": "models", "text": "from text to label", "kernel": "kernels"}
+        words = {"model": "models", "text": "from text to label", "kernel": "kernels", "train": "of fine-tuning"}
         shown = ", ".join(f"{counts[kind]} {what}" for kind, what in words.items() if counts[kind])
         return f"{shown}; {_minutes(suite, device)}"
 
@@ -183,6 +185,7 @@ def show_choices(device: torch.device, console: Console) -> None:
         ("--lengths", [(name, f"{each.description} ({each.source})") for name, each in LENGTHS.items()]),
         ("--provider", [(name, can(each)) for name, each in PROVIDERS.items()]),
         ("from text to label", [(name, can(each)) for name, each in TEXT_PROVIDERS.items() if ", sorted" not in name]),
+        ("steps of fine-tuning", [(name, can(each)) for name, each in TRAINING_PROVIDERS.items()]),
         ("texts", list(CORPORA.items())),
     ):
         table = Table(Column(heading, no_wrap=True), "", box=box.SIMPLE_HEAD)

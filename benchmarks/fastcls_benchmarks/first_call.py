@@ -33,7 +33,7 @@ def measure(plan: FirstCallPlan, device: str, threads: int) -> FirstCall:
 
     subject = (plan.model, plan.workload.name, str(plan.dtype).removeprefix("torch."), plan.provider.name)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
-    command = [sys.executable, "-m", __name__, json.dumps([*subject, device, threads])]
+    command = [sys.executable, "-m", __name__, json.dumps([*subject, device, threads, plan.training])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
@@ -41,8 +41,10 @@ def measure(plan: FirstCallPlan, device: str, threads: int) -> FirstCall:
     return FirstCall(*subject, **json.loads(lines[-1]))
 
 
-def main(name: str, workload: str, dtype_name: str, provider_name: str, place: str, threads: int) -> dict[str, Any]:
-    """The seconds of each step and the bytes of one more forward."""
+def main(
+    name: str, workload: str, dtype_name: str, provider_name: str, place: str, threads: int, training: bool
+) -> dict[str, Any]:
+    """The seconds of each step and the bytes of one more forward, or in training of a whole step."""
     start = time.perf_counter()
     import torch
 
@@ -57,11 +59,16 @@ def main(name: str, workload: str, dtype_name: str, provider_name: str, place: s
 
     from .providers import PROVIDERS
     from .timing import wait_for
+    from .training import TRAINING_PROVIDERS
+    from .training import batches as with_labels
 
     torch.set_num_threads(threads)
     device, dtype = torch.device(place), getattr(torch, dtype_name)
-    batches = Workload.named(workload).batches(4, ModelInputs.of(model_class, config_of(name)))
-    provider = PROVIDERS[provider_name]
+    provider = (TRAINING_PROVIDERS if training else PROVIDERS)[provider_name]
+    given = Workload.named(workload)
+    batches = (
+        with_labels(name, given, 4) if training else given.batches(4, ModelInputs.of(model_class, config_of(name)))
+    )
     if missing := provider.missing(model_class, device, dtype):
         return {"detail": missing}
     prepared = time.perf_counter()

@@ -12,7 +12,7 @@ from .plots import plots
 from .results import Report
 from .workloads import LENGTHS
 
-_KINDS = {"text": "From text to label", "model": "Models", "kernel": "Single kernels"}
+_KINDS = {"text": "From text to label", "model": "Models", "train": "Steps of fine-tuning", "kernel": "Single kernels"}
 
 
 def page(report: Report) -> str:

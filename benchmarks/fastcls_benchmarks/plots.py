@@ -40,7 +40,8 @@ def plots(report: Report) -> list[Plot]:
     """All pictures for which there is something to show."""
     figures = report.figures().dropna(subset="seconds")
     texts, models = (figures[figures.kind == kind] for kind in ("text", "model"))
-    bars = [_text_to_label(texts), _relative_speed(models), _ladder(models)]
+    batches = figures[figures.kind.isin(("model", "train"))]
+    bars = [_text_to_label(texts), _relative_speed(batches), _ladder(models)]
     sweeps = [_sweep("latency_by_batch", models), _sweep("throughput_by_length", models)]
     return [plot for plot in (*bars, *sweeps, _share_of_floor(models)) if plot is not None]
 

@@ -27,7 +27,7 @@ _KEY = ("kind", "subject", "workload", "dtype", "threads")
 _DERIVED = ("seconds", "p20", "p80", "p99", "times", "low", "high", "texts", "tokens", "share")
 
 Status = Literal["timed", "failed", "unavailable"]
-Kind = Literal["model", "kernel", "text"]
+Kind = Literal["model", "kernel", "text", "train"]
 
 
 class Interval(NamedTuple):
@@ -75,17 +75,19 @@ class Row:
 
     provider: str
     status: Status
-    difference: float | None = None  # the largest from the reference; None if it was not computed
+    # The largest from the reference, of training that of all gradients by their norm; None if it was not computed.
+    difference: float | None = None
     detail: str = ""  # why it failed or cannot run; otherwise remarks on how it was prepared
     convert_seconds: float | None = None  # from the transformers model to a function, in the provider's first case
     first_seconds: float | None = None  # the first batch of this case, with the provider's compiling
     agreement: float | None = None  # this and the next: see `verify.Kept`
     mean_error: float | None = None
+    step_bytes: int | None = None  # of training: see `training.Way.step_bytes`
 
 
 @dataclass
 class Case:
-    """A model, a single kernel, or a way from texts to scores, on one workload in one dtype."""
+    """A model, a single kernel, a way from texts to scores, or steps of training, on one workload in one dtype."""
 
     kind: Kind
     subject: str  # the model's or the kernel's name
@@ -112,7 +114,8 @@ class Case:
     @property
     def name(self) -> str:
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
-        return f"{self.subject}, {self.workload}, {self.dtype}{', from text' * (self.kind == 'text')}{threads}"
+        what = {"text": ", from text", "train": ", training"}.get(self.kind, "")
+        return f"{self.subject}, {self.workload}, {self.dtype}{what}{threads}"
 
     @property
     def is_latency(self) -> bool:
@@ -238,7 +241,7 @@ class Report:
         of_case = ("case", *_KEY, "baseline", "batch_size", "published", "noise", "floor")
         figures = pd.DataFrame(lines, columns=[*of_case, *(each.name for each in fields(Row)), *_DERIVED])
         # None, where nothing is known in any row, is no number.
-        return figures.astype(dict.fromkeys((*_DERIVED, "difference", "agreement", "mean_error"), float))
+        return figures.astype(dict.fromkeys((*_DERIVED, "difference", "agreement", "mean_error", "step_bytes"), float))
 
     def samples(self) -> pd.DataFrame:
         """A row for each timed call, with the run's provenance."""

@@ -9,11 +9,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
-from . import first_call, roofline, sentences, texts, timing
+from . import first_call, roofline, sentences, texts, timing, training
 from .kernels import KERNELS, Inputs, KernelProvider, Prepared, compiled
 from .provider import Forward, Loaded, Model, Provider, reason_of
 from .providers import EAGER, baseline_of
@@ -28,6 +28,8 @@ from .workloads import MODELS, ModelInputs, Workload, build_model, class_of, con
 NUM_BATCHES, NUM_CHECKED = 8, 2
 NUM_LATENCY_BATCHES, NUM_CHECKED_TEXTS = 20, 5
 LONG_SECONDS = 0.25
+# The same of training, whose gradients are checked on the first of them.
+NUM_STEPS = 2
 # How often each batch runs before anything is timed: on a GPU a CUDA graph is warmed up, then recorded.
 WARM_UP_CALLS = {"cpu": 1, "cuda": 3}
 # About how long fitting a head takes, and comparing labels once for each provider and number of threads; preparing a
@@ -56,6 +58,13 @@ def planned_seconds(suite: Suite, device: torch.device) -> list[float]:
     for plan in suite.plans:
         if plan.kind == "kernel":
             expected.append(factor * _PREPARING_KERNEL + plan.seconds)
+            continue
+        if plan.kind == "train":
+            # A step costs as much when it is checked as when it is timed; two graphs are compiled, each both ways.
+            model_class, size = class_of(plan.subject), config_of(plan.subject).num_hidden_layers / 6
+            able = [each for each in plan.providers if each.missing(model_class, device, plan.dtype) is None]
+            building = factor * size * sum(2 * _BUILDING + 3 * each.preparing for each in able)
+            expected.append(1.5 * plan.seconds + building)
             continue
         fitted, size = MODELS[plan.subject].fitted, config_of(plan.subject).num_hidden_layers / 6
         each = _PREPARING_TEXT * factor if plan.kind == "text" else 0.4
@@ -102,6 +111,10 @@ def run(suite: Suite, report: Report, device: torch.device, listener: Listener) 
             if plan.kind == "kernel":
                 session = None
                 measure_kernel(case, plan, device, listener.doing)
+            elif plan.kind == "train":
+                session = None
+                _free_memory(device)
+                measure_training(case, plan, device, listener.doing)
             else:
                 if session is None or session.of != (plan.kind, plan.subject, plan.dtype):
                     # The former model is freed first: two large ones may not fit.
@@ -337,6 +350,37 @@ def measure_kernel(case: Case, plan: Plan, device: torch.device, doing: Doing) -
         calls = repeats * len(sets) or 1
         for name, rounds in case.seconds.items():
             case.seconds[name] = [[seconds / calls for seconds in each] for each in rounds]
+
+
+def measure_training(case: Case, plan: Plan, device: torch.device, doing: Doing) -> None:
+    """Measures steps of training; each provider has weights of its own, the same ones at first."""
+    doing(f"{case.name}: gradients in float64")
+    batches = training.batches(plan.subject, plan.workload, NUM_STEPS)
+    case.real_tokens = statistics.fmean(map(real_tokens, batches))
+    case.padded_tokens = statistics.fmean(map(padded_tokens, batches))
+    exact = training.Exact(plan.subject, plan.dtype, batches[0])
+
+    def prepare(provider: Provider) -> Ready:
+        missing = provider.missing(class_of(plan.subject), device, plan.dtype)
+        if missing:
+            return Row(provider.name, "unavailable", detail=missing), None
+        no_dropout = training.without_dropout(plan.subject)
+        quiet = provider.load(build_model(plan.subject, device, plan.dtype, **no_dropout)).forward
+        verdict = exact.check(provider, cast(training.Way, quiet))
+        del quiet
+        if not verdict.passed:
+            return Row(provider.name, "failed", verdict.difference, verdict.reason), None
+        model = build_model(plan.subject, device, plan.dtype)
+        start = time.perf_counter()
+        step = cast(training.Way, provider.load(model).forward)
+        row = Row(provider.name, "timed", verdict.difference, convert_seconds=time.perf_counter() - start)
+        row.first_seconds = timing.seconds_of(lambda: step(batches[0]), device)
+        for each in batches * WARM_UP_CALLS[device.type]:
+            step(each)
+        row.step_bytes = step.step_bytes(batches[0])
+        return row, lambda index: step(batches[index % NUM_STEPS])
+
+    _time(case, plan, {each.name: functools.partial(prepare, each) for each in plan.providers}, device, doing)
 
 
 def prepare_kernel(

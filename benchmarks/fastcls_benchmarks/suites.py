@@ -15,6 +15,7 @@ from .providers import FASTCLS, PROVIDERS, SDPA, baseline_of
 from .results import Kind
 from .texts import CLASSIFIER, PIPELINE, TEXT_PROVIDERS
 from .timing import Effort
+from .training import TRAINING_PROVIDERS
 from .workloads import Workload, class_of, data
 
 LATENCY_CALLS = 100
@@ -54,6 +55,7 @@ class FirstCallPlan:
     workload: Workload
     dtype: torch.dtype
     provider: Provider
+    training: bool = False
     seconds: float = 9.0
 
 
@@ -87,13 +89,16 @@ def _flat(names: Sequence[str]) -> Iterator[str]:
 
 
 def providers_of(kind: Kind, model: str, names: Sequence[str]) -> tuple[Provider, ...]:
-    """Providers and groups of them, by name, each once, the baseline before all others if it is not named."""
-    baseline = PIPELINE if kind == "text" else baseline_of(class_of(model))
-    known = TEXT_PROVIDERS if kind == "text" else {**PROVIDERS, "baseline": baseline}
-    found = dict.fromkeys(known[name] for name in _flat(names))
-    if kind == "model" and baseline is not SDPA:
-        found.pop(SDPA, None)
-    return tuple(found if baseline in found else (baseline, *found))
+    """Providers and groups of them, by name, each once, the baseline before all others if it is not named.
+
+    Of training it is always the first: the others' gradients may be off by so much more than its own.
+    """
+    known = {"text": TEXT_PROVIDERS, "train": TRAINING_PROVIDERS}.get(kind, PROVIDERS)
+    baseline = PIPELINE if kind == "text" else known[baseline_of(class_of(model)).name]
+    found = dict.fromkeys({**known, "baseline": baseline}[name] for name in _flat(names))
+    if kind != "text" and baseline.name != SDPA.name:
+        found.pop(known[SDPA.name], None)
+    return tuple(dict.fromkeys((baseline, *found)) if kind == "train" or baseline not in found else found)
 
 
 def _plans(kind: Kind, entry: dict[str, Any], dtype: torch.dtype, resident: bool) -> Iterator[Plan]:
@@ -109,14 +114,15 @@ def suite(name: str, device: torch.device) -> Suite:
     """One of `names` on a kind of device."""
     entry, dtype = _of(device)[name], default_dtype(device)
     resident = entry.get("resident", False)
-    kinds: tuple[tuple[Kind, str], ...] = (("text", "texts"), ("model", "cases"))
+    kinds: tuple[tuple[Kind, str], ...] = (("text", "texts"), ("model", "cases"), ("train", "training"))
     plans = [p for kind, of in kinds for each in entry.get(of, ()) for p in _plans(kind, each, dtype, resident)]
     nothing: dict[str, Any] = {"on": ()}
     kernels, first = entry.get("kernels", nothing), entry.get("first_calls", nothing)
     for on, kernel in itertools.product(map(Workload.named, kernels["on"]), KERNELS):
         plans.append(Plan("kernel", kernel, on, dtype, (), kernels["seconds"]))
-    pairs = itertools.product(map(Workload.named, first["on"]), (SDPA, FASTCLS))
-    calls = tuple(FirstCallPlan(first["of"], on, dtype, provider) for on, provider in pairs)
+    known, training = (TRAINING_PROVIDERS, True) if "training" in entry else (PROVIDERS, False)
+    pairs = itertools.product(map(Workload.named, first["on"]), (known[SDPA.name], known[FASTCLS.name]))
+    calls = tuple(FirstCallPlan(first["of"], on, dtype, provider, training) for on, provider in pairs)
     return Suite(name, tuple(plans), calls, entry.get("machine_seconds", 2.0))
 
 
@@ -132,11 +138,11 @@ def custom(
 
     With providers alone, they take the places of the suite's own.
     """
-    own = [plan for plan in like.plans if plan.kind == "model"]
+    own = [plan for plan in like.plans if plan.kind in ("model", "train")]
     if not own:
         raise ValueError(f"--suite {like.name} has no cases of batches, and --model, --provider and so on change these")
     if not (models or batch_sizes or lengths or dtypes):
-        plans = tuple(replace(plan, providers=providers_of("model", plan.subject, providers)) for plan in own)
+        plans = tuple(replace(plan, providers=providers_of(plan.kind, plan.subject, providers)) for plan in own)
         return Suite("custom", plans, machine_seconds=like.machine_seconds)
     first = own[0]
     # Each once, however often it is given.
@@ -147,8 +153,9 @@ def custom(
         dict.fromkeys(lengths or [first.workload.lengths]),
     )
     chosen = list(providers) or [each.name for each in first.providers]
+    kind = first.kind
     plans = tuple(
-        Plan("model", model, Workload(size, length), dtype, providers_of("model", model, chosen), first.seconds)
+        Plan(kind, model, Workload(size, length), dtype, providers_of(kind, model, chosen), first.seconds)
         for model, dtype, size, length in grid
     )
     return Suite("custom", plans)

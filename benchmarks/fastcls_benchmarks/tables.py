@@ -17,6 +17,7 @@ from .texts import CLASSIFIER
 
 NONE = "-"
 HIGHLIGHTED = (FASTCLS.name, CLASSIFIER.name)
+STEP_BYTES = "MiB: kept for the backward pass, weights left out; on a GPU the most that a step allocates."
 FIRST_CALL = ("model, workload", "provider", "import", "load", "convert", "first batch", "memory")
 _PUBLISHED = (
     "Published: on one H100 80GB in bfloat16, Natural Questions' pairs of at most 512 tokens, best batch size (Hugging "
@@ -90,6 +91,8 @@ def _headings(case: Case) -> tuple[str, ...]:
         return ("provider", "µs", "p20 to p80", vs, "of floor", "error")
     checked = ("labels", "mean off") if case.judged_on else ("of floor" if case.flops else "labels", "off")
     counted = ("texts/s",) if case.kind == "text" else ("texts/s", "tokens/s")
+    if case.kind == "train":
+        checked = ("MiB", "gradient off")
     return ("provider", *(("p50 ms", "p99 ms") if case.is_latency else ("ms", "p20 to p80")), vs, *counted, *checked)
 
 
@@ -103,8 +106,10 @@ def _cells(case: Case, row: Any) -> tuple[str, ...]:
     unit = "µs" if case.kind == "kernel" else "ms"
     spread = duration(row.p99) if case.is_latency else f"{duration(row.p20, unit)} to {duration(row.p80, unit)}"
     faster = "1" if row.provider == case.baseline else times(case, row.provider)
-    counted = {"kernel": (), "text": (row.texts,), "model": (row.texts, row.tokens)}[case.kind]
+    counted = {"kernel": (), "text": (row.texts,)}.get(case.kind, (row.texts, row.tokens))
     checked = share(row.share) if case.kind == "kernel" or (case.flops and not case.judged_on) else labels
+    if case.kind == "train":
+        checked = number(row.step_bytes / 2**20)
     return (row.provider, duration(row.seconds, unit), spread, faster, *map(number, counted), checked, error)
 
 
@@ -113,13 +118,15 @@ def cases(report: Report) -> Iterator[Shown]:
     figures, said = report.figures(), set[tuple[str, str]]()
     for case in report.cases:
         about = f"{case.real_tokens / (case.padded_tokens or 1):.0%} of {case.padded_tokens:,.0f} tokens are real"
-        about = {"kernel": f"{case.real_tokens:,.0f} tokens", "text": case.about, "model": about}[case.kind]
+        about = {"kernel": f"{case.real_tokens:,.0f} tokens", "text": case.about}.get(case.kind, about)
         noise = "unknown" if case.noise is None else f"{case.noise:.1%}"
         caption = f"Noise {noise} in {len(case.seconds.get(case.baseline, []))} rounds."
         caption += f" More than {MUCH_NOISE:.0%}: close other programs and run again." if case.is_noisy else ""
         floor, unit = report.floor_seconds(case), "µs" if case.kind == "kernel" else "ms"
         if case.judged_on:
             caption = f"Labels kept, and how far an answer is off: {case.judged_on}. {caption}"
+        elif case.kind == "train":
+            caption = f"{STEP_BYTES} {caption}"
         elif floor:
             caption = f"Floor {duration(floor, unit)} {unit}. {caption}"
         rows, notes = [], []
@@ -190,7 +197,7 @@ def render(report: Report) -> Iterator[RenderableType]:
             table.add_row(*line)
         yield table
     if report.first_calls:
-        about = "First call, in a fresh process: seconds; peak memory of a later forward: MiB"
+        about = "First call, in a fresh process: seconds; peak memory of a later one: MiB"
         meaning = "Load: building the transformers model. Convert: from there to what is called."
         table = plain_table(about, meaning, FIRST_CALL, left=2)
         for each in report.first_calls:
