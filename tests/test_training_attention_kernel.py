@@ -156,14 +156,13 @@ def test_output_and_gradients_match_autograd_of_the_definition(kernels: str, nam
         assert not bool(rows[-REST:].any()), "rows that belong to no sequence must be zero"
 
 
-@pytest.mark.covering(alone=["name", "dtype"])
 @pytest.mark.parametrize("name", CASES)
 def test_torch_path_matches_autograd_of_the_definition(
     torch_path: str, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
 ) -> None:
     # Several blocks of rows in most texts.
-    monkeypatch.setattr(cpu, "WINDOW_BLOCK", 16)
-    monkeypatch.setattr(cpu, "BIAS_BLOCK", 32)
+    monkeypatch.setattr(cpu, "WINDOW_BLOCK", 4)
+    monkeypatch.setattr(cpu, "BIAS_BLOCK", 8)
     case = CASES[name]
     tensors = given(case, dtype, torch_path, LENGTHS)
     qkv = torch.cat(tensors[:3], 1).flatten(1).requires_grad_()

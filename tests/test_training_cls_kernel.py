@@ -1,8 +1,9 @@
-"""The kernels of the [CLS] pass that can be trained against autograd of their definition."""
+"""The [CLS] pass that can be trained, by kernels and on a CPU, against autograd of its definition."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from test_tile_map import rising_positions
 from torch import Tensor
 
 from fastcls_kernels import PackedLayout
+from fastcls_kernels.training import Scoring, cls_attention
 from fastcls_kernels.training.cls_kernel import launch_cls_backward, launch_cls_forward
 from fastcls_kernels.training.dropout import Dropout
 
@@ -145,7 +147,24 @@ def launched(case: Case, given: Given) -> list[Tensor]:
     return [*kept[:2], *(grad for grad in found if grad is not None)]
 
 
-def check(case: Case, dtype: torch.dtype, device: str, lengths: list[int]) -> None:
+def on_cpu(case: Case, given: Given) -> list[Tensor]:
+    """The same in plain PyTorch."""
+    query, hidden, keys, bias = (None if each is None else each.detach().requires_grad_() for each in given[:4])
+    assert query is not None
+    assert hidden is not None
+    scoring = Scoring(SCALE, case.window, case.dropout)
+    results = cls_attention(query, hidden, given.layout, scoring, keys=keys, bias=bias)
+    leaves = [each for each in (query, hidden, keys, bias) if each is not None]
+    return [*(each.detach() for each in results), *torch.autograd.grad(results, leaves, given.grads)]
+
+
+def check(
+    case: Case,
+    dtype: torch.dtype,
+    device: str,
+    lengths: list[int],
+    compute: Callable[[Case, Given], list[Tensor]] = launched,
+) -> None:
     tensors = given(case, dtype, device, lengths)
     (exact,) = by_autograd(case, tensors, torch.float64)
     # Sums in float32 of rows of 16 bits: where they are exact in those, float32 is not.
@@ -156,7 +175,7 @@ def check(case: Case, dtype: torch.dtype, device: str, lengths: list[int]) -> No
         name for name, tensor in zip(("query", "hidden", "keys", "bias"), tensors, strict=False) if tensor is not None
     ]
     names = ["summed", "weights", *(f"gradient of {name}" for name in given_names)]
-    for place, (name, found) in enumerate(zip(names, launched(case, tensors), strict=True)):
+    for place, (name, found) in enumerate(zip(names, compute(case, tensors), strict=True)):
         # Of results that are rows of 16 bits the first run alone, since more bits enter the others.
         runs = [run[place].to(found.dtype) for run in (eager if found.dtype == torch.float32 else eager[:1])]
         assert_as_exact_as(found, runs, exact[place], name)
@@ -165,6 +184,11 @@ def check(case: Case, dtype: torch.dtype, device: str, lengths: list[int]) -> No
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_results_and_gradients_are_as_exact_as_eager_ones(kernels: str, case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, kernels, LENGTHS)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_torch_path_is_as_exact_as_eager_runs(torch_path: str, case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, torch_path, LENGTHS, on_cpu)
 
 
 @pytest.mark.gpu

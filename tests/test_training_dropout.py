@@ -29,6 +29,12 @@ def test_numbers_that_are_kept_make_up_for_those_that_are_dropped(rate: float) -
     assert abs(float(found.mean()) - 1) < 6 * (rate / (1 - rate) / ones.numel()) ** 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_few_bits_are_rounded_once(dtype: torch.dtype) -> None:
+    rows = torch.randn(9, 40).to(dtype)
+    assert torch.equal(dropped(rows, Dropout(0.1, 7)), dropped(rows.float(), Dropout(0.1, 7)).to(dtype))
+
+
 def test_dropped_nan_is_zero() -> None:
     rows = torch.full((8, 40), float("nan"), requires_grad=True)
     out = dropped(rows, Dropout(0.5, 1))

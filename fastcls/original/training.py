@@ -130,14 +130,13 @@ def model_over(
         model_class, config: the given model's.
         weights: ours, by our names.
         weight_map: where each of them comes from.
-        frozen: the parameters that ask for no gradients, by the model's names; a class may freeze others itself.
+        frozen: the parameters that ask for no gradients, by the model's names.
     """
     with torch.device("meta"):
         model = model_class(config)
-    without = {*frozen, *(name for name, parameter in model.named_parameters() if not parameter.requires_grad)}
     made = {
         # What is joined has memory of its own: ours is written anew from it.
-        name: nn.Parameter(part.detach() if weight_map.is_one(own) else part.clone(), requires_grad=name not in without)
+        name: nn.Parameter(part.detach() if weight_map.is_one(own) else part.clone(), requires_grad=name not in frozen)
         for own, names in weight_map.sources.items()
         for name, part in zip(names, weight_map.parts(own, weights[own].detach()), strict=True)
     }
