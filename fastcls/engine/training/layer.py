@@ -139,9 +139,6 @@ class TrainedLayer:
         keys = terms = None
         by_head = (-1, spec.num_heads, spec.head_dim)
         if seen.turning is None and seen.distances is None:
-            if query_bias is not None and key_bias is not None:
-                # One number more for all scores of a row changes no weight, so this bias has a gradient of zero.
-                query_bias = torch.add(query_bias, key_bias, alpha=0)
             query = linear(rows, query_weight, query_bias).view(by_head).to(wide)
             absorbed = key_weight.to(wide).view((*by_head[1:], -1))
             query = torch.bmm(query.transpose(0, 1), absorbed).transpose(0, 1).contiguous()
