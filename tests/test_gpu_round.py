@@ -75,8 +75,10 @@ def test_steps_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_a_step_ends_at_its_limit_with_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = """import fcntl, subprocess, sys; fcntl.flock(1, fcntl.LOCK_EX)
-try: subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).wait()
+    # Ctrl-C may come while a busy machine still starts it.
+    slow = """try:
+    import fcntl, subprocess, sys; fcntl.flock(1, fcntl.LOCK_EX)
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).wait()
 except KeyboardInterrupt: print("kept")"""
     monkeypatch.setattr(gpu_round, "STEPS", {"slow": Step(1, ("-c", slow))})
     assert "slow         no time left" in run(tmp_path, "--limit", "30").output
