@@ -92,6 +92,12 @@ def stand_in(_name: str, step: Step, _command: Sequence[str], limit: float) -> R
     return Row(0, "fits", seconds, limit) if seconds <= limit - GRACE else Row(1, "too long", seconds, limit)
 
 
+def _apart() -> None:
+    """A group of its own, which takes Ctrl-C even where this program, in the background of a shell, does not."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def on_gpu(name: str, step: Step, command: Sequence[str], limit: float, *, out: Path, site: str) -> Row:
     """This machine's GPU: all output goes to ``out``, and packages are found in ``site``, too."""
     start, log = time.monotonic(), out / f"call-{step.call}.log"
@@ -102,7 +108,7 @@ def on_gpu(name: str, step: Step, command: Sequence[str], limit: float, *, out: 
     with log.open("a", encoding="utf-8") as heading:
         print(f"== {name}", file=heading)
     # A group, but no session of its own: what ends this program's session must end the step as well.
-    with log.open("ab") as file, subprocess.Popen(command, stdout=file, preexec_fn=os.setpgrp, **options) as process:
+    with log.open("ab") as file, subprocess.Popen(command, stdout=file, preexec_fn=_apart, **options) as process:
         try:
             status = process.wait(limit - GRACE)
         except subprocess.TimeoutExpired:
