@@ -26,6 +26,7 @@ from ..linear import (
     linear_per_head_unchecked,
     linear_unchecked,
 )
+from ..linear.cpu import product_per_head
 from ..mean_pool import mean_pool_unchecked
 from ..pooler_classifier import pooler_classifier_unchecked
 from ..rotary import apply_rotary_unchecked_
@@ -75,7 +76,7 @@ def _linear_add_layer_norm(
 
 @differentiable_form_of(linear_per_head_unchecked)
 def _linear_per_head(rows: Tensor, weight: Tensor) -> Tensor:
-    return torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1).contiguous()
+    return product_per_head(rows, weight).contiguous()
 
 
 @differentiable_form_of(gated_activation_unchecked)
@@ -134,9 +135,7 @@ def _embedding_layer_norm(
     return summed if weight is None else add_norm(summed, None, weight, norm_bias, eps, rms=rms)[0]
 
 
-@differentiable_form_of(mean_pool_unchecked)
-def _mean_pool(hidden_states: Tensor, layout: PackedLayout) -> Tensor:
-    return mean_pool(hidden_states, layout)
+differentiable_form_of(mean_pool_unchecked)(mean_pool)
 
 
 @differentiable_form_of(apply_rotary_unchecked_)
