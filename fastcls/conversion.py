@@ -21,6 +21,7 @@ from .families.checkpoint import made_of, map_weights
 from .integrations.auto_classes import register_auto_classes
 from .integrations.sentence_transformers import check_computes_nothing_else, is_sentence_model, optimize_sentence_model
 from .models import TASKS, FastEncoder, FastMaskedLM, FastModel, Labelled
+from .original.adapters import named_parameters
 from .original.following import Original, settle_all
 from .original.own_code import advice_for
 from .original.places import release as release_weights
@@ -124,7 +125,7 @@ def optimize(
             )
             quantize = None
     check_structure(model, base, config, head)
-    weight_map = map_weights(model, family, config, head)
+    weight_map = map_weights(named_parameters(model), family, config, head)
     sources = {**weight_map.sources, **{own: (name,) for own, name in weight_map.buffers.items()}}
     original = Original(model, sources, weight_map.aliases, weight_map.layouts)
     # A copy made in inference mode cannot be written to outside of it.

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ..engine.spec import HeadSpec
 from .family import ByHead, Family, WeightMap
 
 
-def map_weights(model: PreTrainedModel, family: Family, config: PreTrainedConfig, head: HeadSpec) -> WeightMap:
+def map_weights(
+    parameters: Mapping[str, nn.Parameter], family: Family, config: PreTrainedConfig, head: HeadSpec
+) -> WeightMap:
     """Checks a model's weights, and maps each of ours to the model's.
+
+    Args:
+        parameters: by all their names.
+        family, config, head: the model's.
 
     Raises:
         TypeError: a dtype that is not supported.
         ValueError: weights that are not those of the model's class (adapters must be merged first), are not plain
             tensors, hold no data, or lie on several devices.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     weight_map = family.weights(config, head, parameters.keys())
     names = weight_map.checkpoint_names
     owners = {id(parameters[name]): name for name in sorted(names)}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -107,6 +108,20 @@ class WeightMap:
         """How many numbers of one of our weights a checkpoint holds."""
         layout = self.layouts.get(own)
         return weight.numel() if layout is None else sum(rows.numel() for rows in layout.views(weight))
+
+    def spread(self, own: str, index: int, part: Tensor, num_rows: int) -> tuple[Tensor, int]:
+        """Rows of one of the checkpoint's weights as ours has them, and the row of ours at which they begin.
+
+        Args:
+            own: our weight's name.
+            index: which of its parts it is.
+            part: (rows of that part, any).
+            num_rows: of ours. Where its rows stand in another order all are given, zero but for the part's.
+        """
+        if own not in self.layouts:
+            return part, sum(self.rows[own][:index]) if own in self.rows else 0
+        places = self.layouts[own].views(torch.arange(num_rows, device=part.device))[index].reshape(-1)
+        return part.new_zeros(num_rows, part.shape[1]).index_copy(0, places, part), 0
 
     def parts(self, own: str, weight: Tensor) -> tuple[Tensor, ...]:
         """The checkpoint's weights that one of ours is made of: views of it where their rows stand in its order."""

@@ -104,15 +104,19 @@ class FollowingModel(Engine):
                 set_weight(self, name, own[place])
         self.forget_made()
 
-    def catch_up(self) -> None:
-        """Brings the weights up to the original's, where those have changed."""
+    def catch_up(self, *, adds: bool = True) -> None:
+        """Brings the weights up to the original's, where those have changed.
+
+        Args:
+            adds: whether to add to them what adapters add.
+        """
         if self._companion is not None:
             self._companion.bring()
         original = self._original
-        if original is None or original.is_current():
+        if original is None or original.is_current(adds=adds):
             return
         is_doubted = original.is_doubted
-        if original.update(self):
+        if original.update(self, adds=adds):
             # What was made from weights is made anew where it is needed: other threads may be reading it.
             self._graphs.clear()
             operator.forget(self._first_weight)

@@ -268,7 +268,7 @@ class TrainableModel(FollowingModel):
         self.trained.check_pass(self.device, self.dtype, drops=any(self._training_options.rates))
         # Writes through ``data`` leave no count; an optimizer has stepped since the last pass, as a rule.
         self.trained.original.doubt()
-        self.catch_up()
+        self.catch_up(adds=False)
         if self.encoder.rotary is not None:
             with torch.no_grad():
                 self.encoder.rotary.refresh()
@@ -277,8 +277,9 @@ class TrainableModel(FollowingModel):
         narrows = torch.is_autocast_enabled(kind) and self.dtype != torch.float64
         dtype = torch.get_autocast_dtype(kind) if narrows else self.dtype
         options = self._training_options._replace(checkpointed_layers=self.checkpointed_layers)
+        weights = self.trained.weights(dict(self.weights()))
         return TrainingPass(
-            self.spec, self.head.spec, self.encoder, self.trained.weights(dict(self.weights())), options, dtype
+            self.spec, self.head.spec, self.encoder, weights, self.trained.adapters(), options, dtype
         )
 
     def trained_rows(

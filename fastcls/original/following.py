@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..families.checkpoint import check_plain, made_of
 from ..families.family import ByHead
-from .places import place_of, set_weight, tensors_of
-from .snapshot import Slot, Structure, Tie, look, module_at, place_in
+from .places import place_of, set_weight
+from .snapshot import Slot, look
+from .standing import Standing, States, refuse
 
 _T = TypeVar("_T")
 
@@ -95,35 +96,26 @@ class Original:
     ) -> None:
         self._layouts = layouts or {}
         self._names = {own: tuple(names) for own, names in sources.items()}
-        slots: list[Slot] = []
-        owners: dict[int, nn.Module] = {}
-        structure = Structure([], [], [], [], [])
-        modules: dict[str, nn.Module] = {"": model}
-        for own, names in self._names.items():
-            for name in names:
-                path, _, key = name.rpartition(".")
-                module = module_at(path, modules, structure)
-                place = tensors_of(module, key)
-                slots.append(Slot(own, name, place, key, place[key].shape))
-                owners[id(module)] = module
-        self._structure: Structure | None = structure
-        self._ties = [
-            Tie(pair, *zip(*(place_in(modules, structure, name) for name in pair), strict=True))
-            for pair in aliases.items()
-        ]
-        structure.sizes.extend(map(len, structure.places))
+        self.standing = Standing(model, self._names, aliases)
+        # What adapters added to ours when they were brought last.
+        self._brought: States = {}
         self.is_doubted = False
         # Of modules that are gone.
         self._frozen: set[str] = set()
         self._failure: RuntimeError | None = None
-        self._seen = look(slots)
+        self._seen = look(self.standing.slots)
         # Brings the fast model up to date once more before the original goes.
         self.settle: Callable[[], None] = lambda: None
         _followed.add(self)
         tell_of_steps(self)
+        self._references = [weakref.ref(model, _settles(weakref.ref(self)))]
+        self._hear_of_owners()
+
+    def _hear_of_owners(self) -> None:
+        """Has the weights of a module forgotten when it goes."""
         me = weakref.ref(self)
-        self._references = [weakref.ref(model, _settles(me))]
-        self._references += [weakref.ref(owner, _forgets(me, owner)) for owner in owners.values()]
+        self._references += [weakref.ref(owner, _forgets(me, owner)) for owner in self.standing.owners]
+        self.standing.owners = []
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """The original's weights, by our names."""
@@ -148,26 +140,26 @@ class Original:
         """The original, while somebody holds it."""
         return self._references[0]()
 
-    def is_current(self) -> bool:
-        """Whether nothing has changed since the last `update`."""
-        structure = self._structure
+    def is_current(self, *, adds: bool = True) -> bool:
+        """Whether nothing has changed since the last `update`, to which ``adds`` was given."""
         if self.is_doubted or self._failure is not None:
             return False
         try:
             return (
-                (structure is None or structure.is_current())
-                and all(tie.holds() for tie in self._ties)
+                self.standing.is_current()
                 and self._seen.is_current()
+                and self.standing.states(adds=adds) == self._brought
             )
         except (KeyError, TypeError, AttributeError, RuntimeError):
             # A weight is gone, or is no tensor with memory.
             return False
 
-    def update(self, model: nn.Module) -> bool:
+    def update(self, model: nn.Module, *, adds: bool = True) -> bool:
         """Brings a fast model's weights up to the original's.
 
         Args:
             model: the fast model.
+            adds: whether to add to them what adapters add; where it is trained that is computed apart.
 
         Returns:
             Whether one of its weights has moved in memory.
@@ -178,7 +170,8 @@ class Original:
         with _updating:
             if self._failure is not None:
                 raise self._failure
-            self._check_structure()
+            self._find_again()
+            states, added = self.standing.states(adds=adds), self.standing.added() if adds else {}
             seen, moved = self._seen, False
             # Reset before anything is copied, so that a write during the copy counts as another change.
             is_doubted, self.is_doubted = self.is_doubted, False
@@ -211,17 +204,23 @@ class Original:
                 is_counted[own] = is_counted.get(own, False) or counted
                 is_written[own] = is_counted[own] or is_doubted
             for own, parts in now.items():
+                if states.get(own) != self._brought.get(own):
+                    is_other[own] = is_written[own] = is_counted[own] = True
                 # Originals that were moved to "meta", or are gone in part, leave ours as they are.
                 is_whole = len(parts) == len(self._names[own]) and not any(part.is_meta for part in parts)
                 if is_written[own] and not _is_ours(model, own):
                     # Another weight stands in for one call (`torch.func.functional_call`): ours is updated afterwards.
                     self.is_doubted = True
                 elif is_written[own] and is_whole:
+                    parts = [
+                        functools.reduce(lambda weight, each: each.to(weight), added.get(name, ()), part)
+                        for name, part in zip(self._names[own], parts, strict=True)
+                    ]
                     layout = self._layouts.get(own)
                     moved |= _bring(
                         *(model, own, parts, layout, pointers[own]), is_other=is_other[own], counts=is_counted[own]
                     )
-            self._seen = fresh
+            self._seen, self._brought = fresh, states
             return moved
 
     def holds(self, tensor: Tensor) -> bool:
@@ -253,39 +252,42 @@ class Original:
         except RuntimeError as error:
             # Raised by the fast model's next call.
             self._failure = error
-        # The modules below live on if somebody else holds them.
-        self._structure, self._ties = None, []
+        # The modules below live on if somebody else holds them; what adapters added to some of them stays.
+        adapted = self.standing.forget_modules()
+        self._keep([index for index, slot in enumerate(self._seen.slots) if slot.own not in adapted])
+        self._brought = {}
 
-    def _check_structure(self) -> None:
-        for tie in self._ties:
-            if not tie.holds():
-                _refuse(tie.names[0], f"it is tied to {tie.names[1]} no longer")
-        structure = self._structure
-        if structure is None or structure.is_current():
+    def _find_again(self) -> None:
+        """Looks whether modules stand otherwise; the weights that they hold are then other ones than before."""
+        if not self.standing.look():
             return
-        for name, place, key, module, size in zip(*structure, strict=True):
-            if place.get(key) is not module:
-                _refuse(name, "another module stands there")
-            if len(place) != size:
-                _refuse(name, "it has more or fewer modules beside it")
+        there = {slot.name for slot in self._seen.slots}
+        slots = [slot for slot in self.standing.slots if slot.name in there]
+        self._seen = self._seen._replace(
+            slots=slots, places=[slot.place for slot in slots], keys=[slot.key for slot in slots]
+        )
+        self._hear_of_owners()
 
     def _check(self, slot: Slot, found: Tensor | None) -> None:
         if found is None:
-            _refuse(slot.name, "it is None")
+            refuse(slot.name, "it is None")
         # Even if the tensor is the same: `torch.utils.swap_tensors` gives it another class.
         try:
             check_plain(f"model.{slot.name}", found)
         except ValueError as error:
-            _refuse(slot.name, str(error))
+            refuse(slot.name, str(error))
         if found.shape != slot.shape:
-            _refuse(slot.name, f"its shape was {tuple(slot.shape)} and is {tuple(found.shape)}")
+            refuse(slot.name, f"its shape was {tuple(slot.shape)} and is {tuple(found.shape)}")
         if not found.is_floating_point():
-            _refuse(slot.name, f"its dtype is {found.dtype}")
+            refuse(slot.name, f"its dtype is {found.dtype}")
 
     def _forget(self, places: set[int]) -> None:
         """Drops the weights of a module that is gone."""
         seen = self._seen
-        kept = [index for index, slot in enumerate(seen.slots) if id(slot.place) not in places]
+        self._keep([index for index, slot in enumerate(seen.slots) if id(slot.place) not in places])
+
+    def _keep(self, kept: list[int]) -> None:
+        seen = self._seen
         if len(kept) < len(seen.slots):
             self._frozen |= self._frozen_among({*range(len(seen.slots))} - {*kept})
             self._seen = look([seen.slots[index] for index in kept], seen, kept)
@@ -374,13 +376,6 @@ def _bring(
 def _is_ours(model: nn.Module, name: str) -> bool:
     place, key = place_of(model, name)
     return isinstance(place[key], nn.Parameter) or key in model.get_submodule(name.rpartition(".")[0])._buffers
-
-
-def _refuse(name: str, what: str) -> NoReturn:
-    raise RuntimeError(
-        f"{name} of the model that this one was made of was replaced since, {what}: optimize the model again, or call "
-        "stop_following() on the fast one to go on with the weights that it has"
-    )
 
 
 def settle_all(model: nn.Module) -> None:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .adapters import current
+
 # How often a tensor has been written to.
 version_of = attrgetter("_version")
 
@@ -92,7 +94,8 @@ def module_at(path: str, modules: dict[str, nn.Module], structure: Structure) ->
         parent = module_at(above, modules, structure)
         module = parent._modules[key]
         assert module is not None
-        modules[path] = module
+        # Of PEFT's modules around one the structure notes those, and weights are read from the one inside.
+        modules[path] = current(module)
         structure.names.append(path)
         structure.places.append(parent._modules)
         structure.keys.append(key)

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..engine.spec import HeadSpec
 from ..families import Family, activation_in
+from .adapters import check_around, copies, is_around
 from .own_code import (
     NOT_IN_FORWARD,
     TRANSFORMERS,
@@ -136,6 +137,10 @@ def check_structure(
         path, module, wanted = stack.pop()
         found = type(module)
         state = module.__dict__
+        if is_around(module):
+            check_around(module, path)
+            stack.extend((path, each, wanted) for each in copies(module))
+            continue
         if found is not wanted.module_class and not (module is model and issubclass(found, base)):
             if _computes_the_same(module, wanted):
                 _check_hooks(path, module)

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from fastcls_kernels.training.derivatives import first_only
 
+from ..engine.training import LowRank
 from ..engine.weights import has_hooks
 from ..families.family import WeightMap
+from .adapters import named_modules
 from .following import Original
 
 
@@ -29,7 +31,28 @@ class Trained:
         self.model = model
         self.original = original
         self.weight_map = weight_map
-        self._modules = [(name, module, _rate_of(module)) for name, module in model.named_modules()]
+        self._look()
+
+    def _look(self) -> None:
+        """Notes the modules, and the rates at which they drop out."""
+        self._changes = self.original.standing.changes
+        self._hooked = list(self.model.named_modules())
+        self._modules = [(name, module, _rate_of(module)) for name, module in named_modules(self.model)]
+        self._padding_ids = self._find_padding_ids()
+
+    def adapters(self) -> dict[str, list[LowRank]]:
+        """What adapters add to the products of our weights, by our names, with a graph."""
+        found: dict[str, list[LowRank]] = {}
+        added = self.original.added()
+        tensors = self.original.tensors()
+        for own, names in self.weight_map.sources.items():
+            num_rows = sum(len(part) for part in tensors[own])
+            for index, name in enumerate(names):
+                for each in added.get(name, ()):
+                    up, first = self.weight_map.spread(own, index, each.up, num_rows)
+                    up = up if each.scale == 1 else up * each.scale
+                    found.setdefault(own, []).append(LowRank(each.down, up, first, each.rate))
+        return found
 
     def weights(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights by our names, with a graph where they are joined of several.
@@ -43,11 +66,15 @@ class Trained:
             found[own] = parts[0].contiguous() if is_one else _Joined.apply(ours[own], self.weight_map, own, *parts)
         return found
 
+    @property
     def padding_ids(self) -> dict[str, int]:
         """For our names of tables the row whose gradient stays zero, as ``padding_idx`` of their modules says."""
-        found = {}
+        return self._padding_ids
+
+    def _find_padding_ids(self) -> dict[str, int]:
+        found, modules = {}, {name: module for name, module, _ in self._modules}
         for own, names in self.weight_map.sources.items():
-            module = self.model.get_submodule(names[0].rpartition(".")[0])
+            module = modules[names[0].rpartition(".")[0]]
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 found[own] = module.padding_idx
         return found
@@ -58,7 +85,7 @@ class Trained:
         Raises:
             RuntimeError: a module has hooks, or another ``forward``.
         """
-        for name, module, _ in self._modules:
+        for name, module in self._hooked:
             if name and (has_hooks(module) or module._backward_hooks or module._backward_pre_hooks):
                 raise RuntimeError(
                     f"model.{name} must have no hooks, and no other forward, in training, where they would not run: "
@@ -106,7 +133,7 @@ def check_rates(model: PreTrainedModel) -> None:
     with torch.device("meta"):
         built = type(model)(model.config)
     expected = dict(built.named_modules())
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         rate, wanted = _rate_of(module), getattr(expected.get(name), "p", None)
         if rate is not None and rate != wanted:
             raise RuntimeError(

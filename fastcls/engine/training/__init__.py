@@ -1,6 +1,7 @@
 """The pass that is trained: packed tokens to rows behind the head, with a graph for their gradients."""
 
 from .places import DropoutRates
+from .products import LowRank
 from .run import TrainingOptions, TrainingPass
 
-__all__ = ["DropoutRates", "TrainingOptions", "TrainingPass"]
+__all__ = ["DropoutRates", "LowRank", "TrainingOptions", "TrainingPass"]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from fastcls_kernels import Buckets, PackedLayout
 from fastcls_kernels.disentangled_attention.buckets import DistanceTables
-from fastcls_kernels.training import Dropout, Heads, Scoring, add_norm, dropped, linear
+from fastcls_kernels.training import Dropout, Heads, Scoring, add_norm, dropped
 from fastcls_kernels.training.disentangled_attention import disentangled_attention
 
 from ..spec import Disentangled, EncoderSpec
+from .products import Products
 
 
 class Distances:
@@ -59,11 +58,10 @@ class Distances:
         layout: PackedLayout,
         scoring: Scoring,
         dropout: Dropout | None,
-        weights: Mapping[str, Tensor],
-        dtype: torch.dtype,
+        products: Products,
     ) -> Tensor:
         """(total_tokens, hidden_size), as `fastcls_kernels.training.attention` gives it."""
-        return disentangled_attention(qkv, self._projected(dropout, weights, dtype), heads, layout, scoring)
+        return disentangled_attention(qkv, self._projected(dropout, products), heads, layout, scoring)
 
     def seen_from_first(
         self,
@@ -72,8 +70,7 @@ class Distances:
         layout: PackedLayout,
         scale: float,
         dropout: Dropout | None,
-        weights: Mapping[str, Tensor],
-        dtype: torch.dtype,
+        products: Products,
     ) -> Tensor:
         """(total_tokens, num_heads), at least float32: what positions add to the scores of tokens from a first row.
 
@@ -83,10 +80,9 @@ class Distances:
             layout: where tokens lie.
             scale: factor on scores.
             dropout: what drops numbers of the table, or None.
-            weights: the layer's.
-            dtype: what products are computed in.
+            products: the layer's.
         """
-        pos_key, pos_query, buckets = self._projected(dropout, weights, dtype)
+        pos_key, pos_query, buckets = self._projected(dropout, products)
         positions = layout.token_positions
         wide = torch.promote_types(keys.dtype, torch.float32)
         terms = keys.new_zeros(keys.shape[:2], dtype=wide)
@@ -104,16 +100,17 @@ class Distances:
             terms = terms + (keys * pos_query[buckets.of(-positions).long()]).to(wide).sum(2)
         return terms * scale
 
-    def _projected(self, dropout: Dropout | None, weights: Mapping[str, Tensor], dtype: torch.dtype) -> DistanceTables:
+    def _projected(self, dropout: Dropout | None, products: Products) -> DistanceTables:
         spec, relative = self.spec, self.relative
-        table = dropped(self.table, dropout).to(dtype)
+        table = dropped(self.table, dropout)
 
         def projected(name: str, part: int) -> Tensor:
             if relative.shares_projections:
-                weight = weights["qkv_weight"].split(spec.qkv_sizes)[part]
-                bias = weights["qkv_bias"].split(spec.qkv_sizes)[part]
-                return linear(table, weight, bias).unflatten(1, (spec.num_heads, spec.head_dim))
-            rows = linear(table, weights[f"{name}_weight"], weights.get(f"{name}_bias"))
+                width = spec.num_heads * spec.head_dim
+                own = slice(part * width, (part + 1) * width)
+                rows = products.linear("qkv", table, own, of_positions=True)
+            else:
+                rows = products.linear(name, table)
             return rows.unflatten(1, (spec.num_heads, spec.head_dim))
 
         return DistanceTables(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,19 +13,18 @@ from fastcls_kernels.training import (
     Heads,
     Scoring,
     Turning,
-    activated_linear,
     activation,
     add_norm,
     attention,
     cls_attention,
     dropped,
-    linear,
     turned,
 )
 
 from ..spec import EncoderSpec
 from .distances import Distances
 from .places import Seeds
+from .products import Products
 
 
 class Rows(NamedTuple):
@@ -66,20 +64,18 @@ class TrainedLayer:
 
     Args:
         spec: the encoder's shape.
-        weights: by `EncoderLayer`'s names.
+        products: with its weights, by `EncoderLayer`'s names; sums and norms are in the weights' own dtype.
         index: which of the encoder's layers it is.
         seeds: the dropout of each place.
-        dtype: what products are computed in; sums and norms are in the weights' own.
     """
 
-    def __init__(
-        self, spec: EncoderSpec, weights: Mapping[str, Tensor], index: int, seeds: Seeds, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, spec: EncoderSpec, products: Products, index: int, seeds: Seeds) -> None:
         self.spec = spec
-        self.weights = weights
+        self.products = products
+        self.weights = products.weights
         self.index = index
         self.seeds = seeds
-        self.dtype = dtype
+        self.dtype = products.dtype
         self.heads = Heads(spec.num_heads, spec.num_kv_heads or spec.num_heads, spec.head_dim)
 
     def all_rows(self, states: Rows, seen: Seen, chosen: Tensor | None = None) -> Rows:
@@ -104,20 +100,17 @@ class TrainedLayer:
     def _dropout(self, place: str) -> Dropout | None:
         return self.seeds.at(place, self.index)
 
-    def _linear(self, name: str, rows: Tensor) -> Tensor:
-        return linear(rows.to(self.dtype), self.weights[f"{name}_weight"], self.weights.get(f"{name}_bias"))
-
     def _scoring(self, seen: Seen) -> Scoring:
         return Scoring(seen.scale, seen.window, self._dropout("attention"))
 
     def _attend(self, normed: Tensor, seen: Seen) -> Tensor:
-        qkv = self._linear("qkv", normed)
+        qkv = self.products.linear("qkv", normed)
         if self.spec.query_key_norm:
             q, k, v = qkv.split(self.spec.qkv_sizes, 1)
             qkv = torch.cat((self._normed_heads(q, "query"), self._normed_heads(k, "key"), v), 1)
         if seen.distances is not None:
             return seen.distances.attention(
-                qkv, self.heads, seen.layout, self._scoring(seen), self._dropout("positions"), self.weights, self.dtype
+                qkv, self.heads, seen.layout, self._scoring(seen), self._dropout("positions"), self.products
             )
         return attention(qkv, seen.bias, self.heads, seen.layout, self._scoring(seen), seen.turning)
 
@@ -131,43 +124,45 @@ class TrainedLayer:
 
     def _attend_first(self, normed: Tensor, first: Tensor, seen: Seen) -> Tensor:
         """(num_sequences, hidden_size), what each sequence's first row attends to, projected."""
-        spec, weight, bias = self.spec, self.weights["qkv_weight"], self.weights.get("qkv_bias")
+        spec, products = self.spec, self.products
         wide = torch.promote_types(self.dtype, torch.float32)
-        query_weight, key_weight, value_weight = weight.split(spec.qkv_sizes)
-        query_bias, key_bias, value_bias = (None,) * 3 if bias is None else bias.split(spec.qkv_sizes)
-        rows = normed[first].to(self.dtype)
+        width = spec.num_heads * spec.head_dim
+        of_query, of_key, of_value = (slice(begin, begin + width) for begin in (0, width, 2 * width))
+        rows = normed[first]
         keys = terms = None
         by_head = (-1, spec.num_heads, spec.head_dim)
         if seen.turning is None and seen.distances is None:
-            query = linear(rows, query_weight, query_bias).view(by_head).to(wide)
-            absorbed = key_weight.to(wide).view((*by_head[1:], -1))
-            query = torch.bmm(query.transpose(0, 1), absorbed).transpose(0, 1).contiguous()
+            query = products.linear("qkv", rows, of_query).view(by_head).to(wide)
+            # Keys and values read the same rows, and what adapters make of them.
+            hidden, both = products.carrying("qkv", normed, slice(width, 3 * width))
+            key_weight, value_weight = both.split(width)
+            query = torch.bmm(query.transpose(0, 1), key_weight.view((*by_head[1:], -1)))
+            query = query.transpose(0, 1).contiguous()
             if seen.bias is not None:
                 reach = seen.bias.shape[1] // 2
                 terms = seen.bias.T[reach + seen.layout.token_positions.clamp(max=reach).long()].contiguous()
         else:
-            keys = self._normed_heads(linear(normed.to(self.dtype), key_weight, key_bias), "key").view(by_head)
-            query = self._normed_heads(linear(rows, query_weight, query_bias), "query").view(by_head)
+            hidden, value_weight = products.carrying("qkv", normed, of_value)
+            keys = self._normed_heads(products.linear("qkv", normed, of_key), "key").view(by_head)
+            query = self._normed_heads(products.linear("qkv", rows, of_query), "query").view(by_head)
             if seen.turning is not None:
                 at_first = seen.turning._replace(positions=seen.turning.positions[first])
                 query, keys = turned(query, at_first), turned(keys, seen.turning)
             if seen.distances is not None:
                 terms = seen.distances.seen_from_first(
-                    *(query, keys, seen.layout, seen.scale),
-                    *(self._dropout("positions"), self.weights, self.dtype),
+                    *(query, keys, seen.layout, seen.scale), *(self._dropout("positions"), products)
                 )
-        summed, sums = cls_attention(
-            query, normed.to(self.dtype), seen.layout, self._scoring(seen), keys=keys, bias=terms
-        )
-        values = value_weight.to(wide).view((*by_head[1:], -1)).transpose(1, 2)
+        summed, sums = cls_attention(query, hidden, seen.layout, self._scoring(seen), keys=keys, bias=terms)
+        values = value_weight.view((*by_head[1:], -1)).transpose(1, 2)
         context = torch.bmm(summed.to(wide).transpose(0, 1), values).transpose(0, 1)
-        if value_bias is not None:
+        bias = self.weights.get("qkv_bias")
+        if bias is not None:
             # The weights' sum is 1 but for dropout.
-            context = context + sums[..., None] * value_bias.to(wide).view(by_head[1:])
+            context = context + sums[..., None] * bias[of_value].to(wide).view(by_head[1:])
         return context.flatten(1).to(self.dtype)
 
     def _add_attended(self, context: Tensor, residual: Tensor) -> Rows:
-        return self._add(self._linear("out", context), residual, "attention_norm", "attended")
+        return self._add(self.products.linear("out", context), residual, "attention_norm", "attended")
 
     def _add(self, rows: Tensor, residual: Tensor, norm: str, place: str, *, keeps_sum: bool | None = None) -> Rows:
         normed, summed = add_norm(
@@ -184,18 +179,15 @@ class TrainedLayer:
 
     def _feed_forward(self, attended: Rows) -> Rows:
         spec, adapter = self.spec, self.spec.adapter
-        up = self._linear("up", attended.normed)
+        up = self.products.linear("up", attended.normed)
         inner = self._dropout("inner")
         if inner is None:
-            weight, bias = self.weights["down_weight"], self.weights.get("down_bias")
-            down = activated_linear(up, weight, bias, spec.activation, gated=spec.gated)
+            down = self.products.activated("down", up, spec.activation, gated=spec.gated)
         else:
-            down = self._linear("down", dropped(activation(up, spec.activation, gated=spec.gated), inner))
+            down = self.products.linear("down", dropped(activation(up, spec.activation, gated=spec.gated), inner))
         if adapter is None:
             return self._add(down, attended.residual, "output_norm", "output")
         between = self._add(down, attended.residual, "adapter_norm", "output", keeps_sum=adapter == "sum")
-        up = self._linear("adapter_up", between.normed)
-        weight, bias = self.weights["adapter_down_weight"], self.weights.get("adapter_down_bias")
-        return self._add(
-            activated_linear(up, weight, bias, spec.activation), between.residual, "output_norm", "adapter"
-        )
+        up = self.products.linear("adapter_up", between.normed)
+        down = self.products.activated("adapter_down", up, spec.activation)
+        return self._add(down, between.residual, "output_norm", "adapter")

@@ -29,6 +29,7 @@ from ..weights import under
 from .distances import Distances
 from .layer import Rows, Seen, TrainedLayer
 from .places import DropoutRates, Seeds
+from .products import Adapters, Products, seeded
 
 
 class TrainingOptions(NamedTuple):
@@ -53,6 +54,7 @@ class TrainingPass:
         spec, head: the shapes of encoder and head.
         encoder: an encoder of that shape, for what no weight is: tables of angles and of buckets.
         weights: by our names, with a graph where they are joined.
+        adapters: by our names of weights what is added to their products.
         options: dropout and the rest.
         dtype: what products are computed in; the weights' own, or autocast's.
     """
@@ -63,6 +65,7 @@ class TrainingPass:
         head: HeadSpec,
         encoder: Encoder,
         weights: Mapping[str, Tensor],
+        adapters: Adapters,
         options: TrainingOptions,
         dtype: torch.dtype,
     ) -> None:
@@ -70,9 +73,13 @@ class TrainingPass:
         self.head_spec = head
         self.encoder = encoder
         self.weights = weights
+        self.adapters = seeded(adapters)
         self.options = options
         self.dtype = dtype
         self.seeds = Seeds(options.rates, spec.num_layers)
+
+    def _products(self, prefix: str, weights: Mapping[str, Tensor], use: int = 0) -> Products:
+        return Products(weights, under(prefix, self.adapters), self.dtype, use)
 
     def rows(self, packed: PackedTokens, rows: WantedRows) -> Tensor:
         """Packed tokens to rows behind the head, in packed order; of an encoder without one to rows of its last layer.
@@ -91,21 +98,19 @@ class TrainingPass:
     def head(self, rows: Tensor) -> Tensor:
         """(num_rows, hidden_size) behind the head."""
         weights, spec = under("head.", self.weights), self.head_spec
+        products = self._products("head.", weights)
         rows = dropped(rows, self.seeds.at("head_in"))
         if "dense_weight" in weights:
-            rows = activation(self._product(rows, "dense", weights), spec.activation)
+            rows = activation(products.linear("dense", rows), spec.activation)
         if "inner_weight" in weights:
             rows = dropped(rows, self.seeds.at("head_inner"))
-            rows = activation(self._product(rows, "inner", weights), spec.activation)
+            rows = activation(products.linear("inner", rows), spec.activation)
         if "norm_weight" in weights:
             wide = rows.to(weights["norm_weight"].dtype)
             rows = add_norm(wide, None, weights["norm_weight"], weights.get("norm_bias"), spec.eps)[0]
         if "out_weight" not in weights:
             return rows
-        return self._product(dropped(rows, self.seeds.at("head_out")), "out", weights)
-
-    def _product(self, rows: Tensor, name: str, weights: Mapping[str, Tensor]) -> Tensor:
-        return linear(rows.to(self.dtype).contiguous(), weights[f"{name}_weight"], weights.get(f"{name}_bias"))
+        return products.linear("out", dropped(rows, self.seeds.at("head_out")))
 
     def _encoded(self, packed: PackedTokens, rows: WantedRows) -> Tensor:
         embeddings = self._embedded(packed)
@@ -114,7 +119,8 @@ class TrainingPass:
         by_layer = [under(f"encoder.layers.{index}.", self.weights) for index in range(self.spec.num_layer_weights)]
         last = self.spec.num_layers - 1
         for index, own in enumerate(self.spec.layers):
-            layer = TrainedLayer(self.spec, by_layer[own], index, self.seeds, self.dtype)
+            products = self._products(f"encoder.layers.{own}.", by_layer[own], index)
+            layer = TrainedLayer(self.spec, products, index, self.seeds)
             seen = self._seen(index, packed, bias, distances)
             if index == last and rows == "first":
                 states = self._computed(index, layer.first_rows, states, seen)
@@ -184,7 +190,7 @@ class TrainingPass:
             rows = add_norm(rows.contiguous(), None, *norm)[0]
         rows = dropped(rows, self.seeds.at("embeddings"))
         if "projection_weight" in weights:
-            projected = self._product(rows, "projection", weights)
+            projected = self._products("encoder.embeddings.", weights).linear("projection", rows)
             rows = projected.to(weights["projection_weight"].dtype)
         return rows if spec.residual_scale == 1 else rows * spec.residual_scale
 

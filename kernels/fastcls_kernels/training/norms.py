@@ -145,12 +145,12 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, dropout: Dropout) -> Tensor:
         ctx.dropout = dropout
-        return _dropped(rows, dropout)
+        return drop_rows(rows, dropout)
 
     @staticmethod
     @first_only
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _dropped(grad.contiguous(), ctx.dropout), None
+        return drop_rows(grad.contiguous(), ctx.dropout), None
 
 
 def dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
@@ -161,5 +161,6 @@ def dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
     return out
 
 
-def _dropped(rows: Tensor, dropout: Dropout) -> Tensor:
-    return launch_drop(rows, dropout) if runs_triton(rows) else drop(rows, dropout)
+def drop_rows(rows: Tensor, dropout: Dropout | None) -> Tensor:
+    """``rows`` (num_rows, width) behind dropout, without a graph; None leaves it out."""
+    return launch_drop(rows, dropout) if dropout is not None and runs_triton(rows) else drop(rows, dropout)

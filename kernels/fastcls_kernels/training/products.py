@@ -32,7 +32,8 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, weight)
+        # A frozen weight's gradient, which reads the rows, is not asked for.
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return product(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
 
