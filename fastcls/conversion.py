@@ -19,6 +19,7 @@ from .engine.spec import LastLayer, Quantize, check_last_layer, check_quantize
 from .families import family_of, head_in, supported
 from .families.checkpoint import made_of, map_weights
 from .integrations.auto_classes import register_auto_classes
+from .integrations.peft import is_peft_model, optimize_peft_model
 from .integrations.sentence_transformers import check_computes_nothing_else, is_sentence_model, optimize_sentence_model
 from .models import TASKS, FastEncoder, FastMaskedLM, FastModel, Labelled
 from .original.adapters import named_parameters
@@ -93,6 +94,21 @@ def optimize(
             release=release,
         )
         return optimize_sentence_model(model, inner, select)
+    if is_peft_model(model):
+        if release:
+            raise ValueError("release must be False for a model with adapters, which go on to be its own")
+        inner = partial(
+            optimize,
+            last_layer=last_layer,
+            cuda_graphs=cuda_graphs,
+            batch_invariant=batch_invariant,
+            quantize=quantize,
+            pack_weights=pack_weights,
+            mask_token_id=mask_token_id,
+            dense=dense,
+            select=select,
+        )
+        return optimize_peft_model(model, inner)
     if not isinstance(model, PreTrainedModel):
         name = f"{type(model).__module__}.{type(model).__qualname__}"
         raise TypeError(f"model must be {supported()}, got {name}: {advice_for(model)}{_own_head(model)}")

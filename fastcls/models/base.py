@@ -208,7 +208,11 @@ class FastModel(TrainableModel):
         Args:
             save_directory: a folder, made if need be.
             kwargs: passed on to transformers' ``save_pretrained``.
+
+        Raises:
+            RuntimeError: the model has adapters of PEFT, whose own ``save_pretrained`` saves them.
         """
+        self.check_no_adapters("a checkpoint")
         with torch.device("meta"):
             model = nn.Module.to(self.model_class(self.config), self.dtype)
         # The weights are given apart, in the shapes that they have here, which the config may contradict.

@@ -96,12 +96,12 @@ class FastEncoder(FastModel):
     def base_model(self) -> FastEncoder:
         return self
 
-    def catch_up(self) -> None:
+    def catch_up(self, *, adds: bool = True) -> None:
         for whole in self._whole:
-            whole.catch_up()
+            whole.catch_up(adds=adds)
             for name in dict(self.head.named_parameters()):
                 setattr(self.head, name, whole.head.get_parameter(name))
-        super().catch_up()
+        super().catch_up(adds=adds)
 
     def stop_following(self) -> None:
         """Ends following for the whole model, whose encoder this is, too."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..engine.batch import PaddedBatch
@@ -63,6 +63,7 @@ class TrainableModel(FollowingModel):
     _early: tuple[weakref.ref[Tensor], ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
+        self.check_no_adapters("a copy, or a pickle,")
         state = super().__getstate__()
         if self.trained is None:
             return state
@@ -102,6 +103,13 @@ class TrainableModel(FollowingModel):
         if self.trained is not None:
             self.trained.model.train(self.training)
         return self
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The module of a name, one of those that are shown."""
+        if self.trained is not None and target:
+            # Our own encoder and head are attributes, which would hide modules of their names.
+            return self.trained.model.get_submodule(target)
+        return super().get_submodule(target)
 
     def requires_grad_(self: _Model, requires_grad: bool = True) -> _Model:
         """Sets whether parameters have gradients, of a model that is trained.
@@ -210,7 +218,7 @@ class TrainableModel(FollowingModel):
         self._early = tuple(weakref.ref(weight) for weight in early if id(weight) not in shown)
         check_rates(model)
         self.trained = Trained(model, original, self.weight_map)
-        self._training_options = TrainingOptions(dropout_rates(self.config, self.head.spec), self.trained.padding_ids())
+        self._training_options = TrainingOptions(dropout_rates(self.config, self.head.spec), self.trained.padding_ids)
         tell_of_steps(self)
         own = self._modules
         # Attributes as before, and modules and parameters of the model that is trained.
@@ -255,6 +263,25 @@ class TrainableModel(FollowingModel):
         if self.trained is not None:
             self.trained.check()
 
+    def check_no_adapters(self, what: str) -> None:
+        """Raises RuntimeError for what a model with PEFT's adapters in it cannot give: the adapters are PEFT's."""
+        if self.trained is not None and self.trained.original.standing.has_adapters:
+            raise RuntimeError(
+                f"{what} must be made of a model without adapters: save the PEFT model, or merge them into it with "
+                "merge_and_unload()"
+            )
+
+    def enable_input_require_grads(self) -> None:
+        """Does nothing: layers that are computed again need no gradients of the embeddings. PEFT asks."""
+
+    def disable_input_require_grads(self) -> None:
+        """Does nothing, as `enable_input_require_grads`."""
+
+    def show_original(self) -> None:
+        """Shows the modules and parameters of the model that this one was made of, as `train` does, in eval mode."""
+        if self.trained is None:
+            self._begin_training()
+
     def _check_in_eval(self, method: str) -> None:
         if self.training:
             raise RuntimeError(
@@ -276,10 +303,13 @@ class TrainableModel(FollowingModel):
         # As autocast does, which leaves float64 alone.
         narrows = torch.is_autocast_enabled(kind) and self.dtype != torch.float64
         dtype = torch.get_autocast_dtype(kind) if narrows else self.dtype
-        options = self._training_options._replace(checkpointed_layers=self.checkpointed_layers)
-        weights = self.trained.weights(dict(self.weights()))
+        options = self._training_options._replace(
+            padding_ids=self.trained.padding_ids, checkpointed_layers=self.checkpointed_layers
+        )
+        ours = dict(self.weights())
         return TrainingPass(
-            self.spec, self.head.spec, self.encoder, weights, self.trained.adapters(), options, dtype
+            *(self.spec, self.head.spec, self.encoder, self.trained.weights(ours), self.trained.adapters(ours)),
+            *(options, dtype),
         )
 
     def trained_rows(

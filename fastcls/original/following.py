@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..families.checkpoint import check_plain, made_of
 from ..families.family import ByHead
-from .places import place_of, set_weight
+from .places import own_module, place_of, set_weight
 from .snapshot import Slot, look
 from .standing import Standing, States, refuse
 
@@ -170,7 +170,7 @@ class Original:
         with _updating:
             if self._failure is not None:
                 raise self._failure
-            self._find_again()
+            self.find_again()
             states, added = self.standing.states(adds=adds), self.standing.added() if adds else {}
             seen, moved = self._seen, False
             # Reset before anything is copied, so that a write during the copy counts as another change.
@@ -257,7 +257,7 @@ class Original:
         self._keep([index for index, slot in enumerate(self._seen.slots) if slot.own not in adapted])
         self._brought = {}
 
-    def _find_again(self) -> None:
+    def find_again(self) -> None:
         """Looks whether modules stand otherwise; the weights that they hold are then other ones than before."""
         if not self.standing.look():
             return
@@ -375,7 +375,7 @@ def _bring(
 
 def _is_ours(model: nn.Module, name: str) -> bool:
     place, key = place_of(model, name)
-    return isinstance(place[key], nn.Parameter) or key in model.get_submodule(name.rpartition(".")[0])._buffers
+    return isinstance(place[key], nn.Parameter) or key in own_module(model, name.rpartition(".")[0])._buffers
 
 
 def settle_all(model: nn.Module) -> None:

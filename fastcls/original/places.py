@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,12 @@ from torch import Tensor, nn
 
 def place_of(model: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
     path, _, key = name.rpartition(".")
-    return tensors_of(model.get_submodule(path), key), key
+    return tensors_of(own_module(model, path), key), key
+
+
+def own_module(model: nn.Module, path: str) -> nn.Module:
+    """A module by our name: `get_submodule` of a fast model that is trained leads into the given model."""
+    return functools.reduce(getattr, path.split("."), model) if path else model
 
 
 def tensors_of(module: nn.Module, key: str) -> Any:

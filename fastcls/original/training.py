@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastcls_kernels.training.derivatives import first_only
 from ..engine.training import LowRank
 from ..engine.weights import has_hooks
 from ..families.family import WeightMap
-from .adapters import named_modules
+from .adapters import low_rank_layers, named_modules, named_parameters
 from .following import Original
 
 
@@ -39,17 +40,43 @@ class Trained:
         self._hooked = list(self.model.named_modules())
         self._modules = [(name, module, _rate_of(module)) for name, module in named_modules(self.model)]
         self._padding_ids = self._find_padding_ids()
+        self._warn_of_heads()
 
-    def adapters(self) -> dict[str, list[LowRank]]:
-        """What adapters add to the products of our weights, by our names, with a graph."""
+    def _warn_of_heads(self) -> None:
+        """Says which layers of the head stay as they are beside adapters that are trained: PEFT saves none of them."""
+        if not any(each.up.requires_grad for several in self.original.standing.added().values() for each in several):
+            return
+        prefix = f"{self.model.base_model_prefix}."
+        adapted = {f"{path}.weight" for path in low_rank_layers(self.model)}
+        weights = named_parameters(self.model)
+        heads = {
+            name.rpartition(".")[0]: None
+            for own, names in self.weight_map.sources.items()
+            for name in names
+            if own.startswith("head.") and not name.startswith(prefix) and name not in adapted
+            if not weights[name].requires_grad
+        }
+        if heads:
+            found = ", ".join(f'"{name}"' for name in heads)
+            warnings.warn(
+                f"layers of the head are not trained, and PEFT does not save them: {found}. Unless they were trained "
+                f"before, name them in LoraConfig(modules_to_save=[{found}])",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def adapters(self, ours: Mapping[str, Tensor]) -> dict[str, list[LowRank]]:
+        """What adapters add to the products of our weights, by our names, with a graph.
+
+        Args:
+            ours: a fast model's own.
+        """
         found: dict[str, list[LowRank]] = {}
-        added = self.original.added()
-        tensors = self.original.tensors()
+        added = self.original.standing.added()
         for own, names in self.weight_map.sources.items():
-            num_rows = sum(len(part) for part in tensors[own])
             for index, name in enumerate(names):
                 for each in added.get(name, ()):
-                    up, first = self.weight_map.spread(own, index, each.up, num_rows)
+                    up, first = self.weight_map.spread(own, index, each.up, len(ours[own]))
                     up = up if each.scale == 1 else up * each.scale
                     found.setdefault(own, []).append(LowRank(each.down, up, first, each.rate))
         return found
@@ -85,6 +112,9 @@ class Trained:
         Raises:
             RuntimeError: a module has hooks, or another ``forward``.
         """
+        self.original.find_again()
+        if self.original.standing.changes != self._changes:
+            self._look()
         for name, module in self._hooked:
             if name and (has_hooks(module) or module._backward_hooks or module._backward_pre_hooks):
                 raise RuntimeError(
