@@ -97,25 +97,21 @@ class Original:
         self._layouts = layouts or {}
         self._names = {own: tuple(names) for own, names in sources.items()}
         self.standing = Standing(model, self._names, aliases)
+        found = self.standing.find(model)
         # What adapters added to ours when they were brought last.
         self._brought: States = {}
         self.is_doubted = False
         # Of modules that are gone.
         self._frozen: set[str] = set()
         self._failure: RuntimeError | None = None
-        self._seen = look(self.standing.slots)
+        self._seen = look(found.slots)
         # Brings the fast model up to date once more before the original goes.
         self.settle: Callable[[], None] = lambda: None
         _followed.add(self)
         tell_of_steps(self)
-        self._references = [weakref.ref(model, _settles(weakref.ref(self)))]
-        self._hear_of_owners()
-
-    def _hear_of_owners(self) -> None:
-        """Has the weights of a module forgotten when it goes."""
         me = weakref.ref(self)
-        self._references += [weakref.ref(owner, _forgets(me, owner)) for owner in self.standing.owners]
-        self.standing.owners = []
+        self._references = [weakref.ref(model, _settles(me))]
+        self._references += [weakref.ref(owner, _forgets(me, owner)) for owner in found.owners]
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """The original's weights, by our names."""
@@ -259,14 +255,16 @@ class Original:
 
     def find_again(self) -> None:
         """Looks whether modules stand otherwise; the weights that they hold are then other ones than before."""
-        if not self.standing.look():
+        found = self.standing.look()
+        if found is None:
             return
         there = {slot.name for slot in self._seen.slots}
-        slots = [slot for slot in self.standing.slots if slot.name in there]
+        slots = [slot for slot in found.slots if slot.name in there]
         self._seen = self._seen._replace(
             slots=slots, places=[slot.place for slot in slots], keys=[slot.key for slot in slots]
         )
-        self._hear_of_owners()
+        me = weakref.ref(self)
+        self._references += [weakref.ref(owner, _forgets(me, owner)) for owner in found.owners]
 
     def _check(self, slot: Slot, found: Tensor | None) -> None:
         if found is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from torch import nn
 
@@ -16,6 +16,13 @@ from .snapshot import Slot, Structure, Tie, module_at, place_in
 States = dict[str, tuple[object, ...]]
 
 
+class Found(NamedTuple):
+    """The places of weights, and the modules that hold them; who keeps them keeps the weights."""
+
+    slots: list[Slot]
+    owners: list[nn.Module]
+
+
 class Standing:
     """Where each weight of a model is, as it was found last.
 
@@ -25,8 +32,6 @@ class Standing:
         aliases: other names of the same weights in the model.
 
     Attributes:
-        slots: the weights' places.
-        owners: the modules that hold them.
         changes: how often the modules were found to stand otherwise.
     """
 
@@ -37,9 +42,18 @@ class Standing:
         # For each place the modules that may stand there.
         self._known: dict[str, weakref.WeakSet[nn.Module]] = {}
         self.changes = 0
-        self._find(model)
+        # Of a model that was not found yet.
+        self._structure: Structure | None = None
+        self._ties: list[Tie] = []
+        self._adapted = Adapted(nn.Module())
 
-    def _find(self, model: nn.Module) -> None:
+    def find(self, model: nn.Module) -> Found:
+        """Finds the weights, and notes which modules stand where.
+
+        Raises:
+            RuntimeError: a module was replaced by another since it was found first.
+            ValueError: an adapter that fastcls does not compute.
+        """
         slots: list[Slot] = []
         owners: dict[int, nn.Module] = {}
         structure = Structure([], [], [], [], [])
@@ -56,21 +70,23 @@ class Standing:
             for pair in self._aliases.items()
         ]
         structure.sizes.extend(map(len, structure.places))
-        for name, found in zip(structure.names, structure.modules, strict=True):
-            assert found is not None
-            known = self._known.setdefault(name, weakref.WeakSet())
-            if known and inside(found) not in known:
+        before = self._structure or structure
+        sizes = dict(zip(before.names, before.sizes, strict=True))
+        for name, found, size in zip(structure.names, structure.modules, structure.sizes, strict=True):
+            if self._known.get(name) and inside(found) not in self._known[name]:
                 refuse(name, "another module stands there")
-            known.update(copies(found))
+            if sizes.get(name, size) != size:
+                refuse(name, "it has more or fewer modules beside it")
         adapted = Adapted(model)
         weights = {name for names in self._names.values() for name in names}
         for path in adapted.paths:
             if f"{path}.weight" not in weights:
                 what = "is tied to another" if f"{path}.weight" in self._aliases else "is not read"
                 raise ValueError(f"model.{path} must have no adapter, since its weight {what}")
-        self.slots, self.owners = slots, list(owners.values())
-        self._structure: Structure | None = structure
-        self._ties, self._adapted = ties, adapted
+        for name, found in zip(structure.names, structure.modules, strict=True):
+            self._known.setdefault(name, weakref.WeakSet()).update(copies(found))
+        self._structure, self._ties, self._adapted = structure, ties, adapted
+        return Found(slots, list(owners.values()))
 
     @property
     def _is_current(self) -> bool:
@@ -80,35 +96,28 @@ class Standing:
         """Whether the weights still are where they were found."""
         return self._is_current and all(tie.holds() for tie in self._ties)
 
-    def look(self) -> bool:
+    def look(self) -> Found | None:
         """Finds the weights again where modules stand otherwise: adapters were put around them, or others are used.
-
-        Returns:
-            Whether they do.
 
         Raises:
             RuntimeError: a module was replaced by another, or a weight is tied no longer.
             ValueError: an adapter that fastcls does not compute.
         """
-        model, moved = self._model(), False
+        model, found = self._model(), None
         if not self._is_current and model is not None:
             assert self._structure is not None
-            before = dict(zip(self._structure.names, self._structure.sizes, strict=True))
             for name, place, key in zip(*self._structure[:3], strict=True):
                 if place.get(key) is None:
                     refuse(name, "another module stands there")
             try:
-                self._find(model)
+                found = self.find(model)
             except KeyError as error:
                 refuse(str(error.args[0]), "another module stands there")
-            for name, size in zip(self._structure.names, self._structure.sizes, strict=True):
-                if before.get(name, size) != size:
-                    refuse(name, "it has more or fewer modules beside it")
-            self.changes, moved = self.changes + 1, True
+            self.changes += 1
         for tie in self._ties:
             if not tie.holds():
                 refuse(tie.names[0], f"it is tied to {tie.names[1]} no longer")
-        return moved
+        return found
 
     def forget_modules(self) -> set[str]:
         """Looks at modules no longer, since the model is gone; gives our names of weights that adapters add to."""
