@@ -187,12 +187,16 @@ class TrainableModel(FollowingModel):
     def _begin_training(self) -> None:
         if self.encoder.packed.is_alone:
             raise RuntimeError(f"the model must keep its weights to be trained: {LET_GO}")
-        original = self._original
-        if original is not None:
+        if self._original is not None:
             # Those that leave no count among them.
-            original.doubt()
+            self._original.doubt()
         self.catch_up()
+        # Other weights in the modules around end following.
+        original, companion = self._original, self._companion
         early: list[Tensor] = [weight for _, weight in self.own_parameters()]
+        if companion is not None:
+            self._companion = None
+            early += companion.hand_over()
         early += [] if original is None else [weight for parts in original.tensors().values() for weight in parts]
         model = None if original is None else original.model
         like = None if model is None else next(model.parameters(), None)
