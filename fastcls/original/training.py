@@ -30,6 +30,8 @@ class Trained:
         self.original = original
         self.weight_map = weight_map
         self._modules = [(name, module, _rate_of(module)) for name, module in model.named_modules()]
+        inside = [module for name, module, _ in self._modules if name]
+        self._hooks = [hooks for module in inside for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
     def weights(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights by our names, with a graph where they are joined of several.
@@ -64,6 +66,21 @@ class Trained:
                     f"model.{name} must have no hooks, and no other forward, in training, where they would not run: "
                     "remove them, or train the transformers model"
                 )
+
+    def check_unhooked(self) -> None:
+        """Refuses hooks that no call in eval mode would run: it computes by modules of its own.
+
+        Raises:
+            RuntimeError: a module below the model has forward hooks.
+        """
+        if not any(self._hooks):
+            return
+        name = next(name for name, module, _ in self._modules if name and has_hooks(module))
+        raise RuntimeError(
+            f"model.{name} must have no forward hooks, which would not run: a fast model calls none of the modules "
+            "that it shows. Attributions to embeddings are those to inputs_embeds, which "
+            "get_input_embeddings() gives"
+        )
 
     def check_pass(self, device: torch.device, dtype: torch.dtype, *, drops: bool) -> None:
         """Refuses a model that was changed since `FastModel.train` in what a pass would pass by.
