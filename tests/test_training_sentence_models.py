@@ -23,11 +23,17 @@ models = pytest.importorskip("sentence_transformers.models")
 losses = pytest.importorskip("sentence_transformers.losses")
 
 STEPS, BATCH = 10, 8
-QUERIES = [f"how {word} was the film that everybody talked about"[: 9 + 3 * index] for index, word in enumerate("abcdefgh")]
+QUERIES = [
+    f"how {word} was the film that everybody talked about"[: 9 + 3 * index] for index, word in enumerate("abcdefgh")
+]
 PASSAGES = [
     *("a visually stunning rumination on love, memory, history and the war between art and commerce", "no", "dull"),
     *("it's a charming and often affecting journey, told with more care than its subject asks for", "will not hold"),
-    *("unflinchingly bleak and desperate", "allows us to hope that nolan is poised to embark on a major career", "well"),
+    *(
+        "unflinchingly bleak and desperate",
+        "allows us to hope that nolan is poised to embark on a major career",
+        "well",
+    ),
 ]
 Make = Callable[..., Any]
 
@@ -83,7 +89,9 @@ def _trainer(model: Any, folder: Path, loss: Any = None, *, labelled: bool = Fal
     return getattr(library, f"{name}Trainer")(model=model, args=arguments, train_dataset=rows, loss=loss, **evaluated)
 
 
-def _assert_trains_alike(fast: Any, reference: Any, folder: Path, make_loss: Callable[[Any], Any], **options: Any) -> Any:
+def _assert_trains_alike(
+    fast: Any, reference: Any, folder: Path, make_loss: Callable[[Any], Any], **options: Any
+) -> Any:
     """Trains both, and compares losses, gradients' norms and weights; returns the fast one's trainer."""
     before = {name: weight.clone() for name, weight in reference.state_dict().items()}
     trainers = []
@@ -92,7 +100,12 @@ def _assert_trains_alike(fast: Any, reference: Any, folder: Path, make_loss: Cal
         trainers.append(_trainer(each, folder / str(len(trainers)), make_loss(each), **options))
         trainers[-1].train()
     expected, found = (
-        [each[name] for each in trainer.state.log_history for name in ("loss", "eval_loss", "grad_norm") if name in each]
+        [
+            each[name]
+            for each in trainer.state.log_history
+            for name in ("loss", "eval_loss", "grad_norm")
+            if name in each
+        ]
         for trainer in trainers
     )
     assert len(found) >= 2 * STEPS
@@ -128,7 +141,7 @@ def test_a_cross_encoder_trains_is_evaluated_saved_and_loaded_again(made: Make, 
 
 
 CASES = [
-    pytest.param("cls", False, "MultipleNegativesRankingLoss", {}, id="cls"),
+    pytest.param("cls", False, "MultipleNegativesRankingLoss", {}, id="cls", marks=pytest.mark.full),
     pytest.param("cls", True, "CachedMultipleNegativesRankingLoss", {"mini_batch_size": 3}, id="cls-dense-cached"),
     pytest.param("mean", True, "MultipleNegativesRankingLoss", {}, id="mean-dense"),
     pytest.param(
@@ -163,7 +176,7 @@ def test_a_sparse_encoder_trains_as_the_librarys_own(made: Make, tmp_path: Path)
         ranking = sparse.SparseMultipleNegativesRankingLoss(each, scale=1e-3)
         return sparse.SpladeLoss(each, ranking, document_regularizer_weight=1e-4, query_regularizer_weight=1e-4)
 
-    _assert_trains_alike(fastcls.optimize(model).train(), reference, tmp_path, loss)
+    _assert_trains_alike(fastcls.optimize(model).train(), reference, tmp_path, loss, learning_rate=2e-3)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "max", "lasttoken", "weightedmean"])
