@@ -78,10 +78,10 @@ def _trainer(model: Any, folder: Path, loss: Any = None, *, labelled: bool = Fal
     name = type(model).__name__
     arguments = getattr(library, f"{name}TrainingArguments")(
         **{
-            **{"output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": BATCH, "logging_steps": 1},
-            **{"report_to": "none", "disable_tqdm": True, "use_cpu": True, "seed": 1, "save_strategy": "no"},
+            "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": BATCH, "logging_steps": 1,
+            "report_to": "none", "disable_tqdm": True, "use_cpu": True, "seed": 1, "save_strategy": "no",
             # Adam makes steps of the rounding noise of gradients that are zero, as those of a key's bias are.
-            **{"optim": "sgd", "learning_rate": 0.02},
+            "optim": "sgd", "learning_rate": 0.02,
             **options,
         }
     )
@@ -94,7 +94,7 @@ def _assert_trains_alike(
 ) -> Any:
     """Trains both, and compares losses, gradients' norms and weights; returns the fast one's trainer."""
     before = {name: weight.clone() for name, weight in reference.state_dict().items()}
-    trainers = []
+    trainers: list[Any] = []
     for each in (reference, fast):
         # In other places, so that neither loads what the other one saved.
         trainers.append(_trainer(each, folder / str(len(trainers)), make_loss(each), **options))
@@ -124,11 +124,9 @@ def test_a_cross_encoder_trains_is_evaluated_saved_and_loaded_again(made: Make, 
     model = _cross_encoder(made)
     reference = copy.deepcopy(model)
     fast = fastcls.optimize(model).train()
-    trainer = _assert_trains_alike(
-        *(fast, reference, tmp_path, lambda _: None),
-        **{"labelled": True, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5},
-        load_best_model_at_end=True,
-    )
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5}
+    options |= {"labelled": True, "load_best_model_at_end": True}
+    trainer = _assert_trains_alike(fast, reference, tmp_path, lambda _: None, **options)
     assert trainer.state.best_model_checkpoint is not None
     pairs = list(zip(QUERIES, PASSAGES, strict=True))
     expected = fast.predict(pairs)
