@@ -78,10 +78,18 @@ def _trainer(model: Any, folder: Path, loss: Any = None, *, labelled: bool = Fal
     name = type(model).__name__
     arguments = getattr(library, f"{name}TrainingArguments")(
         **{
-            "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": BATCH, "logging_steps": 1,
-            "report_to": "none", "disable_tqdm": True, "use_cpu": True, "seed": 1, "save_strategy": "no",
+            "output_dir": str(folder),
+            "max_steps": STEPS,
+            "per_device_train_batch_size": BATCH,
+            "logging_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 1,
+            "save_strategy": "no",
             # Adam makes steps of the rounding noise of gradients that are zero, as those of a key's bias are.
-            "optim": "sgd", "learning_rate": 0.02,
+            "optim": "sgd",
+            "learning_rate": 0.02,
             **options,
         }
     )

@@ -36,9 +36,18 @@ def _trained(model: Any, folder: Path, *, end_to_end: bool) -> tuple[list[float]
     """Losses of the body's training, and probabilities of texts behind all of it."""
     rows = datasets.Dataset.from_dict({"text": GOOD + BAD, "label": [1] * len(GOOD) + [0] * len(BAD)})
     arguments = setfit.TrainingArguments(
-        output_dir=str(folder), batch_size=4, num_epochs=1, max_steps=STEPS, report_to="none",
-        seed=1, body_learning_rate=1e-4, head_learning_rate=1e-2, logging_steps=1,
-        save_strategy="no", end_to_end=end_to_end, show_progress_bar=False,
+        output_dir=str(folder),
+        batch_size=4,
+        num_epochs=1,
+        max_steps=STEPS,
+        report_to="none",
+        seed=1,
+        body_learning_rate=1e-4,
+        head_learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        end_to_end=end_to_end,
+        show_progress_bar=False,
     )
     random.seed(0)
     np.random.seed(0)  # SetFit draws from it.
