@@ -44,7 +44,8 @@ def optimize_sentence_model(
 
     The fast models share what ``optimize`` shares. All else is the copy's own, as `copy.deepcopy` makes it: settings,
     configs, tokenizers, and all other modules' weights, hooks and patched forwards, which run in the copy, too. These
-    weights follow the given model's, as the fast models' weights do. The copy is in evaluation mode.
+    weights follow the given model's, as the fast models' weights do. The copy is in evaluation mode; from its ``train``
+    on it has the given model's own parameters, which are trained, in all its modules.
 
     Each call looks at the pooling, so that a pooling that is changed later is followed.
 
@@ -73,7 +74,6 @@ def optimize_sentence_model(
     memo: dict[int, Any] = {}
     for each in inner:
         fast_inner = optimize(each)
-        fast_inner.stays_in_eval = True
         # A copy, since the library writes its own settings into it.
         fast_inner.config = copy.deepcopy(each.config, memo)
         memo[id(each)] = fast_inner
@@ -115,7 +115,8 @@ def _transformers_models(module: nn.Module) -> Iterator[PreTrainedModel]:
     for child in module.children():
         if isinstance(child, PreTrainedModel):
             yield child
-        else:
+        elif not isinstance(child, FastModel):
+            # In training a fast model shows the modules of the one that it was made of.
             yield from _transformers_models(child)
 
 

@@ -43,7 +43,8 @@ class FastModel(TrainableModel):
     """An encoder and its head that compute only what their answer needs. Made by `optimize`, in eval mode.
 
     It follows the weights of the model that it was made of, see `optimize`; a copy of it, or what a pickle gives back,
-    has weights of its own. In eval mode it gives no gradients; `train` makes it a model that is trained.
+    has weights of its own. In eval mode it gives no gradients but those of ``inputs_embeds`` that require them; `train`
+    makes it a model that is trained.
 
     Attributes:
         config: the transformers config.
@@ -247,7 +248,7 @@ class FastModel(TrainableModel):
         self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True
     ) -> Tensor:
         """`Engine.rows` of the weights as the original has them, or in a graph one node for it."""
-        if self.training:
+        if self.keeps_graph(batch.inputs_embeds):
             trained: Tensor = torch.compiler.disable(self.trained_rows)(batch, rows, fill, chosen, dense=dense)
             return trained
         if torch.compiler.is_compiling():
@@ -290,6 +291,8 @@ class FastModel(TrainableModel):
         """
         if self.training:
             self._check_trains()
+        elif self.trained is not None:
+            self.trained.check_unhooked()
         if torch.compiler.is_compiling():
             self._check_no_hooks_inside()
             self.check_not_let_go("torch.compile and torch.export")
@@ -311,12 +314,15 @@ class FastModel(TrainableModel):
         # Of a model that is trained the parameters that are shown are the given model's.
         shown = self.named_parameters() if self.trained is None else self.weights()
         asking = next((name for name, weight in shown if weight.requires_grad), None)
-        if asking is None and batch.inputs_embeds is not None and batch.inputs_embeds.requires_grad:
-            asking = "inputs_embeds"
         if asking is not None:
             raise RuntimeError(
                 f"{asking} must not require gradients, which a model in eval mode does not compute: call train() "
                 "first, or this inside torch.no_grad()"
+            )
+        if torch.compiler.is_compiling() and self.keeps_graph(batch.inputs_embeds):
+            raise RuntimeError(
+                "inputs_embeds must not require gradients in a graph, of a model in eval mode: call it outside of what "
+                "is compiled or exported"
             )
 
     def _check_no_hooks_of_its_own(self, method: str) -> None:

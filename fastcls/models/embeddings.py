@@ -194,7 +194,7 @@ class FastEncoder(FastModel):
 
     def _pooled(self, states: Tensor) -> Tensor:
         """The pooler over (num_texts, hidden_size)."""
-        if self.training:
+        if self.keeps_graph(states):
             return torch.compiler.disable(self.trained_pooled)(states)
         if torch.compiler.is_compiling():
             if self.is_for_graphs:

@@ -13,12 +13,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..engine.batch import PaddedBatch
 from ..engine.packed import LET_GO
 from ..engine.spec import Rows
-from ..engine.training import TrainingOptions, TrainingPass
+from ..engine.training import DropoutRates, TrainingOptions, TrainingPass
 from ..families.dropout import dropout_rates
 from ..families.family import WeightMap
 from ..original.following import Original, tell_of_steps
 from ..original.training import Trained, check_rates, model_over
 from .following import FollowingModel
+
+_EXPLAINING = "eval mode with gradients of inputs_embeds"
 
 _Model = TypeVar("_Model", bound="TrainableModel")
 
@@ -195,12 +197,16 @@ class TrainableModel(FollowingModel):
     def _begin_training(self) -> None:
         if self.encoder.packed.is_alone:
             raise RuntimeError(f"the model must keep its weights to be trained: {LET_GO}")
-        original = self._original
-        if original is not None:
+        if self._original is not None:
             # Those that leave no count among them.
-            original.doubt()
+            self._original.doubt()
         self.catch_up()
+        # Other weights in the modules around end following.
+        original, companion = self._original, self._companion
         early: list[Tensor] = [weight for _, weight in self.own_parameters()]
+        if companion is not None:
+            self._companion = None
+            early += companion.hand_over()
         early += [] if original is None else [weight for parts in original.tensors().values() for weight in parts]
         model = None if original is None else original.model
         like = None if model is None else next(model.parameters(), None)
@@ -244,8 +250,11 @@ class TrainableModel(FollowingModel):
                 "optimizer, or transformers' Trainer, is made"
             )
 
-    def _check_trains(self) -> None:
-        """Refuses options and hooks that training passes by.
+    def _check_trains(self, what: str = "training") -> None:
+        """Refuses options and hooks that a pass with gradients passes by.
+
+        Args:
+            what: what the message calls it.
 
         Raises:
             RuntimeError: one is set.
@@ -255,10 +264,10 @@ class TrainableModel(FollowingModel):
             ("batch_invariant", self.batch_invariant, False),
         ):
             if value != needed:
-                raise RuntimeError(f"{name} must be {needed} in training, got {value!r}")
+                raise RuntimeError(f"{name} must be {needed} in {what}, got {value!r}")
         for name, _ in self.hooked_inside():
             raise RuntimeError(
-                f"{name} must have no forward hooks, and no other forward, in training, where they would not run"
+                f"{name} must have no forward hooks, and no other forward, in {what}, where they would not run"
             )
         if self.trained is not None:
             self.trained.check()
@@ -312,16 +321,38 @@ class TrainableModel(FollowingModel):
             *(options, dtype),
         )
 
+    def keeps_graph(self, states: Tensor | None) -> bool:
+        """Whether a call keeps a graph: in training, and in eval mode where the embeddings given ask for gradients."""
+        return self.training or (states is not None and states.requires_grad and torch.is_grad_enabled())
+
+    def explaining_pass(self) -> TrainingPass:
+        """A pass in eval mode for the gradients of what it reads alone: no dropout, and the weights ask for none.
+
+        Raises:
+            RuntimeError: an option or a hook that it would pass by, or weights that were let go.
+        """
+        self._check_trains(_EXPLAINING)
+        if self.encoder.packed.is_alone:
+            raise RuntimeError(f"the model must keep its weights for {_EXPLAINING}: {LET_GO}")
+        self.catch_up()
+        self.check_weights()
+        if self.encoder.rotary is not None:
+            with torch.no_grad():
+                self.encoder.rotary.refresh()
+        weights = dict(self.weights(all_names=True))
+        options = TrainingOptions(DropoutRates(), {}, self.checkpointed_layers)
+        return TrainingPass(self.spec, self.head.spec, self.encoder, weights, {}, options, self.dtype)
+
     def trained_rows(
         self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True
     ) -> Tensor:
-        """`Engine.rows` with a graph, and with dropout."""
-        run = self.training_pass()
+        """`Engine.rows` with a graph, and in training mode with dropout."""
+        run = self.training_pass() if self.training else self.explaining_pass()
         with torch.autocast(self.device.type, enabled=False):
             return self.rows(batch, rows, fill, chosen, dense=dense, run=run.rows)
 
     def trained_pooled(self, states: Tensor) -> Tensor:
         """The pooler over (num_texts, hidden_size), with a graph."""
-        run = self.training_pass()
+        run = self.training_pass() if self.training else self.explaining_pass()
         with torch.autocast(self.device.type, enabled=False):
             return run.head(states)

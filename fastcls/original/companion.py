@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
-from torch import nn
+from torch import Tensor, nn
 
 from .following import Original, tell_of_steps, weakly
 from .places import has_weights, place_of
@@ -58,6 +58,35 @@ class Companion:
         """Takes our weights for written to by somebody else if the id of one of them is among ``stepped``."""
         if any(place in stepped for place, _ in self._own):
             self._own = []
+
+    def hand_over(self) -> list[Tensor]:
+        """Ends following by putting the other module's own weights into the fast one, where both train them.
+
+        A weight of a module that is gone, or that lies elsewhere or has another dtype, stays our own, as a parameter
+        that no optimizer holds yet.
+
+        Returns:
+            The tensors that were there.
+        """
+        original, self._original = self._original, None
+        if original is None:
+            return []
+        theirs = {name: parts[0] for name, parts in original.tensors().items()} if original.model is not None else {}
+        # By what they replace, so that tied weights stay one.
+        fresh: dict[int, Tensor] = {}
+        replaced: list[Tensor] = []
+        for name in self._names:
+            place, key = place_of(self._fast, name)
+            ours, other = place[key], theirs.get(name)
+            if other is not None and (other.device, other.dtype) == (ours.device, ours.dtype):
+                place[key] = other
+            elif isinstance(ours, nn.Parameter):
+                own = nn.Parameter(ours.detach(), requires_grad=name not in original.frozen)
+                place[key] = fresh.setdefault(id(ours), own)
+            else:
+                continue
+            replaced.append(ours)
+        return replaced
 
     def stop(self) -> None:
         """Keeps the weights as they are from now on, in the fast models too."""

@@ -37,10 +37,18 @@ class Trained:
     def _look(self) -> None:
         """Notes the modules, and the rates at which they drop out."""
         self._changes = self.original.standing.changes
-        self._hooked = list(self.model.named_modules())
+        self._hooked = [(name, module) for name, module in self.model.named_modules() if name]
+        self._hooks = [
+            hooks for _, module in self._hooked for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
         self._modules = [(name, module, _rate_of(module)) for name, module in named_modules(self.model)]
         self._padding_ids = self._find_padding_ids()
         self._warn_of_heads()
+
+    def _look_again(self) -> None:
+        self.original.find_again()
+        if self.original.standing.changes != self._changes:
+            self._look()
 
     def _warn_of_heads(self) -> None:
         """Says which layers of the head stay as they are beside adapters that are trained: PEFT saves none of them."""
@@ -112,15 +120,29 @@ class Trained:
         Raises:
             RuntimeError: a module has hooks, or another ``forward``.
         """
-        self.original.find_again()
-        if self.original.standing.changes != self._changes:
-            self._look()
+        self._look_again()
         for name, module in self._hooked:
-            if name and (has_hooks(module) or module._backward_hooks or module._backward_pre_hooks):
+            if has_hooks(module) or module._backward_hooks or module._backward_pre_hooks:
                 raise RuntimeError(
                     f"model.{name} must have no hooks, and no other forward, in training, where they would not run: "
                     "remove them, or train the transformers model"
                 )
+
+    def check_unhooked(self) -> None:
+        """Refuses hooks that no call in eval mode would run: it computes by modules of its own.
+
+        Raises:
+            RuntimeError: a module below the model has forward hooks.
+        """
+        self._look_again()
+        if not any(self._hooks):
+            return
+        name = next(name for name, module in self._hooked if has_hooks(module))
+        raise RuntimeError(
+            f"model.{name} must have no forward hooks, which would not run: a fast model calls none of the modules "
+            "that it shows. Attributions to embeddings are those to inputs_embeds, which "
+            "get_input_embeddings() gives"
+        )
 
     def check_pass(self, device: torch.device, dtype: torch.dtype, *, drops: bool) -> None:
         """Refuses a model that was changed since `FastModel.train` in what a pass would pass by.
