@@ -3,7 +3,7 @@
     python tests/processes_worker.py '{"wrapper": "ddp"}' '{"wrapper": "ddp", "accumulated": 2}'
 
 Each argument is a case of `Way`. The processes are forked for each of them, by a parent that has imported all and
-computed nothing.
+started no threads.
 """
 
 from __future__ import annotations
@@ -147,4 +147,9 @@ def in_processes(way: Way, seconds: float = 120) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    # Without threads, which no forked process would have.
+    torch.set_num_threads(1)
+    for given in sys.argv[1:]:
+        # Modules that are imported late are imported once.
+        prepared(Way(**json.loads(given)))
     json.dump({given: in_processes(Way(**json.loads(given))) for given in sys.argv[1:]}, sys.stdout)
