@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.utils import DataLoaderConfiguration, set_seed  # type: ignore[import-untyped]
 from support import tiny_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import fastcls
 
@@ -27,16 +27,16 @@ BATCH = 4
 ACCUMULATED = 2
 
 
-def texts() -> list[dict[str, Tensor]]:
+class Texts(Dataset[dict[str, Tensor]]):
     """Padded texts with labels."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for number in range(TEXTS):
-        length = 3 + number % 9
-        ids = torch.randint(5, 60, (12,), generator=generator)
-        ids[length:] = 0
-        rows.append({"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids[0] % 3})
-    return rows
+
+    def __len__(self) -> int:
+        return TEXTS
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        ids = torch.randint(5, 60, (12,), generator=torch.Generator().manual_seed(number))
+        ids[3 + number % 9 :] = 0
+        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids[0] % 3}
 
 
 class Run:
@@ -58,7 +58,7 @@ class Run:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         # Of its own, since each iteration draws a number, which must not be one of dropout's.
         generator = torch.Generator().manual_seed(0)
-        batches = DataLoader(texts(), batch_size=BATCH, shuffle=True, generator=generator)  # type: ignore[arg-type]
+        batches: DataLoader[Any] = DataLoader(Texts(), batch_size=BATCH, shuffle=True, generator=generator)
         self.model, self.optimizer, self.schedule, self.batches = accelerator.prepare(
             model, optimizer, schedule, batches
         )
@@ -78,7 +78,7 @@ class Run:
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad()
-            losses.append(float(self.accelerator.reduce(loss.detach().float(), "mean")))  # type: ignore[arg-type]
+            losses.append(float(self.accelerator.reduce(loss.detach().float(), "mean")))
             if number == saved_after:
                 self.accelerator.save_state(str(folder))
         return losses

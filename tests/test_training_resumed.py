@@ -20,9 +20,9 @@ import fastcls
 
 pytest.importorskip("accelerate", reason="accelerate, by which transformers' Trainer trains, is not installed")
 
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
-from accelerate_worker import Run, accelerated, resumed, texts
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+from accelerate.utils import set_seed  # type: ignore[import-untyped]
+from accelerate_worker import Run, Texts, accelerated, resumed
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +39,13 @@ def _own_accelerator() -> Iterator[None]:
 def test_the_trainer_resumes(tmp_path: Path) -> None:
     model = tiny_model("BertForSequenceClassification", "bert")
 
-    def losses(folder: str, checkpoint: str | None = None) -> dict[int, float]:
+    def losses(folder: str, checkpoint: str | None = None) -> dict[float, float]:
         arguments = transformers.TrainingArguments(
             str(tmp_path / folder), num_train_epochs=2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
             logging_steps=1, save_steps=4, report_to="none", disable_tqdm=True, use_cpu=True, seed=1,
         )  # fmt: skip
         fast = fastcls.optimize(copy.deepcopy(model)).train()
-        trainer = transformers.Trainer(model=fast, args=arguments, train_dataset=texts())  # type: ignore[arg-type]
+        trainer = transformers.Trainer(model=fast, args=arguments, train_dataset=Texts())
         # Dropout of a process that has drawn other numbers before.
         torch.manual_seed(len(folder))
         trainer.train(resume_from_checkpoint=checkpoint)
