@@ -17,7 +17,7 @@ from ..engine.batch import PaddedBatch
 from ..engine.packed import LET_GO
 from ..engine.packing import PackedTokens
 from ..engine.spec import EncoderSpec, HeadSpec, LastLayer, Quantize, Rows
-from ..engine.weights import has_hooks
+from ..engine.weights import has_hooks, is_spread
 from ..families import family_of_class
 from ..families.family import WeightMap
 from .arguments import check_extras, check_not_traced, divides_by_count, order_of, takes_positions
@@ -208,7 +208,15 @@ class FastModel(TrainableModel):
         Args:
             save_directory: a folder, made if need be.
             kwargs: passed on to transformers' ``save_pretrained``.
+
+        Raises:
+            RuntimeError: `fully_shard` has spread the weights, and no ``state_dict`` is given.
         """
+        if is_spread(self) and "state_dict" not in kwargs:
+            raise RuntimeError(
+                "state_dict must be given to save_pretrained of a model that fully_shard has spread over processes: "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict gathers it, with full_state_dict=True"
+            )
         with torch.device("meta"):
             model = nn.Module.to(self.model_class(self.config), self.dtype)
         # The weights are given apart, in the shapes that they have here, which the config may contradict.
