@@ -252,8 +252,7 @@ class FastModel(TrainableModel):
     ) -> Tensor:
         """`Engine.rows` of the weights as the original has them, or in a graph one node for it."""
         if self.training:
-            trained: Tensor = torch.compiler.disable(self.trained_rows)(batch, rows, fill, chosen, dense=dense)
-            return trained
+            return self.trained_rows(batch, rows, fill, chosen, dense=dense)
         if torch.compiler.is_compiling():
             if self.is_for_graphs and dense:
                 return operator.forward(self, self.description, batch, rows, fill, chosen)

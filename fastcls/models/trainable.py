@@ -285,6 +285,10 @@ class TrainableModel(FollowingModel):
             self.spec, self.head.spec, self.encoder, self.trained.weights(dict(self.weights())), options, dtype
         )
 
+    # How a batch is packed follows from its values, and what is kept for the backward pass from how it is packed.
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="a pass in training mode is no node of a graph: leave fullgraph=True out"
+    )
     def trained_rows(
         self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True
     ) -> Tensor:
