@@ -75,3 +75,11 @@ def checked_rows(name: str, rows: Tensor, shape: Sequence[int], like: Tensor) ->
             f"got {tuple(rows.shape)} on {rows.device}"
         )
     return rows.contiguous()
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether `torch.distributed.fsdp.fully_shard` has spread a module's weights over processes.
+
+    It marks all modules below the one that it was given; each of their weights is whole while that one runs.
+    """
+    return bool(getattr(module, "_is_fsdp_managed_module", False))

@@ -72,9 +72,15 @@ def check_plain(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name} must be a dense tensor, got one of layout {weight.layout}")
     if what not in _PLAIN:
         hint = "layers that were quantised are not taken: optimize the model as it was, in bfloat16 or float32"
-        if what.__name__ == "DTensor":
+        if is_distributed(weight):
             hint = "a model that is spread over processes is not taken: optimize a whole one"
         raise ValueError(f"{name} must be a plain tensor, got a {what.__module__}.{what.__qualname__}: {hint}")
+
+
+def is_distributed(weight: Tensor) -> bool:
+    """Whether a weight is spread over processes."""
+    # By its name, since its module is imported by those alone who make one.
+    return type(weight).__name__ == "DTensor"
 
 
 def _check_together(parameters: Iterable[nn.Parameter]) -> None:

@@ -17,7 +17,7 @@ from ..engine.batch import PaddedBatch
 from ..engine.packed import LET_GO
 from ..engine.packing import PackedTokens
 from ..engine.spec import EncoderSpec, HeadSpec, LastLayer, Quantize, Rows
-from ..engine.weights import has_hooks
+from ..engine.weights import has_hooks, is_spread
 from ..families import family_of_class
 from ..families.family import WeightMap
 from .arguments import check_extras, check_not_traced, divides_by_count, order_of, takes_positions
@@ -212,8 +212,14 @@ class FastModel(TrainableModel):
 
         Raises:
             RuntimeError: the model has adapters of PEFT, whose own ``save_pretrained`` saves them.
+            RuntimeError: `fully_shard` has spread the weights, and no ``state_dict`` is given.
         """
         self.check_no_adapters("a checkpoint")
+        if is_spread(self) and "state_dict" not in kwargs:
+            raise RuntimeError(
+                "state_dict must be given to save_pretrained of a model that fully_shard has spread over processes: "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict gathers it, with full_state_dict=True"
+            )
         with torch.device("meta"):
             model = nn.Module.to(self.model_class(self.config), self.dtype)
         # The weights are given apart, in the shapes that they have here, which the config may contradict.
@@ -249,8 +255,7 @@ class FastModel(TrainableModel):
     ) -> Tensor:
         """`Engine.rows` of the weights as the original has them, or in a graph one node for it."""
         if self.keeps_graph(batch.inputs_embeds):
-            trained: Tensor = torch.compiler.disable(self.trained_rows)(batch, rows, fill, chosen, dense=dense)
-            return trained
+            return self.trained_rows(batch, rows, fill, chosen, dense=dense)
         if torch.compiler.is_compiling():
             if self.is_for_graphs and dense:
                 return operator.forward(self, self.description, batch, rows, fill, chosen)

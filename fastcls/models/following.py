@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Engine, operator
+from ..engine.weights import is_spread
 from ..original.companion import Companion
 from ..original.following import Original, weakly
 from ..original.places import set_weight
@@ -113,6 +114,10 @@ class FollowingModel(Engine):
         if self._companion is not None:
             self._companion.bring()
         original = self._original
+        if original is not None and is_spread(self):
+            self._check_gathered()
+            # Weights that are gathered anew keep their memory and their counts of changes.
+            original.doubt()
         if original is None or original.is_current(adds=adds):
             return
         is_doubted = original.is_doubted
@@ -124,6 +129,14 @@ class FollowingModel(Engine):
         if is_doubted:
             self.encoder.doubt()
             operator.forget(self._first_weight)
+
+    def _check_gathered(self) -> None:
+        """Refuses weights that FSDP gathers in another dtype than the one in which these were taken over."""
+        if is_spread(self) and (found := next(self.parameters()).dtype) != self.dtype:
+            raise RuntimeError(
+                f"mp_policy.param_dtype of fully_shard must be None or {self.dtype}, the weights' own, got {found}: "
+                "use torch.autocast, which computes products in it"
+            )
 
     def _announce_weights(self) -> None:
         """Has graphs of this process take the weights from here, where they are up to the original's."""

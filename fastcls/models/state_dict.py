@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..families.checkpoint import from_checkpoint_names, to_checkpoint_names
+from ..families.checkpoint import from_checkpoint_names, is_distributed, to_checkpoint_names
 from ..original.following import NO_LONGER_FOLLOWED
 from ..original.places import has_weights
 
@@ -33,7 +33,8 @@ def _to_checkpoint_names(module: Any, state_dict: dict[str, Any], prefix: str, *
     # Tied weights are copies here: safetensors, by which transformers' Trainer saves, refuses shared memory.
     seen: set[int] = set()
     for name, tensor in state_dict.items():
-        if name.startswith(prefix) and not tensor.requires_grad:
+        # What is spread over processes has no memory to be shared.
+        if name.startswith(prefix) and not tensor.requires_grad and not is_distributed(tensor):
             place = tensor.data_ptr()
             state_dict[name] = tensor.clone() if place in seen else tensor
             seen.add(place)

@@ -14,6 +14,7 @@ from ..engine.batch import PaddedBatch
 from ..engine.packed import LET_GO
 from ..engine.spec import Rows
 from ..engine.training import DropoutRates, TrainingOptions, TrainingPass
+from ..engine.weights import is_spread
 from ..families.dropout import dropout_rates
 from ..families.family import WeightMap
 from ..original.following import Original, tell_of_steps
@@ -195,6 +196,8 @@ class TrainableModel(FollowingModel):
         super().stop_following()
 
     def _begin_training(self) -> None:
+        if is_spread(self):
+            raise RuntimeError("fully_shard must be called after train(), whose parameters are those of the original")
         if self.encoder.packed.is_alone:
             raise RuntimeError(f"the model must keep its weights to be trained: {LET_GO}")
         if self._original is not None:
@@ -301,6 +304,7 @@ class TrainableModel(FollowingModel):
         """A pass over the weights as they are, in autocast's dtype where that is on."""
         assert self.trained is not None
         assert self._training_options is not None
+        self._check_gathered()
         self.trained.check_pass(self.device, self.dtype, drops=any(self._training_options.rates))
         # Writes through ``data`` leave no count; an optimizer has stepped since the last pass, as a rule.
         self.trained.original.doubt()
@@ -343,6 +347,10 @@ class TrainableModel(FollowingModel):
         options = TrainingOptions(DropoutRates(), {}, self.checkpointed_layers)
         return TrainingPass(self.spec, self.head.spec, self.encoder, weights, {}, options, self.dtype)
 
+    # How a batch is packed follows from its values, and what is kept for the backward pass from how it is packed.
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="a pass in training mode is no node of a graph: leave fullgraph=True out"
+    )
     def trained_rows(
         self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True
     ) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..families.checkpoint import check_plain, made_of
+from ..families.checkpoint import check_plain, is_distributed, made_of
 from ..families.family import ByHead
 from .places import own_module, place_of, set_weight
 from .snapshot import Slot, look
@@ -269,6 +269,12 @@ class Original:
     def _check(self, slot: Slot, found: Tensor | None) -> None:
         if found is None:
             refuse(slot.name, "it is None")
+        if is_distributed(found):
+            raise RuntimeError(
+                f"model.{slot.name} must be whole where it is read, got a DTensor, a part on each process: call "
+                "fully_shard on the fast model as a whole, not on the model that it was made of or on layers, and then "
+                "the fast model as a whole"
+            )
         # Even if the tensor is the same: `torch.utils.swap_tensors` gives it another class.
         try:
             check_plain(f"model.{slot.name}", found)

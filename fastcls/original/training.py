@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from fastcls_kernels.training.derivatives import first_only
 
 from ..engine.training import LowRank
-from ..engine.weights import has_hooks
+from ..engine.weights import has_hooks, is_spread
 from ..families.family import WeightMap
 from .adapters import low_rank_layers, named_modules, named_parameters
 from .following import Original
@@ -123,6 +123,11 @@ class Trained:
         self._look_again()
         for name, module in self._hooked:
             if has_hooks(module) or module._backward_hooks or module._backward_pre_hooks:
+                if is_spread(module):
+                    raise RuntimeError(
+                        f"fully_shard must be called on the fast model as a whole, not on model.{name}, whose hooks "
+                        "would not run"
+                    )
                 raise RuntimeError(
                     f"model.{name} must have no hooks, and no other forward, in training, where they would not run: "
                     "remove them, or train the transformers model"

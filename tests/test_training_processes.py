@@ -1,0 +1,89 @@
+"""Several processes that share the batches train as one process trains on whole ones."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from aot_worker import run_worker
+from processes_worker import PROCESSES, Way, prepared, train
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch was built without gloo, by which processes on a CPU speak to each other",
+)
+
+
+def found_by(*ways: Way) -> list[dict[str, Any]]:
+    """What the first of two processes finds in each way."""
+    given = [json.dumps(way._asdict()) for way in ways]
+    found = run_worker("processes_worker.py", *given)
+    for each in found.values():
+        assert "error" not in each, each["error"]
+    return [found[each] for each in given]
+
+
+def assert_losses_of_one_process(found: dict[str, Any], way: Way) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = train(prepared(way), way)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(expected) >= way.steps
+    assert found["losses"] == pytest.approx(expected, rel=1e-5)
+
+
+WAYS = {
+    "ddp": (
+        Way("ddp", evaluated=10),
+        Way("ddp", accumulated=2, steps=20),
+        Way("ddp", frozen="bert.embeddings", steps=10),
+        Way("ddp", "ModernBertForMaskedLM", "modernbert", steps=10),
+    ),
+    "fsdp": (
+        Way("fsdp", evaluated=2),
+        Way("fsdp", accumulated=2, steps=20),
+        Way("fsdp", frozen="bert.embeddings", steps=10),
+        Way("fsdp", "BertForMaskedLM", steps=10),
+    ),
+}
+
+
+@pytest.mark.parametrize("ways", list(WAYS.values()), ids=list(WAYS))
+def test_halves_of_batches_in_two_processes(ways: tuple[Way, ...]) -> None:
+    for found, way in zip(found_by(*ways), ways, strict=True):
+        assert_losses_of_one_process(found, way)
+        assert found["are_equal"]
+        assert found["has_keys"]
+        assert found["is_loaded"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < PROCESSES, reason="each of two processes needs a GPU of its own")
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_halves_of_batches_on_two_gpus(wrapper: str) -> None:
+    way = Way(wrapper, evaluated=5, device="cuda")
+    (found,) = found_by(way)
+    assert_losses_of_one_process(found, way)
+    assert found["are_equal"]
+    assert found["is_loaded"]
+
+
+def test_what_fully_shard_cannot_be_followed_in_is_refused() -> None:
+    (found,) = found_by(Way("refused"))
+    expected = {
+        "layers": "fully_shard must be called on the fast model as a whole, not on model.bert.encoder.layer.0",
+        "layers_in_eval_mode": "must be whole where it is read, got a DTensor",
+        "original": "call fully_shard on the fast model as a whole",
+        "too_early": "fully_shard must be called after train()",
+        "narrow": "mp_policy.param_dtype of fully_shard must be None or torch.float32",
+        "narrow_in_eval_mode": "mp_policy.param_dtype of fully_shard must be None or torch.float32",
+        "lists": "must be called as a whole",
+        "saved": "state_dict must be given to save_pretrained",
+    }
+    assert found["refused"].keys() == expected.keys()
+    for name, words in expected.items():
+        assert words in found["refused"][name], name
