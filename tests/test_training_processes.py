@@ -76,7 +76,7 @@ def test_what_fully_shard_cannot_be_followed_in_is_refused() -> None:
     (found,) = found_by(Way("refused"))
     expected = {
         "layers": "fully_shard must be called on the fast model as a whole, not on model.bert.encoder.layer.0",
-        "layers_in_eval_mode": "must be whole where it is read, got a DTensor",
+        "layers_in_eval_mode": "fully_shard must be called on the fast model as a whole",
         "original": "call fully_shard on the fast model as a whole",
         "too_early": "fully_shard must be called after train()",
         "narrow": "mp_policy.param_dtype of fully_shard must be None or torch.float32",

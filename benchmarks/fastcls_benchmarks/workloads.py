@@ -45,20 +45,24 @@ class Checkpoint:
     model_class: str = "BertForSequenceClassification"
     options: Mapping[str, Any] = field(default_factory=dict)
     fitted: bool = False
+    adapters: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def about(self) -> str:
         asked = ", one [MASK] a text" if self.model_class.endswith(_FILLS_MASKS) else ""
         read = f", {self.options['classifier_pooling']} pooling" if "classifier_pooling" in self.options else ""
         weights = "real weights, a head fitted to SST-2 (random if not found)" if self.fitted else "random weights"
-        return f"{self.model_class}, {weights}{asked}{read}"
+        lora = f", LoRA of rank {self.adapters['r']} on {', '.join(self.adapters['target_modules'])}"
+        return f"{self.model_class}, {weights}{asked}{read}{lora if self.adapters else ''}"
 
 
 MODELS: dict[str, Checkpoint] = {}
 for _name, _entry in data("models.toml").items():
     _like = MODELS.get(_entry.get("like", ""), Checkpoint())
     _options = {**_like.options, **_entry.get("options", {})}
-    MODELS[_name] = Checkpoint(_entry.get("class", _like.model_class), _options, _entry.get("fitted", False))
+    MODELS[_name] = Checkpoint(
+        _entry.get("class", _like.model_class), _options, _entry.get("fitted", False), _entry.get("adapters", {})
+    )
 
 
 def class_of(name: str) -> type[PreTrainedModel]:
@@ -73,10 +77,16 @@ def config_of(name: str, **options: Any) -> PreTrainedConfig:
 
 
 def build_model(name: str, device: torch.device, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """One of `MODELS` with random weights, the same ones every time, in eval mode."""
+    """One of `MODELS` with random weights, the same ones every time, in eval mode; inside PEFT's if adapted."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = class_of(name)(config_of(name, **options)).eval()
+        adapters = MODELS[name].adapters
+        if adapters:
+            import peft
+
+            # Without its usual zeros, which would leave one of each two gradients zero.
+            model = peft.get_peft_model(model, peft.LoraConfig("SEQ_CLS", init_lora_weights=False, **adapters))
     torch.nn.Module.to(model, device, dtype)
     return model
 

@@ -14,9 +14,12 @@ from fastcls_kernels.training.derivatives import first_only
 
 from ..engine.training import LowRank
 from ..engine.weights import has_hooks, is_spread
-from ..families.family import WeightMap
+from ..families.family import WeightMap, head_in
 from .adapters import low_rank_layers, named_modules, named_parameters
 from .following import Original
+
+# Tasks whose heads no pre-trained checkpoint has.
+_NEW_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 
 
 class Trained:
@@ -52,6 +55,8 @@ class Trained:
 
     def _warn_of_heads(self) -> None:
         """Says which layers of the head stay as they are beside adapters that are trained: PEFT saves none of them."""
+        if head_in(type(self.model).__name__) not in _NEW_HEADS:
+            return
         if not any(each.up.requires_grad for several in self.original.standing.added().values() for each in several):
             return
         prefix = f"{self.model.base_model_prefix}."
@@ -123,11 +128,7 @@ class Trained:
         self._look_again()
         for name, module in self._hooked:
             if has_hooks(module) or module._backward_hooks or module._backward_pre_hooks:
-                if is_spread(module):
-                    raise RuntimeError(
-                        f"fully_shard must be called on the fast model as a whole, not on model.{name}, whose hooks "
-                        "would not run"
-                    )
+                _check_not_spread(name, module)
                 raise RuntimeError(
                     f"model.{name} must have no hooks, and no other forward, in training, where they would not run: "
                     "remove them, or train the transformers model"
@@ -142,7 +143,8 @@ class Trained:
         self._look_again()
         if not any(self._hooks):
             return
-        name = next(name for name, module in self._hooked if has_hooks(module))
+        name, module = next((name, module) for name, module in self._hooked if has_hooks(module))
+        _check_not_spread(name, module)
         raise RuntimeError(
             f"model.{name} must have no forward hooks, which would not run: a fast model calls none of the modules "
             "that it shows. Attributions to embeddings are those to inputs_embeds, which "
@@ -174,6 +176,13 @@ class Trained:
                     f"model.{name} must be in training mode, with the config's dropout, got {found}: fast.train() sets "
                     "the mode of all modules, and the config's options the rates, before the model is made"
                 )
+
+
+def _check_not_spread(name: str, module: nn.Module) -> None:
+    if is_spread(module):
+        raise RuntimeError(
+            f"fully_shard must be called on the fast model as a whole, not on model.{name}, whose hooks would not run"
+        )
 
 
 def _rate_of(module: nn.Module) -> float | None:
