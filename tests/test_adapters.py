@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_model
-from test_training import CLASSES, ROUNDED, assert_alike, inputs_of, rates_of, scale
+from test_training import CLASSES, LENGTHS, ROUNDED, assert_alike, gradients, inputs_of, rates_of, scale
+from test_training_devices import error
 from torch import Tensor, nn
 
 import fastcls
 from fastcls.engine.training import LowRank
 from fastcls.engine.training.products import Products
 from fastcls_benchmarks.training import kept_tensors
+from fastcls_kernels import use_backend
+from fastcls_kernels.runtime.backend import Backend
 
 peft = pytest.importorskip("peft", reason="adapters need peft, which is not installed")
 
@@ -390,3 +393,33 @@ def quiet_again(model: Any) -> Any:
         }
     )
     return again
+
+
+@pytest.mark.parametrize(
+    ("family", "model_class"), [("bert", CLASSIFIER), ("deberta-v2", "DebertaV2ForSequenceClassification")]
+)
+@pytest.mark.filterwarnings("ignore:layers of the head are not trained")
+def test_the_kernels_give_the_gradients_of_the_torch_path(family: str, model_class: str, kernel_device: str) -> None:
+    rates = rates_of(family)
+    model = tiny_model(model_class, family, **rates)
+    _, fast = adapted(model, config_of(model, task_type="SEQ_CLS", lora_dropout=0.3), "optimized")
+    _, wide = adapted(model.double(), config_of(model, task_type="SEQ_CLS", lora_dropout=0.3), "optimized")
+    wide.load_state_dict({name: weight.double() for name, weight in fast.state_dict().items()})
+    errors = []
+    # Several, since the rounding of one batch's logits weighs on all its gradients.
+    for seed in range(3):
+        # In rising order, since the torch path sorts texts, and the kernels do not: a seed drops what lies in a row.
+        inputs = inputs_of(model, model_class, seed, lengths=tuple(sorted(LENGTHS)))
+        found = []
+        runs: tuple[tuple[Any, Backend, str], ...] = (
+            *((wide, "torch", "cpu"), (fast, "torch", "cpu")),
+            (fast, "triton", kernel_device),
+        )
+        for each, backend, device in runs:
+            each.to(device).zero_grad()
+            with use_backend(backend):
+                torch.manual_seed(seed)
+                found.append(gradients(each, {name: tensor.to(device) for name, tensor in inputs.items()})[1])
+        errors.append([error(each, found[0]) ** 2 for each in found[1:]])
+    eager, kernels = (sum(each) for each in zip(*errors, strict=True))
+    assert kernels**0.5 <= 1.5 * eager**0.5
