@@ -3,21 +3,25 @@
     python examples/distill_sst2.py train.tsv dev.tsv --teacher teacher --out student
 
 The teachers come from `finetune_sst2.py`. The student starts as a part of the first one: some of its layers, of each
-the feed-forward neurons that its loss depends on most, and the embeddings of the pieces of words that it depends on
-most; other words are spelt by these pieces. Then it learns the teachers' logits on the training texts and on others
-made of them: spans, halves of two texts, texts with words left out or replaced.
+the feed-forward neurons that its loss depends on most, and the embeddings of the pieces of words that the texts have
+most often; other words are spelt by these pieces. Then it learns the teachers' logits on the training texts and on
+others made of them: spans, halves of two texts, texts with words left out or replaced.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 import typer
 from finetune_sst2 import (
     Labelled,
@@ -33,6 +37,7 @@ from finetune_sst2 import (
 )
 from rich.console import Console
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
@@ -43,6 +48,8 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Letters up to here, Latin ones, stay in the vocabulary, so that every word of them can be spelt.
 LAST_LETTER = "\u024f"
 BATCH_SIZE = 64
+# So many texts show what a teacher depends on.
+NUM_IMPORTANT = 512
 
 
 class Sizes(NamedTuple):
@@ -54,37 +61,32 @@ class Sizes(NamedTuple):
     positions: int
 
 
-class Importance(NamedTuple):
-    """By how much the loss would change without each part, to the first order: the sum over batches of |w * dL/dw|."""
+def importance(path: str, tokens: list[list[int]], labels: Tensor) -> list[Tensor]:
+    """By how much a teacher's loss would change without each neuron, to the first order.
 
-    # (vocab_size,)
-    pieces: Tensor
-    # Of each layer (intermediate_size,).
-    neurons: list[Tensor]
-
-
-def importance(path: str, tokens: list[list[int]], labels: Tensor) -> Importance:
-    """What the teacher's loss on labelled texts depends on."""
+    Returns:
+        Of each layer the sum over batches of |w * dL/dw|, (intermediate_size,), w being what a neuron gives to its
+        layer's output.
+    """
     # Without dropout, or the gradients would be those of a part of the model.
     options: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = BertForSequenceClassification.from_pretrained(path, dtype=torch.float32, **options)
+    model: Any = BertForSequenceClassification.from_pretrained(path, dtype=torch.float32, **options)
+    model.bert.embeddings.requires_grad_(False)
     fast: Any = fastcls.optimize(model).train()
-    embeddings: Any = model.bert.embeddings.word_embeddings.weight
     outputs: list[Any] = [layer.output.dense.weight for layer in model.bert.encoder.layer]
-    pieces = torch.zeros(len(embeddings))
-    neurons = [torch.zeros(weight.shape[1]) for weight in outputs]
+    totals = [torch.zeros(weight.shape[1]) for weight in outputs]
     for at in track(range(0, len(tokens), 16), description="What the teacher depends on"):
         fast(**batch_of(tokens[at : at + 16]), labels=labels[at : at + 16]).loss.backward()
-        with torch.no_grad():
-            pieces += (embeddings * embeddings.grad).sum(1).abs()
-            for total, weight in zip(neurons, outputs, strict=True):
-                total += (weight * weight.grad).sum(0).abs()
+        for total, weight in zip(totals, outputs, strict=True):
+            total += (weight.detach() * weight.grad).sum(0).abs()
         fast.zero_grad()
-    return Importance(pieces, neurons)
+    return totals
 
 
-def smaller_vocabulary(tokenizer: Any, scores: Tensor, size: int) -> list[str]:
-    """The pieces to keep, in the teacher's order: special ones, single letters, and those of the highest scores.
+def smaller_vocabulary(tokenizer: Any, tokens: list[list[int]], size: int) -> list[str]:
+    """The pieces to keep, in the teacher's order: special ones, single letters, and the most frequent of the texts'.
+
+    Of pieces that are as frequent the teacher's first ones are kept, which are the more frequent ones of its language.
 
     Raises:
         typer.BadParameter: the letters alone are more than ``size``.
@@ -97,8 +99,10 @@ def smaller_vocabulary(tokenizer: Any, scores: Tensor, size: int) -> list[str]:
     ]
     if size < len(needed):
         raise typer.BadParameter(f"--pieces must be at least {len(needed)}, the letters alone, got {size}")
-    others = sorted(set(vocabulary).difference(needed), key=lambda piece: (-float(scores[vocabulary[piece]]), piece))
-    return sorted([*needed, *others[: size - len(needed)]], key=vocabulary.__getitem__)
+    counts = Counter(chain.from_iterable(tokens))
+    others = set(vocabulary).difference(needed)
+    ordered = sorted(others, key=lambda piece: (-counts[vocabulary[piece]], vocabulary[piece]))
+    return sorted([*needed, *ordered[: size - len(needed)]], key=vocabulary.__getitem__)
 
 
 def tokenizer_of(tokenizer: Any, pieces: list[str], positions: int) -> PreTrainedTokenizerFast:
@@ -173,18 +177,21 @@ def variants(texts: list[str], each: int, words: list[str], seed: int) -> list[s
     return made
 
 
-def teach(paths: list[str], texts: list[str]) -> Tensor:
-    """The mean of the teachers' logits, (num_texts, num_labels)."""
-    total = torch.zeros(())
-    for path in paths:
-        tokens = tokens_of(AutoTokenizer.from_pretrained(path), texts)
-        fast = fastcls.optimize(BertForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval())
-        # Of like lengths in a batch: the CPU's caches hold more of it.
-        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
-        parts = [order[at : at + 512] for at in range(0, len(order), 512)]
-        found = [logits_of(fast, [tokens[index] for index in part]) for part in track(parts, f"Logits of {path}")]
-        total = total + torch.cat(found)[torch.tensor(order).argsort()]
-    return total / len(paths)
+def teach(path: str, texts: list[str], cache: Path | None) -> Tensor:
+    """A teacher's logits, (num_texts, num_labels); from the cache if the same teacher was asked the same before."""
+    weights = (Path(path) / "model.safetensors").read_bytes()
+    asked = hashlib.sha256("\n".join([hashlib.sha256(weights).hexdigest(), *texts]).encode()).hexdigest()
+    known = None if cache is None else cache / f"{asked}.safetensors"
+    if known is not None and known.is_file():
+        return load_file(known)["logits"]
+    tokens = tokens_of(AutoTokenizer.from_pretrained(path), texts)
+    fast = fastcls.optimize(BertForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval())
+    starts = range(0, len(tokens), 512)
+    logits = torch.cat([logits_of(fast, tokens[at : at + 512]) for at in track(starts, f"Logits of {path}")])
+    if known is not None:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"logits": logits}, known)
+    return logits
 
 
 def distillation_loss(logits: Tensor, taught: Tensor, labels: Tensor, temperature: float, share: float) -> Tensor:
@@ -234,6 +241,9 @@ def main(
     learning_rate: Annotated[float, typer.Option(min=0, help="The largest, after the warm-up.")] = 3e-4,
     temperature: Annotated[float, typer.Option(min=0.1, help="By which logits are divided to soften them.")] = 2.0,
     label_share: Annotated[float, typer.Option(min=0, max=1, help="How much labels count beside the teachers.")] = 0.1,
+    cache: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder that keeps the teachers' logits for another run.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the made texts, the order, and dropout.")] = 0,
     plot: Annotated[
         Path | None, typer.Option(callback=check_curve, help="Write the learning curve here: .csv, .png, .pdf, .svg.")
@@ -247,15 +257,16 @@ def main(
     whole_tokenizer: Any = AutoTokenizer.from_pretrained(paths[0])
     num_layers = BertConfig.from_pretrained(paths[0]).num_hidden_layers
     sizes = Sizes(_layers(layers, num_layers), neurons, pieces, positions)
-    found = importance(paths[0], tokens_of(whole_tokenizer, learnt.texts), torch.tensor(learnt.labels))
-    vocabulary = smaller_vocabulary(whole_tokenizer, found.pieces, pieces)
+    of_teacher = tokens_of(whole_tokenizer, learnt.texts)
+    vocabulary = smaller_vocabulary(whole_tokenizer, of_teacher, pieces)
+    important = importance(paths[0], of_teacher[:NUM_IMPORTANT], torch.tensor(learnt.labels[:NUM_IMPORTANT]))
     ids = whole_tokenizer.get_vocab()
-    student = student_of(paths[0], sizes, [ids[piece] for piece in vocabulary], found.neurons)
+    student = student_of(paths[0], sizes, [ids[piece] for piece in vocabulary], important)
     tokenizer = tokenizer_of(whole_tokenizer, vocabulary, positions)
 
     words = sorted(piece for piece in ids if piece.isalpha() and piece <= "zz")
     texts = learnt.texts + variants(learnt.texts, each, words, seed)
-    taught = teach(paths, texts)
+    taught = torch.stack([teach(path, texts, cache) for path in paths]).mean(0)
     labels = torch.full((len(texts),), -100)
     labels[: len(learnt.labels)] = torch.tensor(learnt.labels)
     fast: Any = fastcls.optimize(student)
@@ -307,4 +318,7 @@ def _epochs(learnt: Labelled, count: int, epochs: int, seed: int) -> list[list[l
 
 
 if __name__ == "__main__":
+    # Their bars and reports would stand between ours.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     typer.run(main)

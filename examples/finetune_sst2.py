@@ -13,10 +13,12 @@ import csv
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
+import transformers
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -286,6 +288,9 @@ def main(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Another encoder than MiniLM: a folder, or a hub name.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="How often the texts are gone through.")] = 4,
+    stop_after: Annotated[
+        int | None, typer.Option(min=1, help="End after so many of the epochs; the learning rate falls as for all.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(min=0, help="The largest, after the warm-up.")] = 1e-4,
     layer_decay: Annotated[
@@ -318,7 +323,7 @@ def main(
 
     curve, whole = fit(
         fast,
-        shuffled(len(tokens), batch_size, epochs, seed),
+        islice(shuffled(len(tokens), batch_size, epochs, seed), stop_after),
         epochs * math.ceil(len(tokens) / batch_size),
         lambda rows: fast(**batch_of([tokens[row] for row in rows]), labels=targets[rows]).loss,
         lambda: judge(fast, dev_tokens, dev_targets),
@@ -335,4 +340,7 @@ def main(
 
 
 if __name__ == "__main__":
+    # Their bars and reports would stand between ours.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     typer.run(main)
