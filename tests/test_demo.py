@@ -63,9 +63,10 @@ def test_a_step_that_computes_what_another_does_is_left_out(
 @pytest.fixture
 def small_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of BERT-base's shape a tiny one, since its speed is nobody's question here."""
-    vocabulary = len(sample_tokenizer(sample_texts()))
-    made = tiny_model("BertForSequenceClassification", "bert", vocab_size=vocabulary, max_position_embeddings=512)
+    # The trainer breaks ties by chance: its vocabularies of the same texts differ by a piece, and have at most 4,000.
+    made = tiny_model("BertForSequenceClassification", "bert", vocab_size=4000, max_position_embeddings=512)
     monkeypatch.setattr("fastcls.tools.demo._random_bert_base", lambda *_: made)
+    monkeypatch.setattr("fastcls.tools.demo._SECONDS_FOR_BASE", float("inf"))
 
 
 def demo_of(*texts: str, **options: Any) -> list[str]:
@@ -90,6 +91,15 @@ def test_the_demo_labels_reviews_and_sentences_of_the_readers(monkeypatch: pytes
     (said,) = (index for index, line in enumerate(lines) if "random weights: its labels mean nothing" in line)
     assert said > lines.index(agreements[0]), "the model that means something comes first"
     assert not any("A sentence of yours" in line for line in lines)
+
+
+def test_a_slow_machine_is_not_kept_waiting_for_bert_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcls.tools.demo._SECONDS_FOR_BASE", 0.0)
+    monkeypatch.setattr("fastcls.tools.demo._random_bert_base", None)
+    lines = demo_of()
+    assert len([line for line in lines if line.startswith("Agreement")]) == 1
+    (said,) = (line for line in lines if "BERT-base" in line)
+    assert re.search(r"is left out: it would take this machine some \d+ s now\.$", said)
 
 
 class Terminal(io.StringIO):
