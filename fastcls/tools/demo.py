@@ -33,14 +33,14 @@ from ..loading import load_model, load_tokenizer, parse_device, parse_dtype, par
 from ..texts import length_limit
 
 BATCH_SIZE = 32
-# The whole demo is to end within a minute on two cores. After so long no further round of a model is begun, and BERT-base
-# is left out if its calls before the rounds and its first round would take longer than this.
+# The whole demo is to end within a minute on two cores. After so long no further round of a model is begun, and
+# BERT-base is left out if its calls before the rounds and its first round would take longer than this.
 _SECONDS, _SECONDS_FOR_BASE = 15.0, 30.0
 # The weights of BERT-base's layers, to which its time is roughly proportional.
 _WEIGHTS_OF_BASE = 85_054_464
 _DEMO_MODEL = (
-    "fastcls's own sentiment model: BERT with 4 layers and 6 million weights, which has learnt from film reviews\n"
-    "and is right about [bold]??%[/] of SST-2's test sentences. What it says of these:\n"
+    "fastcls's own sentiment model: BERT with 4 layers and 6 million weights, which has learnt from film reviews and is "
+    "right about [bold]??%[/] of SST-2's test sentences. What it says of these:\n"
 )
 
 _RUNGS: tuple[tuple[LastLayer, str], ...] = (
@@ -92,7 +92,7 @@ def run_demo(
         out.print()
     seconds = _compare(name_or_path or "The same model", model, tokenizer, rounds, out, progress, products)
     if name_or_path is None:
-        weights = sum(parameter.numel() for parameter in model.base_model.encoder.parameters())
+        weights = model.num_parameters(exclude_embeddings=True)
         expected = 2 * seconds * _WEIGHTS_OF_BASE / weights
         out.print()
         if expected <= _SECONDS_FOR_BASE:
