@@ -17,6 +17,7 @@ import torch
 import transformers
 import typer
 from conftest import Sentences
+from rich.console import Console
 from safetensors.torch import load_file
 from support import tiny_bert
 from transformers import AutoTokenizer, BertForSequenceClassification, PreTrainedTokenizerBase
@@ -150,6 +151,37 @@ def test_ctrl_c_leaves_the_best_so_far(
     assert "The best, epoch 0.50, dev accuracy 0.7500, is in" in said
     assert said.rstrip().endswith("Interrupted.")
     assert fastcls.Classifier.from_pretrained(tmp_path / "out")(["fine"])[0]["label"] in NAMES
+
+
+def test_averaged_weights_are_judged_and_not_trained(finetune: Any, minilm_tokenizer: PreTrainedTokenizerBase) -> None:
+    batch = finetune.batch_of(finetune.tokens_of(minilm_tokenizer, [text for text, _ in TEXTS]))
+    labels = torch.tensor([label for _, label in TEXTS])
+    ends, judged = [], []
+    for averaging in (0.0, 0.9):
+        model = tiny_bert(vocab_size=len(minilm_tokenizer), num_labels=2)
+        fast: Any = fastcls.optimize(model)
+        seen: list[torch.Tensor] = []
+
+        def judge(model: Any = model, seen: list[torch.Tensor] = seen) -> tuple[float, float]:
+            seen.append(model.classifier.weight.detach().clone())
+            return 0.5, 0.7
+
+        finetune.fit(
+            fast,
+            [[0, 0, 0], [0, 0, 0]],
+            6,
+            lambda _, fast=fast: fast(**batch, labels=labels).loss,
+            judge,
+            lambda: None,
+            finetune.Recipe(1e-2, parts=1, averaging=averaging),
+            Console(quiet=True),
+            seed=0,
+        )
+        ends.append(model.classifier.weight.detach().clone())
+        judged.append(seen)
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(judged[0][-1], ends[0]), "a mean of the last step alone"
+    assert not torch.equal(judged[1][-1], ends[1])
 
 
 @pytest.mark.parametrize("line", ["no label", "a film\t2", "a film\t1\tmore", ""])
