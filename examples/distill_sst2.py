@@ -234,10 +234,10 @@ def main(
     neurons: Annotated[int, typer.Option(min=1, help="Feed-forward neurons of a layer.")] = 384,
     pieces: Annotated[int, typer.Option(min=1, help="Size of the vocabulary.")] = 5400,
     positions: Annotated[int, typer.Option(min=1, help="Tokens of the longest text.")] = 256,
-    each: Annotated[int, typer.Option(min=0, help="Texts to be made of each training text.")] = 6,
+    each: Annotated[int, typer.Option(min=0, help="Texts to be made of each training text.")] = 3,
     epochs: Annotated[
         int, typer.Option(min=1, help="How often the training texts are gone through, each time with half of these.")
-    ] = 8,
+    ] = 6,
     learning_rate: Annotated[float, typer.Option(min=0, help="The largest, after the warm-up.")] = 3e-4,
     temperature: Annotated[float, typer.Option(min=0.1, help="By which logits are divided to soften them.")] = 2.0,
     label_share: Annotated[float, typer.Option(min=0, max=1, help="How much labels count beside the teachers.")] = 0.1,

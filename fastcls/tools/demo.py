@@ -39,8 +39,8 @@ _SECONDS, _SECONDS_FOR_BASE = 15.0, 30.0
 # The weights of BERT-base's layers, to which its time is roughly proportional.
 _WEIGHTS_OF_BASE = 85_054_464
 _DEMO_MODEL = (
-    "fastcls's own sentiment model: BERT with 4 layers and 6 million weights, which has learnt from film reviews and is "
-    "right about [bold]??%[/] of SST-2's test sentences. What it says of these:\n"
+    "fastcls's own sentiment model: BERT with 4 layers and 6 million weights, which has learnt from film reviews and "
+    "is right about [bold]??%[/] of SST-2's test sentences. What it says of these:\n"
 )
 
 _RUNGS: tuple[tuple[LastLayer, str], ...] = (
