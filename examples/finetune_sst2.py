@@ -259,7 +259,7 @@ def write_curve(curve: list[Point], path: Path) -> None:
 
 
 def check_curve(path: Path | None) -> Path | None:
-    """Refuses a name that no curve can be written to, before hours of work are done for it."""
+    """Refuses a name that no curve can be written to, before the work is done."""
     if path is not None and path.suffix not in (".csv", ".png", ".pdf", ".svg"):
         raise typer.BadParameter(f"must end with .csv, .png, .pdf or .svg, got {path.name}")
     return path
