@@ -393,6 +393,27 @@ def test_demo_on_a_checkpoint(model: Path) -> None:
     assert "labels mean nothing" not in out
 
 
+def test_classify_by_the_own_model(tmp_path: Path) -> None:
+    file = tmp_path / "reviews.txt"
+    file.write_text("a wonderful film\na terrible film\n")
+    for done in (inside("classify", "--demo", file), inside("classify", "--demo", stdin=file.read_bytes())):
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [row["label"] for row in rows] == ["positive", "negative"], done.output
+
+
+def test_the_own_model_and_another_are_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    for arguments in ((model, "--demo"), (model, tmp_path / "reviews.txt", "--demo")):
+        done = inside("classify", *arguments, stdin=b"ok\n")
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert done.stderr == f"Error: --demo is a model of its own: leave MODEL out, got {model}\n"
+    done = inside("classify", stdin=b"ok\n")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == (
+        "Error: MODEL must be a checkpoint's folder or a name on the hub, or --demo stand in its place\n"
+    )
+
+
 def test_help_names_every_command() -> None:
     text = run("--help").stdout.decode()
     assert all(name in text for name in ("classify", "demo", "doctor"))

@@ -11,9 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 from support import tiny_model
+from transformers import BatchEncoding
 
 import fastcls
-from fastcls.tools.demo import _saved, run_demo, sample_texts, sample_tokenizer
+from fastcls.tools.demo import _saved, _time, _Variant, run_demo, sample_texts, sample_tokenizer
 from fastcls_kernels import explain_compiled
 
 
@@ -57,6 +58,85 @@ def test_a_step_that_computes_what_another_does_is_left_out(
     takes_whole_layers = pack_weights and explain_compiled()[0]
     assert ("keys and values not made" in out.getvalue()) is not takes_whole_layers
     assert "labels equal 64 of 64" in out.getvalue()
+
+
+@pytest.fixture
+def small_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of BERT-base's shape a tiny one, since its speed is nobody's question here."""
+    # The trainer breaks ties by chance: its vocabularies of the same texts differ by a piece, and have at most 4,000.
+    made = tiny_model("BertForSequenceClassification", "bert", vocab_size=4000, max_position_embeddings=512)
+    monkeypatch.setattr("fastcls.tools.demo._random_bert_base", lambda *_: made)
+    monkeypatch.setattr("fastcls.tools.demo._SECONDS_FOR_BASE", float("inf"))
+
+
+def demo_of(*texts: str, **options: Any) -> list[str]:
+    out = Console(file=io.StringIO(), width=200, **options)
+    run_demo(None, 1, "cpu", None, out, Console(file=io.StringIO()), texts=texts)
+    return out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("small_base")
+def test_the_demo_labels_reviews_and_sentences_of_the_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("never read"))
+    lines = demo_of("I loved every [b]minute[/b] of it.", "A dull, lifeless film. " * 90)
+    rows = [found.groups() for line in lines if (found := re.match(r"(positive|negative) +(\d+\.\d)% +(\S.*)", line))]
+    assert ("positive", "I loved every [b]minute[/b] of it.") in [(label, text.strip()) for label, _, text in rows]
+    # A text that is longer than the model's positions is cut, as it says of itself.
+    assert ("negative", "A dull, lifeless film.") in [(label, text[:22]) for label, _, text in rows]
+    assert len(rows) == 8
+    assert {label for label, _, _ in rows} == {"positive", "negative"}
+    agreements = [line for line in lines if line.startswith("Agreement")]
+    assert len(agreements) == 2
+    assert all("labels equal 64 of 64" in line for line in agreements)
+    (said,) = (index for index, line in enumerate(lines) if "random weights: its labels mean nothing" in line)
+    assert said > lines.index(agreements[0]), "the model that means something comes first"
+    assert not any("A sentence of yours" in line for line in lines)
+
+
+def test_a_slow_machine_is_not_kept_waiting_for_bert_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcls.tools.demo._SECONDS_FOR_BASE", 0.0)
+    monkeypatch.setattr("fastcls.tools.demo._random_bert_base", None)
+    lines = demo_of()
+    assert len([line for line in lines if line.startswith("Agreement")]) == 1
+    (said,) = (line for line in lines if "BERT-base" in line)
+    assert re.search(r"is left out: it would take this machine some \d+ s now\.$", said)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.usefixtures("small_base")
+@pytest.mark.parametrize("ending", ["\n", ""], ids=["empty_line", "end_of_input"])
+def test_on_a_terminal_the_demo_asks_for_sentences(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = Terminal(f"a wonderful film\na terrible film\n{ending}")
+    monkeypatch.setattr("sys.stdin", typed)
+    lines = demo_of(force_terminal=True, color_system=None)
+    (last,) = (index for index, line in enumerate(lines) if "Now with your own" in line)
+    labelled = re.findall(r"(positive|negative) +\d+\.\d% +(a \w+ film)", "\n".join(lines[last:]))
+    assert labelled == [("positive", "a wonderful film"), ("negative", "a terrible film")]
+    assert typed.read() == "", "it was read to its end"
+    assert not any("A sentence of yours" in line for line in demo_of()), "what is written is no terminal"
+
+
+def test_no_round_is_begun_after_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 10_000, 3))
+    monkeypatch.setattr("fastcls.tools.demo.time.perf_counter", lambda: float(next(now)))
+    called: list[str] = []
+
+    def variant(name: str) -> _Variant:
+        def classify(_: BatchEncoding) -> torch.Tensor:
+            called.append(name)
+            return torch.zeros(1, 2)
+
+        return _Variant(name, classify)
+
+    variants = [variant("one"), variant("two")]
+    logits, seconds = _time(variants, [BatchEncoding({})], 50, Console(file=io.StringIO()))
+    # A round asks for the time five times, and so takes 15 seconds by this clock.
+    assert [len(each) for each in seconds] == [2, 2]
+    assert called.count("one") == called.count("two") == len(logits) + 1
 
 
 def test_int8_is_a_step_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

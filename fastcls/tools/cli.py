@@ -42,8 +42,13 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: 
 @app.command()
 @expected_errors
 def classify(
-    model: Annotated[str, typer.Argument(help="A folder with a fine-tuned checkpoint, or a name on the hub.")],
-    file: Annotated[Path, typer.Argument(help="UTF-8 text, one text a line; - is standard input.")] = Path("-"),
+    model: Annotated[
+        str | None, typer.Argument(help="A folder with a fine-tuned checkpoint, or a name on the hub.")
+    ] = None,
+    file: Annotated[Path | None, typer.Argument(help="UTF-8 text, one text a line; - is standard input.")] = None,
+    own_model: Annotated[
+        bool, typer.Option("--demo", help="Take fastcls's own model of English reviews; leave MODEL out.")
+    ] = False,
     pairs: Pairs = False,
     top_k: Annotated[int | None, typer.Option(min=1, help="Give this many labels for each text, best first.")] = None,
     truncate: Truncate = False,
@@ -61,6 +66,7 @@ def classify(
     diverged, are written as null, and so is a label that no number chose. Standard
     error says at the end how many there were; the exit status stays 0.
     """
+    model, file = _model_and_file(model, file, own_model)
     total = None if str(file) == "-" else count_lines(file)
     from ..classifier import Classifier
     from ..loading import parse_quantize
@@ -106,6 +112,19 @@ def classify(
                     highlight=False,
                     soft_wrap=True,
                 )
+
+
+def _model_and_file(model: str | None, file: Path | None, own_model: bool) -> tuple[str, Path]:
+    """What to classify with, and what: with --demo the only argument is the file."""
+    if not own_model:
+        if model is None:
+            raise ValueError("MODEL must be a checkpoint's folder or a name on the hub, or --demo stand in its place")
+        return model, file or Path("-")
+    if model is not None and (file is not None or Path(model).is_dir()):
+        raise ValueError(f"--demo is a model of its own: leave MODEL out, got {model}")
+    from .demo import demo_model
+
+    return demo_model(), Path(model or "-")
 
 
 def _best_label(label: dict[str, Any]) -> dict[str, Any]:
@@ -249,22 +268,28 @@ def verify(
 @expected_errors
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="A real checkpoint (folder or hub name) instead of random weights.")
+        str | None, typer.Option(help="A checkpoint of yours (folder or hub name) instead of fastcls's own.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each variant is timed.")] = 5,
+    text: Annotated[
+        list[str] | None, typer.Option(help="A sentence of yours to be labelled. Can be given several times.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant is timed, if time allows.")] = 5,
     device: Device = None,
     dtype: DType = None,
     quantize: Quantize = None,
     threads: Threads = None,
 ) -> None:
-    """See transformers and fastcls side by side: agreement, time, and where the time went.
+    """See a model's labels, and transformers and fastcls side by side: agreement, time, and where the time went.
 
-    Needs neither network nor GPU: without --model a BERT-base-shaped classifier with random weights is built.
+    Takes less than a minute and needs neither network nor GPU: without --model it
+    labels reviews by fastcls's own small sentiment model, and times BERT-base's
+    shape with random weights, too. On a terminal it then asks for sentences of
+    yours; an empty line ends it.
     """
     from .demo import run_demo
 
     set_threads(threads)
-    run_demo(model, rounds, device, dtype, Console(), stderr, quantize=quantize)
+    run_demo(model, rounds, device, dtype, Console(), stderr, quantize=quantize, texts=text or ())
 
 
 @app.command()
