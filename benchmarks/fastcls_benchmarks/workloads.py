@@ -52,8 +52,10 @@ class Checkpoint:
         asked = ", one [MASK] a text" if self.model_class.endswith(_FILLS_MASKS) else ""
         read = f", {self.options['classifier_pooling']} pooling" if "classifier_pooling" in self.options else ""
         weights = "real weights, a head fitted to SST-2 (random if not found)" if self.fitted else "random weights"
-        lora = f", LoRA of rank {self.adapters['r']} on {', '.join(self.adapters['target_modules'])}"
-        return f"{self.model_class}, {weights}{asked}{read}{lora if self.adapters else ''}"
+        adapted = ""
+        if self.adapters:
+            adapted = f", LoRA of rank {self.adapters['r']} on {' and '.join(self.adapters['target_modules'])}"
+        return f"{self.model_class}, {weights}{asked}{read}{adapted}"
 
 
 MODELS: dict[str, Checkpoint] = {}
