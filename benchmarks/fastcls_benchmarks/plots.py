@@ -111,7 +111,9 @@ def _text_to_label(texts: pd.DataFrame) -> Plot | None:
 def _relative_speed(models: pd.DataFrame) -> Plot | None:
     """How many times faster than the baseline each provider is, for the cases with the most providers."""
     noisy = (models.provider != models.baseline) & (models.low <= 1) & (models.high >= 1)
-    label = models.times.map("{:.2f}".format) + noisy.map({True: " (noise)", False: ""})
+    said = (models.times.map("{:.2f}".format), noisy.map({True: " (noise)", False: ""}))
+    # Of no rows pandas makes numbers, which it cannot join where pyarrow is installed.
+    label = said[0].astype(str) + said[1].astype(str)
     bars = models.assign(length=models.times, label=label)
     bars = bars[~bars.provider.isin({*STEPS, INVARIANT.name} - {FASTCLS.name})]
     names = [name for name, rows in _most_contested(models) if len(rows) > 2][:4]
