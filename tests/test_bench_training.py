@@ -49,6 +49,25 @@ def tiny(name: str, **options: Any) -> Way:
     return way_of(TRAINING_PROVIDERS[name], build_model("tiny", CPU, torch.float32, **options))
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_steps_with_adapters(is_there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if is_there:
+        pytest.importorskip("peft", reason="adapters need peft, which is not installed")
+    else:
+        monkeypatch.setattr(runner, "not_installed", lambda *names: f"{' and '.join(names)} not installed")
+    adapters = {"r": 2, "target_modules": ["query", "value"]}
+    monkeypatch.setitem(MODELS, "tiny", dataclasses.replace(TINY, adapters=adapters))
+    names = (SDPA.name, FASTCLS.name)
+    report, plan = new_report("train"), plan_of(*(TRAINING_PROVIDERS[name] for name in names))
+    runner.run(Suite("tiny", (plan,), (), 0.0), report, CPU, Silent())
+    (case,) = report.cases
+    expected = ("timed", "") if is_there else ("unavailable", "peft not installed")
+    assert [(row.provider, row.status, row.detail) for row in case.rows] == [(name, *expected) for name in names]
+    if is_there:
+        theirs, ours = (row.step_bytes or 0 for row in case.rows)
+        assert 0 < ours < theirs
+
+
 def test_steps_are_timed_once_their_gradients_are_right() -> None:
     names = (SDPA.name, EAGER.name, PACKED.name, FASTCLS.name)
     report, plan = new_report("train"), plan_of(*(TRAINING_PROVIDERS[name] for name in names))

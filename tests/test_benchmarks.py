@@ -228,7 +228,9 @@ TOO_LARGE = ("bert-large", "xlm-roberta-base", "camembert-base")
 # A reranker is another model with one label.
 SHAPES_OF_FAMILIES = [name for name, each in MODELS.items() if "num_labels" not in each.options]
 SHAPES = [
-    n for n, each in MODELS.items() if n not in TOO_LARGE and not (each.fitted or each.adapters) and "num_labels" not in each.options
+    n
+    for n, each in MODELS.items()
+    if n not in TOO_LARGE and not (each.fitted or each.adapters) and "num_labels" not in each.options
 ]
 # BERT-base once more, with other words, half its layers or another task; and what takes longest.
 TWINS = (

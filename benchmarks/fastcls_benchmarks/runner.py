@@ -15,7 +15,7 @@ import torch
 
 from . import first_call, roofline, sentences, texts, timing, training
 from .kernels import KERNELS, Inputs, KernelProvider, Prepared, compiled
-from .provider import Forward, Loaded, Model, Provider, reason_of
+from .provider import Forward, Loaded, Model, Provider, not_installed, reason_of
 from .providers import EAGER, baseline_of
 from .results import Case, Report, Row
 from .roofline import ModelShape
@@ -358,12 +358,14 @@ def measure_training(case: Case, plan: Plan, device: torch.device, doing: Doing)
     batches = training.batches(plan.subject, plan.workload, NUM_STEPS)
     case.real_tokens = statistics.fmean(map(real_tokens, batches))
     case.padded_tokens = statistics.fmean(map(padded_tokens, batches))
-    exact = training.Exact(plan.subject, plan.dtype, batches[0])
+    lacking = not_installed("peft") if MODELS[plan.subject].adapters else None
+    exact = None if lacking else training.Exact(plan.subject, plan.dtype, batches[0])
 
     def prepare(provider: Provider) -> Ready:
-        missing = provider.missing(class_of(plan.subject), device, plan.dtype)
+        missing = lacking or provider.missing(class_of(plan.subject), device, plan.dtype)
         if missing:
             return Row(provider.name, "unavailable", detail=missing), None
+        assert exact is not None
         no_dropout = training.without_dropout(plan.subject)
         quiet = provider.load(build_model(plan.subject, device, plan.dtype, **no_dropout)).forward
         verdict = exact.check(provider, cast(training.Way, quiet))
