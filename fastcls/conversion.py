@@ -22,7 +22,7 @@ from .integrations.auto_classes import register_auto_classes
 from .integrations.peft import is_peft_model, optimize_peft_model
 from .integrations.sentence_transformers import check_computes_nothing_else, is_sentence_model, optimize_sentence_model
 from .models import TASKS, FastEncoder, FastMaskedLM, FastModel, Labelled
-from .original.adapters import named_parameters
+from .original.adapters import has_adapters, named_parameters
 from .original.following import Original, settle_all
 from .original.own_code import advice_for
 from .original.places import release as release_weights
@@ -95,8 +95,6 @@ def optimize(
         )
         return optimize_sentence_model(model, inner, select)
     if is_peft_model(model):
-        if release:
-            raise ValueError("release must be False for a model with adapters, which go on to be its own")
         inner = partial(
             optimize,
             last_layer=last_layer,
@@ -107,6 +105,7 @@ def optimize(
             mask_token_id=mask_token_id,
             dense=dense,
             select=select,
+            release=release,
         )
         return optimize_peft_model(model, inner)
     if not isinstance(model, PreTrainedModel):
@@ -140,6 +139,8 @@ def optimize(
                 stacklevel=2,
             )
             quantize = None
+    if release and has_adapters(model):
+        raise ValueError("release must be False for a model with adapters, which go on to be its own")
     check_structure(model, base, config, head)
     weight_map = map_weights(named_parameters(model), family, config, head)
     sources = {**weight_map.sources, **{own: (name,) for own, name in weight_map.buffers.items()}}

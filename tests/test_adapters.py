@@ -423,3 +423,121 @@ def test_the_kernels_give_the_gradients_of_the_torch_path(family: str, model_cla
         errors.append([error(each, found[0]) ** 2 for each in found[1:]])
     eager, kernels = (sum(each) for each in zip(*errors, strict=True))
     assert kernels**0.5 <= 1.5 * eager**0.5
+
+
+def test_a_fused_step_of_adapters_alone_is_seen_in_eval_mode() -> None:
+    model = quiet()
+    reference, fast = adapted(model, config_of(model, task_type="SEQ_CLS", target_modules=["query"]), "optimized")
+    given = [weight for name, weight in fast.named_parameters() if "lora_B" in name]
+    for each in (reference, fast):
+        each.eval()
+    before = assert_logits_alike(fast, reference)
+    # The optimizer holds no other weight, and writes without counting changes.
+    optimizer = torch.optim.SGD(given, lr=1.0, fused=True)
+    for weight in given:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    with torch.no_grad():
+        for name, weight in reference.named_parameters():
+            if "lora_B" in name:
+                weight.sub_(1)
+    assert float((assert_logits_alike(fast, reference) - before).abs().max()) > 0.01
+
+
+def test_adapters_in_the_place_of_others_are_seen(pair: tuple[Any, Any]) -> None:
+    reference, fast = pair
+    for seed in range(12):
+        for each in pair:
+            each.delete_adapter("other")
+            torch.manual_seed(seed)
+            each.add_adapter("other", config_of(each, task_type="SEQ_CLS", target_modules=["key"], r=2))
+            each.set_adapter("other")
+        assert_logits_alike(fast, reference)
+    for each in pair:
+        for name, weight in each.named_parameters():
+            if "lora_A.other" in name:
+                weight.data = weight.data * -3
+    assert_logits_alike(fast, reference)
+
+
+@pytest.mark.parametrize(
+    ("family", "model_class", "whole"),
+    [("roberta", "RobertaForSequenceClassification", None), ("bert", CLASSIFIER, ["pooler"])],
+)
+def test_modules_with_modules_inside_are_trained_whole(family: str, model_class: str, whole: list[str] | None) -> None:
+    model = quiet(model_class, family)
+    config = config_of(model, task_type="SEQ_CLS", target_modules=["query"], modules_to_save=whole)
+    reference, fast = adapted(model, config, "optimized")
+    for each in (reference, fast):
+        torch.manual_seed(1)
+        each.add_adapter("other", copy.deepcopy(config))
+        with torch.no_grad():
+            for name, weight in each.named_parameters():
+                if "modules_to_save.other" in name:
+                    weight.add_(0.1)
+        each.eval()
+    first = assert_logits_alike(fast, reference)
+    for each in (reference, fast):
+        each.set_adapter("other")
+    assert float((assert_logits_alike(fast, reference) - first).abs().max()) > 0.01
+    with reference.disable_adapter(), fast.disable_adapter():
+        assert_logits_alike(fast, reference)
+
+
+def test_a_head_of_our_own_attributes_name_is_put_in_place() -> None:
+    model = quiet("ModernBertForSequenceClassification", "modernbert")
+    config = config_of(model, task_type="SEQ_CLS", target_modules=["Wqkv"], modules_to_save=["head"])
+    reference, fast = adapted(model, config, "optimized")
+    for each in (reference, fast):
+        each.eval()
+    assert_logits_alike(fast, reference)
+    merged = [each.merge_and_unload() for each in (fast, reference)]
+    assert_logits_alike(*merged)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_adapters_outlive_the_model_that_they_were_added_to(later: bool) -> None:
+    model = quiet().eval()
+    config = config_of(model, target_modules=["query"])
+    torch.manual_seed(0)
+    reference = copy.deepcopy(model)
+    reference.add_adapter(config)
+    fast = fastcls.optimize(model) if later else None
+    torch.manual_seed(0)
+    model.add_adapter(copy.deepcopy(config))
+    fast = fast or fastcls.optimize(model)
+    assert_logits_alike(fast, reference)
+    del model
+    assert_logits_alike(fast, reference)
+    names = [name for name, weight in fast.train().named_parameters() if weight.requires_grad]
+    assert names == [name for name, weight in reference.named_parameters() if weight.requires_grad]
+    assert all("lora" in name for name in names)
+
+
+def test_eval_mode_between_a_pass_and_its_gradients() -> None:
+    model = quiet()
+    reference, fast = adapted(model, config_of(model, task_type="SEQ_CLS"), "optimized")
+    inputs = inputs_of(model, CLASSIFIER)
+    for each in (reference, fast):
+        loss = each(**inputs).loss
+        with torch.no_grad():
+            each.eval()(**inputs)
+        each.train()
+        loss.backward()
+    for (name, ours), (_, theirs) in zip(fast.named_parameters(), reference.named_parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-3, rtol=1e-4, msg=name)
+
+
+def test_export_of_what_is_trained_is_refused(pair: tuple[Any, Any]) -> None:
+    _, fast = pair
+    inputs = {name: tensor for name, tensor in inputs_of(pair[0], CLASSIFIER).items() if name != "labels"}
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"export copy.deepcopy\(fast\), or of a model with adapters"),
+    ):
+        torch.export.export(fast.base_model.model, (), inputs)
+    plain = fastcls.optimize(quiet()).train().eval()
+    with torch.no_grad():
+        program = torch.export.export(copy.deepcopy(plain), (), inputs)
+        torch.testing.assert_close(program.module()(**inputs).logits, plain(**inputs).logits)

@@ -215,3 +215,15 @@ def test_the_trainer_saves_tied_weights(tmp_path: Path) -> None:
     again.load_state_dict(weights)
     assert isinstance(again.cls.predictions.decoder, nn.Linear)
     torch.testing.assert_close(again.eval()(**inputs).logits, fast.eval()(**inputs).logits)
+
+
+def test_a_backward_pass_inside_autocast() -> None:
+    model, fast = made("held")
+    inputs = inputs_of(fast, CLASSIFIER)
+    theirs = copy.deepcopy(model).train()
+    for each in (theirs, fast):
+        with torch.autocast("cpu", torch.bfloat16):
+            each(**inputs).loss.backward()
+    for (name, ours), (_, other) in zip(fast.named_parameters(), theirs.named_parameters(), strict=True):
+        if other.grad is not None and "key.bias" not in name:
+            torch.testing.assert_close(ours.grad, other.grad, atol=0.02, rtol=0.1, msg=name)

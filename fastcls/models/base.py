@@ -301,6 +301,11 @@ class FastModel(TrainableModel):
         if torch.compiler.is_compiling():
             self._check_no_hooks_inside()
             self.check_not_let_go("torch.compile and torch.export")
+            if torch.compiler.is_exporting() and (self.trained is not None or self.follows_adapters):
+                raise RuntimeError(
+                    "torch.export must be given a model with weights of its own, not one that shows those it trains: "
+                    "export copy.deepcopy(fast), or of a model with adapters what merge_and_unload() gives"
+                )
         if torch.is_grad_enabled() and not self.training:
             self._check_no_gradients(batch)
         check_extras(type(self), self.config, extras, accepts_count=self.accepts_loss_kwargs)

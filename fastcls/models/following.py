@@ -24,12 +24,20 @@ class FollowingModel(Engine):
     _original: Original | None = None
     # `frozen` of the original that is followed no longer.
     last_frozen: frozenset[str] = frozenset()
+    # The original, where it has adapters: these are its own, and would be lost with it.
+    _kept: nn.Module | None = None
     # Follows the weights of the modules around this one.
     _companion: Companion | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
-        return {**super().__getstate__(), "last_frozen": self.frozen, "_original": None, "_companion": None}
+        return {
+            **super().__getstate__(),
+            "last_frozen": self.frozen,
+            "_original": None,
+            "_companion": None,
+            "_kept": None,
+        }
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -67,6 +75,13 @@ class FollowingModel(Engine):
         """Follows the weights of a model from now on, those that this one's were made of."""
         self._original = original
         original.settle = weakly(self.catch_up)
+        self._keep_adapters()
+
+    def _keep_adapters(self) -> None:
+        # Past torch's own, which would make it a part of this module.
+        original = self._original
+        has_some = original is not None and original.standing.has_adapters
+        self.__dict__["_kept"] = original.model if original is not None and has_some else None
 
     def follow_along(self, companion: Companion) -> None:
         """Has weights around this model follow whenever it does."""
@@ -76,6 +91,11 @@ class FollowingModel(Engine):
     def follows(self) -> bool:
         """Whether the weights of another model are followed."""
         return self._original is not None
+
+    @property
+    def follows_adapters(self) -> bool:
+        """Whether the model whose weights are followed has adapters."""
+        return self._kept is not None
 
     @property
     def follows_on(self) -> bool:
@@ -94,6 +114,7 @@ class FollowingModel(Engine):
             # An original that can no longer be followed leaves the weights that the fast model had last.
             self.catch_up()
         self.last_frozen, self._original = original.frozen, None
+        self._keep_adapters()
         # By their place, so that tied weights stay one.
         own: dict[int, Tensor] = {}
         with torch.inference_mode(False), torch.no_grad():
@@ -126,6 +147,7 @@ class FollowingModel(Engine):
             self._graphs.clear()
             operator.forget(self._first_weight)
             self._announce_weights()
+        self._keep_adapters()
         if is_doubted:
             self.encoder.doubt()
             operator.forget(self._first_weight)

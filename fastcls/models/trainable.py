@@ -107,6 +107,13 @@ class TrainableModel(FollowingModel):
             self.trained.model.train(self.training)
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("encoder", "head") and self.__dict__.get("trained") is not None and name in self.__dict__:
+            # PEFT puts modules in the places of those that are shown, whose names may be those of our own attributes.
+            self._modules[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def get_submodule(self, target: str) -> nn.Module:
         """The module of a name, one of those that are shown."""
         if self.trained is not None and target:

@@ -15,8 +15,21 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..engine.weights import has_hooks
+from ..engine.weights import has_hooks, weight_version
 from .own_code import class_name, folder_of, stranger_in
+
+
+class _Same:
+    """Is equal where it holds the same tensor; it holds it, so that no other tensor gets its id meanwhile."""
+
+    __slots__ = ("tensor",)
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.tensor is self.tensor
 
 
 class Added(NamedTuple):
@@ -36,8 +49,8 @@ class Added(NamedTuple):
 
     @property
     def state(self) -> tuple[object, ...]:
-        """What changes when the numbers that are added do."""
-        return id(self.down), self.down._version, id(self.up), self.up._version, self.scale
+        """What changes when the numbers that are added do, as far as a change leaves a trace."""
+        return *((_Same(each), *weight_version(each)) for each in (self.down, self.up)), self.scale
 
     def to(self, weight: Tensor) -> Tensor:
         """(out_features, in_features), the weight with what is added, in its dtype."""
@@ -203,6 +216,10 @@ class Adapted:
     def paths(self) -> list[str]:
         """The names of the layers that have some."""
         return list(self._layers)
+
+    def reads(self, tensors: set[int]) -> bool:
+        """Whether the id of an adapter's weight is among ``tensors``."""
+        return any(id(weight) in tensors for layer in self._layers.values() for weight in layer.parameters())
 
     def stands(self) -> bool:
         """Whether the same copies are in use of modules that are trained whole."""

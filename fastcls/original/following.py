@@ -200,8 +200,8 @@ class Original:
                 is_counted[own] = is_counted.get(own, False) or counted
                 is_written[own] = is_counted[own] or is_doubted
             for own, parts in now.items():
-                if states.get(own) != self._brought.get(own):
-                    is_other[own] = is_written[own] = is_counted[own] = True
+                is_adapted_anew = states.get(own) != self._brought.get(own)
+                is_written[own] |= is_adapted_anew
                 # Originals that were moved to "meta", or are gone in part, leave ours as they are.
                 is_whole = len(parts) == len(self._names[own]) and not any(part.is_meta for part in parts)
                 if is_written[own] and not _is_ours(model, own):
@@ -214,7 +214,10 @@ class Original:
                     ]
                     layout = self._layouts.get(own)
                     moved |= _bring(
-                        *(model, own, parts, layout, pointers[own]), is_other=is_other[own], counts=is_counted[own]
+                        *(model, own, parts, layout, pointers[own]),
+                        is_other=is_other[own],
+                        counts=is_counted[own],
+                        anew=is_adapted_anew,
                     )
             self._seen, self._brought = fresh, states
             return moved
@@ -234,7 +237,7 @@ class Original:
 
     def reads(self, tensors: set[int]) -> bool:
         """Whether the id of a weight is among ``tensors``."""
-        return any(id(tensor) in tensors for tensor in self._seen.tensors)
+        return any(id(tensor) in tensors for tensor in self._seen.tensors) or self.standing.reads(tensors)
 
     @property
     def is_there(self) -> bool:
@@ -348,16 +351,22 @@ def _bring(
     *,
     is_other: bool,
     counts: bool,
+    anew: bool,
 ) -> bool:
     """Brings one of our weights up to date; returns whether it has moved in memory.
 
     ``counts`` says whether a write counts as a change. What is only doubted may hold the same numbers, and a graph that
-    waits for its backward pass may have kept them.
+    waits for its backward pass may have kept them. ``anew`` leaves the old memory as it is: such a graph may have kept
+    the numbers that were there without adapters.
     """
     place, key = place_of(model, own)
     ours = place[key]
     is_alike = all(part.dtype == ours.dtype and part.device == ours.device for part in parts)
     with torch.inference_mode(False), torch.no_grad():
+        if anew:
+            fresh = made_of(parts, layout)
+            set_weight(model, own, fresh if is_alike else fresh.to(ours.device, ours.dtype, copy=True))
+            return True
         if len(parts) == 1 and ours.data_ptr() == pointer:
             # Ours shares the original's memory, or shared it.
             if not is_other:

@@ -8,7 +8,7 @@ from typing import NamedTuple, NoReturn
 
 from torch import nn
 
-from .adapters import Adapted, Added, copies, inside
+from .adapters import Adapted, Added, copies, inside, is_whole
 from .places import tensors_of
 from .snapshot import Slot, Structure, Tie, module_at, place_in
 
@@ -72,8 +72,16 @@ class Standing:
         structure.sizes.extend(map(len, structure.places))
         before = self._structure or structure
         sizes = dict(zip(before.names, before.sizes, strict=True))
+        wholes = tuple(
+            f"{name}." for name, found in zip(structure.names, structure.modules, strict=True) if is_whole(found)
+        )
         for name, found, size in zip(structure.names, structure.modules, structure.sizes, strict=True):
-            if self._known.get(name) and inside(found) not in self._known[name]:
+            known = self._known.get(name, ())
+            # A copy that is trained whole has modules of its own inside.
+            is_own = any(
+                inside(found) is each or (name.startswith(wholes) and type(found) is type(each)) for each in known
+            )
+            if known and not is_own:
                 refuse(name, "another module stands there")
             if sizes.get(name, size) != size:
                 refuse(name, "it has more or fewer modules beside it")
@@ -129,6 +137,10 @@ class Standing:
     def has_adapters(self) -> bool:
         """Whether layers have adapters, switched on or not."""
         return bool(self._adapted.paths)
+
+    def reads(self, tensors: set[int]) -> bool:
+        """Whether the id of an adapter's weight is among ``tensors``."""
+        return self._adapted.reads(tensors)
 
     def added(self) -> dict[str, list[Added]]:
         """What adapters add to weights, by the model's names of those without adapters."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
@@ -22,6 +23,11 @@ def first_only(backward: _Backward) -> _Backward:
     def refusing(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph must be False: fastcls computes first derivatives alone")
-        return backward(ctx, *grads)
+        kind = next((grad.device.type for grad in grads if isinstance(grad, Tensor)), "cpu")
+        if not torch.is_autocast_enabled(kind):
+            return backward(ctx, *grads)
+        # The forward pass has chosen the dtypes.
+        with torch.autocast(kind, enabled=False):
+            return backward(ctx, *grads)
 
     return refusing  # type: ignore[return-value]
