@@ -226,7 +226,7 @@ def main(
     teacher: Annotated[
         list[Path], typer.Option(exists=True, file_okay=False, help="A fine-tuned BERT; of several the mean teaches.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("student"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the checkpoint.")] = Path("student"),
     test: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Texts to be judged on once, at the end.")
     ] = None,

@@ -72,12 +72,15 @@ def read(path: Path) -> Labelled:
         typer.BadParameter: a line is something else, or there is none.
     """
     texts, labels = [], []
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
-            if len(row) != 2 or row[1] not in ("0", "1"):
-                raise typer.BadParameter(f"{path}, line {number} must be a text, a tab, and 0 or 1, got {row!r}")
-            texts.append(row[0])
-            labels.append(int(row[1]))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
+                if len(row) != 2 or row[1] not in ("0", "1"):
+                    raise typer.BadParameter(f"{path}, line {number} must be a text, a tab, and 0 or 1, got {row!r}")
+                texts.append(row[0])
+                labels.append(int(row[1]))
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{path} must be UTF-8 text, got something else: {error}") from error
     if not texts:
         raise typer.BadParameter(f"{path} must hold at least one text, it is empty")
     return Labelled(texts, labels)
@@ -282,7 +285,7 @@ def end(curve: list[Point], whole: bool, out: Path, picture: Path | None, consol
 def main(
     train: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Texts to learn from.")],
     dev: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Texts that choose the best checkpoint.")],
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("teacher"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the checkpoint.")] = Path("teacher"),
     test: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Texts to be judged on once, at the end.")
     ] = None,
@@ -301,12 +304,21 @@ def main(
         Path | None, typer.Option(callback=check_curve, help="Write the learning curve here: .csv, .png, .pdf, .svg.")
     ] = None,
 ) -> None:
-    """Fine-tunes an encoder on labelled texts, and keeps what is best on the dev texts."""
+    """Fine-tunes an encoder on labelled texts, and keeps what is best on the dev texts.
+
+    A file holds a text, a tab and its label, 0 or 1, a line. Ctrl-C ends the training early and leaves the best
+    checkpoint so far.
+    """
     console = Console()
     learnt, chosen = read(train), read(dev)
     judged_last = None if test is None else read(test)
     path = model or minilm()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"--model must be a folder with an encoder or a hub name, got {path}: {error}"
+        ) from error
     torch.manual_seed(seed)
     label2id = {name: index for index, name in LABELS.items()}
     fast = fastcls.optimize(

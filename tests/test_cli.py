@@ -410,7 +410,7 @@ def test_the_own_model_and_another_are_refused(model: Path, tmp_path: Path, monk
     done = inside("classify", stdin=b"ok\n")
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr == (
-        "Error: MODEL must be a checkpoint's folder or a name on the hub, or --demo stand in its place\n"
+        "Error: MODEL must be given, a checkpoint's folder or a name on the hub; or use --demo without it\n"
     )
 
 

@@ -23,7 +23,8 @@ from support import tiny_bert
 from transformers import AutoTokenizer, BertForSequenceClassification, PreTrainedTokenizerBase
 
 import fastcls
-from fastcls.tools.demo import _DEMO_MODEL, demo_model
+from fastcls.tools import demo_model
+from fastcls.tools.demo import _DEMO_MODEL
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

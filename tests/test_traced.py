@@ -389,3 +389,16 @@ def test_what_runs_in_graphs_is_gone_with_its_model() -> None:
     gc.collect()
     assert gone() is None
     assert torch.isfinite(twin(**batch(3, 7)).logits).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_writes_to_copied_weights_are_seen_in_a_graph_with_labels(backend: str) -> None:
+    model = tiny_model("BertForSequenceClassification", "bert").eval()
+    fast = fastcls.optimize(model)
+    compiled = torch.compile(fast, backend=backend)
+    inputs = {"input_ids": torch.arange(5, 17).view(2, 6), "labels": torch.tensor([0, 1])}
+    for _ in range(4):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+            for layer in model.bert.encoder.layer:
+                layer.attention.self.query.weight.mul_(1.5)

@@ -141,16 +141,14 @@ class FollowingModel(Engine):
             original.doubt()
         if original is None or original.is_current(adds=adds):
             return
-        is_doubted = original.is_doubted
         if original.update(self, adds=adds):
             # What was made from weights is made anew where it is needed: other threads may be reading it.
             self._graphs.clear()
-            operator.forget(self._first_weight)
             self._announce_weights()
         self._keep_adapters()
-        if is_doubted:
-            self.encoder.doubt()
-            operator.forget(self._first_weight)
+        # Inside an operator that a graph runs, torch counts no changes; and what is doubted leaves none.
+        self.encoder.doubt()
+        operator.forget(self._first_weight)
 
     def _check_gathered(self) -> None:
         """Refuses weights that FSDP gathers in another dtype than the one in which these were taken over."""

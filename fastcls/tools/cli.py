@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from . import demo_model
 from .lines import Lines, count_lines, decoded_lines, labelled, opened, texts_of, write_utf8
 from .terminal import INTERRUPTED, expected_errors, fail, progress_bar, set_threads, stderr
 
@@ -118,12 +119,12 @@ def _model_and_file(model: str | None, file: Path | None, own_model: bool) -> tu
     """What to classify with, and what: with --demo the only argument is the file."""
     if not own_model:
         if model is None:
-            raise ValueError("MODEL must be a checkpoint's folder or a name on the hub, or --demo stand in its place")
+            raise ValueError(
+                "MODEL must be given, a checkpoint's folder or a name on the hub; or use --demo without it"
+            )
         return model, file or Path("-")
     if model is not None and (file is not None or Path(model).is_dir()):
         raise ValueError(f"--demo is a model of its own: leave MODEL out, got {model}")
-    from .demo import demo_model
-
     return demo_model(), Path(model or "-")
 
 
@@ -282,9 +283,9 @@ def demo(
     """See a model's labels, and transformers and fastcls side by side: agreement, time, and where the time went.
 
     Takes less than a minute and needs neither network nor GPU: without --model it
-    labels reviews by fastcls's own small sentiment model, and times BERT-base's
-    shape with random weights, too. On a terminal it then asks for sentences of
-    yours; an empty line ends it.
+    labels English reviews by fastcls's own small sentiment model, and where the
+    machine is fast enough times BERT-base's shape with random weights, too. On a
+    terminal it then asks for sentences of yours; an empty line ends it.
     """
     from .demo import run_demo
 

@@ -31,16 +31,19 @@ from ..conversion import optimize
 from ..engine.spec import LastLayer, Quantize
 from ..loading import load_model, load_tokenizer, parse_device, parse_dtype, parse_quantize
 from ..texts import length_limit
+from . import demo_model
 
 BATCH_SIZE = 32
+# Letters of a text.
+_MOST_SHOWN = 300
 # The whole demo is to end within a minute on two cores. After so long no further round of a model is begun, and
 # BERT-base is left out if its calls before the rounds and its first round would take longer than this.
 _SECONDS, _SECONDS_FOR_BASE = 15.0, 30.0
 # The weights of BERT-base's layers, to which its time is roughly proportional.
 _WEIGHTS_OF_BASE = 85_054_464
 _DEMO_MODEL = (
-    "fastcls's own sentiment model: BERT with 4 layers and 6 million weights, which has learnt from film reviews and "
-    "is right about [bold]86.6%[/] of SST-2's test sentences. What it says of these:\n"
+    "fastcls's own sentiment model: BERT with 4 layers and 6 million weights, which has learnt from English film "
+    "reviews and is right about [bold]86.6%[/] of SST-2's test sentences. What it says of these:\n"
 )
 
 _RUNGS: tuple[tuple[LastLayer, str], ...] = (
@@ -114,11 +117,6 @@ def run_demo(
         _ask(out, classifier)
 
 
-def demo_model() -> str:
-    """The folder of fastcls's own sentiment classifier, a checkpoint of transformers' kind."""
-    return str(files("fastcls.tools").joinpath("data/sentiment"))
-
-
 def _ask(out: Console, classifier: Classifier) -> None:
     """Labels what the reader types, a sentence at a time, until an empty line or the end of the input."""
     while True:
@@ -139,7 +137,8 @@ def _show_labels(out: Console, classifier: Classifier, texts: Sequence[str]) -> 
     table.add_column(justify="right")
     table.add_column(overflow="fold")
     for text, label in zip(texts, classifier(list(texts)), strict=True):
-        table.add_row(f"[bold]{escape(str(label['label']))}[/]", f"{label['score']:.1%}", escape(text))
+        shown = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+        table.add_row(f"[bold]{escape(str(label['label']))}[/]", f"{label['score']:.1%}", escape(shown))
     out.print(table)
 
 
@@ -308,5 +307,6 @@ def _show_ladder(out: Console, names: list[str], seconds: list[list[float]]) -> 
         table.add_row(name.replace("[CLS]", r"\[CLS]"), f"{median * 1e3:.0f}", saved, f"{medians[0] / median:.2f}")
     out.print(table)
     spread = max((max(samples) - min(samples)) / statistics.median(samples) for samples in seconds)
-    rounds = f"{len(seconds[0])} interleaved rounds" if len(seconds[0]) > 1 else "1 round"
-    out.print(f"Medians of {rounds}; the widest spread was {spread:.0%}.", highlight=False)
+    rounds = f"{len(seconds[0])} interleaved rounds"
+    said = f"Medians of {rounds}; the widest spread was {spread:.0%}." if len(seconds[0]) > 1 else "Times of one round."
+    out.print(said, highlight=False)
