@@ -243,6 +243,20 @@ def test_sums_before_the_product_are_sums_behind_it(rate: float) -> None:
     assert float((shares @ plain - expected).abs().max()) > 0.1
 
 
+def test_each_use_of_an_adapter_drops_other_numbers() -> None:
+    # Layers may share adapters, and DeBERTa's distances go through those of the tokens.
+    weight, rows = torch.zeros(8, 10), torch.ones(4, 10)
+    adapters = {"qkv_weight": [LowRank(torch.ones(2, 10), torch.ones(8, 2), 0, 0.5, seed=7)]}
+    found = [
+        Products({"qkv_weight": weight}, adapters, torch.float32, use).linear("qkv", rows, of_positions=of_positions)
+        for use in range(3)
+        for of_positions in (False, True)
+    ]
+    assert all(not torch.equal(one, other) for at, one in enumerate(found) for other in found[:at])
+    again = Products({"qkv_weight": weight}, adapters, torch.float32, 2).linear("qkv", rows, of_positions=True)
+    assert torch.equal(again, found[-1])
+
+
 def test_a_frozen_weight_keeps_no_rows() -> None:
     model = quiet()
     inputs = inputs_of(model, CLASSIFIER)
@@ -541,3 +555,34 @@ def test_export_of_what_is_trained_is_refused(pair: tuple[Any, Any]) -> None:
     with torch.no_grad():
         program = torch.export.export(copy.deepcopy(plain), (), inputs)
         torch.testing.assert_close(program.module()(**inputs).logits, plain(**inputs).logits)
+
+
+def test_the_given_model_stays_in_its_mode_and_keeps_its_hooks_to_itself() -> None:
+    model = quiet()
+    given = peft.get_peft_model(model, config_of(model, task_type="SEQ_CLS", lora_dropout=0.5)).train()
+    fast = fastcls.optimize(given)
+    assert all(module.training for module in given.modules())
+    assert not fast.training
+    called: list[int] = []
+    handle = fast.register_forward_hook(lambda *_: called.append(1))
+    inputs = inputs_of(model, CLASSIFIER)
+    given(**inputs)
+    assert not called
+    with torch.no_grad():
+        fast(**inputs)
+    assert called == [1]
+    handle.remove()
+
+
+def test_weight_and_adapters_are_rounded_once() -> None:
+    model = quiet().bfloat16()
+    given = peft.get_peft_model(model, config_of(model, target_modules=["query"])).eval()
+    given.add_adapter("other", config_of(given, target_modules=["query"], r=5))
+    use(given, ["default", "other"])
+    fast = fastcls.optimize(given)
+    fast(**{name: tensor for name, tensor in inputs_of(model, CLASSIFIER).items() if name != "labels"})
+    layer = given.base_model.model.bert.encoder.layer[0].attention.self.query
+    exact = layer.base_layer.weight.double() + sum(layer.get_delta_weight(name).double() for name in layer.lora_A)
+    ours = fast.base_model.model.encoder.layers[0].qkv_weight[:64]
+    # Half a step of bfloat16.
+    assert float(((ours.double() - exact).abs() / exact.abs()).max()) <= 2**-8 * 0.51

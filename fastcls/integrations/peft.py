@@ -46,11 +46,12 @@ def optimize_peft_model(model: Any, optimize: Callable[..., FastModel]) -> Any:
     fast = optimize(tuner.model)
     fast.show_original()
     fast.peft_config = model.peft_config
-    return _with(model, base_model=_with(tuner, model=fast)).eval()
+    return _with(model, base_model=_with(tuner, model=fast))
 
 
 def _with(module: _Module, **children: nn.Module) -> _Module:
-    """A module with the same attributes, but for some of the modules inside."""
+    """A module in eval mode with the same attributes, hooks of its own, and other modules inside."""
     fresh = copy.copy(module)
-    fresh.__dict__ = {**module.__dict__, "_modules": {**module._modules, **children}}
+    own = {name: copy.copy(module.__dict__[name]) for name in nn.Module().__dict__}
+    fresh.__dict__ = {**module.__dict__, **own, "_modules": {**module._modules, **children}, "training": False}
     return fresh

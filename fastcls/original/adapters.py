@@ -9,10 +9,12 @@ added. The library is not imported to find out: where nobody has, no model has a
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..engine.weights import has_hooks, weight_version
@@ -52,10 +54,17 @@ class Added(NamedTuple):
         """What changes when the numbers that are added do, as far as a change leaves a trace."""
         return *((_Same(each), *weight_version(each)) for each in (self.down, self.up)), self.scale
 
-    def to(self, weight: Tensor) -> Tensor:
-        """(out_features, in_features), the weight with what is added, in its dtype."""
-        wide = self.up.detach() @ self.down.detach()
-        return weight.detach().to(wide.dtype).add(wide, alpha=self.scale).to(weight.dtype)
+
+def sum_of(weight: Tensor, added: Sequence[Added]) -> Tensor:
+    """(out_features, in_features), a weight with what is added to it, rounded once; itself where nothing is."""
+    if not added:
+        return weight
+    dtypes = (each.dtype for one in added for each in (one.up, one.down))
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.promote_types(weight.dtype, torch.float32))
+    total = weight.detach().to(dtype, copy=True)
+    for each in added:
+        total.addmm_(each.up.detach().to(dtype), each.down.detach().to(dtype), alpha=each.scale)
+    return total.to(weight.dtype)
 
 
 def _class_of(module: str, name: str) -> tuple[type, ...]:

@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..families.checkpoint import check_plain, is_distributed, made_of
 from ..families.family import ByHead
+from .adapters import sum_of
 from .places import own_module, place_of, set_weight
 from .snapshot import Slot, look
 from .standing import Standing, States, refuse
@@ -208,10 +209,8 @@ class Original:
                     # Another weight stands in for one call (`torch.func.functional_call`): ours is updated afterwards.
                     self.is_doubted = True
                 elif is_written[own] and is_whole:
-                    parts = [
-                        functools.reduce(lambda weight, each: each.to(weight), added.get(name, ()), part)
-                        for name, part in zip(self._names[own], parts, strict=True)
-                    ]
+                    names = self._names[own]
+                    parts = [sum_of(part, added.get(name, ())) for name, part in zip(names, parts, strict=True)]
                     layout = self._layouts.get(own)
                     moved |= _bring(
                         *(model, own, parts, layout, pointers[own]),
