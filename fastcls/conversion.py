@@ -44,7 +44,7 @@ def optimize(
     select: Literal["all", "first"] | None = None,
     release: bool = False,
 ) -> Any:
-    """A module with the same interface that gives the same results, faster. Inference only.
+    """A module with the same interface that gives the same results, faster, and can be trained (`FastModel.train`).
 
     The model stays as it was, bit for bit and storage for storage. Its weights are shared, except query, key and value,
     which are copied and joined to one matrix: a fifth of BERT-base's memory, 85 of 438 MB. On a CPU that runs the
@@ -55,7 +55,8 @@ def optimize(
 
     Args:
         model: a transformers encoder of a supported family, with or without a head, in float32, float16 or bfloat16, on
-            one device; or sentence-transformers' CrossEncoder, SentenceTransformer or SparseEncoder with one inside.
+            one device; or sentence-transformers' CrossEncoder, SentenceTransformer or SparseEncoder with one inside; or
+            PEFT's model of one with adapters of LoRA.
         last_layer, cuda_graphs, batch_invariant, quantize, pack_weights: see `FastModel`.
         mask_token_id, dense: of a masked language model, see `FastMaskedLM`.
         select: for a model without a head, see `FastEncoder`; None is "all". For a SentenceTransformer, None computes
@@ -67,12 +68,13 @@ def optimize(
     Returns:
         A `FastModel` for the model's task: `FastClassifier`, `FastTokenClassifier`, `FastQuestionAnswerer`,
         `FastMaskedLM`, `FastMultipleChoice`, `FastNextSentencePredictor` or `FastEncoder`. For a model of
-        sentence-transformers, a copy of the same class with such a model inside; the given one goes on as it was.
+        sentence-transformers, a copy of the same class with such a model inside; the given one goes on as it was. For
+        one of PEFT, a model of the same class around such a model, with the given one's own adapters.
 
     Raises:
         TypeError: the model's class is not supported, or its parameters' dtype is not.
         ValueError: its config asks for something that fastcls does not compute, or one of its modules is not what the
-            config builds (replaced, hooked, patched, pruned, quantised, with an adapter that is not merged), or its
+            config builds (replaced, hooked, patched, pruned, quantised, with an adapter other than LoRA), or its
             parameters are not plain tensors or lie on several devices; an option that is not the task's.
     """
     check_last_layer(last_layer)
