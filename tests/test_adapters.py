@@ -61,6 +61,7 @@ def adapted(model: Any, config: Any, way: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize(("model_type", "model_class"), CLASSES)
 @pytest.mark.parametrize(("way", "drops"), [("optimized", False), ("injected", True)])
+@pytest.mark.covering(alone=["model_type", "model_class", "way", "drops"])
 @pytest.mark.filterwarnings("ignore:layers of the head are not trained")
 def test_loss_and_gradients_are_pefts_own(
     monkeypatch: pytest.MonkeyPatch, model_type: str, model_class: str, way: str, drops: bool
