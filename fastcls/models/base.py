@@ -20,6 +20,7 @@ from ..engine.spec import EncoderSpec, HeadSpec, LastLayer, Quantize, Rows
 from ..engine.weights import has_hooks, is_spread
 from ..families import family_of_class
 from ..families.family import WeightMap
+from . import training_node
 from .arguments import check_extras, check_not_traced, divides_by_count, order_of, takes_positions
 from .state_dict import register_hooks
 from .trainable import TrainableModel
@@ -246,6 +247,12 @@ class FastModel(TrainableModel):
     warm_up.__doc__ = Engine.warm_up.__doc__
 
     @property
+    def _width(self) -> int:
+        """How many numbers a row has behind the head."""
+        out = self.head.out_weight
+        return self.spec.hidden_size if out is None else len(out)
+
+    @property
     def _task_rows(self) -> Rows:
         """The rows that the task reads where a call does not say."""
         return self.head.spec.rows
@@ -255,6 +262,8 @@ class FastModel(TrainableModel):
     ) -> Tensor:
         """`Engine.rows` of the weights as the original has them, or in a graph one node for it."""
         if self.keeps_graph(batch.inputs_embeds):
+            if torch.compiler.is_compiling() and self.training and dense and self.is_training_node:
+                return training_node.trained_rows(self, batch, rows, fill, chosen, self._width)
             return self.trained_rows(batch, rows, fill, chosen, dense=dense)
         if torch.compiler.is_compiling():
             if self.is_for_graphs and dense:

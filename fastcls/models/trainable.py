@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -13,12 +14,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..engine.batch import PaddedBatch
 from ..engine.packed import LET_GO
 from ..engine.spec import Rows
-from ..engine.training import DropoutRates, TrainingOptions, TrainingPass
+from ..engine.training import DropoutRates, TrainingOptions, TrainingPass, num_seeds
 from ..engine.weights import is_spread
 from ..families.dropout import dropout_rates
 from ..families.family import WeightMap
 from ..original.following import Original, tell_of_steps
 from ..original.training import Trained, check_rates, model_over
+from . import training_node
 from .following import FollowingModel
 
 _EXPLAINING = "eval mode with gradients of inputs_embeds"
@@ -62,6 +64,8 @@ class TrainableModel(FollowingModel):
     stays_in_eval: bool = False
     checkpointed_layers: int = 0
     _training_options: TrainingOptions | None = None
+    # By which nodes of graphs find this model.
+    number: int = -1
     # The parameters that were shown before `train`.
     _early: tuple[weakref.ref[Tensor], ...] = ()
 
@@ -234,6 +238,7 @@ class TrainableModel(FollowingModel):
         self._early = tuple(weakref.ref(weight) for weight in early if id(weight) not in shown)
         check_rates(model)
         self.trained = Trained(model, original, self.weight_map)
+        self.number = training_node.number_of(self)
         self._training_options = TrainingOptions(dropout_rates(self.config, self.head.spec), self.trained.padding_ids)
         tell_of_steps(self)
         own = self._modules
@@ -307,8 +312,27 @@ class TrainableModel(FollowingModel):
                 f"the model must be in eval mode for {method}, which gives no gradients: call eval() first"
             )
 
-    def training_pass(self) -> TrainingPass:
-        """A pass over the weights as they are, in autocast's dtype where that is on."""
+    @property
+    def training_dtype(self) -> torch.dtype:
+        """What products are computed in: autocast's dtype where that is on."""
+        kind = self.device.type
+        # As autocast does, which leaves float64 alone.
+        narrows = torch.is_autocast_enabled(kind) and self.dtype != torch.float64
+        return torch.get_autocast_dtype(kind) if narrows else self.dtype
+
+    def training_pass(
+        self,
+        dtype: torch.dtype | None = None,
+        seeds: Sequence[int] | None = None,
+        instead: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> TrainingPass:
+        """A pass over the weights as they are.
+
+        Args:
+            dtype: what products are computed in, or None for `training_dtype`.
+            seeds: of dropout, or None to draw them.
+            instead: for ids of parameters tensors of the same numbers, whose gradients are asked for instead.
+        """
         assert self.trained is not None
         assert self._training_options is not None
         self._check_gathered()
@@ -319,18 +343,48 @@ class TrainableModel(FollowingModel):
         if self.encoder.rotary is not None:
             with torch.no_grad():
                 self.encoder.rotary.refresh()
-        kind = self.device.type
-        # As autocast does, which leaves float64 alone.
-        narrows = torch.is_autocast_enabled(kind) and self.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(kind) if narrows else self.dtype
         options = self._training_options._replace(
             padding_ids=self.trained.padding_ids, checkpointed_layers=self.checkpointed_layers
         )
         ours = dict(self.weights())
         return TrainingPass(
-            *(self.spec, self.head.spec, self.encoder, self.trained.weights(ours), self.trained.adapters(ours)),
-            *(options, dtype),
+            *(self.spec, self.head.spec, self.encoder, self.trained.weights(ours, instead)),
+            *(self.trained.adapters(ours), options, dtype or self.training_dtype),
+            seeds=seeds,
         )
+
+    @property
+    def is_training_node(self) -> bool:
+        """Whether a graph can hold a pass in training mode: adapters, and weights that are spread, are left outside."""
+        trained = self.trained
+        return trained is not None and not trained.original.standing.has_adapters and not is_spread(self)
+
+    @property
+    def num_seeds(self) -> int:
+        """How many seeds a pass in training mode takes."""
+        assert self._training_options is not None
+        return num_seeds(self._training_options.rates, self.spec.num_layers)
+
+    def trained_parameters(self) -> list[Tensor]:
+        """The parameters that are trained, each once, in their order."""
+        assert self.trained is not None
+        return list(self.trained.model.parameters())
+
+    def rows_over(
+        self,
+        leaves: Sequence[Tensor],
+        seeds: Sequence[int],
+        dtype: torch.dtype,
+        batch: PaddedBatch,
+        rows: Rows,
+        fill: float,
+        chosen: Tensor | None,
+    ) -> Tensor:
+        """`trained_rows`, dense, whose graph leads to ``leaves``, one for each of `trained_parameters`."""
+        instead = {id(weight): leaf for weight, leaf in zip(self.trained_parameters(), leaves, strict=True)}
+        run = self.training_pass(dtype, seeds, instead)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.rows(batch, rows, fill, chosen, run=run.rows)
 
     def keeps_graph(self, states: Tensor | None) -> bool:
         """Whether a call keeps a graph: in training, and in eval mode where the embeddings given ask for gradients."""
@@ -356,7 +410,7 @@ class TrainableModel(FollowingModel):
 
     # How a batch is packed follows from its values, and what is kept for the backward pass from how it is packed.
     @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="a pass in training mode is no node of a graph: leave fullgraph=True out"
+        reason="this pass with gradients is no node of a graph: leave fullgraph=True out"
     )
     def trained_rows(
         self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True

@@ -94,14 +94,16 @@ class Trained:
                     found.setdefault(own, []).append(LowRank(each.down, up, first, each.rate))
         return found
 
-    def weights(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def weights(self, ours: Mapping[str, Tensor], instead: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """The weights by our names, with a graph where they are joined of several.
 
         Args:
             ours: a fast model's own, which are up to the model's.
+            instead: for ids of parameters tensors of the same numbers, which the graph leads to instead.
         """
         found = {}
-        for own, parts in self.original.tensors().items():
+        for own, tensors in self.original.tensors().items():
+            parts = [instead.get(id(tensor), tensor) for tensor in tensors]
             is_one = own in self.weight_map.buffers or self.weight_map.is_one(own)
             found[own] = parts[0].contiguous() if is_one else _Joined.apply(ours[own], self.weight_map, own, *parts)
         return found

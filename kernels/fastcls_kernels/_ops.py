@@ -123,7 +123,7 @@ def _register_gradients(registered: Any, name: str, schema: str, run: Callable[.
         for index in wanted:
             given[index] = arguments[index].detach().requires_grad_()
         leaves = [given[index] for index in wanted]
-        with _recording():
+        with recording():
             made = run(*given)
             results = [made] if isinstance(made, Tensor) else made
             found = torch.autograd.grad(results, leaves, grads, allow_unused=True, materialize_grads=True)
@@ -173,7 +173,7 @@ def _own(tensor: Tensor, memory: set[int]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _recording() -> Iterator[None]:
+def recording() -> Iterator[None]:
     """Autograd as outside of an operator, where PyTorch calls it below what records."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastcls_kernels.training import Dropout
 
@@ -44,20 +46,30 @@ _IN_LAYERS = ("attention", "attended", "inner", "output", "adapter", "positions"
 _ELSEWHERE = ("embeddings", "convolution", "head_in", "head_inner", "head_out")
 
 
+def num_seeds(rates: DropoutRates, num_layers: int) -> int:
+    """How many seeds a pass takes; none where all rates are 0."""
+    return num_layers * len(_IN_LAYERS) + len(_ELSEWHERE) if any(rates) else 0
+
+
+def draw_seeds(count: int) -> Tensor:
+    """Seeds of 32 bits, (count,) int64, from PyTorch's generator on the CPU, which none leave as it is."""
+    if not count:
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
+    return torch.randint(2**32, (count,), dtype=torch.int64, device="cpu")
+
+
 class Seeds:
     """A seed for each place, drawn from PyTorch's generator on the CPU: `torch.manual_seed` makes them come again.
 
     Args:
         rates: nothing is drawn where all of them are 0.
         num_layers: how many layers the encoder has.
+        drawn: as many as `num_seeds` says, or None to draw them.
     """
 
-    def __init__(self, rates: DropoutRates, num_layers: int) -> None:
+    def __init__(self, rates: DropoutRates, num_layers: int, drawn: Sequence[int] | None = None) -> None:
         self.rates = rates
-        self._seeds: list[int] = []
-        if any(rates):
-            count = num_layers * len(_IN_LAYERS) + len(_ELSEWHERE)
-            self._seeds = torch.randint(2**32, (count,), dtype=torch.int64, device="cpu").tolist()
+        self._seeds: Sequence[int] = draw_seeds(num_seeds(rates, num_layers)).tolist() if drawn is None else drawn
 
     def at(self, place: str, layer: int | None = None) -> Dropout | None:
         """The dropout of a place, of a layer where layers have it; None where nothing is dropped."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,7 @@ class TrainingPass:
         adapters: by our names of weights what is added to their products.
         options: dropout and the rest.
         dtype: what products are computed in; the weights' own, or autocast's.
+        seeds: of dropout, but for that of adapters; None draws them.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class TrainingPass:
         adapters: Adapters,
         options: TrainingOptions,
         dtype: torch.dtype,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         self.spec = spec
         self.head_spec = head
@@ -76,7 +78,7 @@ class TrainingPass:
         self.adapters = seeded(adapters)
         self.options = options
         self.dtype = dtype
-        self.seeds = Seeds(options.rates, spec.num_layers)
+        self.seeds = Seeds(options.rates, spec.num_layers, seeds)
 
     def _products(self, prefix: str, weights: Mapping[str, Tensor], use: int = 0) -> Products:
         return Products(weights, under(prefix, self.adapters), self.dtype, use)
