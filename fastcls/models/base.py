@@ -263,7 +263,8 @@ class FastModel(TrainableModel):
         """`Engine.rows` of the weights as the original has them, or in a graph one node for it."""
         if self.keeps_graph(batch.inputs_embeds):
             if torch.compiler.is_compiling() and self.training and dense and self.is_training_node:
-                return training_node.trained_rows(self, batch, rows, fill, chosen, self._width)
+                is_headless = self.head.spec.task == "encoder"
+                return training_node.trained_rows(self, batch, rows, fill, chosen, self._width, is_headless=is_headless)
             return self.trained_rows(batch, rows, fill, chosen, dense=dense)
         if torch.compiler.is_compiling():
             if self.is_for_graphs and dense:

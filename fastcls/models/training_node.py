@@ -12,7 +12,7 @@ import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from fastcls_kernels._ops import recording
 from ..engine.batch import PaddedBatch
 from ..engine.spec import Rows
 from ..engine.training import draw_seeds
-
-if TYPE_CHECKING:
-    from .trainable import TrainableModel
 
 # Forward passes of a model whose backward pass has not come yet.
 _MOST_KEPT = 2
@@ -37,12 +34,45 @@ class _Kept(NamedTuple):
     leaves: list[Tensor]
 
 
+class Trains(Protocol):
+    """What a node asks of a model in training mode; see `TrainableModel`."""
+
+    number: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+
+    @property
+    def training_dtype(self) -> torch.dtype:
+        """What products are computed in."""
+
+    @property
+    def num_seeds(self) -> int:
+        """How many seeds a pass takes."""
+
+    def trained_parameters(self) -> list[Tensor]:
+        """The parameters, each once, in their order."""
+
+    def rows_over(
+        self,
+        leaves: Sequence[Tensor],
+        seeds: Sequence[int],
+        dtype: torch.dtype,
+        batch: PaddedBatch,
+        rows: Rows,
+        fill: float,
+        chosen: Tensor | None,
+    ) -> Tensor:
+        """The rows, whose graph leads to ``leaves``, one for each parameter."""
+
+
 _numbers = itertools.count()
-_models: weakref.WeakValueDictionary[int, TrainableModel] = weakref.WeakValueDictionary()
-_kept: weakref.WeakKeyDictionary[TrainableModel, OrderedDict[int, _Kept]] = weakref.WeakKeyDictionary()
+_models: weakref.WeakValueDictionary[int, Trains] = weakref.WeakValueDictionary()
+_kept: weakref.WeakKeyDictionary[Trains, OrderedDict[int, _Kept]] = weakref.WeakKeyDictionary()
 
 
-def number_of(model: TrainableModel) -> int:
+def number_of(model: Trains) -> int:
     """The number under which nodes find a model."""
     number = next(_numbers)
     _models[number] = model
@@ -50,12 +80,26 @@ def number_of(model: TrainableModel) -> int:
 
 
 def trained_rows(
-    model: TrainableModel, batch: PaddedBatch, rows: Rows, fill: float, chosen: Tensor | None, width: int
+    model: Trains,
+    batch: PaddedBatch,
+    rows: Rows,
+    fill: float,
+    chosen: Tensor | None,
+    width: int,
+    *,
+    is_headless: bool,
 ) -> Tensor:
-    """`TrainableModel.trained_rows`, dense, as a node of the graph that is being traced."""
+    """`TrainableModel.trained_rows`, dense, as a node of the graph that is being traced.
+
+    Args:
+        model: the model.
+        batch, rows, fill, chosen: as `Engine.rows` takes them.
+        width: how many numbers a row has.
+        is_headless: whether rows are an encoder's.
+    """
     seeds, dtype = draw_seeds(model.num_seeds), model.training_dtype
     # An encoder's rows come from a norm, in the weights' dtype.
-    made = model.dtype if model.head.spec.task == "encoder" else dtype
+    made = model.dtype if is_headless else dtype
     parameters = model.trained_parameters()
     found, _ = _forward(parameters, seeds, model.number, width, made, dtype, rows, fill, chosen, *batch)
     return found
