@@ -359,8 +359,7 @@ class TrainableModel(FollowingModel):
         trained = self.trained
         return trained is not None and not trained.original.standing.has_adapters and not is_spread(self)
 
-    @property
-    def num_seeds(self) -> int:
+    def count_seeds(self) -> int:
         """How many seeds a pass in training mode takes."""
         assert self._training_options is not None
         return num_seeds(self._training_options.rates, self.spec.num_layers)

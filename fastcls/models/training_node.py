@@ -47,8 +47,7 @@ class Trains(Protocol):
     def training_dtype(self) -> torch.dtype:
         """What products are computed in."""
 
-    @property
-    def num_seeds(self) -> int:
+    def count_seeds(self) -> int:
         """How many seeds a pass takes."""
 
     def trained_parameters(self) -> list[Tensor]:
@@ -97,7 +96,7 @@ def trained_rows(
         width: how many numbers a row has.
         is_headless: whether rows are an encoder's.
     """
-    seeds, dtype = draw_seeds(model.num_seeds), model.training_dtype
+    seeds, dtype = draw_seeds(model.count_seeds()), model.training_dtype
     # An encoder's rows come from a norm, in the weights' dtype.
     made = model.dtype if is_headless else dtype
     parameters = model.trained_parameters()
