@@ -81,35 +81,23 @@ def optimize(
     check_quantize(quantize)
     if select not in ("all", "first", None):
         raise ValueError(f"select must be 'all' or 'first', got {select!r}; pass a mask to forward")
+    inner = partial(
+        optimize,
+        last_layer=last_layer,
+        cuda_graphs=cuda_graphs,
+        batch_invariant=batch_invariant,
+        quantize=quantize,
+        pack_weights=pack_weights,
+        release=release,
+    )
     if is_sentence_model(model):
         if mask_token_id is not None or not dense:
             raise ValueError("mask_token_id and dense must be left out for models of sentence-transformers")
         if batch_invariant:
             check_computes_nothing_else(model)
-        inner = partial(
-            optimize,
-            last_layer=last_layer,
-            cuda_graphs=cuda_graphs,
-            batch_invariant=batch_invariant,
-            quantize=quantize,
-            pack_weights=pack_weights,
-            release=release,
-        )
         return optimize_sentence_model(model, inner, select)
     if is_peft_model(model):
-        inner = partial(
-            optimize,
-            last_layer=last_layer,
-            cuda_graphs=cuda_graphs,
-            batch_invariant=batch_invariant,
-            quantize=quantize,
-            pack_weights=pack_weights,
-            mask_token_id=mask_token_id,
-            dense=dense,
-            select=select,
-            release=release,
-        )
-        return optimize_peft_model(model, inner)
+        return optimize_peft_model(model, partial(inner, mask_token_id=mask_token_id, dense=dense, select=select))
     if not isinstance(model, PreTrainedModel):
         name = f"{type(model).__module__}.{type(model).__qualname__}"
         raise TypeError(f"model must be {supported()}, got {name}: {advice_for(model)}{_own_head(model)}")

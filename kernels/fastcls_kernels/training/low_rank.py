@@ -16,14 +16,14 @@ from torch import Tensor
 from .derivatives import first_only
 from .dropout import Dropout
 from .norms import drop_rows
-from .products import product
+from .products import product, product_gradients
 
 
 class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, inner: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight, inner, up)
-        ctx.dtypes = (rows.dtype, None if bias is None else bias.dtype)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         out = product(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
         up = up.to(inner.dtype)
         # Adapters may be wider than the weight: their part is rounded once, with the sum.
@@ -33,15 +33,11 @@ class _Adapted(torch.autograd.Function):
     @first_only
     def backward(ctx: Any, grad: Tensor) -> Any:
         rows, weight, inner, up = ctx.saved_tensors
-        needs, grad = ctx.needs_input_grad, grad.contiguous()
-        bias_dtype = ctx.dtypes[1]
-        grad_rows = product(grad, weight.to(grad.dtype).t()) if needs[0] else None
-        grad_weight = product(grad.t(), rows.t()).to(weight.dtype) if needs[1] else None
-        grad_bias = grad.sum(0).to(bias_dtype) if needs[2] else None
+        grad = grad.contiguous()
         wide = grad.to(inner.dtype)
-        grad_inner = wide @ up.to(inner.dtype) if needs[3] else None
-        grad_up = (wide.t() @ inner).to(up.dtype) if needs[4] else None
-        return grad_rows, grad_weight, grad_bias, grad_inner, grad_up
+        grad_inner = wide @ up.to(inner.dtype) if ctx.needs_input_grad[3] else None
+        grad_up = (wide.t() @ inner).to(up.dtype) if ctx.needs_input_grad[4] else None
+        return *product_gradients(ctx, grad, rows, weight), grad_inner, grad_up
 
 
 class _Inner(torch.autograd.Function):

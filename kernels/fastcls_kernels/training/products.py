@@ -41,7 +41,7 @@ class _Linear(torch.autograd.Function):
     @first_only
     def backward(ctx: Any, grad: Tensor) -> Any:
         rows, weight = ctx.saved_tensors
-        return _product_gradients(ctx, grad.contiguous(), rows, weight)
+        return product_gradients(ctx, grad.contiguous(), rows, weight)
 
 
 class _ActivatedLinear(torch.autograd.Function):
@@ -68,13 +68,14 @@ class _ActivatedLinear(torch.autograd.Function):
             rows, grad_up = activate_backward(grad_rows, up, activation, gated=gated)
         elif needs_weight:
             rows = activate(up, activation, gated=gated)
-        _, grad_weight, grad_bias = _product_gradients(ctx, grad, rows, weight, needs_rows=False)
+        _, grad_weight, grad_bias = product_gradients(ctx, grad, rows, weight, needs_rows=False)
         return grad_up, grad_weight, grad_bias, None, None
 
 
-def _product_gradients(
+def product_gradients(
     ctx: Any, grad: Tensor, rows: Tensor | None, weight: Tensor, *, needs_rows: bool = True
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of rows, weight and bias, the first three arguments of ``ctx``'s function, as far as asked for."""
     grad_rows = grad_weight = grad_bias = None
     if needs_rows and ctx.needs_input_grad[0]:
         grad_rows = product(grad, weight.to(grad.dtype).t())
