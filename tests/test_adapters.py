@@ -591,6 +591,6 @@ def test_weight_and_adapters_are_rounded_once() -> None:
     fast(**{name: tensor for name, tensor in inputs_of(model, CLASSIFIER).items() if name != "labels"})
     layer = given.base_model.model.bert.encoder.layer[0].attention.self.query
     exact = layer.base_layer.weight.double() + sum(layer.get_delta_weight(name).double() for name in layer.lora_A)
-    ours = fast.base_model.model.encoder.layers[0].qkv_weight[:64]
+    ours = fast.base_model.model.own_encoder.layers[0].qkv_weight[:64]
     # Half a step of bfloat16.
     assert float(((ours.double() - exact).abs() / exact.abs()).max()) <= 2**-8 * 1.02

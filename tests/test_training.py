@@ -171,6 +171,30 @@ def test_the_parameters_are_the_given_models() -> None:
     assert not fast(**inputs).logits.requires_grad
 
 
+@pytest.mark.parametrize(
+    ("model_class", "family"),
+    [
+        ("BertModel", "bert"),
+        ("ModernBertModel", "modernbert"),
+        ("ModernBertForSequenceClassification", "modernbert"),
+        ("EuroBertForSequenceClassification", "eurobert"),
+    ],
+)
+def test_modules_are_found_by_the_given_models_names(model_class: str, family: str) -> None:
+    model = tiny_model(model_class, family)
+    fast = fastcls.optimize(model)
+    inner = fast.own_encoder
+    fast.train()
+    for name, module in model.named_children():
+        assert getattr(fast, name) is module
+    for name, module in model.named_modules():
+        assert name == "" or fast.get_submodule(name) is module
+    assert fast.own_encoder is inner
+    copied = copy.deepcopy(fast)
+    for name, module in copied.named_children():
+        assert getattr(copied, name) is module is not getattr(model, name)
+
+
 def test_many_steps_give_the_models_losses() -> None:
     model = quiet()
     reference = copy.deepcopy(model).train()

@@ -83,7 +83,7 @@ class Engine(WatchedModule):
         self.pack_weights = pack_weights
         self.encoder = Encoder(spec, under("encoder.", weights))
         self.head = Head(head, under("head.", weights))
-        self.encoder.packed.take_head(self.head)
+        self.own_encoder.packed.take_head(self.own_head)
         self._graphs = CudaGraphs(spec.max_positions)
         self._watch_modules()
         self.eval()
@@ -100,7 +100,7 @@ class Engine(WatchedModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Engine:
         # Every way of moving or converting the weights comes through here.
-        if self.encoder.packed.is_alone:
+        if self.own_encoder.packed.is_alone:
             probe = fn(self._like.detach())
             if (probe.device, probe.dtype) == (self.device, self.dtype):
                 return self
@@ -113,7 +113,7 @@ class Engine(WatchedModule):
     def forget_made(self) -> None:
         """Forgets the CUDA graphs, and what was made from weights."""
         self._graphs.clear()
-        self.encoder.clear()
+        self.own_encoder.clear()
 
     @property
     def last_layer(self) -> LastLayer:
@@ -144,13 +144,13 @@ class Engine(WatchedModule):
     @property
     def width(self) -> int:
         """How many numbers a row has behind the head."""
-        weight = self.head.out_weight
+        weight = self.own_head.out_weight
         return self.spec.hidden_size if weight is None else weight.shape[0]
 
     @property
     def fill_of_texts(self) -> float:
         """Stands for a text that is masked as a whole: NaN, or for a choice, which must not win, the lowest number."""
-        return torch.finfo(self.dtype).min if self.head.spec.task == "multiple choice" else math.nan
+        return torch.finfo(self.dtype).min if self.own_head.spec.task == "multiple choice" else math.nan
 
     def rows(
         self,
@@ -248,9 +248,9 @@ class Engine(WatchedModule):
     def head_of(self, states: Tensor) -> Tensor:
         """The head over (num_texts, hidden_size); of an encoder its pooler."""
         self.check_weights()
-        self.encoder.prepare(self._packing)
+        self.own_encoder.prepare(self._packing)
         with self.inference():
-            rows: Tensor = self.head(states)
+            rows: Tensor = self.own_head(states)
             return rows
 
     def check(self, batch: PaddedBatch) -> None:
@@ -270,10 +270,10 @@ class Engine(WatchedModule):
         """
         self.check_weights()
         if not self._runs_triton:
-            self.encoder.prepare(self._packing)
+            self.own_encoder.prepare(self._packing)
             return
         with self.inference():
-            self.encoder.prepare()
+            self.own_encoder.prepare()
             longest = self.spec.max_positions or _WARM_TOKENS
             for lengths in warming_shapes(self.device, longest, GPU_TOKENS_PER_PASS):
                 token_ids = [[0] * length for length in lengths]
@@ -285,7 +285,7 @@ class Engine(WatchedModule):
     def _warm(self, flat: FlatBatch) -> None:
         first = torch.zeros(int(flat.lengths.sum()), dtype=torch.bool, device="cpu")
         first[flat.lengths.cumsum(0) - flat.lengths] = True
-        for rows in self.head.spec.possible_rows:
+        for rows in self.own_head.spec.possible_rows:
             batch = flat._replace(chosen=first if rows == "chosen" else None)
             for part in parts_of(batch, GPU_TOKENS_PER_PASS, sort=False):
                 packed = pack(batch, part, fill_rows(part.num_tokens, part.num_texts))
@@ -360,7 +360,7 @@ class Engine(WatchedModule):
         key = graph_key(packed, rows, last_layer) if self._runs_triton and self._replays(packed) else None
         if key is None or key not in self._graphs:
             self.check_weights()
-        self.encoder.prepare(self._packing)
+        self.own_encoder.prepare(self._packing)
         if key is None:
             computed = self._compute(packed.to(device), rows, last_layer)
         else:
@@ -372,16 +372,16 @@ class Engine(WatchedModule):
 
     def _compute(self, packed: PackedTokens, rows: Rows, last_layer: LastLayer) -> Tensor:
         """Packed tokens on the device to rows behind the head."""
-        states: Tensor = self.encoder(packed, rows, last_layer)
-        if is_intercepted(self.encoder):
+        states: Tensor = self.own_encoder(packed, rows, last_layer)
+        if is_intercepted(self.own_encoder):
             layout = packed.layout
             counts = {"first": layout.num_sequences, "chosen": 0 if packed.rows is None else packed.rows.numel()}
             shape = (counts.get(rows, layout.total_tokens), self.spec.hidden_size)
             states = checked_rows("the encoder's rows", states, shape, self._like)
         # An encoder's pooler runs over first rows only, behind the pass: see `head_of`.
-        has_head = self.head.spec.task != "encoder"
-        if has_head and self.head.spec.is_late:
-            return mean_pool(self.head(states), packed.layout)
+        has_head = self.own_head.spec.task != "encoder"
+        if has_head and self.own_head.spec.is_late:
+            return mean_pool(self.own_head(states), packed.layout)
         if rows == "mean":
             states = mean_pool(states, packed.layout)
-        return self.head(states) if has_head else states
+        return self.own_head(states) if has_head else states

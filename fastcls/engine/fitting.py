@@ -22,7 +22,7 @@ class Owner(Protocol):
     """An engine, as far as its weights go."""
 
     @property
-    def encoder(self) -> Encoder: ...
+    def own_encoder(self) -> Encoder: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -56,8 +56,8 @@ class WeightFit:
     def check(self, engine: Owner) -> None:
         """See `Engine.check_weights`."""
         weights: list[Tensor] = [each for place in self._places for each in place.values() if each is not None]
-        if engine.encoder.rotary is not None:
-            weights += engine.encoder.rotary.buffers()
+        if engine.own_encoder.rotary is not None:
+            weights += engine.own_encoder.rotary.buffers()
         facts: list[list[Any]] = [list(map(_KIND, weights)), list(map(Tensor.stride, weights))]
         if facts == self._fitting:
             return
@@ -73,14 +73,14 @@ class WeightFit:
             raise ValueError(f"{name} must be None, since this model has none, got shape {tuple(weight.shape)}")
         # PyTorch alone reads these frequencies, and MPNet's table.
         turns = name.startswith("encoder.rotary.")
-        is_free = turns or (isinstance(engine.encoder.relative, BiasTable) and ".relative." in name)
+        is_free = turns or (isinstance(engine.own_encoder.relative, BiasTable) and ".relative." in name)
         if weight.dtype != engine.dtype and not is_free:
             raise TypeError(f"{name} must be {engine.dtype} like the other weights, got {weight.dtype}")
         if "embeddings" in name:
             whole = weight.is_contiguous()
         else:
             whole = turns or weight.ndim > 2 or has_contiguous_rows(weight)
-        if weight.is_meta and engine.encoder.packed.is_alone:
+        if weight.is_meta and engine.own_encoder.packed.is_alone:
             return
         if (weight.shape, weight.device) != (shape, engine.device) or not whole:
             raise ValueError(

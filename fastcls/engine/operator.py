@@ -35,7 +35,7 @@ def describe(engine: Engine) -> str:
             "relative": None if relative is None else vars(relative),
             "convolution": None if convolution is None else vars(convolution),
         },
-        "head": vars(engine.head.spec),
+        "head": vars(engine.own_head.spec),
         "weights": [name for name, _ in engine.weights()],
         "buffers": [name for name, _ in engine.named_rotary()],
     }
@@ -81,7 +81,7 @@ def _forward(
     if rows == "texts":
         # Programs that earlier versions exported leave this to the task.
         fill = engine.fill_of_texts
-    return engine.rows(batch, _rows_named(rows, engine.head.spec, selected is not None), fill, selected)
+    return engine.rows(batch, _rows_named(rows, engine.own_head.spec, selected is not None), fill, selected)
 
 
 @_forward.register_fake

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,22 @@ class WatchedModule(nn.Module):
     """An encoder and a head, whose modules and weights are looked at before each call."""
 
     spec: EncoderSpec
-    encoder: Encoder
-    head: Head
+    # The modules that compute, where others are shown in their places.
+    own_parts: dict[str, Any] | None = None
+
+    @property
+    def own_encoder(self) -> Encoder:
+        """The encoder that computes; ``encoder`` may be the given model's, once that is shown."""
+        parts: dict[str, Any] = self.own_parts or self._modules
+        encoder: Encoder = parts["encoder"]
+        return encoder
+
+    @property
+    def own_head(self) -> Head:
+        """The head that computes."""
+        parts: dict[str, Any] = self.own_parts or self._modules
+        head: Head = parts["head"]
+        return head
 
     @property
     def last_layer(self) -> LastLayer:
@@ -31,7 +46,7 @@ class WatchedModule(nn.Module):
     @property
     def _like(self) -> Tensor:
         """A weight that is always there: it tells all weights' device and dtype."""
-        return self.encoder.like
+        return self.own_encoder.like
 
     @property
     def device(self) -> torch.device:
@@ -59,13 +74,13 @@ class WatchedModule(nn.Module):
 
     def named_rotary(self) -> Iterator[tuple[str, Tensor]]:
         """The rotary frequencies by our names."""
-        if self.encoder.rotary is not None:
-            yield from self.encoder.rotary.named_buffers("encoder.rotary")
+        if self.own_encoder.rotary is not None:
+            yield from self.own_encoder.rotary.named_buffers("encoder.rotary")
 
     def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules of encoder and head, by our names: a model that is trained shows others, the given one's."""
-        yield from self.encoder.named_modules(prefix="encoder")
-        yield from self.head.named_modules(prefix="head")
+        yield from self.own_encoder.named_modules(prefix="encoder")
+        yield from self.own_head.named_modules(prefix="head")
 
     def check_weights(self) -> None:
         """Checks weights that were put in place by hand, since the kernels and some libraries trust them.

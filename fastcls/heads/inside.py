@@ -148,8 +148,8 @@ class EncoderInside(FastEncoder):
             place: where the module has it.
             encoder: the transformers encoder that it was made of.
         """
-        weights = dict(fast.weights())
-        inside = cls(fast.model_class, fast.config, fast.spec, fast.head.spec, fast.weight_map, weights, *fast.options)
+        weights, head = dict(fast.weights()), fast.own_head.spec
+        inside = cls(fast.model_class, fast.config, fast.spec, head, fast.weight_map, weights, *fast.options)
         inside.select = fast.select
         inside._place, inside._parts = place, frozenset(encoder._modules)
         if fast._original is not None:

@@ -215,7 +215,7 @@ class _HeadOfModel(nn.Module):
     def _take(self, model: PreTrainedModel, fast: FastModel) -> None:
         # Where this one was moved to, or converted.
         like = next(self.parameters(), None)
-        self.head = fast.head if like is None else fast.head.to(like.device, like.dtype)
+        self.head = fast.own_head if like is None else fast.own_head.to(like.device, like.dtype)
         self.model: weakref.ref[PreTrainedModel] | None = weakref.ref(model)
         # Of the encoder, too: see `catch_up`.
         self.watched: Original | None = Original(model, fast.weight_map.sources, fast.weight_map.aliases)
@@ -276,8 +276,8 @@ def _check_names(heads: Mapping[str, object]) -> None:
 def _fast(name: str, model: PreTrainedModel) -> FastModel:
     """The fast model of one of several, for its head and to see its encoder."""
     fast: Any = optimize(model)
-    if not isinstance(fast, FastModel) or fast.head.spec.task not in _TASKS:
-        found = fast.head.spec.task if isinstance(fast, FastModel) else class_name(model)
+    if not isinstance(fast, FastModel) or fast.own_head.spec.task not in _TASKS:
+        found = fast.own_head.spec.task if isinstance(fast, FastModel) else class_name(model)
         raise ValueError(f"models[{name!r}] must be for one of {', '.join(_TASKS)}, got one for {found}")
     return fast
 

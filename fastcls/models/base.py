@@ -163,7 +163,7 @@ class FastModel(TrainableModel):
         if return_buffers:
             tensors += [buffer for _, module in self.own_modules() for buffer in module.buffers(recurse=False)]
         there = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if not tensor.is_meta}
-        return sum(there.values()) + self.encoder.packed.nbytes
+        return sum(there.values()) + self.own_encoder.packed.nbytes
 
     @property
     def name_or_path(self) -> str:
@@ -176,18 +176,18 @@ class FastModel(TrainableModel):
             return cast(nn.Embedding, self.trained.model.get_input_embeddings())
         self.catch_up()
         self.check_not_let_go("get_input_embeddings")
-        return nn.Embedding.from_pretrained(self.encoder.embeddings.word_weight.detach(), freeze=True)
+        return nn.Embedding.from_pretrained(self.own_encoder.embeddings.word_weight.detach(), freeze=True)
 
     def let_go(self) -> None:
         """Packs the weights for `quantize`, and lets those go that are packed."""
-        if self.encoder.packed.is_alone:
+        if self.own_encoder.packed.is_alone:
             return
-        self.encoder.packed.refresh(self._packing)
-        self.encoder.packed.let_go(self.weights(all_names=True))
+        self.own_encoder.packed.refresh(self._packing)
+        self.own_encoder.packed.let_go(self.weights(all_names=True))
 
     def check_not_let_go(self, what: str) -> None:
         """Raises RuntimeError where the weights are gone that ``what`` gives or takes."""
-        if self.encoder.packed.is_alone:
+        if self.own_encoder.packed.is_alone:
             raise RuntimeError(f"{what} must be left out: {LET_GO}")
 
     def can_generate(self) -> bool:
@@ -249,13 +249,13 @@ class FastModel(TrainableModel):
     @property
     def _width(self) -> int:
         """How many numbers a row has behind the head."""
-        out = self.head.out_weight
+        out = self.own_head.out_weight
         return self.spec.hidden_size if out is None else len(out)
 
     @property
     def _task_rows(self) -> Rows:
         """The rows that the task reads where a call does not say."""
-        return self.head.spec.rows
+        return self.own_head.spec.rows
 
     def _rows(
         self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True
@@ -263,7 +263,7 @@ class FastModel(TrainableModel):
         """`Engine.rows` of the weights as the original has them, or in a graph one node for it."""
         if self.keeps_graph(batch.inputs_embeds):
             if torch.compiler.is_compiling() and self.training and dense and self.is_training_node:
-                is_headless = self.head.spec.task == "encoder"
+                is_headless = self.own_head.spec.task == "encoder"
                 return training_node.trained_rows(self, batch, rows, fill, chosen, self._width, is_headless=is_headless)
             return self.trained_rows(batch, rows, fill, chosen, dense=dense)
         if torch.compiler.is_compiling():
@@ -282,7 +282,7 @@ class FastModel(TrainableModel):
         Where it cannot, a graph that must be whole was refused before this is asked. Of others PyTorch runs what raised
         once more, outside, and compiles the functions that are called there: so each that would make a node asks.
         """
-        return not self.encoder.packed.is_alone and not self.hooked_inside()
+        return not self.own_encoder.packed.is_alone and not self.hooked_inside()
 
     def _list_rows(
         self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None, rows: Rows

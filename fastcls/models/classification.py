@@ -78,7 +78,7 @@ class FastClassifier(Labelled):
         texts = self._checked(batch, kwargs)[0]
         if labels is not None and (labels.ndim == 0 or labels.shape[0] != texts):
             raise ValueError(f"labels must have one row for each of the {texts} texts, got {tuple(labels.shape)}")
-        logits = self._rows(batch, self.head.spec.rows, self.fill_of_texts)
+        logits = self._rows(batch, self.own_head.spec.rows, self.fill_of_texts)
         loss = None
         is_deberta = self.config.model_type in ("deberta", "deberta-v2")
         if labels is not None and is_deberta and self.config.problem_type is None:
@@ -106,7 +106,7 @@ class FastClassifier(Labelled):
             TypeError: something that is not an integer.
             ValueError: an empty or too long sequence, an id outside its table, or shapes that differ.
         """
-        return self._list_rows(token_ids, token_type_ids, self.head.spec.rows)
+        return self._list_rows(token_ids, token_type_ids, self.own_head.spec.rows)
 
 
 class FastNextSentencePredictor(ModelWithHead):
@@ -136,7 +136,7 @@ class FastNextSentencePredictor(ModelWithHead):
         texts = self._checked(batch, kwargs)[0]
         if labels is not None and labels.numel() != texts:
             raise ValueError(f"labels must be one for each of the {texts} pairs, got {tuple(labels.shape)}")
-        logits = self._rows(batch, self.head.spec.rows, self.fill_of_texts)
+        logits = self._rows(batch, self.own_head.spec.rows, self.fill_of_texts)
         loss = None if labels is None else F.cross_entropy(logits, labels.view(-1).to(logits.device))
         return self._given(NextSentencePredictorOutput(loss=loss, logits=logits), return_dict)
 
@@ -179,6 +179,6 @@ class FastMultipleChoice(ModelWithHead):
         texts, choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
         if labels is not None and labels.shape != (texts,):
             raise ValueError(f"labels must have shape ({texts},), one a question, got {tuple(labels.shape)}")
-        logits = self._rows(batch, self.head.spec.rows, self.fill_of_texts).view(texts, choices)
+        logits = self._rows(batch, self.own_head.spec.rows, self.fill_of_texts).view(texts, choices)
         loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
         return self._given(MultipleChoiceModelOutput(loss=loss, logits=logits), return_dict)

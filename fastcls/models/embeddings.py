@@ -47,7 +47,7 @@ class FastEncoder(FastModel):
         """The encoder of a model."""
         family, _ = family_of_class(model.model_class)
         base = next(name for name in family.heads if not head_in(name))
-        pools = model.head.spec.names.get("dense", "").startswith(family.prefix)
+        pools = model.own_head.spec.names.get("dense", "").startswith(family.prefix)
         parts = ("encoder.", "head.dense_") if pools else ("encoder.",)
         weights = {name: weight for name, weight in model.weights() if name.startswith(parts)}
         theirs = model.weight_map
@@ -62,9 +62,9 @@ class FastEncoder(FastModel):
             theirs.rows,
             theirs.layouts,
         )
-        head = HeadSpec("encoder", {"dense": "pooler"} if pools else {}, activation=model.head.spec.activation)
+        head = HeadSpec("encoder", {"dense": "pooler"} if pools else {}, activation=model.own_head.spec.activation)
         encoder = cls(getattr(transformers, base), model.config, model.spec, head, weight_map, weights, *model.options)
-        encoder.encoder = model.encoder
+        encoder.encoder = model.own_encoder
         encoder._watch_modules()
         # A tuple, so that the model is not registered as a part.
         encoder._whole = (model,)
@@ -87,7 +87,7 @@ class FastEncoder(FastModel):
             )
 
     def never_called(self, name: str, module: nn.Module, rows: Rows) -> str | None:
-        pools = self.gives_pooler_output and self.head.dense_weight is not None
+        pools = self.gives_pooler_output and self.own_head.dense_weight is not None
         if name == "head" and (not pools or rows in ("mean", "chosen")):
             return "no pooler's output is computed here"
         return super().never_called(name, module, rows)
@@ -99,8 +99,8 @@ class FastEncoder(FastModel):
     def catch_up(self, *, adds: bool = True) -> None:
         for whole in self._whole:
             whole.catch_up(adds=adds)
-            for name in dict(self.head.named_parameters()):
-                setattr(self.head, name, whole.head.get_parameter(name))
+            for name in dict(self.own_head.named_parameters()):
+                setattr(self.own_head, name, whole.own_head.get_parameter(name))
         super().catch_up(adds=adds)
 
     def stop_following(self) -> None:
@@ -153,7 +153,7 @@ class FastEncoder(FastModel):
             states = self._rows(batch, "all")
         else:
             raise ValueError(f"select must be 'all', 'first' or a boolean mask {tuple(shape)}, got {wanted!r}")
-        pools = self.gives_pooler_output and self.head.dense_weight is not None
+        pools = self.gives_pooler_output and self.own_head.dense_weight is not None
         if pools and not isinstance(wanted, Tensor):
             first = states[:, 0] if states.shape[1] else states.new_empty(0, self.spec.hidden_size)
             pooled = self._pooled(first)
@@ -188,7 +188,7 @@ class FastEncoder(FastModel):
         """
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
-        if has_hooks(self.head):
+        if has_hooks(self.own_head):
             raise RuntimeError("head must have no forward hooks, which would not run: embeddings are made without it")
         return self._list_rows(token_ids, token_type_ids, pooling)
 

@@ -147,7 +147,7 @@ class FollowingModel(Engine):
             self._announce_weights()
         self._keep_adapters()
         # Inside an operator that a graph runs, torch counts no changes; and what is doubted leaves none.
-        self.encoder.doubt()
+        self.own_encoder.doubt()
         operator.forget(self._first_weight)
 
     def _check_gathered(self) -> None:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..engine.batch import PaddedBatch
@@ -77,8 +77,7 @@ class TrainableModel(FollowingModel):
         # A copy has weights of its own, and trains those.
         for name in ("trained", "_training_options", "_early"):
             state.pop(name)
-        own = {name: state.pop(name) for name in ("encoder", "head")}
-        return {**state, "_modules": own, "_parameters": {}, "_buffers": {}}
+        return {**state, "_modules": state.pop("own_parts"), "_parameters": {}, "_buffers": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -110,20 +109,6 @@ class TrainableModel(FollowingModel):
         if self.trained is not None:
             self.trained.model.train(self.training)
         return self
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("encoder", "head") and self.__dict__.get("trained") is not None and name in self.__dict__:
-            # PEFT puts modules in the places of those that are shown, whose names may be those of our own attributes.
-            self._modules[name] = value
-        else:
-            super().__setattr__(name, value)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """The module of a name, one of those that are shown."""
-        if self.trained is not None and target:
-            # Our own encoder and head are attributes, which would hide modules of their names.
-            return self.trained.model.get_submodule(target)
-        return super().get_submodule(target)
 
     def requires_grad_(self: _Model, requires_grad: bool = True) -> _Model:
         """Sets whether parameters have gradients, of a model that is trained.
@@ -189,8 +174,8 @@ class TrainableModel(FollowingModel):
         super()._apply(once, recurse)
         if self.trained is not None:
             # What is shown are the given model's modules, which were moved; these read the same memory, or copies.
-            self.encoder._apply(once, recurse)
-            self.head._apply(once, recurse)
+            self.own_encoder._apply(once, recurse)
+            self.own_head._apply(once, recurse)
             self.catch_up()
         return self
 
@@ -209,7 +194,7 @@ class TrainableModel(FollowingModel):
     def _begin_training(self) -> None:
         if is_spread(self):
             raise RuntimeError("fully_shard must be called after train(), whose parameters are those of the original")
-        if self.encoder.packed.is_alone:
+        if self.own_encoder.packed.is_alone:
             raise RuntimeError(f"the model must keep its weights to be trained: {LET_GO}")
         if self._original is not None:
             # Those that leave no count among them.
@@ -239,11 +224,10 @@ class TrainableModel(FollowingModel):
         check_rates(model)
         self.trained = Trained(model, original, self.weight_map)
         self.number = training_node.number_of(self)
-        self._training_options = TrainingOptions(dropout_rates(self.config, self.head.spec), self.trained.padding_ids)
+        rates = dropout_rates(self.config, self.own_head.spec)
+        self._training_options = TrainingOptions(rates, self.trained.padding_ids)
         tell_of_steps(self)
-        own = self._modules
-        # Attributes as before, and modules and parameters of the model that is trained.
-        self.__dict__.update(encoder=own["encoder"], head=own["head"])
+        self.own_parts = self._modules
         self.__dict__.update(_modules=model._modules, _parameters=model._parameters, _buffers=model._buffers)
 
     def doubt_if(self, stepped: set[int]) -> None:
@@ -340,15 +324,15 @@ class TrainableModel(FollowingModel):
         # Writes through ``data`` leave no count; an optimizer has stepped since the last pass, as a rule.
         self.trained.original.doubt()
         self.catch_up(adds=False)
-        if self.encoder.rotary is not None:
+        if self.own_encoder.rotary is not None:
             with torch.no_grad():
-                self.encoder.rotary.refresh()
+                self.own_encoder.rotary.refresh()
         options = self._training_options._replace(
             padding_ids=self.trained.padding_ids, checkpointed_layers=self.checkpointed_layers
         )
         ours = dict(self.weights())
         return TrainingPass(
-            *(self.spec, self.head.spec, self.encoder, self.trained.weights(ours, instead)),
+            *(self.spec, self.own_head.spec, self.own_encoder, self.trained.weights(ours, instead)),
             *(self.trained.adapters(ours), options, dtype or self.training_dtype),
             seeds=seeds,
         )
@@ -396,16 +380,16 @@ class TrainableModel(FollowingModel):
             RuntimeError: an option or a hook that it would pass by, or weights that were let go.
         """
         self._check_trains(_EXPLAINING)
-        if self.encoder.packed.is_alone:
+        if self.own_encoder.packed.is_alone:
             raise RuntimeError(f"the model must keep its weights for {_EXPLAINING}: {LET_GO}")
         self.catch_up()
         self.check_weights()
-        if self.encoder.rotary is not None:
+        if self.own_encoder.rotary is not None:
             with torch.no_grad():
-                self.encoder.rotary.refresh()
+                self.own_encoder.rotary.refresh()
         weights = dict(self.weights(all_names=True))
         options = TrainingOptions(DropoutRates(), {}, self.checkpointed_layers)
-        return TrainingPass(self.spec, self.head.spec, self.encoder, weights, {}, options, self.dtype)
+        return TrainingPass(self.spec, self.own_head.spec, self.own_encoder, weights, {}, options, self.dtype)
 
     # How a batch is packed follows from its values, and what is kept for the backward pass from how it is packed.
     @torch.compiler.disable(  # type: ignore[untyped-decorator]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +15,10 @@ def place_of(model: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
 
 
 def own_module(model: nn.Module, path: str) -> nn.Module:
-    """A module by our name: `get_submodule` of a fast model that is trained leads into the given model."""
-    return functools.reduce(getattr, path.split("."), model) if path else model
+    """A module by our name, where a fast model that is trained shows the given model's modules."""
+    first, _, rest = path.partition(".")
+    parts: Mapping[str, nn.Module] = getattr(model, "own_parts", None) or {}
+    return parts[first].get_submodule(rest) if first in parts else model.get_submodule(path)
 
 
 def tensors_of(module: nn.Module, key: str) -> Any:

@@ -162,7 +162,7 @@ def _compare(
         if target.type == "cpu":
             fast.warm_up()
         # Where the compiled kernels take all layers whole, the last one makes keys and values whatever is asked for.
-        rungs = _RUNGS if fast.encoder.packed.stack is None else _RUNGS[:-1]
+        rungs = _RUNGS if fast.own_encoder.packed.stack is None else _RUNGS[:-1]
         quantised = None if products is None else optimize(model, quantize=products)
         if quantised is not None and quantised.quantize is None:
             # It cannot be fast here: a warning has said why.

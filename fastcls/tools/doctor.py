@@ -96,7 +96,7 @@ def warm(console: Console, model: str | None, device: str | None, dtype: str | N
 def _say_what_packing_takes(console: Console, name: str, fast: FastModel) -> None:
     own, start = fast.get_memory_footprint(), time.perf_counter()
     fast.warm_up()
-    seconds, packed = time.perf_counter() - start, fast.encoder.packed.nbytes
+    seconds, packed = time.perf_counter() - start, fast.own_encoder.packed.nbytes
     if not packed:
         console.print(f"Nothing to compile or pack: for {name} in {fast.dtype} plain PyTorch runs.")
         return

@@ -393,7 +393,7 @@ def _reduced_dtypes(reduced: Sequence[str | torch.dtype] | None, dtype: torch.dt
 
 
 def _check_fits(fast: FastModel, model: PreTrainedModel, task: str, quantize: Quantize | None) -> None:
-    if not isinstance(fast, FastModel) or fast.head.spec.task != task:
+    if not isinstance(fast, FastModel) or fast.own_head.spec.task != task:
         raise TypeError(f"fast must be what fastcls.optimize makes of the model, for {task}, got {type(fast).__name__}")
     if (fast.dtype, fast.device) != (model.dtype, model.device):
         raise ValueError(
