@@ -14,12 +14,13 @@ import multiprocessing
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from support import tiny_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -39,6 +40,7 @@ class Way(NamedTuple):
         model_class, family: of transformers.
         accumulated: the batches of a step.
         frozen: the module that is not trained.
+        parts: names of modules that are spread before the whole, or lists of names of those that are one group.
         steps: how many.
         device: where; each process has a GPU of its own.
         evaluated: after each of how many steps the loss of eval mode is taken, too; 0 for none.
@@ -49,6 +51,7 @@ class Way(NamedTuple):
     family: str = "bert"
     accumulated: int = 1
     frozen: str = ""
+    parts: Sequence[str | Sequence[str]] = ()
     steps: int = 50
     evaluated: int = 0
     device: str = "cpu"
@@ -115,10 +118,13 @@ def train(model: Any, way: Way, rank: int = 0, processes: int = 1) -> list[float
     return losses
 
 
-def spread(fast: nn.Module, **options: Any) -> nn.Module:
+def spread(fast: Any, parts: Sequence[str | Sequence[str]] = (), **options: Any) -> Any:
     """A fast model under fully_shard."""
-    device = next(fast.parameters()).device.type
-    fully_shard(fast, mesh=init_device_mesh(device, (PROCESSES,)), **options)
+    mesh = init_device_mesh(next(fast.parameters()).device.type, (PROCESSES,))
+    for part in parts:
+        modules = [fast.get_submodule(name) for name in ([part] if isinstance(part, str) else part)]
+        fully_shard(modules[0] if len(modules) == 1 else modules, mesh=mesh, **options)
+    fully_shard(fast, mesh=mesh, **options)
     return fast
 
 
@@ -126,7 +132,7 @@ def trained(way: Way, rank: int) -> dict[str, Any]:
     """What one of the processes finds."""
     fast = prepared(way)
     keys = list(fast.state_dict())
-    model = DistributedDataParallel(fast) if way.wrapper == "ddp" else spread(fast)
+    model = DistributedDataParallel(fast) if way.wrapper == "ddp" else spread(fast, way.parts)
     losses = train(model, way, rank, PROCESSES)
     whole = StateDictOptions(full_state_dict=True)
     saved: dict[str, Any] = (
@@ -141,7 +147,7 @@ def trained(way: Way, rank: int) -> dict[str, Any]:
     fresh.load_state_dict(saved)
     loaded = [fresh]
     if way.wrapper == "fsdp":
-        loaded.append(spread(prepared(way)))
+        loaded.append(spread(prepared(way), way.parts))
         set_model_state_dict(loaded[1], {**saved}, options=whole)
     batch = {name: tensor for name, tensor in batch_of(0, way.model_class, way.device).items() if name != "labels"}
     expected = model.eval()(**batch).logits
@@ -160,11 +166,18 @@ def refusals(way: Way) -> dict[str, str]:
     def call(fast: Any) -> None:
         fast(**batch)
 
-    def layers(mode: bool) -> None:
+    layers = [f"bert.encoder.layer.{index}" for index in range(2)]
+
+    def parts_alone(mode: bool) -> None:
         fast = prepared(way)
-        for layer in fast.bert.encoder.layer:
-            spread(layer)
-        call(spread(fast).train(mode))
+        for layer in layers:
+            spread(fast.get_submodule(layer))
+        call(fast.train(mode))
+
+    def hooked(mode: bool) -> None:
+        fast = spread(prepared(way), layers)
+        fast.get_submodule(layers[1]).register_forward_hook(lambda *_: None)
+        call(fast.train(mode))
 
     def original() -> None:
         model = tiny_model(way.model_class, way.family)
@@ -173,15 +186,20 @@ def refusals(way: Way) -> dict[str, str]:
         call(fast)
 
     narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    narrow_outputs = MixedPrecisionPolicy(output_dtype=torch.bfloat16)
     tried = {
-        "layers": lambda: layers(True),
-        "layers_in_eval_mode": lambda: layers(False),
+        "parts_alone": lambda: parts_alone(True),
+        "parts_alone_in_eval_mode": lambda: parts_alone(False),
+        "hooked": lambda: hooked(True),
+        "hooked_in_eval_mode": lambda: hooked(False),
+        "narrow_parts": lambda: call(spread(prepared(way), layers, mp_policy=narrow)),
+        "narrow_outputs": lambda: call(spread(prepared(way), layers, mp_policy=narrow_outputs)),
         "original": original,
         "too_early": lambda: spread(fastcls.optimize(tiny_model(way.model_class, way.family))).train(),
         "narrow": lambda: call(spread(prepared(way), mp_policy=narrow)),
         "narrow_in_eval_mode": lambda: call(spread(prepared(way), mp_policy=narrow).eval()),
-        "lists": lambda: spread(prepared(way)).eval().logits_of([[5]]),  # type: ignore[operator]
-        "saved": lambda: spread(prepared(way)).save_pretrained("nowhere"),  # type: ignore[operator]
+        "lists": lambda: spread(prepared(way)).eval().logits_of([[5]]),
+        "saved": lambda: spread(prepared(way)).save_pretrained("nowhere"),
     }
     found = {}
     for name, function in tried.items():

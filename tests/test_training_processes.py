@@ -36,6 +36,7 @@ def assert_losses_of_one_process(found: dict[str, Any], way: Way) -> None:
     assert found["losses"] == pytest.approx(expected, rel=1e-5)
 
 
+LAYERS = tuple(f"bert.encoder.layer.{index}" for index in range(2))
 WAYS = {
     "ddp": (
         Way("ddp", evaluated=10),
@@ -48,6 +49,10 @@ WAYS = {
         Way("fsdp", accumulated=2, steps=20),
         Way("fsdp", frozen="bert.embeddings", steps=10),
         Way("fsdp", "BertForMaskedLM", steps=10),
+        Way("fsdp", parts=LAYERS, evaluated=2),
+        Way("fsdp", parts=("bert.embeddings", LAYERS, "classifier"), accumulated=2, steps=10),
+        Way("fsdp", parts=(*LAYERS, "bert.encoder", "bert"), frozen="bert.encoder.layer.1", steps=10, evaluated=3),
+        Way("fsdp", "ModernBertForMaskedLM", "modernbert", parts=("model.layers.0", "head"), steps=10, evaluated=3),
     ),
 }
 
@@ -75,9 +80,13 @@ def test_halves_of_batches_on_two_gpus(wrapper: str) -> None:
 def test_what_fully_shard_cannot_be_followed_in_is_refused() -> None:
     (found,) = found_by(Way("refused"))
     expected = {
-        "layers": "fully_shard must be called on the fast model as a whole, not on model.bert.encoder.layer.0",
-        "layers_in_eval_mode": "fully_shard must be called on the fast model as a whole",
-        "original": "call fully_shard on the fast model as a whole",
+        "parts_alone": "fully_shard must be called on the fast model, too",
+        "parts_alone_in_eval_mode": "fully_shard must be called on the fast model, too",
+        "hooked": "model.bert.encoder.layer.1 must have no hooks",
+        "hooked_in_eval_mode": "model.bert.encoder.layer.1 must have no forward hooks",
+        "narrow_parts": "mp_policy.param_dtype of fully_shard must be None or torch.float32",
+        "narrow_outputs": "mp_policy.output_dtype of fully_shard must be None on parts of a model",
+        "original": "call fully_shard on the fast model",
         "too_early": "fully_shard must be called after train()",
         "narrow": "mp_policy.param_dtype of fully_shard must be None or torch.float32",
         "narrow_in_eval_mode": "mp_policy.param_dtype of fully_shard must be None or torch.float32",

@@ -48,6 +48,17 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
+def gathers(module: nn.Module) -> bool:
+    """Whether what runs around a module's calls gathers its weights, as `torch.distributed.fsdp.fully_shard` has it.
+
+    Hooks that somebody else has set beside those are others: this is False then.
+    """
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return bool(hooks) and all(
+        str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.") for hook in hooks
+    )
+
+
 def is_intercepted(module: nn.Module) -> bool:
     """Whether somebody else's code may have a call of a module's rows: its hooks, or those for all modules."""
     return has_hooks(module) or bool(_global_forward_hooks or _global_forward_pre_hooks)

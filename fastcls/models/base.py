@@ -271,18 +271,22 @@ class FastModel(TrainableModel):
                 return operator.forward(self, self.description, batch, rows, fill, chosen)
             outside: Tensor = torch.compiler.disable(self._rows)(batch, rows, fill, chosen, dense=dense)
             return outside
-        # First, so that an original that has become another model is named, and not the input that does not fit it.
-        self.catch_up()
-        return self.rows(batch, rows, fill, chosen, dense=dense)
+
+        def compute() -> Tensor:
+            # First, so that an original that has become another model is named, and not the input that does not fit it.
+            self.catch_up()
+            return self.rows(batch, rows, fill, chosen, dense=dense)
+
+        return self.gathered(compute)
 
     @property
     def is_for_graphs(self) -> bool:
-        """Whether a graph can hold the model: its weights are there, and no hooks inside that the graph would pass by.
+        """Whether a graph can hold the model: its weights are there and whole, and no hooks inside would be passed by.
 
         Where it cannot, a graph that must be whole was refused before this is asked. Of others PyTorch runs what raised
         once more, outside, and compiles the functions that are called there: so each that would make a node asks.
         """
-        return not self.own_encoder.packed.is_alone and not self.hooked_inside()
+        return not self.own_encoder.packed.is_alone and not self.hooked_inside() and not self.is_spread_by_parts
 
     def _list_rows(
         self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None, rows: Rows

@@ -152,7 +152,10 @@ class FollowingModel(Engine):
 
     def _check_gathered(self) -> None:
         """Refuses weights that FSDP gathers in another dtype than the one in which these were taken over."""
-        if is_spread(self) and (found := next(self.parameters()).dtype) != self.dtype:
+        if not is_spread(self):
+            return
+        found = next((weight.dtype for weight in self.parameters() if weight.dtype != self.dtype), None)
+        if found is not None:
             raise RuntimeError(
                 f"mp_policy.param_dtype of fully_shard must be None or {self.dtype}, the weights' own, got {found}: "
                 "use torch.autocast, which computes products in it"

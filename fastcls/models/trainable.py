@@ -369,6 +369,26 @@ class TrainableModel(FollowingModel):
         with torch.autocast(self.device.type, enabled=False):
             return self.rows(batch, rows, fill, chosen, run=run.rows)
 
+    @property
+    def is_spread_by_parts(self) -> bool:
+        """Whether `fully_shard` has spread parts of the model."""
+        return self.trained is not None and self.trained.is_spread_by_parts
+
+    def gathered(self, function: Callable[[], Tensor]) -> Tensor:
+        """Computes rows while weights are whole that `fully_shard` has spread: see `Trained.gathered`.
+
+        Raises:
+            RuntimeError: it has spread parts of the model, but not the model.
+        """
+        if self.trained is None or not self.is_spread_by_parts:
+            return function()
+        if not is_spread(self):
+            raise RuntimeError(
+                "fully_shard must be called on the fast model, too, at last, and not on its parts alone: the "
+                "gradients of all other weights would be those of one process"
+            )
+        return self.trained.gathered(function)
+
     def keeps_graph(self, states: Tensor | None) -> bool:
         """Whether a call keeps a graph: in training, and in eval mode where the embeddings given ask for gradients."""
         return self.training or (states is not None and states.requires_grad and torch.is_grad_enabled())
@@ -399,9 +419,13 @@ class TrainableModel(FollowingModel):
         self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True
     ) -> Tensor:
         """`Engine.rows` with a graph, and in training mode with dropout."""
-        run = self.training_pass() if self.training else self.explaining_pass()
-        with torch.autocast(self.device.type, enabled=False):
-            return self.rows(batch, rows, fill, chosen, dense=dense, run=run.rows)
+
+        def compute() -> Tensor:
+            run = self.training_pass() if self.training else self.explaining_pass()
+            with torch.autocast(self.device.type, enabled=False):
+                return self.rows(batch, rows, fill, chosen, dense=dense, run=run.rows)
+
+        return self.gathered(compute)
 
     def trained_pooled(self, states: Tensor) -> Tensor:
         """The pooler over (num_texts, hidden_size), with a graph."""

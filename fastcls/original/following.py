@@ -274,8 +274,7 @@ class Original:
         if is_distributed(found):
             raise RuntimeError(
                 f"model.{slot.name} must be whole where it is read, got a DTensor, a part on each process: call "
-                "fully_shard on the fast model as a whole, not on the model that it was made of or on layers, and then "
-                "the fast model as a whole"
+                "fully_shard on the fast model, not on the one that it was made of, and then the fast model as a whole"
             )
         # Even if the tensor is the same: `torch.utils.swap_tensors` gives it another class.
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from fastcls_kernels.training.derivatives import first_only
 
 from ..engine.training import LowRank
-from ..engine.weights import has_hooks, is_spread
+from ..engine.weights import gathers, has_hooks
 from ..families.family import WeightMap, head_in
 from .adapters import low_rank_layers, named_modules, named_parameters
 from .following import Original
@@ -129,8 +129,8 @@ class Trained:
         """
         self._look_again()
         for name, module in self._hooked:
-            if has_hooks(module) or module._backward_hooks or module._backward_pre_hooks:
-                _check_not_spread(name, module)
+            is_hooked = has_hooks(module) and not _gathers_alone(module)
+            if is_hooked or module._backward_hooks or module._backward_pre_hooks:
                 raise RuntimeError(
                     f"model.{name} must have no hooks, and no other forward, in training, where they would not run: "
                     "remove them, or train the transformers model"
@@ -145,13 +145,46 @@ class Trained:
         self._look_again()
         if not any(self._hooks):
             return
-        name, module = next((name, module) for name, module in self._hooked if has_hooks(module))
-        _check_not_spread(name, module)
-        raise RuntimeError(
-            f"model.{name} must have no forward hooks, which would not run: a fast model calls none of the modules "
-            "that it shows. Attributions to embeddings are those to inputs_embeds, which "
-            "get_input_embeddings() gives"
-        )
+        for name, module in self._hooked:
+            if has_hooks(module) and not _gathers_alone(module):
+                raise RuntimeError(
+                    f"model.{name} must have no forward hooks, which would not run: a fast model calls none of the "
+                    "modules that it shows. Attributions to embeddings are those to inputs_embeds, which "
+                    "get_input_embeddings() gives"
+                )
+
+    @property
+    def is_spread_by_parts(self) -> bool:
+        """Whether `fully_shard` was called on modules below the model."""
+        return any(self._hooks) and any(gathers(module) for _, module in self._hooked)
+
+    def gathered(self, function: Callable[[], Tensor]) -> Tensor:
+        """Computes rows while weights are whole that `fully_shard` has spread by parts of the model.
+
+        What FSDP runs before the calls of these parts runs before ``function``, and what it runs behind them behind
+        it, as if each were called inside the one before: it gathers their weights, and again for the backward pass.
+
+        Args:
+            function: computes the rows.
+
+        Raises:
+            RuntimeError: FSDP gives the rows in another dtype.
+        """
+        parts = [module for _, module in self._hooked if gathers(module)] if any(self._hooks) else []
+        for module in parts:
+            for enters in list(module._forward_pre_hooks.values()):
+                enters(module, (), {})
+        rows = function()
+        dtype = rows.dtype
+        for module in reversed(parts):
+            for leaves in list(module._forward_hooks.values()):
+                rows = leaves(module, (), rows)
+        if rows.dtype != dtype:
+            raise RuntimeError(
+                f"mp_policy.output_dtype of fully_shard must be None on parts of a model, got {rows.dtype}: they have "
+                "no outputs of their own here"
+            )
+        return rows
 
     def check_pass(self, device: torch.device, dtype: torch.dtype, *, drops: bool) -> None:
         """Refuses a model that was changed since `FastModel.train` in what a pass would pass by.
@@ -180,11 +213,8 @@ class Trained:
                 )
 
 
-def _check_not_spread(name: str, module: nn.Module) -> None:
-    if is_spread(module):
-        raise RuntimeError(
-            f"fully_shard must be called on the fast model as a whole, not on model.{name}, whose hooks would not run"
-        )
+def _gathers_alone(module: nn.Module) -> bool:
+    return gathers(module) and "forward" not in vars(module)
 
 
 def _rate_of(module: nn.Module) -> float | None:
