@@ -178,6 +178,18 @@ class FastModel(TrainableModel):
         self.check_not_let_go("get_input_embeddings")
         return nn.Embedding.from_pretrained(self.own_encoder.embeddings.word_weight.detach(), freeze=True)
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The layer of a masked language model that gives the vocabulary's logits, None of others; accelerate asks.
+
+        Raises:
+            RuntimeError: a masked language model does not show its layers, as it does from `train` on.
+        """
+        if self.trained is not None:
+            return cast("nn.Module | None", self.trained.model.get_output_embeddings())
+        if self.own_head.spec.task == "masked language modelling":
+            raise RuntimeError("get_output_embeddings must be called after train(), which shows the model's layers")
+        return None
+
     def let_go(self) -> None:
         """Packs the weights for `quantize`, and lets those go that are packed."""
         if self.own_encoder.packed.is_alone:
