@@ -9,6 +9,7 @@ started no threads.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import socket
@@ -36,11 +37,13 @@ class Way(NamedTuple):
     """How a model is trained.
 
     Attributes:
-        wrapper: what spreads it over the processes: "ddp", "fsdp"; "refused" for what fully_shard is refused.
+        wrapper: what spreads it over the processes: "ddp", "fsdp", "accelerate" by that library's way to FSDP2 (and
+            "accelerate_meta" with weights that are away meanwhile); "refused" for what fully_shard is refused.
         model_class, family: of transformers.
         accumulated: the batches of a step.
         frozen: the module that is not trained.
-        parts: names of modules that are spread before the whole, or lists of names of those that are one group.
+        parts: names of modules that are spread before the whole, or lists of names of those that are one group; of
+            accelerate names of classes.
         steps: how many.
         device: where; each process has a GPU of its own.
         evaluated: after each of how many steps the loss of eval mode is taken, too; 0 for none.
@@ -128,11 +131,32 @@ def spread(fast: Any, parts: Sequence[str | Sequence[str]] = (), **options: Any)
     return fast
 
 
+def spread_by_accelerate(fast: Any, way: Way) -> Any:
+    """A fast model as accelerate's `prepare` spreads it on GPUs; on a CPU that gives DistributedDataParallel instead."""
+    accelerate: Any = importlib.import_module("accelerate")
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=list(way.parts),
+        cpu_ram_efficient_loading=way.wrapper == "accelerate_meta",
+    )
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.state.fsdp_plugin = plugin
+    return accelerate.utils.fsdp2_prepare_model(accelerator, fast)
+
+
+def wrapped(way: Way) -> Any:
+    """The model that is trained, spread over the processes."""
+    fast = prepared(way)
+    if way.wrapper == "ddp":
+        return DistributedDataParallel(fast)
+    return spread(fast, way.parts) if way.wrapper == "fsdp" else spread_by_accelerate(fast, way)
+
+
 def trained(way: Way, rank: int) -> dict[str, Any]:
     """What one of the processes finds."""
-    fast = prepared(way)
-    keys = list(fast.state_dict())
-    model = DistributedDataParallel(fast) if way.wrapper == "ddp" else spread(fast, way.parts)
+    keys = list(prepared(way).state_dict())
+    model = wrapped(way)
     losses = train(model, way, rank, PROCESSES)
     whole = StateDictOptions(full_state_dict=True)
     saved: dict[str, Any] = (
@@ -146,8 +170,8 @@ def trained(way: Way, rank: int) -> dict[str, Any]:
     fresh = prepared(way)
     fresh.load_state_dict(saved)
     loaded = [fresh]
-    if way.wrapper == "fsdp":
-        loaded.append(spread(prepared(way), way.parts))
+    if way.wrapper != "ddp":
+        loaded.append(wrapped(way))
         set_model_state_dict(loaded[1], {**saved}, options=whole)
     batch = {name: tensor for name, tensor in batch_of(0, way.model_class, way.device).items() if name != "labels"}
     expected = model.eval()(**batch).logits

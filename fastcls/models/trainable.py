@@ -320,10 +320,10 @@ class TrainableModel(FollowingModel):
         assert self.trained is not None
         assert self._training_options is not None
         self._check_gathered()
-        self.trained.check_pass(self.device, self.dtype, drops=any(self._training_options.rates))
         # Writes through ``data`` leave no count; an optimizer has stepped since the last pass, as a rule.
         self.trained.original.doubt()
         self.catch_up(adds=False)
+        self.trained.check_pass(self.device, self.dtype, drops=any(self._training_options.rates))
         if self.own_encoder.rotary is not None:
             with torch.no_grad():
                 self.own_encoder.rotary.refresh()

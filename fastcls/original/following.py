@@ -361,6 +361,10 @@ def _bring(
     ours = place[key]
     is_alike = all(part.dtype == ours.dtype and part.device == ours.device for part in parts)
     with torch.inference_mode(False), torch.no_grad():
+        if ours.is_meta:
+            # accelerate moves a model there before it spreads it over processes, and gives it memory afterwards.
+            set_weight(model, own, made_of(parts, layout))
+            return True
         if anew:
             fresh = made_of(parts, layout)
             set_weight(model, own, fresh if is_alike else fresh.to(ours.device, ours.dtype, copy=True))
