@@ -132,7 +132,7 @@ def spread(fast: Any, parts: Sequence[str | Sequence[str]] = (), **options: Any)
 
 
 def spread_by_accelerate(fast: Any, way: Way) -> Any:
-    """A fast model as accelerate's `prepare` spreads it on GPUs; on a CPU that gives DistributedDataParallel instead."""
+    """A fast model as accelerate's `prepare` spreads it on GPUs; on a CPU that would give DistributedDataParallel."""
     accelerate: Any = importlib.import_module("accelerate")
     plugin = accelerate.FullyShardedDataParallelPlugin(
         fsdp_version=2,
