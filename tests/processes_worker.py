@@ -45,6 +45,7 @@ class Way(NamedTuple):
         parts: names of modules that are spread before the whole, or lists of names of those that are one group; of
             accelerate names of classes.
         steps: how many.
+        adapted: whether PEFT's adapters alone are trained.
         device: where; each process has a GPU of its own.
         evaluated: after each of how many steps the loss of eval mode is taken, too; 0 for none.
     """
@@ -57,6 +58,7 @@ class Way(NamedTuple):
     parts: Sequence[str | Sequence[str]] = ()
     steps: int = 50
     evaluated: int = 0
+    adapted: bool = False
     device: str = "cpu"
 
 
@@ -78,7 +80,12 @@ def prepared(way: Way) -> Any:
     """The fast model that is trained, without dropout."""
     rates = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     quiet = dict.fromkeys(rates, 0.0) if way.family == "bert" else {}
-    fast = fastcls.optimize(tiny_model(way.model_class, way.family, **quiet).to(way.device)).train()
+    model: Any = tiny_model(way.model_class, way.family, **quiet).to(way.device)
+    if way.adapted:
+        peft: Any = importlib.import_module("peft")
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=3, init_lora_weights=False))
+    fast: Any = fastcls.optimize(model).train()
     if way.frozen:
         fast.get_submodule(way.frozen).requires_grad_(False)
     return fast

@@ -54,6 +54,10 @@ WAYS = {
         Way("fsdp", parts=(*LAYERS, "bert.encoder", "bert"), frozen="bert.encoder.layer.1", steps=10, evaluated=3),
         Way("fsdp", "ModernBertForMaskedLM", "modernbert", parts=("model.layers.0", "head"), steps=10, evaluated=3),
     ),
+    "peft": (
+        Way("ddp", adapted=True, steps=10),
+        Way("fsdp", adapted=True, parts=[f"base_model.model.{name}" for name in LAYERS], steps=10, evaluated=3),
+    ),
     "accelerate": (
         Way("accelerate", parts=("BertLayer",), steps=10, evaluated=3),
         Way("accelerate", "ModernBertForMaskedLM", "modernbert", parts=("ModernBertEncoderLayer",), steps=10),
@@ -64,8 +68,9 @@ WAYS = {
 
 @pytest.mark.parametrize("ways", list(WAYS.values()), ids=list(WAYS))
 def test_halves_of_batches_in_two_processes(ways: tuple[Way, ...]) -> None:
-    if any("accelerate" in way.wrapper for way in ways):
-        pytest.importorskip("accelerate", reason="its way to FSDP2 needs accelerate, which is not installed")
+    library = next((name for name in ("accelerate", "peft") if ways == WAYS[name]), None)
+    if library is not None:
+        pytest.importorskip(library, reason=f"needs {library}, which is not installed")
     for found, way in zip(found_by(*ways), ways, strict=True):
         assert_losses_of_one_process(found, way)
         assert found["are_equal"]
