@@ -536,6 +536,16 @@ def test_adapters_outlive_the_model_that_they_were_added_to(later: bool) -> None
     assert all("lora" in name for name in names)
 
 
+def test_another_forward_of_an_adapted_layer_is_refused(pair: tuple[Any, Any]) -> None:
+    reference, fast = pair
+    inputs = {name: tensor for name, tensor in inputs_of(reference, CLASSIFIER).items() if name != "labels"}
+    layer = fast.base_model.model.bert.encoder.layer[0].attention.self.query
+    layer.forward = lambda rows: 2 * layer.base_layer(rows)
+    for mode in (False, True):
+        with pytest.raises(RuntimeError, match=r"model.bert.encoder.layer.0.attention.self.query must have no .*forward"):
+            fast.train(mode)(**inputs)
+
+
 def test_eval_mode_between_a_pass_and_its_gradients() -> None:
     model = quiet()
     reference, fast = adapted(model, config_of(model, task_type="SEQ_CLS"), "optimized")

@@ -108,6 +108,11 @@ def test_what_a_pass_with_gradients_would_pass_by_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"model.bert.embeddings must have no forward hooks.*inputs_embeds"):
         fast(**inputs)
     handle.remove()
+    layer = fast.bert.encoder.layer[1].attention.self.query
+    layer.forward = lambda rows: rows
+    with pytest.raises(RuntimeError, match=r"model.bert.encoder.layer.1.attention.self.query must have .* no other fo"):
+        fast(**inputs)
+    del layer.forward
     assert not fast(**inputs).logits.requires_grad
 
 

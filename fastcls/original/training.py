@@ -44,6 +44,7 @@ class Trained:
         self._hooks = [
             hooks for _, module in self._hooked for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
+        self._states = [vars(module) for _, module in self._hooked]
         self._modules = [(name, module, _rate_of(module)) for name, module in named_modules(self.model)]
         self._padding_ids = self._find_padding_ids()
         self._warn_of_heads()
@@ -137,20 +138,20 @@ class Trained:
                 )
 
     def check_unhooked(self) -> None:
-        """Refuses hooks that no call in eval mode would run: it computes by modules of its own.
+        """Refuses what no call in eval mode would run: it computes by modules of its own.
 
         Raises:
-            RuntimeError: a module below the model has forward hooks.
+            RuntimeError: a module below the model has forward hooks, or another ``forward``.
         """
         self._look_again()
-        if not any(self._hooks):
+        if not any(self._hooks) and not any("forward" in state for state in self._states):
             return
         for name, module in self._hooked:
             if has_hooks(module) and not _gathers_alone(module):
                 raise RuntimeError(
-                    f"model.{name} must have no forward hooks, which would not run: a fast model calls none of the "
-                    "modules that it shows. Attributions to embeddings are those to inputs_embeds, which "
-                    "get_input_embeddings() gives"
+                    f"model.{name} must have no forward hooks, and no other forward, which would not run: a fast model "
+                    "calls none of the modules that it shows. Attributions to embeddings are those to inputs_embeds, "
+                    "which get_input_embeddings() gives"
                 )
 
     @property
