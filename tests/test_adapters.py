@@ -542,7 +542,9 @@ def test_another_forward_of_an_adapted_layer_is_refused(pair: tuple[Any, Any]) -
     layer = fast.base_model.model.bert.encoder.layer[0].attention.self.query
     layer.forward = lambda rows: 2 * layer.base_layer(rows)
     for mode in (False, True):
-        with pytest.raises(RuntimeError, match=r"model.bert.encoder.layer.0.attention.self.query must have no .*forward"):
+        with pytest.raises(
+            RuntimeError, match=r"model.bert.encoder.layer.0.attention.self.query must have no .*forward"
+        ):
             fast.train(mode)(**inputs)
 
 

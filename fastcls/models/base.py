@@ -284,12 +284,10 @@ class FastModel(TrainableModel):
             outside: Tensor = torch.compiler.disable(self._rows)(batch, rows, fill, chosen, dense=dense)
             return outside
 
-        def compute() -> Tensor:
-            # First, so that an original that has become another model is named, and not the input that does not fit it.
-            self.catch_up()
-            return self.rows(batch, rows, fill, chosen, dense=dense)
-
-        return self.gathered(compute)
+        leave = self.gather()
+        # First, so that an original that has become another model is named, and not the input that does not fit it.
+        self.catch_up()
+        return leave(self.rows(batch, rows, fill, chosen, dense=dense))
 
     @property
     def is_for_graphs(self) -> bool:

@@ -45,6 +45,10 @@ class _Once:
         return self._found[place][1]
 
 
+def _as_they_are(rows: Tensor) -> Tensor:
+    return rows
+
+
 class TrainableModel(FollowingModel):
     """A following model with a training mode.
 
@@ -374,20 +378,20 @@ class TrainableModel(FollowingModel):
         """Whether `fully_shard` has spread parts of the model."""
         return self.trained is not None and self.trained.is_spread_by_parts
 
-    def gathered(self, function: Callable[[], Tensor]) -> Tensor:
-        """Computes rows while weights are whole that `fully_shard` has spread: see `Trained.gathered`.
+    def gather(self) -> Callable[[Tensor], Tensor]:
+        """Has weights whole that `fully_shard` has spread by parts of the model: see `Trained.gather`.
 
         Raises:
             RuntimeError: it has spread parts of the model, but not the model.
         """
         if self.trained is None or not self.is_spread_by_parts:
-            return function()
+            return _as_they_are
         if not is_spread(self):
             raise RuntimeError(
                 "fully_shard must be called on the fast model, too, at last, and not on its parts alone: the "
                 "gradients of all other weights would be those of one process"
             )
-        return self.trained.gathered(function)
+        return self.trained.gather()
 
     def keeps_graph(self, states: Tensor | None) -> bool:
         """Whether a call keeps a graph: in training, and in eval mode where the embeddings given ask for gradients."""
@@ -420,12 +424,10 @@ class TrainableModel(FollowingModel):
     ) -> Tensor:
         """`Engine.rows` with a graph, and in training mode with dropout."""
 
-        def compute() -> Tensor:
-            run = self.training_pass() if self.training else self.explaining_pass()
-            with torch.autocast(self.device.type, enabled=False):
-                return self.rows(batch, rows, fill, chosen, dense=dense, run=run.rows)
-
-        return self.gathered(compute)
+        leave = self.gather()
+        run = self.training_pass() if self.training else self.explaining_pass()
+        with torch.autocast(self.device.type, enabled=False):
+            return leave(self.rows(batch, rows, fill, chosen, dense=dense, run=run.rows))
 
     def trained_pooled(self, states: Tensor) -> Tensor:
         """The pooler over (num_texts, hidden_size), with a graph."""

@@ -159,33 +159,34 @@ class Trained:
         """Whether `fully_shard` was called on modules below the model."""
         return any(self._hooks) and any(gathers(module) for _, module in self._hooked)
 
-    def gathered(self, function: Callable[[], Tensor]) -> Tensor:
-        """Computes rows while weights are whole that `fully_shard` has spread by parts of the model.
+    def gather(self) -> Callable[[Tensor], Tensor]:
+        """Has weights whole, for a pass and its gradients, that `fully_shard` has spread by parts of the model.
 
-        What FSDP runs before the calls of these parts runs before ``function``, and what it runs behind them behind
-        it, as if each were called inside the one before: it gathers their weights, and again for the backward pass.
+        FSDP does so before the call of each part, and lets go behind it. Here all begin at once, as if each part were
+        called inside the one before, and end at once.
 
-        Args:
-            function: computes the rows.
-
-        Raises:
-            RuntimeError: FSDP gives the rows in another dtype.
+        Returns:
+            What ends the calls: it takes the rows that were computed, whose gradients gather the weights again, and
+            gives these rows. It raises RuntimeError where FSDP would give them in another dtype.
         """
-        parts = [module for _, module in self._hooked if gathers(module)] if any(self._hooks) else []
+        parts = [module for _, module in self._hooked if gathers(module)]
         for module in parts:
-            for enters in list(module._forward_pre_hooks.values()):
-                enters(module, (), {})
-        rows = function()
-        dtype = rows.dtype
-        for module in reversed(parts):
-            for leaves in list(module._forward_hooks.values()):
-                rows = leaves(module, (), rows)
-        if rows.dtype != dtype:
-            raise RuntimeError(
-                f"mp_policy.output_dtype of fully_shard must be None on parts of a model, got {rows.dtype}: they have "
-                "no outputs of their own here"
-            )
-        return rows
+            for begins in list(module._forward_pre_hooks.values()):
+                begins(module, (), {})
+
+        def leave(rows: Tensor) -> Tensor:
+            dtype = rows.dtype
+            for module in reversed(parts):
+                for ends in list(module._forward_hooks.values()):
+                    rows = ends(module, (), rows)
+            if rows.dtype != dtype:
+                raise RuntimeError(
+                    f"mp_policy.output_dtype of fully_shard must be None on parts of a model, got {rows.dtype}: they "
+                    "have no outputs of their own here"
+                )
+            return rows
+
+        return leave
 
     def check_pass(self, device: torch.device, dtype: torch.dtype, *, drops: bool) -> None:
         """Refuses a model that was changed since `FastModel.train` in what a pass would pass by.
