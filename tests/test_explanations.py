@@ -105,8 +105,10 @@ def test_what_a_pass_with_gradients_would_pass_by_is_refused() -> None:
     handle.remove()
     handle = fast.train().eval().bert.embeddings.register_forward_hook(lambda *_: None)
     inputs = inputs_of(model, "BertForSequenceClassification")
-    with pytest.raises(RuntimeError, match=r"model.bert.embeddings must have no forward hooks.*inputs_embeds"):
-        fast(**inputs)
+    calls = (lambda: fast(**inputs), lambda: fast.logits_of([[5, 6]]), lambda: fast.forward_packed(fast.pack([[5, 6]])))
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"model.bert.embeddings must have no forward hooks.*inputs_embeds"):
+            call()
     handle.remove()
     layer = fast.bert.encoder.layer[1].attention.self.query
     layer.forward = lambda rows: rows

@@ -51,12 +51,21 @@ def has_hooks(module: nn.Module) -> bool:
 def gathers(module: nn.Module) -> bool:
     """Whether what runs around a module's calls gathers its weights, as `torch.distributed.fsdp.fully_shard` has it.
 
-    Hooks that somebody else has set beside those are others: this is False then.
+    Where somebody else's hooks are beside those, or another ``forward``, this is False.
     """
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return bool(hooks) and all(
-        str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.") for hook in hooks
-    )
+    is_alone = "forward" not in vars(module) and all(map(_is_of_fsdp, hooks))
+    return bool(hooks) and is_alone
+
+
+def given_class(module: object) -> type:
+    """The class of a module, where `fully_shard` has put one of its own before it too."""
+    classes = type(module).__mro__
+    return classes[2] if len(classes) > 2 and _is_of_fsdp(classes[1]) else classes[0]
+
+
+def _is_of_fsdp(thing: object) -> bool:
+    return str(getattr(thing, "__module__", "")).startswith("torch.distributed.fsdp")
 
 
 def is_intercepted(module: nn.Module) -> bool:

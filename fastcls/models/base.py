@@ -247,9 +247,7 @@ class FastModel(TrainableModel):
         Returns:
             One row a text, (num_texts, num_labels), or one a token, (num_tokens, width), as the model's task is.
         """
-        self._check_no_hooks_of_its_own("forward_packed")
-        self._check_in_eval("forward_packed")
-        self.catch_up()
+        self._begin_outside_of_calls("forward_packed")
         return self.rows_of_packed(packed, self._task_rows)
 
     def warm_up(self) -> None:
@@ -302,9 +300,7 @@ class FastModel(TrainableModel):
         self, token_ids: Iterable[Iterable[int]], token_type_ids: Iterable[Iterable[int]] | None, rows: Rows
     ) -> Tensor:
         """`Engine.rows_of_lists` of the weights as the original has them."""
-        self._check_no_hooks_of_its_own("a method that takes lists of ids")
-        self._check_in_eval("a method that takes lists of ids")
-        self.catch_up()
+        self._begin_outside_of_calls("a method that takes lists of ids")
         return self.rows_of_lists(token_ids, token_type_ids, rows)
 
     def _given(self, output: _Output, return_dict: bool | None) -> _Output | tuple[Any, ...]:
@@ -359,10 +355,14 @@ class FastModel(TrainableModel):
                 "is compiled or exported"
             )
 
-    def _check_no_hooks_of_its_own(self, method: str) -> None:
-        """Hooks on the model, or another ``forward`` set on it, run when it is called as a whole."""
+    def _begin_outside_of_calls(self, method: str) -> None:
+        """Refuses what runs only where the model is called as a whole, and brings the weights up to the original's."""
         if has_hooks(self):
             raise RuntimeError(
                 f"a {type(self).__name__} with forward hooks, or another forward, must be called as a whole: {method} "
                 "would pass them by"
             )
+        self._check_in_eval(method)
+        if self.trained is not None:
+            self.trained.check_unhooked()
+        self.catch_up()

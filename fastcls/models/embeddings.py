@@ -203,6 +203,13 @@ class FastEncoder(FastModel):
             return outside
         return self.head_of(states)
 
+    def head_of(self, states: Tensor) -> Tensor:
+        leave = self.gather()
+        if self.is_spread_by_parts:
+            # Not the rows' pass, but this one, holds the weights whole.
+            self.catch_up()
+        return leave(super().head_of(states))
+
     def _chosen_states(self, batch: PaddedBatch, chosen: Tensor) -> Tensor:
         """(num_tokens, hidden_size), the tokens of a mask in the order in which indexing with it gives them."""
         if torch.compiler.is_compiling():

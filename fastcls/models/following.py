@@ -141,7 +141,7 @@ class FollowingModel(Engine):
             original.doubt()
         if original is None or original.is_current(adds=adds):
             return
-        if original.update(self, adds=adds):
+        if original.update(self, adds=adds, is_gathered=is_spread(self)):
             # What was made from weights is made anew where it is needed: other threads may be reading it.
             self._graphs.clear()
             self._announce_weights()

@@ -176,7 +176,16 @@ class TrainableModel(FollowingModel):
     def _apply(self: _Model, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Model:
         once = fn if self.trained is None else _Once(fn)
         super()._apply(once, recurse)
-        if self.trained is not None:
+        if is_spread(self):
+
+            def away(weight: Tensor) -> Tensor:
+                dtype = fn(torch.empty(0, dtype=weight.dtype)).dtype
+                return torch.empty_like(weight, dtype=dtype, device="meta")
+
+            # The next pass, for which the given model's weights are whole, takes those.
+            self.own_encoder._apply(away, recurse)
+            self.own_head._apply(away, recurse)
+        elif self.trained is not None:
             # What is shown are the given model's modules, which were moved; these read the same memory, or copies.
             self.own_encoder._apply(once, recurse)
             self.own_head._apply(once, recurse)
@@ -423,7 +432,6 @@ class TrainableModel(FollowingModel):
         self, batch: PaddedBatch, rows: Rows, fill: float = 0.0, chosen: Tensor | None = None, *, dense: bool = True
     ) -> Tensor:
         """`Engine.rows` with a graph, and in training mode with dropout."""
-
         leave = self.gather()
         run = self.training_pass() if self.training else self.explaining_pass()
         with torch.autocast(self.device.type, enabled=False):
@@ -431,6 +439,7 @@ class TrainableModel(FollowingModel):
 
     def trained_pooled(self, states: Tensor) -> Tensor:
         """The pooler over (num_texts, hidden_size), with a graph."""
+        leave = self.gather()
         run = self.training_pass() if self.training else self.explaining_pass()
         with torch.autocast(self.device.type, enabled=False):
-            return run.head(states)
+            return leave(run.head(states))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..engine.weights import has_hooks, weight_version
+from ..engine.weights import gathers, given_class, has_hooks, weight_version
 from .own_code import class_name, folder_of, stranger_in
 
 
@@ -74,12 +74,12 @@ def _class_of(module: str, name: str) -> tuple[type, ...]:
 
 def is_low_rank(module: object) -> bool:
     """Whether a module is LoRA's around a linear layer."""
-    return type(module) in _class_of("peft.tuners.lora.layer", "Linear")
+    return given_class(module) in _class_of("peft.tuners.lora.layer", "Linear")
 
 
 def is_whole(module: object) -> bool:
     """Whether a module keeps copies of the one inside that are trained whole, one for each adapter."""
-    return type(module) in _class_of("peft.utils.other", "ModulesToSaveWrapper")
+    return given_class(module) in _class_of("peft.utils.other", "ModulesToSaveWrapper")
 
 
 def is_around(module: object) -> bool:
@@ -150,8 +150,9 @@ def _check_kind(layer: Any, name: str, path: str) -> None:
     linear: tuple[type, ...] = (nn.Linear,)
     for part, allowed in (("lora_A", linear), ("lora_B", linear), ("lora_dropout", (nn.Dropout, nn.Identity))):
         module = getattr(layer, part)[name]
-        if type(module) not in allowed or has_hooks(module):
-            hooked = " with hooks" if type(module) in allowed else ""
+        is_hooked = has_hooks(module) and not gathers(module)
+        if given_class(module) not in allowed or is_hooked:
+            hooked = " with hooks" if given_class(module) in allowed else ""
             raise ValueError(
                 f"{part} of {place} must be PEFT's own {allowed[0].__name__}, got {class_name(module)}{hooked}: "
                 "fastcls would pass it by"
@@ -165,7 +166,7 @@ def check_around(module: nn.Module, path: str) -> None:
         ValueError: it has hooks, its code is not PEFT's own, or it computes something that fastcls does not.
     """
     stranger = stranger_in(type(module).forward, (folder_of(sys.modules["peft"]),))
-    if has_hooks(module) or stranger is not None:
+    if (has_hooks(module) and not gathers(module)) or stranger is not None:
         found = "hooks, or another forward" if stranger is None else stranger.__qualname__
         raise ValueError(f"model.{path} must be PEFT's own {class_name(module)}, got {found}: fastcls would pass it by")
     if is_low_rank(module):

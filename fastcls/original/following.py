@@ -151,12 +151,13 @@ class Original:
             # A weight is gone, or is no tensor with memory.
             return False
 
-    def update(self, model: nn.Module, *, adds: bool = True) -> bool:
+    def update(self, model: nn.Module, *, adds: bool = True, is_gathered: bool = False) -> bool:
         """Brings a fast model's weights up to the original's.
 
         Args:
             model: the fast model.
             adds: whether to add to them what adapters add; where it is trained that is computed apart.
+            is_gathered: whether FSDP gathers the original's for each pass, in other memory each time.
 
         Returns:
             Whether one of its weights has moved in memory.
@@ -195,7 +196,7 @@ class Original:
                 assert found is not None
                 now.setdefault(own, []).append(found)
                 pointers[own] = pointer
-                other = found is not tensor or place != pointer
+                other = found is not tensor or (place != pointer and not is_gathered)
                 is_other[own] = is_other.get(own, False) or other
                 counted = other or id(found) not in counts or now_counts.get(id(found)) != counts[id(found)]
                 is_counted[own] = is_counted.get(own, False) or counted
@@ -369,6 +370,9 @@ def _bring(
             fresh = made_of(parts, layout)
             set_weight(model, own, fresh if is_alike else fresh.to(ours.device, ours.dtype, copy=True))
             return True
+        if len(parts) == 1 and _is_one(ours, parts[0]):
+            # FSDP has gathered it in other memory, which they share.
+            return False
         if len(parts) == 1 and ours.data_ptr() == pointer:
             # Ours shares the original's memory, or shared it.
             if not is_other:
@@ -386,6 +390,12 @@ def _bring(
         for rows, part in zip(all_rows, parts, strict=True):
             rows.copy_(part.detach().reshape(rows.shape))
     return False
+
+
+def _is_one(ours: Tensor, part: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same memory."""
+    kinds = ((each.data_ptr(), each.shape, each.stride(), each.dtype) for each in (ours, part))
+    return next(kinds) == next(kinds) and ours.data_ptr() != 0
 
 
 def _is_ours(model: nn.Module, name: str) -> bool:

@@ -130,7 +130,7 @@ class Trained:
         """
         self._look_again()
         for name, module in self._hooked:
-            is_hooked = has_hooks(module) and not _gathers_alone(module)
+            is_hooked = has_hooks(module) and not gathers(module)
             if is_hooked or module._backward_hooks or module._backward_pre_hooks:
                 raise RuntimeError(
                     f"model.{name} must have no hooks, and no other forward, in training, where they would not run: "
@@ -147,7 +147,7 @@ class Trained:
         if not any(self._hooks) and not any("forward" in state for state in self._states):
             return
         for name, module in self._hooked:
-            if has_hooks(module) and not _gathers_alone(module):
+            if has_hooks(module) and not gathers(module):
                 raise RuntimeError(
                     f"model.{name} must have no forward hooks, and no other forward, which would not run: a fast model "
                     "calls none of the modules that it shows. Attributions to embeddings are those to inputs_embeds, "
@@ -213,10 +213,6 @@ class Trained:
                     f"model.{name} must be in training mode, with the config's dropout, got {found}: fast.train() sets "
                     "the mode of all modules, and the config's options the rates, before the model is made"
                 )
-
-
-def _gathers_alone(module: nn.Module) -> bool:
-    return gathers(module) and "forward" not in vars(module)
 
 
 def _rate_of(module: nn.Module) -> float | None:
