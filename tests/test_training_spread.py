@@ -16,7 +16,6 @@ from support import tiny_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import HashStore
 from torch.distributed.fsdp import fully_shard
 
 import fastcls
@@ -31,7 +30,7 @@ LAYERS = tuple(f"bert.encoder.layer.{index}" for index in range(3))
 
 @pytest.fixture(scope="module", autouse=True)
 def alone() -> Iterator[None]:
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     yield
     dist.destroy_process_group()
 
