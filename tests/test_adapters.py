@@ -413,12 +413,18 @@ def quiet_again(model: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("family", "model_class"), [("bert", CLASSIFIER), ("deberta-v2", "DebertaV2ForSequenceClassification")]
+    ("family", "model_class"),
+    [
+        ("bert", CLASSIFIER),
+        # Slow in the interpreter; the kernels without adapters, and the adapters without kernels, run it, too.
+        pytest.param("deberta-v2", "DebertaV2ForSequenceClassification", marks=pytest.mark.full),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:layers of the head are not trained")
 def test_the_kernels_give_the_gradients_of_the_torch_path(family: str, model_class: str, kernel_device: str) -> None:
     rates = rates_of(family)
-    model = tiny_model(model_class, family, **rates)
+    # A layer for all rows, and the last one.
+    model = tiny_model(model_class, family, **rates, num_hidden_layers=2)
     _, fast = adapted(model, config_of(model, task_type="SEQ_CLS", lora_dropout=0.3), "optimized")
     _, wide = adapted(model.double(), config_of(model, task_type="SEQ_CLS", lora_dropout=0.3), "optimized")
     wide.load_state_dict({name: weight.double() for name, weight in fast.state_dict().items()})
