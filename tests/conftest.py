@@ -292,7 +292,9 @@ def minilm_sst2(minilm_path: Path, minilm_tokenizer: PreTrainedTokenizerBase, ss
     transformers.utils.logging.set_verbosity_error()
     model: Any = BertForSequenceClassification.from_pretrained(minilm_path, dtype=torch.float32).eval()
     texts, labels = sst2("train")
-    texts, labels = texts[:512], labels[:512]
+    # By length, so that there is little padding.
+    chosen = sorted(zip(texts[:512], labels[:512], strict=True), key=lambda pair: len(pair[0]))
+    texts, labels = [text for text, _ in chosen], [label for _, label in chosen]
     pooled = []
     with torch.no_grad():
         for start in range(0, len(texts), 64):
