@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 
 import hypothesis
 import transformers
+from interpreter import quicken_the_interpreter
 from short_run import in_short_run, parameters_of
 from support import PACKINGS
 from torch import Tensor
@@ -31,35 +32,8 @@ from transformers import BertForSequenceClassification, PreTrainedTokenizerBase
 
 from fastcls_kernels import HAS_TRITON, use_backend
 
-
-def _patch_once_a_launch() -> None:
-    """Spares the interpreter what it does again at each call of a function inside a kernel: a third of its time.
-
-    There it puts functions of its own in the place of all of Triton's, which stand there since the launch.
-    """
-    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[int] = set()
-
-    def patch_once(function: Any) -> Any:
-        # Functions of one module see the same names.
-        seen = id(function.__globals__)
-        if seen in patched:
-            return interpreter._LangPatchScope()
-        patched.add(seen)
-        return patch(function)
-
-    def launch_anew(executor: Any, *arguments: Any, **options: Any) -> None:
-        patched.clear()
-        launch(executor, *arguments, **options)
-
-    interpreter._patch_lang = patch_once
-    interpreter.GridExecutor.__call__ = launch_anew
-
-
-# Earlier releases of Triton patch it for good.
 if HAS_TRITON and not torch.cuda.is_available():
-    _patch_once_a_launch()
+    quicken_the_interpreter()
 
 # A busy machine is no failure.
 hypothesis.settings.register_profile("fastcls", deadline=None)

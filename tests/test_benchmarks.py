@@ -1022,7 +1022,7 @@ def test_run_measures_all_and_keeps_each_case_as_it_is_complete() -> None:
 
 @pytest.mark.usefixtures("tiny_is_known")
 def test_interrupted_run_keeps_the_rounds_of_the_case_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner.roofline, "measured_rates", lambda *_: [])
+    monkeypatch.setattr(roofline, "measured_rates", lambda *_: [])
 
     class Impatient(Silent):
         def doing(self, what: str) -> None:
