@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 from fastcls.families import FAMILIES
 from fastcls.tools.cli import app
-from fastcls_benchmarks import comparison, first_call, runner, sentences, suites, texts
+from fastcls_benchmarks import comparison, first_call, roofline, runner, sentences, suites, texts
 from fastcls_benchmarks.kernels import KERNELS, KernelProvider, Prepared
 from fastcls_benchmarks.peers import ONNXRUNTIME, ONNXRUNTIME_INT8, OPENVINO, OPENVINO_DEFAULT, OPENVINO_INT8
 from fastcls_benchmarks.provenance import slug, source_digest
