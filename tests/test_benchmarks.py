@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 from fastcls.families import FAMILIES
 from fastcls.tools.cli import app
-from fastcls_benchmarks import comparison, first_call, runner, sentences, suites, texts
+from fastcls_benchmarks import comparison, first_call, roofline, runner, sentences, suites, texts
 from fastcls_benchmarks.kernels import KERNELS, KernelProvider, Prepared
 from fastcls_benchmarks.peers import ONNXRUNTIME, ONNXRUNTIME_INT8, OPENVINO, OPENVINO_DEFAULT, OPENVINO_INT8
 from fastcls_benchmarks.provenance import slug, source_digest
@@ -1021,7 +1021,9 @@ def test_run_measures_all_and_keeps_each_case_as_it_is_complete() -> None:
 
 
 @pytest.mark.usefixtures("tiny_is_known")
-def test_interrupted_run_keeps_the_rounds_of_the_case_under_way() -> None:
+def test_interrupted_run_keeps_the_rounds_of_the_case_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "measured_rates", lambda *_: [])
+
     class Impatient(Silent):
         def doing(self, what: str) -> None:
             if "round 3" in what:

@@ -62,17 +62,35 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_classify_gives_one_json_line_a_text(model: Path, tmp_path: Path) -> None:
-    # A byte order mark, Windows line ends, an empty line, no newline at the end, text beyond ASCII.
-    lines = ["Great service, thank you!", "", "où est le colis ?", "ok"]
-    file = tmp_path / "texts.txt"
-    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    done, piped = run("classify", model, file), inside("classify", model, stdin=file.read_bytes())
+LINES = ["Great service, thank you!", "", "où est le colis ?", "¿qué? 日本", "ok"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte order mark, Windows line ends, an empty line, no newline at the end, text beyond ASCII."""
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(LINES).encode())
+    return file
+
+
+@pytest.fixture(scope="module")
+def in_ascii(model: Path, texts: Path) -> subprocess.CompletedProcess[bytes]:
+    """What a process of its own makes of them where nothing beyond ASCII can be written: it takes long to start."""
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    return subprocess.run(
+        command("classify", model, texts), capture_output=True, check=False, env={**environment(), **ascii_alone}
+    )
+
+
+def test_classify_gives_one_json_line_a_text(
+    model: Path, texts: Path, in_ascii: subprocess.CompletedProcess[bytes]
+) -> None:
+    done, piped = in_ascii, inside("classify", model, stdin=texts.read_bytes())
     assert (done.returncode, piped.exit_code) == (0, 0), done.stderr.decode() + piped.output
     assert done.stderr == piped.stderr_bytes == b"", "progress belongs on a terminal only"
     for output in (done.stdout, piped.stdout_bytes):
         rows = [json.loads(line) for line in output.decode().splitlines()]
-        assert [row["text"] for row in rows] == lines
+        assert [row["text"] for row in rows] == LINES
         assert all(set(row) == {"text", "label", "score"} and row["label"] in ("bad", "fair", "good") for row in rows)
 
 
@@ -86,21 +104,9 @@ def test_a_named_pipe_is_read_once_and_whole(model: Path, tmp_path: Path) -> Non
     assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == ["one", "two"]
 
 
-def test_output_is_utf8_in_every_locale(model: Path) -> None:
-    done = subprocess.run(
-        command("classify", model),
-        input="¿qué? 日本\n".encode(),
-        capture_output=True,
-        check=True,
-        env={
-            **environment(),
-            "LC_ALL": "C",
-            "PYTHONUTF8": "0",
-            "PYTHONCOERCECLOCALE": "0",
-            "PYTHONIOENCODING": "ascii",
-        },
-    )
-    assert json.loads(done.stdout.decode("utf-8"))["text"] == "¿qué? 日本"
+def test_output_is_utf8_in_every_locale(in_ascii: subprocess.CompletedProcess[bytes]) -> None:
+    assert in_ascii.returncode == 0, in_ascii.stderr.decode()
+    assert [json.loads(line)["text"] for line in in_ascii.stdout.decode("utf-8").splitlines()] == LINES
 
 
 def test_classify_pairs_and_top_k(model: Path) -> None:
@@ -383,10 +389,11 @@ def test_another_precision_than_int8_is_a_mistake(name: str, model: Path, monkey
     assert done.stderr == "Error: quantize must be None or one of int8, got 'int4'\n"
 
 
-def test_demo_on_a_checkpoint(model: Path) -> None:
-    done = run("demo", "--model", model, "--rounds", "1", "--device", "cpu")
-    assert done.returncode == 0, done.stderr.decode()
-    out = done.stdout.decode()
+def test_demo_on_a_checkpoint(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    done = inside("demo", "--model", model, "--rounds", "1", "--device", "cpu")
+    assert done.exit_code == 0, done.stderr
+    out = done.stdout
     assert "labels equal 64 of 64" in out
     for row in ("transformers (sdpa)", "no padding", "last layer for [CLS] only"):
         assert row in out

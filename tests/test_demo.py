@@ -117,7 +117,12 @@ def test_on_a_terminal_the_demo_asks_for_sentences(ending: str, monkeypatch: pyt
     labelled = re.findall(r"(positive|negative) +\d+\.\d% +(a \w+ film)", "\n".join(lines[last:]))
     assert labelled == [("positive", "a wonderful film"), ("negative", "a terrible film")]
     assert typed.read() == "", "it was read to its end"
-    assert not any("A sentence of yours" in line for line in demo_of()), "what is written is no terminal"
+
+
+@pytest.mark.usefixtures("small_base")
+def test_what_is_written_to_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal("never read\n"))
+    assert not any("A sentence of yours" in line for line in demo_of())
 
 
 def test_no_round_is_begun_after_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,7 @@ def test_bits_of_every_rung(model_class: str, family: str, last_layer: LastLayer
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @every_classifier
+@pytest.mark.covering(alone=["model_class", "family", "dtype"])
 def test_bits_in_16_bits(model_class: str, family: str, dtype: torch.dtype, device: str) -> None:
     model = fastcls.optimize(tiny_model(model_class, family).to(device, dtype), batch_invariant=True)
     check_random_batches(model, texts_of(LENGTHS, device), 3, 20)
@@ -110,7 +111,7 @@ def test_bits_over_many_batches(device: str, batches: int) -> None:
     check_random_batches(model, texts_of(range(1, 97), device), batches, 24)
 
 
-@pytest.mark.parametrize("batches", [3, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("batches", [2, pytest.param(20, marks=pytest.mark.full)])
 def test_bits_of_real_weights(
     minilm_sst2: Any, minilm_tokenizer: Any, sst2: Callable[[str], Any], batches: int
 ) -> None:

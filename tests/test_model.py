@@ -654,7 +654,7 @@ def test_unsupported_models_are_named(make: Callable[[], Any], error: type[Excep
 
 @pytest.mark.parametrize(
     ("last_layer", "sentences"),
-    [("absorbed", 256), *(pytest.param(rung, 872, marks=pytest.mark.full) for rung in RUNGS)],
+    [("absorbed", 96), *(pytest.param(rung, 872, marks=pytest.mark.full) for rung in RUNGS)],
 )
 def test_real_weights_on_real_sentences(
     device: str,

@@ -104,8 +104,9 @@ def test_embeddings_in_other_precisions(averaging: Any, precision: Any) -> None:
     _close(fast.encode(TEXTS, precision=precision), averaging.encode(TEXTS, precision=precision), steps)
 
 
-def test_embeddings_of_real_sentences(averaging: Any, sst2: Callable[[str], Sentences]) -> None:
-    texts = sst2("dev").texts[:256]
+@pytest.mark.parametrize("sentences", [64, pytest.param(256, marks=pytest.mark.full)])
+def test_embeddings_of_real_sentences(averaging: Any, sst2: Callable[[str], Sentences], sentences: int) -> None:
+    texts = sst2("dev").texts[:sentences]
     _close(fastcls.optimize(averaging).encode(texts), averaging.encode(texts))
 
 

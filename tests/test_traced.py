@@ -25,6 +25,8 @@ from fastcls.engine import operator
 
 # Every head, and every family.
 CHOSEN = [pair for pair in CLASSES if pair[1] == "bert" or pair[0].endswith("ForSequenceClassification")]
+# Those with options, tables or layers of their own, of which the others have none.
+OWN_PARTS = ("bert", "albert", "deberta-v2", "ernie", "esm", "modernbert", "xmod")
 every_class = pytest.mark.parametrize(("model_class", "family"), CHOSEN, ids=[name for name, _ in CHOSEN])
 OPERATORS = ["fastcls.forward.default", "fastcls.pool.default"]
 
@@ -65,7 +67,10 @@ def calls(graph: torch.fx.GraphModule) -> list[str]:
 
 
 @arithmetic
-@every_class
+@pytest.mark.parametrize(
+    ("model_class", "family"),
+    [pytest.param(*each, id=each[0], marks=[] if each[1] in OWN_PARTS else [pytest.mark.full]) for each in CHOSEN],
+)
 def test_compiled_without_a_break(model_class: str, family: str, device: str) -> None:
     fast = fastcls.optimize(tiny_model(model_class, family).to(device))
     backend = Counting()
@@ -278,7 +283,9 @@ OUTSIDE: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", OUTSIDE)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.full] if "encoder" in case else []) for case in OUTSIDE]
+)
 def test_a_graph_with_breaks_leaves_outside_what_it_cannot_hold(case: str) -> None:
     make, given = OUTSIDE[case]
     fast, inputs = make(), batch(3, 7)

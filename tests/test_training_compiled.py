@@ -47,7 +47,7 @@ def step(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     [
         ("BertForSequenceClassification", "bert", True),
         ("DebertaV2ForTokenClassification", "deberta-v2", True),
-        ("ModernBertForMaskedLM", "modernbert", True),
+        pytest.param("ModernBertForMaskedLM", "modernbert", True, marks=pytest.mark.full),
     ],
 )
 def test_losses_and_gradients_are_those_of_a_step_that_is_not_compiled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from typing import Any
 
@@ -37,9 +38,21 @@ def assert_losses_of_one_process(found: dict[str, Any], way: Way) -> None:
 
 
 LAYERS = tuple(f"bert.encoder.layer.{index}" for index in range(2))
+ADAPTED = tuple(f"base_model.model.{name}" for name in LAYERS)
+# One of each kind; the processes of all of them are forked by one parent, whose imports take longer than many steps.
 WAYS = {
+    "ddp": Way("ddp", evaluated=10),
+    "ddp_accumulated": Way("ddp", accumulated=2, steps=5),
+    "fsdp": Way("fsdp", steps=5, evaluated=2),
+    "fsdp_layers": Way("fsdp", parts=LAYERS, evaluated=2),
+    "fsdp_groups": Way("fsdp", parts=("bert.embeddings", LAYERS, "classifier"), accumulated=2, steps=5),
+    "peft": Way("fsdp", adapted=True, parts=ADAPTED, steps=5, evaluated=3),
+    "accelerate": Way("accelerate", parts=("BertLayer",), steps=5, evaluated=3),
+}
+LIBRARIES = ("peft", "accelerate")
+REFUSED = Way("refused")
+MORE_WAYS = {
     "ddp": (
-        Way("ddp", evaluated=10),
         Way("ddp", accumulated=2, steps=20),
         Way("ddp", frozen="bert.embeddings", steps=10),
         Way("ddp", "ModernBertForMaskedLM", "modernbert", steps=10),
@@ -49,14 +62,13 @@ WAYS = {
         Way("fsdp", accumulated=2, steps=20),
         Way("fsdp", frozen="bert.embeddings", steps=10),
         Way("fsdp", "BertForMaskedLM", steps=10),
-        Way("fsdp", parts=LAYERS, evaluated=2),
         Way("fsdp", parts=("bert.embeddings", LAYERS, "classifier"), accumulated=2, steps=10),
         Way("fsdp", parts=(*LAYERS, "bert.encoder", "bert"), frozen="bert.encoder.layer.1", steps=10, evaluated=3),
         Way("fsdp", "ModernBertForMaskedLM", "modernbert", parts=("model.layers.0", "head"), steps=10, evaluated=3),
     ),
     "peft": (
         Way("ddp", adapted=True, steps=10),
-        Way("fsdp", adapted=True, parts=[f"base_model.model.{name}" for name in LAYERS], steps=10, evaluated=3),
+        Way("fsdp", adapted=True, parts=ADAPTED, steps=10, evaluated=3),
     ),
     "accelerate": (
         Way("accelerate", parts=("BertLayer",), steps=10, evaluated=3),
@@ -66,16 +78,34 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("ways", list(WAYS.values()), ids=list(WAYS))
-def test_halves_of_batches_in_two_processes(ways: tuple[Way, ...]) -> None:
-    library = next((name for name in ("accelerate", "peft") if ways == WAYS[name]), None)
-    if library is not None:
-        pytest.importorskip(library, reason=f"needs {library}, which is not installed")
-    for found, way in zip(found_by(*ways), ways, strict=True):
-        assert_losses_of_one_process(found, way)
-        assert found["are_equal"]
-        assert found["has_keys"]
-        assert found["is_loaded"]
+@pytest.fixture(scope="module")
+def found() -> dict[Way, dict[str, Any]]:
+    """What is found in each way whose library is installed, and what is refused."""
+    ways = [way for name, way in WAYS.items() if name not in LIBRARIES or importlib.util.find_spec(name)]
+    return dict(zip([*ways, REFUSED], found_by(*ways, REFUSED), strict=True))
+
+
+def assert_is_trained_as_in_one_process(found: dict[str, Any], way: Way) -> None:
+    assert_losses_of_one_process(found, way)
+    assert found["are_equal"]
+    assert found["has_keys"]
+    assert found["is_loaded"]
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_halves_of_batches_in_two_processes(found: dict[Way, dict[str, Any]], name: str) -> None:
+    if name in LIBRARIES:
+        pytest.importorskip(name, reason=f"needs {name}, which is not installed")
+    assert_is_trained_as_in_one_process(found[WAYS[name]], WAYS[name])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", MORE_WAYS)
+def test_halves_of_batches_in_two_processes_in_more_ways(name: str) -> None:
+    if name in LIBRARIES:
+        pytest.importorskip(name, reason=f"needs {name}, which is not installed")
+    for found, way in zip(found_by(*MORE_WAYS[name]), MORE_WAYS[name], strict=True):
+        assert_is_trained_as_in_one_process(found, way)
 
 
 @pytest.mark.gpu
@@ -89,8 +119,7 @@ def test_halves_of_batches_on_two_gpus(wrapper: str) -> None:
     assert found["is_loaded"]
 
 
-def test_what_fully_shard_cannot_be_followed_in_is_refused() -> None:
-    (found,) = found_by(Way("refused"))
+def test_what_fully_shard_cannot_be_followed_in_is_refused(found: dict[Way, dict[str, Any]]) -> None:
     expected = {
         "parts_alone": "fully_shard must be called on the fast model, too",
         "parts_alone_in_eval_mode": "fully_shard must be called on the fast model, too",
@@ -105,6 +134,7 @@ def test_what_fully_shard_cannot_be_followed_in_is_refused() -> None:
         "lists": "must be called as a whole",
         "saved": "state_dict must be given to save_pretrained",
     }
-    assert found["refused"].keys() == expected.keys()
+    refused = found[REFUSED]["refused"]
+    assert refused.keys() == expected.keys()
     for name, words in expected.items():
-        assert words in found["refused"][name], name
+        assert words in refused[name], name

@@ -84,6 +84,8 @@ def test_bfloat16_of_accelerate_is_autocasts() -> None:
     assert float(losses[0].detach()) != float(losses[1].detach())
 
 
+# Two processes take as long to start as all else here; test_accelerate_resumes runs the same worker in one.
+@pytest.mark.full
 def test_two_launched_processes_resume(tmp_path: Path) -> None:
     # `accelerate launch --cpu --num_processes 2` starts one process.
     worker = Path(__file__).with_name("accelerate_worker.py")

@@ -149,7 +149,7 @@ def test_a_cross_encoder_trains_is_evaluated_saved_and_loaded_again(made: Make, 
 CASES = [
     pytest.param("cls", False, "MultipleNegativesRankingLoss", {}, id="cls", marks=pytest.mark.full),
     pytest.param("cls", True, "CachedMultipleNegativesRankingLoss", {"mini_batch_size": 3}, id="cls-dense-cached"),
-    pytest.param("mean", True, "MultipleNegativesRankingLoss", {}, id="mean-dense"),
+    pytest.param("mean", True, "MultipleNegativesRankingLoss", {}, id="mean-dense", marks=pytest.mark.full),
     pytest.param(
         *("mean", False, "CachedMultipleNegativesRankingLoss", {"mini_batch_size": 3}),
         id="mean-cached",
@@ -279,6 +279,7 @@ def test_a_model_with_weights_of_its_own_is_trained_in_all_modules(made: Make, w
             assert torch.equal(one, other)
 
 
+@pytest.mark.covering(alone=["is_there", "dense"])
 @pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.parametrize("dense", [True, False])
 def test_an_optimizer_that_was_made_too_early_is_refused(
