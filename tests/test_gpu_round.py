@@ -83,7 +83,7 @@ except KeyboardInterrupt: print("kept")"""
     monkeypatch.setattr(gpu_round, "STEPS", {"slow": Step(1, ("-c", slow))})
     assert "slow         no time left" in run(tmp_path, "--limit", "30").output
     monkeypatch.setattr(gpu_round, "LEAST", 0)
-    start, done = time.monotonic(), run(tmp_path, "--limit", str(gpu_round.RESERVE + gpu_round.GRACE + 5))
+    start, done = time.monotonic(), run(tmp_path, "--limit", str(gpu_round.RESERVE + gpu_round.GRACE + 8))
     assert re.search(r"\nkept\n\n.*\n.*\nslow +out of time \(124\)", done.output)
     # The lock is the step's own process's, too.
     with (tmp_path / "call-1.log").open() as log:
