@@ -74,6 +74,7 @@ MORE_WAYS = {
         Way("accelerate", parts=("BertLayer",), steps=10, evaluated=3),
         Way("accelerate", "ModernBertForMaskedLM", "modernbert", parts=("ModernBertEncoderLayer",), steps=10),
         Way("accelerate_meta", parts=("BertLayer",), steps=10, evaluated=3),
+        Way("accelerate_meta", "ModernBertForMaskedLM", "modernbert", parts=("ModernBertEncoderLayer",), steps=10),
     ),
 }
 
@@ -110,9 +111,9 @@ def test_halves_of_batches_in_two_processes_in_more_ways(name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < PROCESSES, reason="each of two processes needs a GPU of its own")
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_halves_of_batches_on_two_gpus(wrapper: str) -> None:
-    way = Way(wrapper, evaluated=5, device="cuda")
+@pytest.mark.parametrize(("wrapper", "parts"), [("ddp", ()), ("fsdp", ()), ("fsdp", LAYERS)])
+def test_halves_of_batches_on_two_gpus(wrapper: str, parts: tuple[str, ...]) -> None:
+    way = Way(wrapper, parts=parts, evaluated=5, device="cuda")
     (found,) = found_by(way)
     assert_losses_of_one_process(found, way)
     assert found["are_equal"]

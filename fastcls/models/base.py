@@ -190,6 +190,15 @@ class FastModel(TrainableModel):
             raise RuntimeError("get_output_embeddings must be called after train(), which shows the model's layers")
         return None
 
+    def tie_weights(self, **options: Any) -> None:
+        """Ties weights of the model that is shown from `train` on once more; accelerate asks, where it has moved them.
+
+        Args:
+            options: of the transformers model's method.
+        """
+        if self.trained is not None:
+            self.trained.model.tie_weights(**options)
+
     def let_go(self) -> None:
         """Packs the weights for `quantize`, and lets those go that are packed."""
         if self.own_encoder.packed.is_alone:
@@ -281,7 +290,6 @@ class FastModel(TrainableModel):
                 return operator.forward(self, self.description, batch, rows, fill, chosen)
             outside: Tensor = torch.compiler.disable(self._rows)(batch, rows, fill, chosen, dense=dense)
             return outside
-
         leave = self.gather()
         # First, so that an original that has become another model is named, and not the input that does not fit it.
         self.catch_up()

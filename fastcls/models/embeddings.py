@@ -204,10 +204,8 @@ class FastEncoder(FastModel):
         return self.head_of(states)
 
     def head_of(self, states: Tensor) -> Tensor:
+        # Behind the rows' pass, where FSDP has let go of weights.
         leave = self.gather()
-        if self.is_spread_by_parts:
-            # Not the rows' pass, but this one, holds the weights whole.
-            self.catch_up()
         return leave(super().head_of(states))
 
     def _chosen_states(self, batch: PaddedBatch, chosen: Tensor) -> Tensor:
