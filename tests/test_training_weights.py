@@ -217,6 +217,22 @@ def test_the_trainer_saves_tied_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(again.eval()(**inputs).logits, fast.eval()(**inputs).logits)
 
 
+def test_weights_are_tied_once_more() -> None:
+    fast = fastcls.optimize(tiny_model("BertForMaskedLM", "bert"))
+    fast.tie_weights()
+    with pytest.raises(RuntimeError, match=r"get_output_embeddings must be called after train\(\)"):
+        fast.get_output_embeddings()
+    decoder = fast.train().get_output_embeddings()
+    assert decoder is fast.cls.predictions.decoder
+    # As moving them to the device meta does.
+    decoder.weight = nn.Parameter(decoder.weight.detach().clone())
+    fast.tie_weights()
+    assert decoder.weight is fast.get_input_embeddings().weight
+    for is_trained in (False, True):
+        classifier = fastcls.optimize(tiny_model(CLASSIFIER, "bert"))
+        assert (classifier.train() if is_trained else classifier).get_output_embeddings() is None
+
+
 def test_a_backward_pass_inside_autocast() -> None:
     model, fast = made("held")
     inputs = inputs_of(fast, CLASSIFIER)
