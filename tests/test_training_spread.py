@@ -122,6 +122,14 @@ def test_weights_that_are_loaded_after_the_model_is_spread(parts: Sequence[str],
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
+def test_a_model_that_is_spread_for_inference_is_moved() -> None:
+    model = quiet().eval()
+    fast = spread(fastcls.optimize(model), ())
+    fast.to("cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**inputs_of()).logits, model(**inputs_of()).logits, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("part", ["classifier", f"{LAYERS[0]}.attention.self.query", "lora_A"])
 def test_peft_modules_are_spread_by_themselves(part: str) -> None:
     peft = pytest.importorskip("peft", reason="adapters need peft, which is not installed")

@@ -174,21 +174,21 @@ class TrainableModel(FollowingModel):
         self.activation_checkpointing_disable()
 
     def _apply(self: _Model, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Model:
-        once = fn if self.trained is None else _Once(fn)
+        if self.trained is None:
+            super()._apply(fn, recurse)
+            return self
+
+        def away(weight: Tensor) -> Tensor:
+            dtype = fn(torch.empty(0, dtype=weight.dtype)).dtype
+            return torch.empty_like(weight, dtype=dtype, device="meta")
+
+        once, in_parts = _Once(fn), is_spread(self)
         super()._apply(once, recurse)
-        if is_spread(self):
-
-            def away(weight: Tensor) -> Tensor:
-                dtype = fn(torch.empty(0, dtype=weight.dtype)).dtype
-                return torch.empty_like(weight, dtype=dtype, device="meta")
-
-            # The next pass, for which the given model's weights are whole, takes those.
-            self.own_encoder._apply(away, recurse)
-            self.own_head._apply(away, recurse)
-        elif self.trained is not None:
-            # What is shown are the given model's modules, which were moved; these read the same memory, or copies.
-            self.own_encoder._apply(once, recurse)
-            self.own_head._apply(once, recurse)
+        # What is shown are the given model's modules, which were moved; ours read the same memory, or copies. Where each
+        # process has a part of the weights, the next pass, for which they are whole, takes those.
+        for own in (self.own_encoder, self.own_head):
+            own._apply(away if in_parts else once, recurse)
+        if not in_parts:
             self.catch_up()
         return self
 
