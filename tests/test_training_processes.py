@@ -45,9 +45,9 @@ WAYS = {
     "ddp_accumulated": Way("ddp", accumulated=2, steps=5),
     "fsdp": Way("fsdp", steps=5, evaluated=2),
     "fsdp_layers": Way("fsdp", parts=LAYERS, evaluated=2),
-    "fsdp_groups": Way("fsdp", parts=("bert.embeddings", LAYERS, "classifier"), accumulated=2, steps=5),
-    "peft": Way("fsdp", adapted=True, parts=ADAPTED, steps=5, evaluated=3),
-    "accelerate": Way("accelerate", parts=("BertLayer",), steps=5, evaluated=3),
+    "fsdp_groups": Way("fsdp", parts=("bert.embeddings", LAYERS, "classifier"), accumulated=2, steps=10),
+    "peft": Way("fsdp", adapted=True, parts=ADAPTED, steps=10, evaluated=3),
+    "accelerate": Way("accelerate", parts=("BertLayer",), steps=10, evaluated=3),
 }
 LIBRARIES = ("peft", "accelerate")
 REFUSED = Way("refused")
@@ -62,16 +62,11 @@ MORE_WAYS = {
         Way("fsdp", accumulated=2, steps=20),
         Way("fsdp", frozen="bert.embeddings", steps=10),
         Way("fsdp", "BertForMaskedLM", steps=10),
-        Way("fsdp", parts=("bert.embeddings", LAYERS, "classifier"), accumulated=2, steps=10),
         Way("fsdp", parts=(*LAYERS, "bert.encoder", "bert"), frozen="bert.encoder.layer.1", steps=10, evaluated=3),
         Way("fsdp", "ModernBertForMaskedLM", "modernbert", parts=("model.layers.0", "head"), steps=10, evaluated=3),
     ),
-    "peft": (
-        Way("ddp", adapted=True, steps=10),
-        Way("fsdp", adapted=True, parts=ADAPTED, steps=10, evaluated=3),
-    ),
+    "peft": (Way("ddp", adapted=True, steps=10),),
     "accelerate": (
-        Way("accelerate", parts=("BertLayer",), steps=10, evaluated=3),
         Way("accelerate", "ModernBertForMaskedLM", "modernbert", parts=("ModernBertEncoderLayer",), steps=10),
         Way("accelerate_meta", parts=("BertLayer",), steps=10, evaluated=3),
         Way("accelerate_meta", "ModernBertForMaskedLM", "modernbert", parts=("ModernBertEncoderLayer",), steps=10),

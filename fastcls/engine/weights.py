@@ -58,6 +58,11 @@ def gathers(module: nn.Module) -> bool:
     return bool(hooks) and is_alone
 
 
+def has_others_hooks(module: nn.Module) -> bool:
+    """`has_hooks`, but for what gathers weights."""
+    return has_hooks(module) and not gathers(module)
+
+
 def given_class(module: object) -> type:
     """The class of a module, where `fully_shard` has put one of its own before it too."""
     classes = type(module).__mro__

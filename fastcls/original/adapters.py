@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..engine.weights import gathers, given_class, has_hooks, weight_version
+from ..engine.weights import given_class, has_others_hooks, weight_version
 from .own_code import class_name, folder_of, stranger_in
 
 
@@ -150,8 +150,7 @@ def _check_kind(layer: Any, name: str, path: str) -> None:
     linear: tuple[type, ...] = (nn.Linear,)
     for part, allowed in (("lora_A", linear), ("lora_B", linear), ("lora_dropout", (nn.Dropout, nn.Identity))):
         module = getattr(layer, part)[name]
-        is_hooked = has_hooks(module) and not gathers(module)
-        if given_class(module) not in allowed or is_hooked:
+        if given_class(module) not in allowed or has_others_hooks(module):
             hooked = " with hooks" if given_class(module) in allowed else ""
             raise ValueError(
                 f"{part} of {place} must be PEFT's own {allowed[0].__name__}, got {class_name(module)}{hooked}: "
@@ -166,7 +165,7 @@ def check_around(module: nn.Module, path: str) -> None:
         ValueError: it has hooks, its code is not PEFT's own, or it computes something that fastcls does not.
     """
     stranger = stranger_in(type(module).forward, (folder_of(sys.modules["peft"]),))
-    if (has_hooks(module) and not gathers(module)) or stranger is not None:
+    if has_others_hooks(module) or stranger is not None:
         found = "hooks, or another forward" if stranger is None else stranger.__qualname__
         raise ValueError(f"model.{path} must be PEFT's own {class_name(module)}, got {found}: fastcls would pass it by")
     if is_low_rank(module):

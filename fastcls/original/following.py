@@ -394,8 +394,8 @@ def _bring(
 
 def _is_one(ours: Tensor, part: Tensor) -> bool:
     """Whether two tensors are the same numbers in the same memory."""
-    kinds = ((each.data_ptr(), each.shape, each.stride(), each.dtype) for each in (ours, part))
-    return next(kinds) == next(kinds) and ours.data_ptr() != 0
+    found, expected = ((each.data_ptr(), each.shape, each.stride(), each.dtype) for each in (ours, part))
+    return found == expected and ours.data_ptr() != 0
 
 
 def _is_ours(model: nn.Module, name: str) -> bool:

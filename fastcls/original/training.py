@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from fastcls_kernels.training.derivatives import first_only
 
 from ..engine.training import LowRank
-from ..engine.weights import gathers, has_hooks
+from ..engine.weights import gathers, has_others_hooks
 from ..families.family import WeightMap, head_in
 from .adapters import low_rank_layers, named_modules, named_parameters
 from .following import Original
@@ -130,8 +130,7 @@ class Trained:
         """
         self._look_again()
         for name, module in self._hooked:
-            is_hooked = has_hooks(module) and not gathers(module)
-            if is_hooked or module._backward_hooks or module._backward_pre_hooks:
+            if has_others_hooks(module) or module._backward_hooks or module._backward_pre_hooks:
                 raise RuntimeError(
                     f"model.{name} must have no hooks, and no other forward, in training, where they would not run: "
                     "remove them, or train the transformers model"
@@ -147,7 +146,7 @@ class Trained:
         if not any(self._hooks) and not any("forward" in state for state in self._states):
             return
         for name, module in self._hooked:
-            if has_hooks(module) and not gathers(module):
+            if has_others_hooks(module):
                 raise RuntimeError(
                     f"model.{name} must have no forward hooks, and no other forward, which would not run: a fast model "
                     "calls none of the modules that it shows. Attributions to embeddings are those to inputs_embeds, "
