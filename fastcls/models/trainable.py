@@ -184,8 +184,8 @@ class TrainableModel(FollowingModel):
 
         once, in_parts = _Once(fn), is_spread(self)
         super()._apply(once, recurse)
-        # What is shown are the given model's modules, which were moved; ours read the same memory, or copies. Where each
-        # process has a part of the weights, the next pass, for which they are whole, takes those.
+        # What is shown are the given model's modules, which were moved; ours read the same memory, or copies. Where
+        # each process has a part of the weights, the next pass, for which they are whole, takes those.
         for own in (self.own_encoder, self.own_head):
             own._apply(away if in_parts else once, recurse)
         if not in_parts:
