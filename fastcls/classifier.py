@@ -20,22 +20,8 @@ from .labels import label_names
 from .loading import load_model, load_tokenizer, parse_device, parse_dtype, sorted_options
 from .models import FastClassifier, FastModel
 from .original.own_code import advice_for
-from .texts import (
-    Cut,
-    Item,
-    Text,
-    TextError,
-    Truncation,
-    checked_texts,
-    items_of,
-    own_copy,
-    plain,
-    read_count,
-    read_cut,
-    read_padding,
-    read_truncation,
-    token_lists,
-)
+from .texts import Item, Text, TextError, Truncation, checked_texts, items_of, plain, read_count
+from .tokenizing import Cut, own_copy, read_cut, read_padding, read_truncation, token_lists
 
 ScoreFunction = Literal["softmax", "sigmoid", "none"]
 Label: TypeAlias = "dict[str, Any]"

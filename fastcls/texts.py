@@ -1,24 +1,17 @@
-"""Reading and tokenizing the texts that callers pass, with errors that name the text that does not fit."""
+"""Reading the texts that callers pass, with errors that name the text that does not fit."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias
-
-from transformers import PreTrainedTokenizerBase
 
 from .engine.batch import has_no_order, shortened
 
 Text: TypeAlias = "str | Sequence[str] | Mapping[str, str]"
 Truncation: TypeAlias = "bool | Literal['longest_first', 'only_first', 'only_second', 'do_not_truncate']"
 
-_STRATEGIES = ("longest_first", "only_first", "only_second")
-_PADDINGS = ("longest", "max_length", "do_not_pad")
-# A tokenizer without a limit says 1e30; transformers takes any number above this for no limit.
-_NO_LIMIT = 1e20
 # How a column of a table becomes texts, by the table's library; pandas' way works for many others.
 _COLUMN = 'frame["{}"].tolist()'
 _COLUMNS = {
@@ -54,23 +47,6 @@ class TextError(ValueError):
     def __str__(self) -> str:
         remedy = ": pass truncation=True to cut such texts" if self.too_long else ""
         return f"texts[{self.index}] {self.problem}{remedy}"
-
-
-class Cut(NamedTuple):
-    """How texts are cut.
-
-    Attributes:
-        strategy: a tokenizer's name of it, or False.
-        length: the number of tokens to cut to, special ones included; None if texts may have any length.
-    """
-
-    strategy: str | Literal[False]
-    length: int | None
-
-    def options(self) -> dict[str, Any]:
-        """For a tokenizer's call."""
-        cuts = bool(self.strategy) and self.length is not None
-        return {"truncation": self.strategy if cuts else False, "max_length": self.length if cuts else None}
 
 
 def plain(value: object) -> object:
@@ -127,96 +103,6 @@ def items_of(texts: Iterable[object]) -> Iterator[Item]:
         yield _item(plain(text), index)
 
 
-def own_copy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy of a tokenizer, so that nobody else changes its padding and truncation, which one in Rust keeps as state.
-
-    Raises:
-        ValueError: it cannot be copied.
-    """
-    try:
-        return deepcopy(tokenizer)
-    except Exception as error:
-        # Copying pickles a tokenizer in Rust, and components made in Python cannot be pickled.
-        raise ValueError(
-            f"tokenizer must be one that can be copied, got {type(tokenizer).__name__}: {first_line(error)}. "
-            "Where nothing else uses it, pass copy_tokenizer=False"
-        ) from error
-
-
-def length_limit(tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> int | None:
-    """The length that ``truncation=True`` cuts to: the tokenizer's limit, and at most the model's positions.
-
-    A checkpoint was trained with its tokenizer's limit, and transformers' pipeline cuts to it.
-    """
-    of_tokenizer = getattr(tokenizer, "model_max_length", None)
-    limits = [] if max_positions is None else [max_positions]
-    if of_tokenizer is not None and of_tokenizer < _NO_LIMIT:
-        limits.append(int(of_tokenizer))
-    return min(limits, default=None)
-
-
-def read_cut(
-    tokenizer: PreTrainedTokenizerBase,
-    max_positions: int | None,
-    default: Truncation,
-    truncation: Truncation | None,
-    max_length: int | None,
-) -> Cut:
-    """How the options of one call cut texts; they mean the same as a tokenizer's.
-
-    Args:
-        tokenizer, max_positions: see `length_limit`.
-        default: the truncation if neither option is given.
-        truncation: None cuts if ``max_length`` is given.
-        max_length: replaces the tokenizer's limit.
-
-    Raises:
-        TypeError, ValueError: a value that an option does not have, or that leaves no room for special tokens.
-    """
-    if max_length is not None:
-        max_length = read_count("max_length", max_length)
-    if truncation is None:
-        truncation = "longest_first" if max_length is not None and read_truncation(default) is False else default
-    strategy = read_truncation(truncation)
-    length = length_limit(tokenizer, max_positions)
-    if max_length is not None:
-        length = max_length if max_positions is None else min(max_length, max_positions)
-    if strategy and length is not None:
-        special = tokenizer.num_special_tokens_to_add(pair=False)
-        if length < special:
-            source = "tokenizer.model_max_length" if max_length is None else "max_length"
-            raise ValueError(f"{source} must be at least {special}, the number of special tokens, got {length}")
-    return Cut(strategy, length)
-
-
-def read_truncation(truncation: object) -> str | Literal[False]:
-    """A tokenizer's strategy, or False.
-
-    Raises:
-        ValueError: something else.
-    """
-    # The values of transformers' own enumeration have these names.
-    value = getattr(truncation, "value", truncation)
-    if isinstance(value, bool):
-        return "longest_first" if value else False
-    if value == "do_not_truncate":
-        return False
-    if not isinstance(value, str) or value not in _STRATEGIES:
-        raise ValueError(f"truncation must be True, False or one of {', '.join(_STRATEGIES)}, got {truncation!r}")
-    return value
-
-
-def read_padding(padding: object) -> None:
-    """Checks an option that has no effect, since nothing is padded.
-
-    Raises:
-        ValueError: a value that no tokenizer takes.
-    """
-    value = getattr(padding, "value", padding)
-    if value is not None and not isinstance(value, bool) and not (isinstance(value, str) and value in _PADDINGS):
-        raise ValueError(f"padding must be True, False or one of {', '.join(_PADDINGS)}, got {padding!r}")
-
-
 def read_count(name: str, value: Any) -> int:
     """Checks that a value is a positive integer, of any integer type.
 
@@ -230,69 +116,6 @@ def read_count(name: str, value: Any) -> int:
     if number < 1:
         raise ValueError(f"{name} must be a positive int or None, got {value!r}")
     return number
-
-
-def token_lists(
-    tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], first: int, cut: Cut
-) -> tuple[list[list[int]], list[list[int]]]:
-    """The token ids of each text, and their types.
-
-    Args:
-        tokenizer: nobody else may use it meanwhile.
-        items: the texts.
-        first: the index of the first one in the whole input, for messages.
-        cut: how they are cut.
-
-    Raises:
-        TextError: a text that the tokenizer does not take, or that cannot be cut.
-    """
-    token_ids: list[list[int]] = [[]] * len(items)
-    types: list[list[int]] = [[]] * len(items)
-    singles = [row for row, item in enumerate(items) if item.pair is None]
-    pairs = [row for row, item in enumerate(items) if item.pair is not None]
-
-    def encode(rows: list[int]) -> Any:
-        seconds = [items[row].pair or "" for row in rows] if items[rows[0]].pair is not None else None
-        return tokenizer(
-            [items[row].text for row in rows], seconds, **cut.options(), return_attention_mask=False, verbose=False
-        )
-
-    if pairs and cut.strategy and cut.length is not None:
-        special = tokenizer.num_special_tokens_to_add(pair=True)
-        # Below this length tokenizers would not cut at all.
-        if cut.length < special:
-            raise TextError(
-                first + pairs[0], f"is a pair, whose {special} special tokens are more than the {cut.length} to cut to"
-            )
-    for rows in filter(None, (singles, pairs)):
-        try:
-            encoded = encode(rows)
-        except Exception:
-            for row in rows:
-                try:
-                    encode([row])
-                except Exception as error:
-                    raise TextError(first + row, tokenizer_problem(items[row], error)) from error
-            raise
-        # A tokenizer that gives no types means type 0, as in transformers' pipeline.
-        kinds = encoded.get("token_type_ids") or [[0] * len(ids) for ids in encoded["input_ids"]]
-        for row, ids, row_kinds in zip(rows, encoded["input_ids"], kinds, strict=True):
-            if cut.strategy and cut.length is not None and len(ids) > cut.length:
-                problem = f"is {len(ids)} tokens long, and truncation={cut.strategy!r} cannot cut it to {cut.length}"
-                raise TextError(first + row, problem)
-            token_ids[row], types[row] = ids, row_kinds
-    return token_ids, types
-
-
-def tokenizer_problem(parts: Iterable[str | None], error: Exception) -> str:
-    """Why a tokenizer does not take a text."""
-    for part in parts:
-        try:
-            (part or "").encode()
-        except UnicodeEncodeError as surrogate:
-            # The tokenizer's own error says that the text must be a str, which it is.
-            return f"holds half a character, a lone surrogate, at place {surrogate.start}: {shortened(part)}"
-    return f"cannot be tokenized: {first_line(error)}"
 
 
 def first_line(error: BaseException) -> str:

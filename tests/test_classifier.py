@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import fastcls
 import fastcls.classifier
-from fastcls.texts import Cut, length_limit
+from fastcls.tokenizing import Cut, length_limit
 from fastcls.tools.demo import sample_texts, sample_tokenizer
 
 # Its overloads know no model but transformers' own.

@@ -30,7 +30,7 @@ from ..classifier import Classifier
 from ..conversion import optimize
 from ..engine.spec import LastLayer, Quantize
 from ..loading import load_model, load_tokenizer, parse_device, parse_dtype, parse_quantize
-from ..texts import length_limit
+from ..tokenizing import length_limit
 from . import demo_model
 
 BATCH_SIZE = 32

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...engine.batch import shortened
-from ...texts import Cut, found_text, plain, tokenizer_problem
+from ...texts import found_text, plain
+from ...tokenizing import Cut, tokenizer_problem
 from .answers import Answers, Batch, Encoded, Text
 
 

@@ -17,7 +17,8 @@ from ... import __version__
 from ...conversion import optimize
 from ...engine.spec import Quantize
 from ...models.base import FastModel
-from ...texts import Cut, checked_texts, length_limit, own_copy, read_cut
+from ...texts import checked_texts
+from ...tokenizing import Cut, length_limit, own_copy, read_cut
 from ..demo import sample_texts
 from .answers import Answers, Batch, Runner, Text, answers_of, task_of
 from .batches import TextEncoder, TrueLabels
