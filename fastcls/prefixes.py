@@ -32,7 +32,7 @@ _SPLIT_WORDS = frozenset(("Digits", "Punctuation", "UnicodeScripts"))
 
 
 def prefix(text: str, tokens: int) -> str:
-    """The words of a text's beginning that probably have more than ``tokens`` tokens; a text that is not long, whole."""
+    """The words of a text's beginning, probably of more than ``tokens`` tokens; a text that is not long, whole."""
     size = tokens * _CHARACTERS_A_TOKEN
     if len(text) <= 2 * size:
         return text

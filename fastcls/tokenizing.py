@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils import PaddingStrategy
+from transformers.utils.generic import PaddingStrategy
 
 from .engine.batch import shortened
 from .prefixes import ends_at_words, prefix
@@ -207,63 +207,6 @@ def encode(
     # Only a text of full length may have been cut, and asking for more makes objects of all that was cut off.
     is_full = [length is not None and len(row) >= length for row in ids]
     was_cut = [full and bool(each.overflowing) for full, each in zip(is_full, encodings, strict=True)]
-    further: list[list[tuple[list[int], list[int]]]]
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    pairs: Sequence[str] | None,
-    cut: Cut,
-    *,
-    overlap: int | None = None,
-) -> Encoded:
-    """Texts, or pairs of texts, as the tokenizer's call gives them.
-
-    Args:
-        tokenizer: nobody else may use it meanwhile.
-        texts, pairs: a text each, or the first and second of pairs.
-        cut: how they are cut.
-        overlap: what is cut off comes in further windows, each of which begins with so many tokens of the one before.
-
-    Raises:
-        Exception: whatever a tokenizer raises at a text that it does not take.
-        ValueError: an overlap with a tokenizer in Python.
-    """
-    if not texts:
-        return Encoded([], [], [], [])
-    if not _is_plain(tokenizer):
-        if overlap is not None:
-            raise ValueError(
-                f'long_texts="window" must have a tokenizer in Rust, got {type(tokenizer).__name__}, which gives no '
-                "windows"
-            )
-        return _encode_by_call(tokenizer, texts, pairs, cut)
-    strategy, length = cut.applied
-    tokenizer.set_truncation_and_padding(
-        padding_strategy=PaddingStrategy.DO_NOT_PAD,
-        truncation_strategy=TruncationStrategy(strategy or "do_not_truncate"),
-        max_length=length,
-        stride=overlap or 0,
-        pad_to_multiple_of=None,
-        padding_side=None,
-    )
-    backend: Any = tokenizer.backend_tokenizer
-    if backend.encode_special_tokens != tokenizer.split_special_tokens:
-        backend.encode_special_tokens = tokenizer.split_special_tokens
-    if pairs is not None:
-        encodings = backend.encode_batch_fast(list(zip(texts, pairs, strict=True)))
-    elif length is None or overlap is not None or tokenizer.truncation_side != "right":
-        encodings = backend.encode_batch_fast(list(texts))
-    else:
-        encodings = _encodings_of_prefixes(backend, list(texts), length)
-    has_types = "token_type_ids" in tokenizer.model_input_names
-    ids: list[list[int]] = [each.ids for each in encodings]
-    # Only a text of full length may have been cut, and asking for more makes objects of all that was cut off.
-    was_cut = [
-        length is not None and len(row) >= length - 1 and bool(each.overflowing)
-        for row, each in zip(ids, encodings, strict=True)
-    ]
     further: list[list[tuple[list[int], list[int]]]] = []
     if overlap is not None:
         further = [[(more.ids, more.type_ids) for more in each.overflowing] for each in encodings]
