@@ -81,6 +81,7 @@ class Engine(WatchedModule):
         self.batch_invariant = batch_invariant
         self._quantize = quantize
         self.pack_weights = pack_weights
+        self._tokens_per_pass: int | None = None
         self.encoder = Encoder(spec, under("encoder.", weights))
         self.head = Head(head, under("head.", weights))
         self.own_encoder.packed.take_head(self.own_head)
@@ -140,6 +141,18 @@ class Engine(WatchedModule):
         if quantize is not None:
             check_quantizes(self.spec, self.device, self.dtype)
         self._quantize = quantize
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """The most tokens of a pass over several texts; a batch with more runs in several passes."""
+        usual = CPU_TOKENS_PER_PASS if self.device.type == "cpu" else GPU_TOKENS_PER_PASS
+        return usual if self._tokens_per_pass is None else self._tokens_per_pass
+
+    @tokens_per_pass.setter
+    def tokens_per_pass(self, tokens: int) -> None:
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise ValueError(f"tokens_per_pass must be a positive int, got {tokens!r}")
+        self._tokens_per_pass = tokens
 
     @property
     def width(self) -> int:
@@ -327,8 +340,7 @@ class Engine(WatchedModule):
             for part in parts_of(flat, tokens, sort=not triton):
                 yield pack(flat, part, PackShape(tokens, part.num_texts), pin=device.type == "cuda").to(device)
             return
-        max_tokens = CPU_TOKENS_PER_PASS if device.type == "cpu" else GPU_TOKENS_PER_PASS
-        for part in parts_of(flat, max_tokens, sort=not triton):
+        for part in parts_of(flat, self.tokens_per_pass, sort=not triton):
             shape = (self._shape if triton else fill_rows)(part.num_tokens, part.num_texts)
             yield pack(flat, part, shape, pin=device.type == "cuda")
 

@@ -1,0 +1,337 @@
+"""Windows of texts to what a model says of each: tokenized ahead of the model, equal texts computed once.
+
+A window is what is looked at at once: its texts are sorted by length and computed in passes of a bounded number of
+tokens, so that memory does not grow with the number of texts. What becomes of a window depends on its texts alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .ahead import made_ahead
+from .engine.batch import BadText
+from .engine.spec import EncoderSpec
+from .texts import Item
+from .tokenizing import Cut, Encoded, encode, pair_problem, tokenizer_problem
+
+LongTexts = Literal["truncate", "error", "window"]
+WindowScores = Literal["mean", "max"]
+
+# What a window holds: enough to fill the machine, and to find equal texts in. Its texts and their ids are in memory.
+MAX_ROWS, MAX_CHARACTERS = 4096, 4_194_304
+# On a GPU so many windows are tokenized ahead, and so many passes under way, while the CPU does the rest. On a CPU the
+# model takes all cores, and whoever tokenizes beside it holds up one of them that the others then wait for.
+_AHEAD = {"cpu": 0, "cuda": 2}
+
+_Tag = TypeVar("_Tag")
+
+
+class LongTextPolicy(NamedTuple):
+    """What becomes of texts that are longer than the model takes.
+
+    Attributes:
+        long_texts: "truncate" cuts them, "error" makes them problems, "window" computes overlapping windows.
+        overlap: of windows, how many tokens of one begin the next.
+        window_scores: whether a text's scores are the mean of its windows', or for each label the largest.
+    """
+
+    long_texts: LongTexts = "truncate"
+    overlap: int = 64
+    window_scores: WindowScores = "mean"
+
+    def check(self, length: int | None, special: int) -> None:
+        """Checks the values.
+
+        Args:
+            length: the number of tokens that a text may have, special ones included; None for any.
+            special: how many of them are special.
+
+        Raises:
+            ValueError: a value that does not exist, or an overlap that leaves a window nothing new.
+        """
+        for name, value, known in (
+            ("long_texts", self.long_texts, get_args(LongTexts)),
+            ("window_scores", self.window_scores, get_args(WindowScores)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if self.long_texts == "window":
+            room = None if length is None else length - special
+            is_count = isinstance(self.overlap, int) and not isinstance(self.overlap, bool) and self.overlap >= 0
+            if not is_count or (room is not None and self.overlap >= room):
+                most = "" if room is None else f", less than the {room} tokens of text that a window holds"
+                raise ValueError(f"overlap must be an int from 0{most}, got {self.overlap!r}")
+
+
+class Model(Protocol):
+    """A fast model, as far as a flow asks it."""
+
+    @property
+    def spec(self) -> EncoderSpec: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    tokens_per_pass: int
+
+
+class Scored(NamedTuple):
+    """What became of a window.
+
+    Attributes:
+        numbers: (rows, width) float32 on the CPU, logits or vectors; NaN in rows that have a problem.
+        scores: the same shape, what the flow's ``score`` makes of them.
+        problems: why a row could not be computed.
+        cut: how many rows' texts were cut.
+        repeated: how many rows stand for a text that stood in the window before.
+        tokens: how many tokens were computed.
+        seconds: how long the model was busy.
+    """
+
+    numbers: Tensor
+    scores: Tensor
+    problems: dict[int, str]
+    cut: int
+    repeated: int
+    tokens: int
+    seconds: float
+
+
+class _Piece(NamedTuple):
+    """Token ids and their types: a text, or a window of a long one."""
+
+    ids: list[int]
+    types: list[int]
+
+
+class _Found(NamedTuple):
+    """A text, tokenized."""
+
+    pieces: list[_Piece]
+    was_cut: bool
+
+
+class _Window(NamedTuple):
+    """A window, tokenized.
+
+    Attributes:
+        found: its different texts, those that can be computed.
+        text_of: for each row its text, by a number that `found` has or, for a bad one, has not; None for no text.
+        problems: of texts.
+    """
+
+    found: dict[int, _Found]
+    text_of: list[int | None]
+    problems: dict[int, str]
+
+
+class _Underway(NamedTuple):
+    """A window's numbers on their way to the CPU: from a GPU they have arrived once the second event has happened."""
+
+    window: _Window
+    numbers: Tensor
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    seconds: float
+
+
+class Flow:
+    """Windows of texts through a tokenizer and a model.
+
+    Args:
+        model: a fast model.
+        tokenizer: its tokenizer, which the flow alone uses while it holds ``lock``.
+        compute: lists of token ids and their types to (num_texts, width) numbers on the model's device.
+        score: such numbers, float32 on the CPU, to scores.
+        cut: how texts are cut, whose length is None where the model takes any.
+        policy: what becomes of longer ones.
+        lock: held while the tokenizer is used.
+
+    Raises:
+        ValueError: a policy that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        compute: Callable[[list[list[int]], list[list[int]]], Tensor],
+        score: Callable[[Tensor], Tensor],
+        cut: Cut,
+        policy: LongTextPolicy,
+        lock: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        policy.check(cut.length, tokenizer.num_special_tokens_to_add(pair=False))
+        self._model, self._tokenizer, self._compute, self._score = model, tokenizer, compute, score
+        self._cut, self._policy, self._lock = cut, policy, lock or threading.Lock()
+        self._ahead = _AHEAD.get(model.device.type, 0)
+        if model.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(model.device)
+            model.tokens_per_pass = min(model.tokens_per_pass, _tokens_that_fit(model.spec, model.dtype, free))
+
+    def run(self, windows: Iterable[tuple[Sequence[Item | None], _Tag]]) -> Iterator[tuple[Scored, _Tag]]:
+        """What becomes of each window, in order.
+
+        Args:
+            windows: the texts of each, None where a row has none, and something that comes back with its result.
+        """
+        tokenized = ((self._tokenized(texts), tag) for texts, tag in windows)
+        underway: deque[tuple[_Underway, _Tag]] = deque()
+        for window, tag in made_ahead(tokenized, self._ahead) if self._ahead else tokenized:
+            underway.append((self._begun(window), tag))
+            if len(underway) > min(self._ahead, 1):
+                begun, its_tag = underway.popleft()
+                yield self._finished(begun), its_tag
+        for begun, its_tag in underway:
+            yield self._finished(begun), its_tag
+
+    def _tokenized(self, texts: Sequence[Item | None]) -> _Window:
+        known: dict[Item, int] = {}
+        text_of = [None if text is None else known.setdefault(text, len(known)) for text in texts]
+        items, problems, found = list(known), dict[int, str](), dict[int, _Found]()
+        with self._lock:
+            for is_pair in (False, True):
+                rows = [row for row, item in enumerate(items) if (item.pair is not None) is is_pair]
+                for row, text in self._found(items, rows, is_pair, problems):
+                    if problem := self._problem(len(text.pieces[0].ids), text.was_cut):
+                        problems[row] = problem
+                    else:
+                        found[row] = text
+        return _Window(found, text_of, problems)
+
+    def _found(
+        self, items: list[Item], rows: list[int], is_pair: bool, problems: dict[int, str]
+    ) -> Iterator[tuple[int, _Found]]:
+        """The texts or pairs in these rows; what the tokenizer does not take becomes a problem."""
+        cut, overlap = self._cut, None
+        if self._policy.long_texts == "window" and cut.length is not None:
+            # Of a pair the second text is the document.
+            cut, overlap = Cut("only_second" if is_pair else "longest_first", cut.length), self._policy.overlap
+        if rows and is_pair and (problem := pair_problem(self._tokenizer, cut)):
+            problems.update(dict.fromkeys(rows, problem))
+            return
+
+        def call(rows: list[int]) -> Encoded:
+            pairs = [items[row].pair or "" for row in rows] if is_pair else None
+            return encode(self._tokenizer, [items[row].text for row in rows], pairs, cut, overlap=overlap)
+
+        try:
+            batches = [(rows, call(rows))]
+        except Exception:
+            batches = []
+            for row in rows:
+                try:
+                    batches.append(([row], call([row])))
+                except Exception as error:
+                    problems[row] = tokenizer_problem(items[row], error)
+        for batch, encoded in batches:
+            for index, row in enumerate(batch):
+                first = _Piece(encoded.ids[index], encoded.types[index])
+                further = [_Piece(*piece) for piece in encoded.further[index]] if encoded.further else []
+                yield row, _Found([first, *further], encoded.cut[index] and not further)
+
+    def _problem(self, length: int, was_cut: bool) -> str | None:
+        limit = self._cut.length
+        if not length:
+            return "has no tokens"
+        if limit is not None and length > limit:
+            return f"is {length} tokens long and cannot be cut to {limit}"
+        if was_cut and self._policy.long_texts == "error":
+            return f"is longer than {limit} tokens"
+        return None
+
+    def _begun(self, window: _Window) -> _Underway:
+        """Computes a window, or has a GPU compute it; texts that the model does not take become problems."""
+        while True:
+            owners = [row for row, text in window.found.items() for _ in text.pieces]
+            try:
+                return self._computed(window)
+            except BadText as error:
+                bad = owners[error.row]
+                window.problems[bad] = error.problem
+                del window.found[bad]
+
+    def _computed(self, window: _Window) -> _Underway:
+        pieces = [piece for text in window.found.values() for piece in text.pieces]
+        device, start = self._model.device, time.perf_counter()
+        if device.type != "cuda":
+            numbers = self._within_memory(pieces).float().cpu()
+            return _Underway(window, numbers, None, time.perf_counter() - start)
+        with torch.cuda.device(device):
+            begun, arrived = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            numbers = self._within_memory(pieces).float().to("cpu", non_blocking=True)
+            arrived.record()
+        return _Underway(window, numbers, (begun, arrived), 0.0)
+
+    def _within_memory(self, pieces: list[_Piece]) -> Tensor:
+        """Computes pieces in passes that are halved as long as they do not fit into the device's memory."""
+        ids, types = [piece.ids for piece in pieces], [piece.types for piece in pieces]
+        while True:
+            try:
+                return self._compute(ids, types)
+            except torch.OutOfMemoryError:
+                tokens = self._model.tokens_per_pass
+                if tokens <= max(map(len, ids)):
+                    raise
+                self._model.tokens_per_pass = tokens // 2
+                warnings.warn(
+                    f"{tokens} tokens in a pass are more than fit into the memory of {self._model.device}: "
+                    f"going on with {tokens // 2}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            if self._model.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _finished(self, underway: _Underway) -> Scored:
+        window, numbers, events, seconds = underway
+        if events is not None:
+            begun, arrived = events
+            arrived.synchronize()
+            seconds = begun.elapsed_time(arrived) / 1000
+        found, text_of = window.found, window.text_of
+        scores = self._score(numbers)
+        counts = [len(text.pieces) for text in found.values()]
+        if len(numbers) > len(found):
+            numbers, scores = (self._of_texts(each, counts) for each in (numbers, scores))
+        # One row more, for those that have none.
+        place = {text: index for index, text in enumerate(found)}
+        nowhere = len(found)
+        index = torch.tensor(
+            [nowhere if text is None else place.get(text, nowhere) for text in text_of], dtype=torch.long
+        )
+        last = numbers.new_full((1, numbers.shape[1]), torch.nan)
+        problems = window.problems
+        return Scored(
+            torch.cat((numbers, last))[index],
+            torch.cat((scores, last))[index],
+            {row: problems[text] for row, text in enumerate(text_of) if text is not None and text in problems},
+            sum(text is not None and text in found and found[text].was_cut for text in text_of),
+            sum(text is not None for text in text_of) - len(found) - len(problems),
+            sum(len(piece.ids) for text in found.values() for piece in text.pieces),
+            seconds,
+        )
+
+    def _of_texts(self, numbers: Tensor, counts: list[int]) -> Tensor:
+        """Numbers of windows to those of texts, of which each has ``counts`` windows."""
+        return torch.segment_reduce(numbers, self._policy.window_scores, lengths=torch.tensor(counts), axis=0)
+
+
+def _tokens_that_fit(spec: EncoderSpec, dtype: torch.dtype, free: int) -> int:
+    """How many tokens a pass may have, so that it takes at most half of ``free`` bytes.
+
+    At its widest a layer holds its input, queries, keys and values, and the feed-forward's inner states twice.
+    """
+    bytes_per_token = dtype.itemsize * (5 * spec.hidden_size + 2 * spec.intermediate_size * (1 + spec.gated))
+    return max(free // 2 // bytes_per_token, spec.max_positions or MAX_ROWS)
