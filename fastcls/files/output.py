@@ -44,7 +44,7 @@ class Places(NamedTuple):
         by_name, asked = Form.of(output), None if form is None else Form.of(form)
         if form is not None and asked is None:
             raise ValueError(
-                f"--output-format must be parquet, jsonl, csv, tsv or npy, or lines with .gz or .zst, got {form}"
+                f"--output-format must be parquet, jsonl, csv or tsv, the last three also with .gz or .zst, got {form}"
             )
         target = Path(output)
         is_folder = output.endswith(("/", os.sep)) or target.is_dir() or (by_name is None and not target.suffix)
