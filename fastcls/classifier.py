@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,13 @@ from .conversion import optimize
 from .engine.batch import BadText
 from .engine.spec import LastLayer, Quantize, check_quantize
 from .integrations.sentence_transformers import is_sentence_model
-from .labels import label_names
+from .labels import ScoreFunction, best_first, label_names, score_function, scores_of
 from .loading import load_model, load_tokenizer, parse_device, parse_dtype, sorted_options
 from .models import FastClassifier, FastModel
 from .original.own_code import advice_for
 from .texts import Item, Text, TextError, Truncation, checked_texts, items_of, plain, read_count
 from .tokenizing import Cut, own_copy, read_cut, read_padding, read_truncation, token_lists
 
-ScoreFunction = Literal["softmax", "sigmoid", "none"]
 Label: TypeAlias = "dict[str, Any]"
 
 # A window (texts, characters) is tokenized, sorted and packed at once: large enough to fill the machine, small enough
@@ -297,7 +296,7 @@ class Classifier:
         batch_size: int | None,
     ) -> _Call:
         """Checks all options of a call before a text is read."""
-        apply = self._score_function(function_to_apply)
+        apply = score_function(function_to_apply, self.model.config.problem_type, self.model.num_labels)
         if top_k is not None and top_k != "best":
             top_k = read_count("top_k", top_k)
         read_padding(padding)
@@ -372,40 +371,16 @@ class Classifier:
         except BadText as error:
             raise TextError(first + error.row, error.problem) from error
 
-    def _score_function(self, asked: Any) -> ScoreFunction:
-        if asked is not None:
-            # The values of the pipeline's own enumeration have these names.
-            name = str(getattr(asked, "value", asked)).lower()
-            for known in get_args(ScoreFunction):
-                if name == known and isinstance(asked, str):
-                    return known
-            choices = ", ".join(get_args(ScoreFunction))
-            raise ValueError(f"function_to_apply must be one of {choices} or None, got {asked!r}")
-        config = self.model.config
-        if config.problem_type == "regression":
-            return "none"
-        if config.problem_type == "multi_label_classification" or self.model.num_labels == 1:
-            return "sigmoid"
-        return "softmax"
-
 
 def _labels(underway: _Underway, call: _Call) -> Iterator[Any]:
-    scores = _scores(underway.wait(), call.apply)
+    scores = scores_of(underway.wait(), call.apply)
     count = 1 if call.top_k == "best" else min(call.top_k or scores.shape[1], scores.shape[1])
-    # A stable sort, so that the first of equal scores comes first, as with argmax.
-    values, indices = scores.sort(dim=1, descending=True, stable=True)
+    values, indices = best_first(scores)
     for row_values, row_indices in zip(values[:, :count].tolist(), indices[:, :count].tolist(), strict=True):
         labels = [
             {"label": call.names[index], "score": value} for value, index in zip(row_values, row_indices, strict=True)
         ]
         yield labels[0] if call.top_k == "best" else labels
-
-
-def _scores(logits: Tensor, apply: ScoreFunction) -> Tensor:
-    logits = logits.float()
-    if apply == "softmax":
-        return logits.softmax(-1)
-    return logits.sigmoid() if apply == "sigmoid" else logits
 
 
 def _remedy_for(model: object) -> str:

@@ -1,12 +1,16 @@
-"""The labels' names from a config, in any of the forms in use."""
+"""Labels: their names from a config, in any of the forms in use, and their scores from logits."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
+
+from torch import Tensor
 
 from .engine.batch import shortened
+
+ScoreFunction = Literal["softmax", "sigmoid", "none"]
 
 
 def label_names(id2label: Any, num_labels: int) -> list[Any]:
@@ -38,6 +42,42 @@ def label_names(id2label: Any, num_labels: int) -> list[Any]:
     if missing:
         raise ValueError(f"{problem}, which does not name {missing[0]}")
     return [names[index] for index in range(num_labels)]
+
+
+def score_function(asked: Any, problem_type: str | None, num_labels: int) -> ScoreFunction:
+    """What makes scores of logits: what was asked for, or else as the config's problem type and number of labels say.
+
+    Raises:
+        ValueError: something else was asked for.
+    """
+    if asked is not None:
+        # The values of the pipeline's own enumeration have these names.
+        name = str(getattr(asked, "value", asked)).lower()
+        for known in get_args(ScoreFunction):
+            if name == known and isinstance(asked, str):
+                return known
+        choices = ", ".join(get_args(ScoreFunction))
+        raise ValueError(f"function_to_apply must be one of {choices} or None, got {asked!r}")
+    if problem_type == "regression":
+        return "none"
+    if problem_type == "multi_label_classification" or num_labels == 1:
+        return "sigmoid"
+    return "softmax"
+
+
+def scores_of(logits: Tensor, apply: ScoreFunction) -> Tensor:
+    """(num_texts, num_labels) float32, of logits of any dtype."""
+    logits = logits.float()
+    if apply == "softmax":
+        return logits.softmax(-1)
+    return logits.sigmoid() if apply == "sigmoid" else logits
+
+
+def best_first(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's scores from the best one down, and the labels that they belong to."""
+    # A stable sort, so that the first of equal scores comes first, as with argmax.
+    values, labels = scores.sort(dim=1, descending=True, stable=True)
+    return values, labels
 
 
 def _label_id(key: object) -> int | None:
