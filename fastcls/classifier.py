@@ -6,6 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
@@ -15,11 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .conversion import optimize
 from .engine.batch import BadText
 from .engine.spec import LastLayer, Quantize, check_quantize
+from .flow import Flow, LongTextPolicy
 from .integrations.sentence_transformers import is_sentence_model
 from .labels import ScoreFunction, best_first, label_names, score_function, scores_of
 from .loading import load_model, load_tokenizer, parse_device, parse_dtype, sorted_options
 from .models import FastClassifier, FastModel
 from .original.own_code import advice_for
+from .results import Results, Wanted
 from .texts import Item, Text, TextError, Truncation, checked_texts, items_of, plain, read_count
 from .tokenizing import Cut, own_copy, read_cut, read_padding, read_truncation, token_lists
 
@@ -286,6 +289,35 @@ class Classifier:
             parts.append(logits)
         return torch.cat(parts) if parts else self.model.logits_of([])
 
+    def flow(
+        self,
+        policy: LongTextPolicy = LongTextPolicy(),  # noqa: B008 - a tuple of constants
+        *,
+        max_length: int | None = None,
+        function_to_apply: ScoreFunction | None = None,
+    ) -> Flow:
+        """Windows of texts to logits and scores, for files and tables.
+
+        Args:
+            policy: what becomes of texts that are too long.
+            max_length, function_to_apply: see a call.
+
+        Raises:
+            ValueError: an option with another value.
+        """
+        apply = self._score_function(function_to_apply)
+        cut = read_cut(self.tokenizer, self.model.spec.max_positions, True, None, max_length)
+        score = partial(scores_of, apply=apply)
+        return Flow(self.model, self.tokenizer, self.model.logits_of, score, cut, policy, self._tokenizing)
+
+    def results(self, wanted: Wanted, function_to_apply: ScoreFunction | None = None) -> Results:
+        """What makes columns of a flow's logits and scores: see `Results`."""
+        names = label_names(self.model.config.id2label, self.model.num_labels)
+        return Results(wanted, names, self._score_function(function_to_apply))
+
+    def _score_function(self, asked: ScoreFunction | None) -> ScoreFunction:
+        return score_function(asked, self.model.config.problem_type, self.model.num_labels)
+
     def _read_call(
         self,
         top_k: int | Literal["best"] | None,
@@ -296,7 +328,7 @@ class Classifier:
         batch_size: int | None,
     ) -> _Call:
         """Checks all options of a call before a text is read."""
-        apply = score_function(function_to_apply, self.model.config.problem_type, self.model.num_labels)
+        apply = self._score_function(function_to_apply)
         if top_k is not None and top_k != "best":
             top_k = read_count("top_k", top_k)
         read_padding(padding)

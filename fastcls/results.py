@@ -15,6 +15,8 @@ from .texts import read_count
 if TYPE_CHECKING:
     import pyarrow
 
+    from .flow import Scored
+
 
 class Wanted(NamedTuple):
     """Which columns.
@@ -77,12 +79,19 @@ class Results:
             fields = [*fields, arrow.field("logits", arrow.struct(self._by_label))]
         self.schema = arrow.schema([field.with_name(wanted.prefix + field.name) for field in fields])
 
-    def columns(self, logits: Tensor, missing: Collection[int] = ()) -> pyarrow.RecordBatch:
+    def columns_of(self, scored: Scored, missing: Collection[int] = ()) -> pyarrow.RecordBatch:
+        """The columns of a flow's window."""
+        return self.columns(scored.numbers, missing, scores=scored.scores)
+
+    def columns(
+        self, logits: Tensor, missing: Collection[int] = (), *, scores: Tensor | None = None
+    ) -> pyarrow.RecordBatch:
         """The columns of some rows.
 
         Args:
             logits: (rows, num_labels), of any dtype and on any device.
             missing: rows that are null in every column.
+            scores: the same shape, where they are known; None makes them of the logits.
 
         Raises:
             ValueError: logits of another shape.
@@ -94,7 +103,7 @@ class Results:
             )
         arrow = _pyarrow()
         logits = logits.detach().cpu().float()
-        scores = scores_of(logits, self.apply)
+        scores = scores_of(logits, self.apply) if scores is None else scores
         values, labels = best_first(scores)
         is_missing = torch.zeros(len(logits), dtype=torch.bool)
         is_missing[list(missing)] = True

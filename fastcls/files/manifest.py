@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers.utils.hub import cached_file, extract_commit_hash
+
 from ..engine.batch import shortened
 
 _FORMAT = 1
@@ -158,11 +160,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def fingerprint(name: str, commit: str | None) -> str:
-    """What tells a checkpoint from another of the same name: its commit on the hub, or a hash of its folder's files."""
+def fingerprint(name: str) -> str:
+    """What tells a checkpoint from another of the same name: its commit on the hub, or a hash of its folder's files.
+
+    Raises:
+        OSError: a name that the hub does not have, or a hub that cannot be reached.
+    """
     folder = Path(name)
     if not folder.is_dir():
-        return f"commit {commit}"
+        return f"commit {extract_commit_hash(cached_file(name, 'config.json'), None)}"
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -89,50 +90,59 @@ class Places(NamedTuple):
 
 
 class Output:
-    """A run's output, shard by shard.
+    """A run's output, shard by shard. To look at what an earlier run left changes nothing: `open` begins.
 
     Args:
         places: its files.
         asked: what the run was asked for, for its manifest.
-        schema: of its batches.
         resume: go on behind what an earlier run finished, if there was one.
         overwrite: remove what an earlier run left.
 
     Raises:
-        ValueError: an earlier run's output is there and neither is asked, or it was asked for something else, or
-            another run is writing it.
-        OSError: a file cannot be written.
+        ValueError: an earlier run's output is there and neither is asked, or it was asked for something else.
     """
 
-    def __init__(
-        self, places: Places, asked: Mapping[str, Any], schema: pa.Schema, *, resume: bool, overwrite: bool
-    ) -> None:
-        self.places, self.schema = places, schema
+    def __init__(self, places: Places, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+        self.places = places
         found = Manifest.read(places.manifest) if resume else None
         if found is not None:
             found.check_same(asked)
-            self.manifest = found
-        else:
-            self._clear(overwrite)
-            self.manifest = Manifest(places.manifest, asked)
-        places.parts.mkdir(parents=True, exist_ok=True)
-        self._held = _held(places.parts)
-        self._remove_unfinished()
-        if not self.manifest.finished:
-            self.manifest.begin()
+        earlier = [] if found is not None else places.of_earlier_runs()
+        if earlier and not overwrite:
+            remedy = "replace it with --overwrite"
+            if not resume and Manifest.read(places.manifest) is not None:
+                remedy = f"go on with --resume if its run was ended early, or {remedy}"
+            raise ValueError(f"{earlier[0]} is there already: {remedy}")
+        self._earlier = earlier
+        self.manifest = found or Manifest(places.manifest, asked)
+        self._schema: pa.Schema = None
+        self._held: int | None = None
         self._writer: Writer | None = None
         self._errors: BinaryIO | None = None
 
-    def _clear(self, overwrite: bool) -> None:
-        earlier = self.places.of_earlier_runs()
-        if earlier and not overwrite:
-            raise ValueError(
-                f"{earlier[0]} is there already: go on with --resume if its run was ended early, or replace it with "
-                "--overwrite"
-            )
+    def open(self, schema: pa.Schema) -> None:
+        """Begins to write batches of a schema.
+
+        Raises:
+            ValueError: another run is writing there.
+            OSError: a file cannot be written.
+        """
+        self._schema = schema
+        self.places.parts.parent.mkdir(parents=True, exist_ok=True)
+        self.places.errors.parent.mkdir(parents=True, exist_ok=True)
         # The manifest last: without it nothing says that the rest is a run's.
-        for path in sorted(earlier, key=lambda path: path == self.places.manifest):
+        for path in sorted(self._earlier, key=lambda path: path == self.places.manifest):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.places.parts.mkdir(exist_ok=True)
+        self._held = _held(self.places.parts)
+        self._remove_unfinished()
+        if not self.manifest.finished:
+            self.manifest.begin()
+
+    @property
+    def errors(self) -> Path | None:
+        """The file of bad rows, if there are any."""
+        return self.places.errors if self.places.errors.exists() else None
 
     @property
     def start(self) -> Position:
@@ -149,12 +159,12 @@ class Output:
         if self._writer is None:
             # A file's shards are joined, and only the first has a header.
             header = self.places.is_folder or self.index == 0
-            self._writer = open_writer(_unfinished(self._part), self.places.form, self.schema, header=header)
+            self._writer = open_writer(_unfinished(self._part), self.places.form, self._schema, header=header)
         self._writer.write(batch)
         if errors:
             if self._errors is None:
                 self._errors = _unfinished(self.places.part_errors(self.index)).open("wb")
-            self._errors.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in errors))
+            self._errors.write(_lines(errors))
 
     @property
     def _part(self) -> Path:
@@ -185,12 +195,12 @@ class Output:
         if not places.is_folder:
             if not count:
                 # Nothing came in: a file without rows, but with the names of its columns.
-                self._writer = open_writer(_unfinished(places.part(0)), places.form, self.schema)
+                self._writer = open_writer(_unfinished(places.part(0)), places.form, self._schema)
                 self._writer.close()
                 self._writer = None
                 _appear(places.part(0))
             parts = [places.part(index) for index in range(max(count, 1))]
-            join(parts, _unfinished(places.target), places.form, self.schema)
+            join(parts, _unfinished(places.target), places.form, self._schema)
             _appear(places.target)
         errors = [path for path in map(places.part_errors, range(count)) if path.exists()]
         if errors:
@@ -256,3 +266,47 @@ def _held(folder: Path) -> int | None:
         os.close(descriptor)
         raise ValueError(f"{folder} must have one run at a time, and another one is writing there") from None
     return descriptor
+
+
+class Standard:
+    """Rows on standard output as they come.
+
+    Args:
+        form: their form.
+        errors: the file of bad rows, or None.
+    """
+
+    start = Position(0, 0)
+
+    def __init__(self, form: Form, errors: str | None) -> None:
+        self._form = form
+        self.errors = None if errors is None else Path(errors)
+
+    def open(self, schema: pa.Schema) -> None:
+        """Begins to write batches of a schema."""
+        self._writer = open_writer(sys.stdout.buffer, self._form, schema)
+        self._file = None if self.errors is None else self.errors.open("wb")
+
+    def write(self, batch: pa.RecordBatch, errors: Sequence[Mapping[str, Any]]) -> None:
+        """Writes rows."""
+        self._writer.write(batch)
+        sys.stdout.buffer.flush()
+        if self._file is not None:
+            self._file.write(_lines(errors))
+
+    def finish_shard(self, shard: Shard) -> None:
+        """Does nothing: there are no shards."""
+
+    def finish(self) -> None:
+        """Ends what is written."""
+        self._writer.close()
+        sys.stdout.buffer.flush()
+
+    def leave(self) -> None:
+        """Closes the file of bad rows."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _lines(errors: Sequence[Mapping[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in errors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
@@ -25,7 +25,7 @@ class Columns(Protocol):
 
     @property
     def schema(self) -> pa.Schema: ...
-    def columns(self, scored: Scored, missing: Sequence[int]) -> pa.RecordBatch: ...
+    def columns_of(self, scored: Scored, missing: Sequence[int]) -> pa.RecordBatch: ...
 
 
 class Target(Protocol):
@@ -81,7 +81,7 @@ class _Window(NamedTuple):
     ends_shard: bool
 
 
-class BadRow(ValueError):
+class BadRow(ValueError):  # noqa: N818  # it is the row that is bad
     """A bad row, where none is allowed."""
 
 
@@ -109,7 +109,7 @@ def run(
         report: called after each window.
 
     Raises:
-        BadRow: a bad row, with ``strict``; the rows before it in its shard are not written.
+        BadRow: a bad row, with ``strict``, behind the rows before it.
         OSError, ValueError: a source that cannot be read, a target that cannot be written.
     """
     started = time.perf_counter()
@@ -121,11 +121,11 @@ def run(
             {"file": window.places[row][0], "row": window.places[row][1], "reason": problems[row]}
             for row in sorted(problems)
         ]
-        if errors and strict:
-            first = errors[0]
-            raise BadRow(f"{first['file']}, row {first['row']}: {first['reason']}")
         missing = sorted(problems)
-        batch = _beside(window.kept, results.columns(scored, missing))
+        batch = _beside(window.kept, results.columns_of(scored, missing))
+        if errors and strict:
+            target.write(batch.slice(0, missing[0]), ())
+            raise BadRow(f"{errors[0]['file']}, row {errors[0]['row']}: {errors[0]['reason']}")
         if missing and not keep_bad_rows:
             good = torch.ones(batch.num_rows, dtype=torch.bool)
             good[missing] = False
@@ -173,9 +173,7 @@ def _not_finite(scores: Tensor, missing: Sequence[int]) -> int:
 
 
 def _beside(kept: pa.RecordBatch, found: pa.RecordBatch) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays(
-        [*kept.columns, *found.columns], schema=pa.schema([*kept.schema, *found.schema])
-    )
+    return pa.RecordBatch.from_arrays([*kept.columns, *found.columns], schema=pa.schema([*kept.schema, *found.schema]))
 
 
 class _Gathered:
@@ -240,5 +238,3 @@ def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Rows,
         for rows in sources[index].rows(row):
             yield rows, sources[index].name, Position(index, row)
             row += len(rows.texts)
-
-

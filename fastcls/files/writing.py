@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -204,9 +203,3 @@ def _flat(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 def _json_of(value: Any) -> str:
     return json.dumps(_finite(value), ensure_ascii=False, default=str)
-
-
-def standard_output() -> BinaryIO:
-    return sys.stdout.buffer
-
-

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from . import demo_model
 from .options import Device, DType, Quantize, Threads
-from .terminal import INTERRUPTED, set_threads, stderr
+from .terminal import expected_errors, set_threads, stderr
 
 if TYPE_CHECKING:
-    from ..files.output import Output
+    from ..files.job import Job
     from ..files.run import Totals
-    from ..flow import Flow
 
 _INPUT, _TEXTS, _ANSWERS, _OUTPUT, _MODEL = "Input", "Long texts", "Answers", "Output", "Model"
 # Where progress cannot be drawn, a line says it so often, in seconds.
 _REPORT_EVERY = 60.0
 
 
+@expected_errors
 def classify(
     model: Annotated[
         str | None, typer.Argument(help="A folder with a fine-tuned checkpoint, or a name on the hub.")
@@ -36,8 +31,8 @@ def classify(
         list[str] | None,
         typer.Argument(
             metavar="[INPUT]...",
-            help="Files of txt, jsonl, csv, tsv, parquet or arrow, also .gz or .zst; patterns like 'data/*.csv'; folders "
-            "that datasets saved. - or nothing: standard input.",
+            help="Files of txt, jsonl, csv, tsv, parquet or arrow, also .gz or .zst; patterns like 'data/*.csv'; "
+            "folders that datasets saved. - or nothing: standard input.",
         ),
     ] = None,
     own_model: Annotated[
@@ -70,8 +65,8 @@ def classify(
     errors: Annotated[
         str | None,
         typer.Option(
-            help="Where bad rows go, as JSON lines with their place and reason. Default: beside the output. On standard "
-            "output without it the first bad row ends the run.",
+            help="Where bad rows go, as JSON lines with their place and reason. Default: beside the output. On "
+            "standard output without it the first bad row ends the run.",
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
@@ -83,18 +78,21 @@ def classify(
     ] = 65_536,
     format: Annotated[  # noqa: A002 - the option's name
         str | None,
-        typer.Option(help="Of the input, where its name does not say it; of standard input txt.", rich_help_panel=_INPUT),
+        typer.Option(
+            help="Of the input, where its name does not say it; of standard input txt.", rich_help_panel=_INPUT
+        ),
     ] = None,
     text_column: Annotated[
         str | None,
         typer.Option(help="Default: text, or the only column of strings.", rich_help_panel=_INPUT),
     ] = None,
-    pair_column: Annotated[
-        str | None, typer.Option(help="The column of second texts.", rich_help_panel=_INPUT)
-    ] = None,
+    pair_column: Annotated[str | None, typer.Option(help="The column of second texts.", rich_help_panel=_INPUT)] = None,
     id_column: Annotated[
         list[str] | None,
-        typer.Option(help="Write this column instead of the texts. Can be repeated; the texts' own name keeps them.", rich_help_panel=_INPUT),
+        typer.Option(
+            help="Write this column instead of the texts. Can be repeated; the texts' own name keeps them.",
+            rich_help_panel=_INPUT,
+        ),
     ] = None,
     pairs: Annotated[
         bool,
@@ -148,6 +146,9 @@ def classify(
     logits: Annotated[
         bool, typer.Option("--logits", help="Give the logit of each label, too.", rich_help_panel=_ANSWERS)
     ] = False,
+    prefix: Annotated[
+        str, typer.Option(help="What the names of the answers' columns begin with.", rich_help_panel=_ANSWERS)
+    ] = "",
     embeddings: Annotated[
         str | None,
         typer.Option(
@@ -177,11 +178,15 @@ def classify(
     error says at the end how many there were.
     """
     path, paths = _model_and_inputs(model, inputs or [], own_model)
-    asked = {
+    set_threads(threads)
+    from ..files.job import Job, Options
+    from ..files.run import BadRow
+
+    options: Any = {
         "format": format,
         "text_column": text_column,
         "pair_column": pair_column,
-        "id_column": id_column,
+        "id_columns": tuple(id_column) if id_column else None,
         "pairs": pairs,
         "header": header,
         "quotes": quotes,
@@ -193,14 +198,121 @@ def classify(
         "threshold": threshold,
         "all_scores": all_scores,
         "logits": logits,
+        "prefix": prefix,
         "embeddings": embeddings,
         "normalize": normalize,
         "output_format": output_format,
         "shard_rows": shard_rows,
+        "device": device,
+        "dtype": dtype,
+        "quantize": quantize,
     }
-    _check_options(asked, output, paths, resume=resume, overwrite=overwrite)
-    set_threads(threads)
-    target = _target_of(output, output_format, errors)
-    sources = _sources(paths, asked)
-    flow, results = _flow_and_results(path, asked, device, dtype, quantize)
-    ...
+    asked: Any = {"errors": errors, "strict": strict, "resume": resume, "overwrite": overwrite}
+    job = Job(path, paths, output, Options(**options), **asked)
+    if job.is_finished:
+        stderr.print(f"{output} is finished already: there is nothing to resume.", highlight=False, soft_wrap=True)
+        return
+    with stderr.status("Loading the model", spinner="dots"):
+        job.load()
+    done = job.done
+    try:
+        with _Display(done, job.num_rows) as display:
+            totals = job.run(display.show)
+    except BadRow as error:
+        _print_kept(job)
+        remedy = "" if strict else ": add --errors FILE to write such rows there and go on"
+        raise ValueError(f"{error}{remedy}") from error
+    except BaseException:
+        _print_kept(job)
+        raise
+    _summarize(done, totals, job, output)
+
+
+def _model_and_inputs(model: str | None, inputs: list[str], own_model: bool) -> tuple[str, list[str]]:
+    """What to classify with, and what: with --demo all arguments are files."""
+    if not own_model:
+        if model is None:
+            raise ValueError(
+                "MODEL must be given, a checkpoint's folder or a name on the hub; or use --demo without it"
+            )
+        return model, inputs or ["-"]
+    if model is not None and (Path(model) / "config.json").exists():
+        raise ValueError(f"--demo is a model of its own: leave MODEL out, got {model}")
+    return demo_model(), [*filter(None, (model,)), *inputs] or ["-"]
+
+
+class _Display:
+    """How far a run is: drawn on a terminal, else a line a minute.
+
+    Args:
+        done: what earlier runs have done.
+        num_rows: rows of the input, if that is known.
+    """
+
+    def __init__(self, done: Totals, num_rows: int | None) -> None:
+        self._done, self._num_rows = done.rows, num_rows
+        self._reported = 0.0
+        self._bar = Progress(
+            SpinnerColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=stderr,
+            disable=not stderr.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, totals: Totals) -> None:
+        """Shows a run's totals so far."""
+        rows = self._done + totals.rows
+        part = rows / self._num_rows if self._num_rows else totals.read
+        line = f"{rows:,} rows, {_speed(totals)}"
+        if self._bar.disable:
+            if totals.seconds - self._reported >= _REPORT_EVERY:
+                self._reported = totals.seconds
+                stderr.print(line + ("" if part is None else f", {part:.0%} done"), highlight=False, soft_wrap=True)
+        else:
+            self._bar.update(self._task, description=line, completed=part or 0, total=None if part is None else 1)
+
+
+def _speed(totals: Totals) -> str:
+    seconds = totals.seconds or 1e-9
+    return (
+        f"{totals.rows / seconds:,.0f} rows/s, {totals.tokens / seconds:,.0f} tokens/s, "
+        f"model busy {min(totals.busy / seconds, 1):.0%}"
+    )
+
+
+def _summarize(done: Totals, totals: Totals, job: Job, output: str) -> None:
+    """What a run did, on standard error."""
+    where = "" if output == "-" else f" to {output}"
+    before = f", {done.rows:,} of them by earlier runs" if done.rows else ""
+    lines = [f"{done.rows + totals.rows:,} rows{where}{before}: {_speed(totals)}, {totals.seconds:,.1f} s."]
+    if totals.repeated:
+        lines.append(f"Computed once: {totals.repeated:,} rows repeat a text of their window.")
+    for count, what in (
+        (done.cut + totals.cut, "Cut: {} texts were longer than the model takes; see --long-texts."),
+        (done.bad + totals.bad, f"[yellow]Bad rows:[/] {{}}, in {escape(str(job.errors))}."),
+        (
+            done.not_finite + totals.not_finite,
+            "[yellow]Not finite:[/] {} rows have a score that is infinite or no number.",
+        ),
+    ):
+        if count:
+            lines.append(what.format(f"{count:,}"))
+    stderr.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _print_kept(job: Job) -> None:
+    """What a run that ended early leaves, on standard error."""
+    rows = job.done.rows
+    if rows:
+        stderr.print(f"Kept: {rows:,} finished rows; --resume goes on from there.", highlight=False, soft_wrap=True)

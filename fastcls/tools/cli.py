@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-import sys
 from itertools import tee
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import demo_model
-from .lines import Lines, count_lines, decoded_lines, labelled, opened, texts_of, write_utf8
+from .classify import classify
+from .lines import count_lines, decoded_lines, labelled, opened, texts_of, write_utf8
+from .options import Device, DType, Quantize, Threads
 from .terminal import INTERRUPTED, expected_errors, fail, progress_bar, set_threads, stderr
 
 app = typer.Typer(
@@ -25,120 +24,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Device = Annotated[
-    str | None, typer.Option(help="Where to run: cpu, cuda:0 and so on. Default: a GPU if there is one.")
-]
 Pairs = Annotated[bool, typer.Option("--pairs", help="Each line is two texts with a tab between.")]
 Truncate = Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long for the model.")]
-DType = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's own.")]
-Quantize = Annotated[
-    str | None,
-    typer.Option(
-        help="int8: compute products in it, on a CPU and in float32 alone; see what fastcls verify says of it."
-    ),
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's own choice.")]
 
-
-@app.command()
-@expected_errors
-def classify(
-    model: Annotated[
-        str | None, typer.Argument(help="A folder with a fine-tuned checkpoint, or a name on the hub.")
-    ] = None,
-    file: Annotated[Path | None, typer.Argument(help="UTF-8 text, one text a line; - is standard input.")] = None,
-    own_model: Annotated[
-        bool, typer.Option("--demo", help="Take fastcls's own model of English reviews; leave MODEL out.")
-    ] = False,
-    pairs: Pairs = False,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Give this many labels for each text, best first.")] = None,
-    truncate: Truncate = False,
-    device: Device = None,
-    dtype: DType = None,
-    quantize: Quantize = None,
-    threads: Threads = None,
-) -> None:
-    """Classify lines of text: one JSON object a line on standard output, in the order of the input.
-
-    Progress goes to standard error. Every input line gives one output line, an empty one too. An error names the line
-    that cannot be classified, after all lines before it were written.
-
-    Scores that are infinite or no number, as those of a model whose training
-    diverged, are written as null, and so is a label that no number chose. Standard
-    error says at the end how many there were; the exit status stays 0.
-    """
-    model, file = _model_and_file(model, file, own_model)
-    total = None if str(file) == "-" else count_lines(file)
-    from ..classifier import Classifier
-    from ..loading import parse_quantize
-    from ..texts import TextError
-
-    set_threads(threads)
-    products = parse_quantize(quantize)
-    with stderr.status("Loading the model", spinner="dots"):
-        classifier = Classifier.from_pretrained(
-            model, device=device, dtype=dtype, truncation=truncate, quantize=products
-        )
-    write_utf8()
-    done = not_finite = first_not_finite = 0
-    with opened(file) as source, progress_bar() as progress:
-        task = progress.add_task("texts", total=total)
-        texts = Lines(source, str(file), pairs)
-        try:
-            for result in classifier.stream(texts, top_k="best" if top_k is None else top_k):
-                text, pair = texts.seen.pop(done)
-                row: dict[str, Any] = {"text": text} if pair is None else {"text": text, "text_pair": pair}
-                labels = [result] if top_k is None else result
-                row |= _best_label(result) if top_k is None else {"labels": [_json_label(label) for label in labels]}
-                # default=str, since a config's names of labels may have types that JSON lacks.
-                sys.stdout.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n")
-                done += 1
-                if not all(math.isfinite(label["score"]) for label in labels):
-                    not_finite, first_not_finite = not_finite + 1, first_not_finite or done
-                progress.update(task, completed=done)
-        except TextError as error:
-            remedy = ": add --truncate to cut such texts" if error.too_long else ""
-            raise ValueError(f"{file}, line {error.index + 1} {error.problem}{remedy}") from error
-        except KeyboardInterrupt:
-            progress.stop()
-            stderr.print(f"Interrupted: {done} texts classified.")
-            raise typer.Exit(INTERRUPTED) from None
-        finally:
-            sys.stdout.flush()
-            progress.stop()
-            if not_finite:
-                stderr.print(
-                    f"[yellow]Not finite:[/] {not_finite} of {done} texts have a score that is infinite or no number, "
-                    f"written as null; the first is line {first_not_finite}.",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-
-
-def _model_and_file(model: str | None, file: Path | None, own_model: bool) -> tuple[str, Path]:
-    """What to classify with, and what: with --demo the only argument is the file."""
-    if not own_model:
-        if model is None:
-            raise ValueError(
-                "MODEL must be given, a checkpoint's folder or a name on the hub; or use --demo without it"
-            )
-        return model, file or Path("-")
-    if model is not None and (file is not None or Path(model).is_dir()):
-        raise ValueError(f"--demo is a model of its own: leave MODEL out, got {model}")
-    return demo_model(), Path(model or "-")
-
-
-def _best_label(label: dict[str, Any]) -> dict[str, Any]:
-    """A text's only label, or None if its score is NaN and so no number is the largest."""
-    found = _json_label(label)
-    return {**found, "label": None} if math.isnan(label["score"]) else found
-
-
-def _json_label(label: dict[str, Any]) -> dict[str, Any]:
-    """A label and its score in JSON's types."""
-    name, score = label["label"], label["score"]
-    is_odd = isinstance(name, float) and not math.isfinite(name)
-    return {"label": str(name) if is_odd else name, "score": score if math.isfinite(score) else None}
+app.command()(classify)
 
 
 @app.command()

@@ -1,0 +1,113 @@
+"""Texts to vectors: an encoder with its tokenizer, and the columns of vectors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+from transformers.utils.hub import cached_file
+
+from ..conversion import optimize
+from ..engine.spec import Quantize
+from ..flow import Flow, LongTextPolicy, Scored
+from ..loading import load_model, load_tokenizer, parse_device, parse_dtype
+from ..models import FastEncoder
+from ..tokenizing import read_cut
+
+Pooling = Literal["first", "mean"]
+
+# The names of sentence-transformers.
+_POOLINGS = {
+    "cls": "first",
+    "mean": "mean",
+    "pooling_mode_cls_token": "first",
+    "pooling_mode_mean_tokens": "mean",
+}
+
+
+class Embedder:
+    """An encoder that gives a vector for each text, in one column, "embedding".
+
+    Args:
+        name: a folder with a checkpoint, or a name on the hub.
+        pooling: "first" for the first token's ([CLS]), "mean" for the mean over a text's tokens.
+        normalize: whether vectors have length 1.
+        prefix: stands before the column's name.
+        device, dtype, quantize: see `Classifier.from_pretrained`.
+
+    Raises:
+        ValueError, TypeError, OSError: as `Classifier.from_pretrained`; a checkpoint of sentence-transformers that
+            pools otherwise, or has further layers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pooling: Pooling,
+        *,
+        normalize: bool = False,
+        prefix: str = "",
+        device: str | None = None,
+        dtype: str | None = None,
+        quantize: Quantize | None = None,
+    ) -> None:
+        _check_sentence_model(name, pooling)
+        self._pooling, self._normalize = pooling, normalize
+        self._tokenizer = load_tokenizer(name)
+        model = load_model(name, parse_device(device), parse_dtype(dtype), task="encoder")
+        fast = optimize(model, select="first", quantize=quantize, release=True)
+        assert isinstance(fast, FastEncoder)
+        self._model = fast
+        self._width = fast.width
+        self.schema = pa.schema([(f"{prefix}embedding", pa.list_(pa.float32(), self._width))])
+
+    def flow(self, policy: LongTextPolicy, max_length: int | None) -> Flow:
+        """Windows of texts to vectors."""
+        cut = read_cut(self._tokenizer, self._model.spec.max_positions, True, None, max_length)
+
+        def compute(ids: list[list[int]], types: list[list[int]]) -> Tensor:
+            return self._model.embeddings_of(ids, types, pooling=self._pooling)
+
+        return Flow(self._model, self._tokenizer, compute, self._scaled, cut, policy)
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(vectors, dim=1) if self._normalize else vectors
+
+    def columns_of(self, scored: Scored, missing: Sequence[int]) -> pa.RecordBatch:
+        """The column of a window's vectors."""
+        flat = pa.array(scored.scores.flatten().numpy())
+        absent = torch.zeros(len(scored.scores), dtype=torch.bool)
+        absent[list(missing)] = True
+        column = pa.FixedSizeListArray.from_arrays(flat, self._width, mask=pa.array(absent.numpy()))
+        return pa.RecordBatch.from_arrays([column], schema=self.schema)
+
+
+def _check_sentence_model(name: str, pooling: Pooling) -> None:
+    """Checks that a checkpoint of sentence-transformers asks for this pooling and nothing more but a length of 1."""
+    for module in _json_of(name, "modules.json") or []:
+        kind = str(module["type"]).rpartition(".")[2]
+        if kind == "Pooling":
+            own = _own_pooling(_json_of(name, f"{module['path']}/config.json") or {})
+            if own != pooling:
+                raise ValueError(f"--embeddings must be {own} for {name}, which pools so, got {pooling}")
+        elif kind not in ("Transformer", "Normalize"):
+            raise ValueError(f"{name} must give its vectors by pooling alone, got a further layer, {kind}")
+
+
+def _json_of(name: str, file: str) -> Any:
+    """A file of a checkpoint; None where it has none."""
+    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else json.loads(Path(found).read_text("utf-8"))
+
+
+def _own_pooling(config: dict[str, Any]) -> str:
+    """The pooling of a config of sentence-transformers, in our words where they have one."""
+    asked = config.get("pooling_mode")
+    if asked is None:
+        asked = "+".join(mode for mode, is_on in config.items() if mode.startswith("pooling_mode_") and is_on)
+    return _POOLINGS.get(asked, asked)

@@ -1,0 +1,266 @@
+"""Files of texts to files of labels, as `fastcls classify` does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow as pa
+
+from .. import __version__
+from ..classifier import Classifier
+from ..engine.spec import Quantize
+from ..flow import LongTextPolicy, LongTexts, WindowScores
+from ..loading import parse_device, parse_dtype, parse_quantize
+from ..results import Results, Wanted
+from .embedder import Embedder, Pooling
+from .manifest import fingerprint
+from .output import Output, Places, Standard
+from .rows import Columns
+from .run import SHARD_ROWS, Totals, run
+from .sources import Source, open_sources
+from .writing import Form, check_schema
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is read, computed and written: see ``fastcls classify --help``.
+
+    Attributes:
+        format: of the input, where its name does not say it.
+        text_column, pair_column: the columns of texts, and of second texts; None for "text" or the only one of strings.
+        id_columns: columns that are written instead of the texts.
+        pairs: whether each line of txt is two texts with a tab between.
+        header, quotes: of csv and tsv.
+        long_texts, overlap, window_scores: see `LongTextPolicy`.
+        max_length: tokens that a text may have; None for what the model takes.
+        top_k, threshold, all_scores, logits, prefix: see `Wanted`.
+        embeddings: "first" or "mean" gives vectors instead of labels.
+        normalize: whether vectors have length 1.
+        output_format: of a folder, or of standard output.
+        shard_rows: rows of the input a shard.
+        device, dtype, quantize: see `Classifier.from_pretrained`.
+    """
+
+    format: str | None = None
+    text_column: str | None = None
+    pair_column: str | None = None
+    id_columns: tuple[str, ...] | None = None
+    pairs: bool = False
+    header: bool = True
+    quotes: bool | None = None
+    long_texts: LongTexts = "truncate"
+    max_length: int | None = None
+    overlap: int = 64
+    window_scores: WindowScores = "mean"
+    top_k: int | None = None
+    threshold: float | None = None
+    all_scores: bool = False
+    logits: bool = False
+    prefix: str = ""
+    embeddings: Pooling | None = None
+    normalize: bool = False
+    output_format: str | None = None
+    shard_rows: int = SHARD_ROWS
+    device: str | None = None
+    dtype: str | None = None
+    quantize: Quantize | None = None
+
+    @property
+    def policy(self) -> LongTextPolicy:
+        return LongTextPolicy(self.long_texts, self.overlap, self.window_scores)
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.top_k, self.all_scores, self.logits, self.threshold, self.prefix)
+
+    def check(self) -> None:
+        """Checks what needs neither files nor a model.
+
+        Raises:
+            ValueError: options that do not go together, or a value that does not exist.
+        """
+        if self.embeddings is None:
+            if self.normalize:
+                raise ValueError("--normalize is for vectors: add --embeddings, or leave it out")
+        else:
+            if self.embeddings not in get_args(Pooling):
+                raise ValueError(f"--embeddings must be one of {', '.join(get_args(Pooling))}, got {self.embeddings!r}")
+            for name in ("top_k", "threshold", "all_scores", "logits"):
+                if getattr(self, name) not in (None, False):
+                    raise ValueError(f"--{name.replace('_', '-')} is for labels: leave it out with --embeddings")
+            if self.long_texts == "window":
+                raise ValueError("--long-texts window is for labels: a vector is that of the first tokens, or of all")
+        self.policy.check(None, 0)
+        parse_device(self.device), parse_dtype(self.dtype), parse_quantize(self.quantize)
+
+
+class Job:
+    """A run that is prepared: its options, files and what an earlier run left were looked at, nothing is loaded.
+
+    Args:
+        model: a folder with a checkpoint, or a name on the hub.
+        inputs: files, patterns, folders of datasets, or "-" for standard input.
+        output: a file or folder, or "-" for standard output.
+        options: what is read, computed and written.
+        errors: the file of bad rows; None for one beside the output.
+        strict: end at the first bad row. On standard output without ``errors`` it is always so.
+        resume, overwrite: see `Output`.
+
+    Raises:
+        ValueError, TypeError, OSError: something that does not fit or cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        inputs: Sequence[str],
+        output: str,
+        options: Options,
+        *,
+        errors: str | None = None,
+        strict: bool = False,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        options.check()
+        self.options, self._model = options, model
+        self._output: Output | Standard
+        is_stream = output == "-"
+        if is_stream:
+            self.form = _stream_form(options.output_format)
+            if resume or overwrite:
+                raise ValueError("--resume and --overwrite are for files: name one with --output")
+        else:
+            places = Places.of(output, options.output_format, errors)
+            self.form = places.form
+            _check_not_input(places, inputs)
+        if resume and "-" in inputs:
+            raise ValueError("--resume must have files to read again, got standard input")
+        columns = Columns(options.text_column, options.pair_column, options.id_columns)
+        if self.form.name == "npy" and options.id_columns is None:
+            columns = columns._replace(keep=())
+        self.sources: list[Source] = open_sources(
+            inputs,
+            columns,
+            format=options.format,
+            header=options.header,
+            quotes=options.quotes,
+            pairs_in_lines=options.pairs,
+        )
+        self._strict = strict or (is_stream and errors is None)
+        if is_stream:
+            self._output = Standard(self.form, errors)
+        else:
+            self._output = Output(places, self._asked(), resume=resume, overwrite=overwrite)
+
+    def _asked(self) -> dict[str, Any]:
+        options = asdict(self.options)
+        # By its name after the defaults are applied, so that a default that is written out asks for the same.
+        options["device"] = str(parse_device(self.options.device))
+        return {
+            "model": {"name": self._model, "is": fingerprint(self._model)},
+            "options": {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
+            "inputs": [fact for source in self.sources for fact in _facts(source.name)],
+            "fastcls": __version__,
+        }
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier run has done all."""
+        return isinstance(self._output, Output) and self._output.manifest.finished
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of the input, where its files say so without being read."""
+        counts = [source.num_rows for source in self.sources]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    @property
+    def done(self) -> Totals:
+        """What earlier runs have done."""
+        shards = self._output.manifest.shards if isinstance(self._output, Output) else []
+        sums = {name: sum(getattr(shard, name) for shard in shards) for name in ("rows", "bad", "cut", "not_finite")}
+        return Totals(**sums)
+
+    @property
+    def errors(self) -> Path | None:
+        """The file of bad rows, if there are any."""
+        return self._output.errors
+
+    def load(self) -> None:
+        """Loads the model.
+
+        Raises:
+            ValueError, TypeError, OSError: as `Classifier.from_pretrained`; columns of the input and of the answers
+                that share a name, or that the output's form cannot hold.
+        """
+        options = self.options
+        loading: Any = {"device": options.device, "dtype": options.dtype, "quantize": options.quantize}
+        if options.embeddings is None:
+            classifier = Classifier.from_pretrained(self._model, truncation=True, **loading)
+            self._flow = classifier.flow(options.policy, max_length=options.max_length)
+            self._results: Results | Embedder = classifier.results(options.wanted)
+        else:
+            embedder = Embedder(
+                self._model, options.embeddings, normalize=options.normalize, prefix=options.prefix, **loading
+            )
+            self._flow, self._results = embedder.flow(options.policy, options.max_length), embedder
+        kept, found = self.sources[0].schema, self._results.schema
+        if shared := [name for name in found.names if name in kept.names]:
+            raise ValueError(
+                f"columns must have different names, got {shared[0]} in the input and among the answers: add --prefix, "
+                "as in --prefix predicted_"
+            )
+        schema = pa.schema([*kept, *found])
+        check_schema(schema, self.form)
+        self._schema = schema
+
+    def run(self, report: Callable[[Totals], None] = lambda _: None) -> Totals:
+        """Computes and writes what is missing. What is finished stays, however it ends.
+
+        Raises:
+            BadRow: a bad row, where none is allowed.
+            OSError, ValueError: a file that cannot be read or written.
+        """
+        self._output.open(self._schema)
+        try:
+            totals = run(
+                self._flow,
+                self.sources,
+                self._results,
+                self._output,
+                shard_rows=self.options.shard_rows,
+                keep_bad_rows=self.form.keeps_bad_rows,
+                strict=self._strict,
+                report=report,
+            )
+            self._output.finish()
+        finally:
+            self._output.leave()
+        return totals
+
+
+def _stream_form(name: str | None) -> Form:
+    form = Form.of(name or "jsonl")
+    if form is None or form.name in ("parquet", "npy"):
+        raise ValueError(f"standard output must be jsonl, csv or tsv, got {name}")
+    return form
+
+
+def _check_not_input(places: Places, inputs: Sequence[str]) -> None:
+    own = {path.resolve() for path in (places.target, places.errors, places.manifest)}
+    for name in inputs:
+        if name != "-" and Path(name).resolve() in own:
+            raise ValueError(f"--output must be another file than the input, got {name} for both")
+
+
+def _facts(name: str) -> list[list[Any]]:
+    """The files of a source, their sizes and when they were last changed."""
+    if name == "standard input":
+        return [[name, None, None]]
+    path = Path(name)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
