@@ -5,27 +5,28 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .conversion import optimize
+from .conversion import optimize, remedy_for
 from .engine.batch import BadText
 from .engine.spec import LastLayer, Quantize, check_quantize
-from .integrations.sentence_transformers import is_sentence_model
 from .labels import ScoreFunction, best_first, label_names, score_function, scores_of
 from .loading import load_model, load_tokenizer, parse_device, parse_dtype, sorted_options
-from .models import FastClassifier, FastModel
-from .original.own_code import advice_for
+from .models import FastClassifier
+from .results import Results, Wanted
+from .tables import Job, LongTexts, computing_by, with_results
 from .texts import (
     Cut,
     Item,
     Text,
     TextError,
     Truncation,
+    check_tokenizer,
     checked_texts,
     items_of,
     own_copy,
@@ -38,6 +39,7 @@ from .texts import (
 )
 
 Label: TypeAlias = "dict[str, Any]"
+TableLike = TypeVar("TableLike")
 
 # A window (texts, characters) is tokenized, sorted and packed at once: large enough to fill the machine, small enough
 # that results come steadily and memory stays bounded for any number and length of texts.
@@ -107,14 +109,14 @@ class Classifier:
         copy_tokenizer: bool = True,
         quantize: Quantize | None = None,
     ) -> None:
-        _check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer)
         read_truncation(truncation)
         check_quantize(quantize)
         self.model: FastClassifier = optimize(model, quantize=quantize) if isinstance(model, PreTrainedModel) else model
         if not isinstance(self.model, FastClassifier):
             raise TypeError(
                 "model must be a sequence classifier of transformers' or a FastClassifier, "
-                f"got {type(model).__name__}{_remedy_for(model)}"
+                f"got {type(model).__name__}{remedy_for(model)}"
             )
         if self.model is model and quantize not in (None, self.model.quantize):
             raise ValueError(
@@ -300,6 +302,48 @@ class Classifier:
             parts.append(logits)
         return torch.cat(parts) if parts else self.model.logits_of([])
 
+    def map(
+        self,
+        table: TableLike,
+        *,
+        text_column: Hashable | None = None,
+        pair_column: Hashable | None = None,
+        top_k: int | None = None,
+        all_scores: bool = False,
+        logits: bool = False,
+        threshold: float | None = None,
+        prefix: str = "",
+        function_to_apply: ScoreFunction | None = None,
+        long_texts: LongTexts = "truncate",
+        errors: Literal["raise", "null"] = "raise",
+    ) -> TableLike:
+        """A table with columns of labels added: of the kind that was given, which stays as it was.
+
+        Args:
+            table: a DataFrame of pandas or polars, a Table or RecordBatch of pyarrow, a Dataset of datasets, its
+                DatasetDict, or its IterableDataset, whose rows are classified as somebody reads them.
+            text_column: the column of texts; None is "text", or else the only column of strings.
+            pair_column: the column of second texts, where texts are pairs.
+            top_k, threshold: either of them adds "labels" instead of "label" and "score": lists of structs with a label
+                and its score, best first; at most ``top_k``, and those whose score is at least ``threshold``.
+            all_scores, logits: add "scores" and "logits", structs with a float32 for each label.
+            prefix: stands before the name of each new column.
+            function_to_apply: see a call.
+            long_texts: "truncate" cuts texts as ``truncation=True`` does; "error" takes none that the model has no
+                positions for.
+            errors: "raise" for a text that is null, no string or cannot be classified, or "null" for null results.
+
+        Raises:
+            TypeError: something that is no such table, a column that does not hold strings, a value that is no string.
+            ValueError: a column that is not there, or a new one that is there already; a null, or a text that cannot be
+                classified; an option with another value; pyarrow is not installed.
+        """
+        wanted = Wanted(top_k, all_scores, logits, threshold, prefix)
+        apply = score_function(function_to_apply, self.model.config.problem_type, self.model.num_labels)
+        results = Results(wanted, label_names(self.model.config.id2label, self.model.num_labels), apply)
+        job = Job(text_column, pair_column, results, computing_by(self, long_texts), errors)
+        return with_results(table, job)
+
     def _read_call(
         self,
         top_k: int | Literal["best"] | None,
@@ -395,24 +439,3 @@ def _labels(underway: _Underway, call: _Call) -> Iterator[Any]:
             {"label": call.names[index], "score": value} for value, index in zip(row_values, row_indices, strict=True)
         ]
         yield labels[0] if call.top_k == "best" else labels
-
-
-def _remedy_for(model: object) -> str:
-    """Advice for a model that is no classifier."""
-    if isinstance(model, (str, os.PathLike)):
-        return ": to load it by name use Classifier.from_pretrained"
-    if is_sentence_model(model):
-        return ": pass it to fastcls.optimize, which gives a fast copy of the same class"
-    is_wrapper = isinstance(model, nn.Module) and not isinstance(model, (FastModel, PreTrainedModel))
-    return f": {advice_for(model)}" if is_wrapper else ""
-
-
-def _check_tokenizer(tokenizer: object) -> None:
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return
-    remedy = "pass the model's own, AutoTokenizer.from_pretrained(...)"
-    if isinstance(tokenizer, (str, os.PathLike)):
-        remedy = "to load both by name use Classifier.from_pretrained"
-    elif type(tokenizer).__module__.partition(".")[0] == "tokenizers":
-        remedy = "wrap it, transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)"
-    raise TypeError(f"tokenizer must be a tokenizer of transformers', got {type(tokenizer).__name__}: {remedy}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from numbers import Real
@@ -125,6 +126,22 @@ def items_of(texts: Iterable[object]) -> Iterator[Item]:
     """
     for index, text in enumerate(texts):
         yield _item(plain(text), index)
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Refuses what is no tokenizer of transformers'.
+
+    Raises:
+        TypeError: it is something else, with what to do about it.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    remedy = "pass the model's own, AutoTokenizer.from_pretrained(...)"
+    if isinstance(tokenizer, (str, os.PathLike)):
+        remedy = "to load both by name use Classifier.from_pretrained"
+    elif type(tokenizer).__module__.partition(".")[0] == "tokenizers":
+        remedy = "wrap it, transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)"
+    raise TypeError(f"tokenizer must be a tokenizer of transformers', got {type(tokenizer).__name__}: {remedy}")
 
 
 def own_copy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
