@@ -19,7 +19,7 @@ from .labels import ScoreFunction, best_first, label_names, score_function, scor
 from .loading import load_model, load_tokenizer, parse_device, parse_dtype, sorted_options
 from .models import FastClassifier
 from .results import Results, Wanted
-from .tables import Job, LongTexts, computing_by, with_results
+from .tables import ByLogits, Job, LongTexts, with_results
 from .texts import (
     Cut,
     Item,
@@ -341,7 +341,7 @@ class Classifier:
         wanted = Wanted(top_k, all_scores, logits, threshold, prefix)
         apply = score_function(function_to_apply, self.model.config.problem_type, self.model.num_labels)
         results = Results(wanted, label_names(self.model.config.id2label, self.model.num_labels), apply)
-        job = Job(text_column, pair_column, results, computing_by(self, long_texts), errors)
+        job = Job(text_column, pair_column, results, ByLogits(self, long_texts), errors)
         return with_results(table, job)
 
     def _read_call(

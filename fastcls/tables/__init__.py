@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..texts import Item, TextError, read_truncation
-from .job import Compute, Job, Scored, check_values, computed, text_column
+from .job import Job, Scored, check_values, computed, text_column
 from .kinds import SPLITS, STREAM, ArrowTable, Rows, Table, kind_of, read
 
-__all__ = ["Job", "LongTexts", "computing_by", "with_results"]
+__all__ = ["ByLogits", "Job", "LongTexts", "with_results"]
 
 LongTexts: TypeAlias = Literal["truncate", "error"]
 
@@ -86,30 +86,33 @@ class _Window(NamedTuple):
     problems: dict[int, str]
 
 
-def computing_by(classifier: Any, long_texts: LongTexts) -> Compute:
+class ByLogits:
     """Computes windows by a classifier's logits.
 
     Raises:
         ValueError: another value of ``long_texts``.
     """
-    if long_texts not in get_args(LongTexts):
-        raise ValueError(f"long_texts must be one of {', '.join(get_args(LongTexts))}, got {long_texts!r}")
-    truncation = (read_truncation(classifier.truncation) or True) if long_texts == "truncate" else False
-    num_labels = classifier.model.num_labels
 
-    def compute(windows: Iterable[Sequence[Item | None]]) -> Iterator[Scored]:
+    def __init__(self, classifier: Any, long_texts: LongTexts) -> None:
+        if long_texts not in get_args(LongTexts):
+            raise ValueError(f"long_texts must be one of {', '.join(get_args(LongTexts))}, got {long_texts!r}")
+        self._classifier = classifier
+        self._truncation = (read_truncation(classifier.truncation) or True) if long_texts == "truncate" else False
+
+    def __call__(self, windows: Iterable[Sequence[Item | None]]) -> Iterator[Scored]:
         for window in windows:
             items = {row: item for row, item in enumerate(window) if item is not None}
-            numbers, problems = torch.full((len(window), num_labels), torch.nan), {}
+            numbers = torch.full((len(window), self._classifier.model.num_labels), torch.nan)
+            problems: dict[int, str] = {}
             while items:
                 texts = [item.text if item.pair is None else tuple(item) for item in items.values()]
                 try:
-                    numbers[list(items)] = classifier.logits(texts, truncation=truncation).float().cpu()
+                    logits = self._classifier.logits(texts, truncation=self._truncation)
                     break
                 except TextError as error:
                     row = list(items)[error.index]
                     problems[row] = error.problem
                     del items[row]
+            if items:
+                numbers[list(items)] = logits.float().cpu()
             yield _Window(numbers, problems)
-
-    return compute

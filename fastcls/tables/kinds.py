@@ -128,7 +128,7 @@ class ArrowTable:
 
 class DatasetTable:
     def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+        self._dataset, self._stored = dataset, dict[Any, Any]()
         self.names, self.num_rows = list(dataset.column_names), len(dataset)
 
     def kind(self, name: Any) -> str:
@@ -140,7 +140,9 @@ class DatasetTable:
 
     def values(self, name: Any, start: int, stop: int) -> list[Any]:
         # As they are stored, whatever format the dataset has.
-        rows = self._dataset.with_format("arrow", columns=[name])[start : min(stop, self.num_rows)]
+        if name not in self._stored:
+            self._stored[name] = self._dataset.with_format("arrow", columns=[name])
+        rows = self._stored[name][start : min(stop, self.num_rows)]
         return list(rows.column(name).to_pylist())
 
     def extended(self, columns: pyarrow.Table) -> Any:
