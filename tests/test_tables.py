@@ -25,7 +25,7 @@ datasets: Any = pytest.importorskip("datasets", reason=REASON)
 TEXTS = ["a visually stunning rumination on love", "ok", "", "nothing but boilerplate cliches", "dull and long", "fine"]
 OTHERS = ["which film?", "why", "so it is", "is it", "no", ""]
 IDS = [3, 1, 4, 1, 5, 9]
-DATA = {"id": IDS, "text": TEXTS}
+DATA: dict[str, list[Any]] = {"id": IDS, "text": TEXTS}
 
 
 @pytest.fixture(scope="module")
@@ -414,6 +414,8 @@ SELECTIONS: dict[str, Callable[[Any], Any]] = {
     "selected": lambda dataset: dataset.select([4, 0, 4]),
     "range": lambda dataset: dataset.select(range(2, 5)),
     "none": lambda dataset: dataset.select([]),
+    "none_of_joined": lambda dataset: datasets.concatenate_datasets([dataset, dataset]).select([]),
+    "joined": lambda dataset: datasets.concatenate_datasets([dataset, dataset.select([5, 2])]),
     "filtered": lambda dataset: dataset.filter(lambda row: row["id"] > 3, keep_in_memory=True),
 }
 
@@ -428,6 +430,9 @@ def test_selected_rows_of_a_dataset_get_their_own_labels(
     before = sorted(path.name for path in (tmp_path / "data").iterdir())
     labelled = classifier.map(dataset, logits=True)
     assert list(labelled["id"]) == list(dataset["id"])
+    if texts:
+        assert labelled.cache_files == dataset.cache_files, "the whole was read into memory, or written anew"
+    assert_labelled(classifier.map(labelled, prefix="p_"), answers(classifier, texts), "p_label", "p_score")
     assert_labelled(labelled, answers(classifier, texts))
     # As any dataset it can be selected from again, and written.
     assert_labelled(labelled.select(range(len(texts))[::-1]), answers(classifier, texts[::-1]))
@@ -448,10 +453,13 @@ def test_a_dataset_is_not_hashed_and_has_a_fingerprint_of_its_own(
     monkeypatch.setattr(fastcls.Classifier, "__reduce_ex__", lambda *_: pytest.fail("the model was pickled"))
     dataset = datasets.Dataset.from_dict(DATA)
     hashed: list[Any] = []
-    one_hash = datasets.fingerprint.Hasher.hash
-    monkeypatch.setattr(
-        datasets.fingerprint.Hasher, "hash", classmethod(lambda _, value: hashed.append(value) or one_hash(value))
-    )
+    hash_of = datasets.fingerprint.Hasher.hash
+
+    def noted(_: Any, value: Any) -> str:
+        hashed.append(value)
+        return str(hash_of(value))
+
+    monkeypatch.setattr(datasets.fingerprint.Hasher, "hash", classmethod(noted))
     one, other = classifier.map(dataset), classifier.map(dataset)
     # The names of formats and columns are hashed, values are not.
     assert all(len(str(value)) < 80 for value in hashed)

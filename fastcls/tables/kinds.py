@@ -148,16 +148,20 @@ class DatasetTable:
     def extended(self, columns: pyarrow.Table) -> Any:
         import pyarrow
 
-        dataset, indices = self._dataset, self._dataset._indices
-        if indices is not None:
+        # Its parts may be replaced.
+        dataset, indices = copy.copy(self._dataset), self._dataset._indices
+        dataset._indices = None
+        if self.num_rows == 0:
+            # A joined table has no parts then, and datasets fails to add a column to none.
+            indices = None
+            dataset._data = sys.modules["datasets"].table.InMemoryTable(dataset.data.schema.empty_table())
+        elif indices is not None:
             # Rows are selected from a whole that stays where it is, on a disk perhaps. To add a column, datasets would
             # write the selected ones into a new file beside it. So the column is made as long as the whole.
             selected = torch.from_numpy(indices.column(0).to_numpy().astype("int64"))
             rows = torch.full((dataset.data.num_rows,), -1)
             rows[selected] = torch.arange(len(selected))
             columns = columns.take(pyarrow.array(rows.numpy(), mask=(rows < 0).numpy()))
-            dataset = copy.copy(dataset)
-            dataset._indices = None
         features = sys.modules["datasets"].Features.from_arrow_schema(columns.schema)
         for name, column in zip(columns.column_names, columns.columns, strict=True):
             # Without a fingerprint all values would be hashed for one, and no hash says which model they are from.
