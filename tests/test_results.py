@@ -68,6 +68,14 @@ def test_a_score_that_equals_the_threshold_is_kept() -> None:
     assert [label["label"] for label in batch.column("labels")[0].as_py()] == ["one"]
 
 
+def test_of_equal_scores_the_first_labels_come_first() -> None:
+    # Of few labels any sort keeps the order.
+    logits = torch.randint(3, (50, 300), generator=torch.Generator().manual_seed(1)).float()
+    names = [f"name {index}" for index in range(300)]
+    batch = Results(Wanted(top_k=300), names, "none").columns(logits)
+    assert batch.column("labels").to_pylist() == [labels_of(scores, names) for scores in logits.tolist()]
+
+
 def test_all_columns_stand_side_by_side_under_their_prefix() -> None:
     logits = logits_of()
     wanted = Wanted(top_k=2, all_scores=True, logits=True, prefix="p_")

@@ -232,6 +232,16 @@ def test_texts_too_long_are_cut_or_named(classifier: fastcls.Classifier) -> None
     assert_labelled(labelled, [*answers(classifier, TEXTS), None])
 
 
+def test_pairs_are_cut_as_the_classifier_cuts_them(classifier: fastcls.Classifier) -> None:
+    long = "the plot is a mess but the actors shine and the music soars " * 12
+    own = fastcls.Classifier(classifier.model, classifier.tokenizer, truncation="only_second")
+    table = pyarrow.table({"text": ["ok", long], "other": [long, "ok"]})
+    labelled = own.map(table, pair_column="other", errors="null")
+    assert_labelled(labelled, [*answers(own, [("ok", long)]), None])
+    with pytest.raises(ValueError, match=r"row 1 \(from 0\) "):
+        own.map(table, pair_column="other")
+
+
 def test_half_a_character_is_named(classifier: fastcls.Classifier) -> None:
     frame = pandas.DataFrame({"text": pandas.Series(["ok", "\ud83d"], dtype=object)})
     with pytest.raises(ValueError, match=r"column 'text' in row 1 \(from 0\) holds half a character"):

@@ -68,13 +68,13 @@ class PandasTable:
         return [None if is_null else value for value, is_null in zip(part.tolist(), part.isna().tolist(), strict=True)]
 
     def extended(self, columns: pyarrow.Table) -> Any:
-        frame = self._frame.copy(deep=False)
+        new = {}
         for name, column in zip(columns.column_names, columns.columns, strict=True):
             # Of lists pandas would make arrays.
             is_nested = column.type.num_fields > 0
             values = self._pandas.Series(column.to_pylist(), dtype=object) if is_nested else column.to_pandas()
-            frame[name] = values.set_axis(frame.index)
-        return frame
+            new[name] = values.set_axis(self._frame.index)
+        return self._frame.assign(**new)
 
 
 class PolarsTable:
