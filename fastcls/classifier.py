@@ -5,28 +5,37 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .conversion import optimize
+from .conversion import optimize, remedy_for
 from .engine.batch import BadText
 from .engine.spec import LastLayer, Quantize, check_quantize
-from .flow import Flow, LongTextPolicy
-from .integrations.sentence_transformers import is_sentence_model
+from .flow import Flow, LongTextPolicy, LongTexts
 from .labels import ScoreFunction, best_first, label_names, score_function, scores_of
 from .loading import load_model, load_tokenizer, parse_device, parse_dtype, sorted_options
-from .models import FastClassifier, FastModel
-from .original.own_code import advice_for
+from .models import FastClassifier
 from .results import Results, Wanted
+from .tables import Job, with_results
 from .texts import Item, Text, TextError, Truncation, checked_texts, items_of, plain, read_count
-from .tokenizing import Cut, own_copy, read_cut, read_padding, read_truncation, token_lists
+from .tokenizing import (
+    Cut,
+    check_tokenizer,
+    own_copy,
+    read_cut,
+    read_padding,
+    read_truncation,
+    token_lists,
+)
+from .underway import Underway
 
 Label: TypeAlias = "dict[str, Any]"
+TableLike = TypeVar("TableLike")
 
 # A window (texts, characters) is tokenized, sorted and packed at once: large enough to fill the machine, small enough
 # that results come steadily and memory stays bounded for any number and length of texts.
@@ -42,27 +51,6 @@ class _Call(NamedTuple):
     apply: ScoreFunction
     cut: Cut
     names: list[Any]
-
-
-class _Underway(NamedTuple):
-    """Logits on their way to the CPU; from a GPU they have arrived once the event has happened."""
-
-    logits: Tensor
-    arrived: torch.cuda.Event | None
-
-    @classmethod
-    def of(cls, logits: Tensor) -> _Underway:
-        if not logits.is_cuda:
-            return cls(logits.cpu(), None)
-        with torch.cuda.device(logits.device):
-            host, arrived = logits.to("cpu", non_blocking=True), torch.cuda.Event()
-            arrived.record()
-        return cls(host, arrived)
-
-    def wait(self) -> Tensor:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.logits
 
 
 class Classifier:
@@ -96,14 +84,14 @@ class Classifier:
         copy_tokenizer: bool = True,
         quantize: Quantize | None = None,
     ) -> None:
-        _check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer)
         read_truncation(truncation)
         check_quantize(quantize)
         self.model: FastClassifier = optimize(model, quantize=quantize) if isinstance(model, PreTrainedModel) else model
         if not isinstance(self.model, FastClassifier):
             raise TypeError(
                 "model must be a sequence classifier of transformers' or a FastClassifier, "
-                f"got {type(model).__name__}{_remedy_for(model)}"
+                f"got {type(model).__name__}{remedy_for(model)}"
             )
         if self.model is model and quantize not in (None, self.model.quantize):
             raise ValueError(
@@ -289,6 +277,45 @@ class Classifier:
             parts.append(logits)
         return torch.cat(parts) if parts else self.model.logits_of([])
 
+    def map(
+        self,
+        table: TableLike,
+        *,
+        text_column: Hashable | None = None,
+        pair_column: Hashable | None = None,
+        top_k: int | None = None,
+        all_scores: bool = False,
+        logits: bool = False,
+        threshold: float | None = None,
+        prefix: str = "",
+        function_to_apply: ScoreFunction | None = None,
+        long_texts: LongTexts = "truncate",
+        errors: Literal["raise", "null"] = "raise",
+    ) -> TableLike:
+        """A table with columns of labels added: of the kind that was given, which stays as it was.
+
+        Args:
+            table: a DataFrame of pandas or polars, a Table or RecordBatch of pyarrow, a Dataset of datasets, its
+                DatasetDict, or its IterableDataset, whose rows are classified as somebody reads them.
+            text_column: the column of texts; None is "text", or else the only column of strings.
+            pair_column: the column of second texts, where texts are pairs.
+            top_k, threshold: either of them adds "labels" instead of "label" and "score": lists of structs with a label
+                and its score, best first; at most ``top_k``, and those whose score is at least ``threshold``.
+            all_scores, logits: add "scores" and "logits", structs with a float32 for each label.
+            prefix: stands before the name of each new column.
+            function_to_apply: see a call.
+            long_texts: what becomes of texts that are longer than the model takes: see `LongTextPolicy`.
+            errors: "raise" for a text that is null, no string or cannot be classified, or "null" for null results.
+
+        Raises:
+            TypeError: something that is no such table, a column that does not hold strings, a value that is no string.
+            ValueError: a column that is not there, or a new one that is there already; a null, or a text that cannot be
+                classified; an option with another value.
+        """
+        results = self.results(Wanted(top_k, all_scores, logits, threshold, prefix), function_to_apply)
+        flow = self.flow(LongTextPolicy(long_texts), function_to_apply=function_to_apply)
+        return with_results(table, Job(text_column, pair_column, results, flow, errors))
+
     def flow(
         self,
         policy: LongTextPolicy = LongTextPolicy(),  # noqa: B008 - a tuple of constants
@@ -306,7 +333,7 @@ class Classifier:
             ValueError: an option with another value.
         """
         apply = self._score_function(function_to_apply)
-        cut = read_cut(self.tokenizer, self.model.spec.max_positions, True, None, max_length)
+        cut = read_cut(self.tokenizer, self.model.spec.max_positions, self.truncation or True, None, max_length)
         score = partial(scores_of, apply=apply)
         return Flow(self.model, self.tokenizer, self.model.logits_of, score, cut, policy, self._tokenizing)
 
@@ -338,11 +365,11 @@ class Classifier:
         return _Call(top_k, apply, cut, label_names(self.model.config.id2label, self.model.num_labels))
 
     def _stream(self, items: Iterable[Item], call: _Call) -> Iterator[Any]:
-        underway: deque[_Underway] = deque()
+        underway: deque[Underway] = deque()
         try:
             for first, window in self._windows(items):
                 logits, problem = self._window_logits(window, first, call.cut)
-                underway.append(_Underway.of(logits))
+                underway.append(Underway.of(partial(torch.Tensor.detach, logits), logits.device))
                 if problem is not None:
                     raise problem
                 if len(underway) > _WINDOWS_UNDERWAY[self._place]:
@@ -404,8 +431,8 @@ class Classifier:
             raise TextError(first + error.row, error.problem) from error
 
 
-def _labels(underway: _Underway, call: _Call) -> Iterator[Any]:
-    scores = scores_of(underway.wait(), call.apply)
+def _labels(underway: Underway, call: _Call) -> Iterator[Any]:
+    scores = scores_of(underway.wait()[0], call.apply)
     count = 1 if call.top_k == "best" else min(call.top_k or scores.shape[1], scores.shape[1])
     values, indices = best_first(scores)
     for row_values, row_indices in zip(values[:, :count].tolist(), indices[:, :count].tolist(), strict=True):
@@ -413,24 +440,3 @@ def _labels(underway: _Underway, call: _Call) -> Iterator[Any]:
             {"label": call.names[index], "score": value} for value, index in zip(row_values, row_indices, strict=True)
         ]
         yield labels[0] if call.top_k == "best" else labels
-
-
-def _remedy_for(model: object) -> str:
-    """Advice for a model that is no classifier."""
-    if isinstance(model, (str, os.PathLike)):
-        return ": to load it by name use Classifier.from_pretrained"
-    if is_sentence_model(model):
-        return ": pass it to fastcls.optimize, which gives a fast copy of the same class"
-    is_wrapper = isinstance(model, nn.Module) and not isinstance(model, (FastModel, PreTrainedModel))
-    return f": {advice_for(model)}" if is_wrapper else ""
-
-
-def _check_tokenizer(tokenizer: object) -> None:
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return
-    remedy = "pass the model's own, AutoTokenizer.from_pretrained(...)"
-    if isinstance(tokenizer, (str, os.PathLike)):
-        remedy = "to load both by name use Classifier.from_pretrained"
-    elif type(tokenizer).__module__.partition(".")[0] == "tokenizers":
-        remedy = "wrap it, transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)"
-    raise TypeError(f"tokenizer must be a tokenizer of transformers', got {type(tokenizer).__name__}: {remedy}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from functools import partial
 from typing import Any, Literal
@@ -173,3 +174,13 @@ def _own_head(model: object) -> str:
                 if not head_in(family_of(module)[1]):
                     return f". fastcls.optimize_encoder makes the encoder inside it fast, {name}"
     return ""
+
+
+def remedy_for(model: object) -> str:
+    """Advice for a model that is no classifier."""
+    if isinstance(model, (str, os.PathLike)):
+        return ": to load it by name use Classifier.from_pretrained"
+    if is_sentence_model(model):
+        return ": pass it to fastcls.optimize, which gives a fast copy of the same class"
+    is_wrapper = isinstance(model, nn.Module) and not isinstance(model, (FastModel, PreTrainedModel))
+    return f": {advice_for(model)}" if is_wrapper else ""

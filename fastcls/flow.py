@@ -7,11 +7,11 @@ tokens, so that memory does not grow with the number of texts. What becomes of a
 from __future__ import annotations
 
 import threading
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
@@ -23,6 +23,7 @@ from .engine.batch import BadText
 from .engine.spec import EncoderSpec
 from .texts import Item
 from .tokenizing import Cut, Encoded, encode, pair_problem, tokenizer_problem
+from .underway import Underway
 
 LongTexts = Literal["truncate", "error", "window"]
 WindowScores = Literal["mean", "max"]
@@ -92,7 +93,8 @@ class Scored(NamedTuple):
     Attributes:
         numbers: (rows, width) float32 on the CPU, logits or vectors; NaN in rows that have a problem.
         scores: the same shape, what the flow's ``score`` makes of them.
-        problems: why a row could not be computed.
+        missing: rows that have no text, or a problem, in order.
+        problems: why a row's text could not be computed.
         cut: how many rows' texts were cut.
         repeated: how many rows stand for a text that stood in the window before.
         tokens: how many tokens were computed.
@@ -101,6 +103,7 @@ class Scored(NamedTuple):
 
     numbers: Tensor
     scores: Tensor
+    missing: list[int]
     problems: dict[int, str]
     cut: int
     repeated: int
@@ -134,15 +137,6 @@ class _Window(NamedTuple):
     found: dict[int, _Found]
     text_of: list[int | None]
     problems: dict[int, str]
-
-
-class _Underway(NamedTuple):
-    """A window's numbers on their way to the CPU: from a GPU they have arrived once the second event has happened."""
-
-    window: _Window
-    numbers: Tensor
-    events: tuple[torch.cuda.Event, torch.cuda.Event] | None
-    seconds: float
 
 
 class Flow:
@@ -179,6 +173,13 @@ class Flow:
             free, _ = torch.cuda.mem_get_info(model.device)
             model.tokens_per_pass = min(model.tokens_per_pass, _tokens_that_fit(model.spec, model.dtype, free))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, in another process for instance, gets its own lock.
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
     def run(self, windows: Iterable[tuple[Sequence[Item | None], _Tag]]) -> Iterator[tuple[Scored, _Tag]]:
         """What becomes of each window, in order.
 
@@ -186,14 +187,17 @@ class Flow:
             windows: the texts of each, None where a row has none, and something that comes back with its result.
         """
         tokenized = ((self._tokenized(texts), tag) for texts, tag in windows)
-        underway: deque[tuple[_Underway, _Tag]] = deque()
+        underway: deque[tuple[_Window, Underway, _Tag]] = deque()
         for window, tag in made_ahead(tokenized, self._ahead) if self._ahead else tokenized:
-            underway.append((self._begun(window), tag))
+            underway.append((window, self._begun(window), tag))
             if len(underway) > min(self._ahead, 1):
-                begun, its_tag = underway.popleft()
-                yield self._finished(begun), its_tag
-        for begun, its_tag in underway:
-            yield self._finished(begun), its_tag
+                yield self._oldest(underway)
+        while underway:
+            yield self._oldest(underway)
+
+    def _oldest(self, underway: deque[tuple[_Window, Underway, _Tag]]) -> tuple[Scored, _Tag]:
+        window, numbers, tag = underway.popleft()
+        return self._finished(window, numbers), tag
 
     def _tokenized(self, texts: Sequence[Item | None]) -> _Window:
         known: dict[Item, int] = {}
@@ -250,29 +254,17 @@ class Flow:
             return f"is longer than {limit} tokens"
         return None
 
-    def _begun(self, window: _Window) -> _Underway:
+    def _begun(self, window: _Window) -> Underway:
         """Computes a window, or has a GPU compute it; texts that the model does not take become problems."""
         while True:
             owners = [row for row, text in window.found.items() for _ in text.pieces]
+            pieces = [piece for text in window.found.values() for piece in text.pieces]
             try:
-                return self._computed(window)
+                return Underway.of(partial(self._within_memory, pieces), self._model.device)
             except BadText as error:
                 bad = owners[error.row]
                 window.problems[bad] = error.problem
                 del window.found[bad]
-
-    def _computed(self, window: _Window) -> _Underway:
-        pieces = [piece for text in window.found.values() for piece in text.pieces]
-        device, start = self._model.device, time.perf_counter()
-        if device.type != "cuda":
-            numbers = self._within_memory(pieces).float().cpu()
-            return _Underway(window, numbers, None, time.perf_counter() - start)
-        with torch.cuda.device(device):
-            begun, arrived = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begun.record()
-            numbers = self._within_memory(pieces).float().to("cpu", non_blocking=True)
-            arrived.record()
-        return _Underway(window, numbers, (begun, arrived), 0.0)
 
     def _within_memory(self, pieces: list[_Piece]) -> Tensor:
         """Computes pieces in passes that are halved as long as they do not fit into the device's memory."""
@@ -294,28 +286,22 @@ class Flow:
             if self._model.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _finished(self, underway: _Underway) -> Scored:
-        window, numbers, events, seconds = underway
-        if events is not None:
-            begun, arrived = events
-            arrived.synchronize()
-            seconds = begun.elapsed_time(arrived) / 1000
+    def _finished(self, window: _Window, underway: Underway) -> Scored:
+        numbers, seconds = underway.wait()
         found, text_of = window.found, window.text_of
         scores = self._score(numbers)
         counts = [len(text.pieces) for text in found.values()]
         if len(numbers) > len(found):
             numbers, scores = (self._of_texts(each, counts) for each in (numbers, scores))
-        # One row more, for those that have none.
         place = {text: index for index, text in enumerate(found)}
-        nowhere = len(found)
-        index = torch.tensor(
-            [nowhere if text is None else place.get(text, nowhere) for text in text_of], dtype=torch.long
-        )
-        last = numbers.new_full((1, numbers.shape[1]), torch.nan)
+        # One row more, for those that have none.
+        places = [len(found) if text is None else place.get(text, len(found)) for text in text_of]
+        index, last = torch.tensor(places, dtype=torch.long), numbers.new_full((1, numbers.shape[1]), torch.nan)
         problems = window.problems
         return Scored(
             torch.cat((numbers, last))[index],
             torch.cat((scores, last))[index],
+            [row for row, place_of_row in enumerate(places) if place_of_row == len(found)],
             {row: problems[text] for row, text in enumerate(text_of) if text is not None and text in problems},
             sum(text is not None and text in found and found[text].was_cut for text in text_of),
             sum(text is not None for text in text_of) - len(found) - len(problems),

@@ -79,9 +79,9 @@ class Results:
             fields = [*fields, arrow.field("logits", arrow.struct(self._by_label))]
         self.schema = arrow.schema([field.with_name(wanted.prefix + field.name) for field in fields])
 
-    def columns_of(self, scored: Scored, missing: Collection[int] = ()) -> pyarrow.RecordBatch:
-        """The columns of a flow's window."""
-        return self.columns(scored.numbers, missing, scores=scored.scores)
+    def columns_of(self, scored: Scored) -> pyarrow.RecordBatch:
+        """The columns of a flow's window. A row without a text, or with a problem, is null everywhere."""
+        return self.columns(scored.numbers, scored.missing, scores=scored.scores)
 
     def columns(
         self, logits: Tensor, missing: Collection[int] = (), *, scores: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any, Literal, NamedTuple
@@ -47,6 +48,22 @@ class Cut(NamedTuple):
         if limit is None or length <= limit:
             return None
         return f"is {length} tokens long, and truncation={strategy!r} cannot cut it to {limit}"
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Refuses what is no tokenizer of transformers'.
+
+    Raises:
+        TypeError: it is something else, with what to do about it.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    remedy = "pass the model's own, AutoTokenizer.from_pretrained(...)"
+    if isinstance(tokenizer, (str, os.PathLike)):
+        remedy = "to load both by name use Classifier.from_pretrained"
+    elif type(tokenizer).__module__.partition(".")[0] == "tokenizers":
+        remedy = "wrap it, transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)"
+    raise TypeError(f"tokenizer must be a tokenizer of transformers', got {type(tokenizer).__name__}: {remedy}")
 
 
 def own_copy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,11 +77,11 @@ class Embedder:
     def _scaled(self, vectors: Tensor) -> Tensor:
         return torch.nn.functional.normalize(vectors, dim=1) if self._normalize else vectors
 
-    def columns_of(self, scored: Scored, missing: Sequence[int]) -> pa.RecordBatch:
+    def columns_of(self, scored: Scored) -> pa.RecordBatch:
         """The column of a window's vectors."""
         flat = pa.array(scored.scores.flatten().numpy())
         absent = torch.zeros(len(scored.scores), dtype=torch.bool)
-        absent[list(missing)] = True
+        absent[scored.missing] = True
         column = pa.FixedSizeListArray.from_arrays(flat, self._width, mask=pa.array(absent.numpy()))
         return pa.RecordBatch.from_arrays([column], schema=self.schema)
 

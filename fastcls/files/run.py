@@ -25,7 +25,7 @@ class Columns(Protocol):
 
     @property
     def schema(self) -> pa.Schema: ...
-    def columns_of(self, scored: Scored, missing: Sequence[int]) -> pa.RecordBatch: ...
+    def columns_of(self, scored: Scored) -> pa.RecordBatch: ...
 
 
 class Target(Protocol):
@@ -122,7 +122,7 @@ def run(
             for row in sorted(problems)
         ]
         missing = sorted(problems)
-        batch = _beside(window.kept, results.columns_of(scored, missing))
+        batch = _beside(window.kept, results.columns_of(scored))
         if errors and strict:
             target.write(batch.slice(0, missing[0]), ())
             raise BadRow(f"{errors[0]['file']}, row {errors[0]['row']}: {errors[0]['reason']}")
