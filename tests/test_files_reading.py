@@ -236,13 +236,13 @@ def test_rows_of_another_width_stand_in_their_place(tmp_path: Path) -> None:
     assert later.places[0] == 8_001
 
 
-def test_blocks_without_a_good_row(tmp_path: Path) -> None:
-    bad = "x" * 100 + "\n"
-    count = 900_000
-    path = written(tmp_path / "a.csv", "text,label\nfirst,1\n" + bad * count + "\n" * (20 << 20) + "last,2\n")
-    texts = [text for rows in opened(path).rows() for text in rows.texts]
-    assert len(texts) == count + 2
-    assert (texts[0], texts[1], texts[-1]) == ("first", None, "last")
+def test_blocks_without_a_good_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = 1 << 16
+    monkeypatch.setattr("fastcls.files.delimited.LONGEST_ROW", block)
+    count = 9 * block // 2 // 101
+    lines = ["text,label", "first,1", *["x" * 100] * count, *[""] * (5 * block), "last,2"]
+    texts = read(written(tmp_path / "a.csv", "\n".join(lines)), Columns("text")).texts
+    assert texts == ["first", *[None] * count, "last"]
 
 
 def test_bytes_of_csv_that_are_not_utf8_are_bad_alone(tmp_path: Path) -> None:
@@ -273,17 +273,17 @@ def test_character_between_two_reads(tmp_path: Path, shift: int) -> None:
 def test_quotes_and_header_of_tsv(tmp_path: Path) -> None:
     path = written(tmp_path / "a.tsv", 'text\tlabel\n"a\t1\n5" disk\t2\n')
     assert read(path).texts == ['"a', '5" disk']
-    assert read(path, quotes=True).problems == {0: "has 1 column, 2 were expected"}
+    assert read(path, quotes=True).texts == ["a\t1\n5 disk"]
     bare = read(path, Columns("f0", keep=("f1",)), header=False)
     assert bare.texts == ["text", '"a', '5" disk']
     assert bare.kept[0] == {"f1": "label"}
     assert bare.places == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("name", "ends"), [("a.csv", "a quotation mark"), ("a.tsv", "16 MiB$")])
+@pytest.mark.parametrize(("name", "ends"), [("a.csv", ", or a quotation mark that nothing closes"), ("a.tsv", "")])
 def test_row_that_never_ends(tmp_path: Path, name: str, ends: str) -> None:
     long = '"' + "x\n" * (17 << 20) if name == "a.csv" else "x" * (40 << 20)
-    with pytest.raises(ValueError, match=rf"{name}: has a row of more than 16 MiB.*{ends}"):
+    with pytest.raises(ValueError, match=rf"{name}: has a row of more than 16 MiB{ends}$"):
         read(written(tmp_path / name, "text\na\n" + long))
 
 
@@ -333,8 +333,16 @@ def column_of(kind: str) -> Any:
     return pa.array(values, getattr(pa, kind)())
 
 
-@pytest.mark.parametrize("kind", TEXT_TYPES)
-@pytest.mark.parametrize("form", ["parquet", "arrow", "stream"])
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        (form, kind)
+        for form in ("parquet", "arrow", "stream")
+        for kind in TEXT_TYPES
+        # pyarrow does not write it.
+        if (form, kind) != ("parquet", "dictionary_with_null")
+    ],
+)
 def test_types_of_text_columns(tmp_path: Path, kind: str, form: str) -> None:
     content = {"text": column_of(kind), "label": [1, 2, 3, 4]}
     if form == "parquet":
@@ -357,14 +365,16 @@ def test_strings_that_are_not_utf8_are_bad_alone(tmp_path: Path, name: str) -> N
     columns = {
         "text": unchecked([b"a", b"b\xff", b"c", None]),
         "label": unchecked([b"x", b"y", b"\xfe", b"z"]),
+        "more": [["x"], ["y"], ["z"], None],
         "codes": pa.DictionaryArray.from_arrays(pa.array([0, 1, 0, 0]), unchecked([b"ok", b"\xfd"]), safe=False),
     }
     path = tmp_path / name
     if name == "a.parquet":
-        table(path, columns)
+        # pyarrow itself does not read such a dictionary.
+        table(path, columns | {"codes": ["ok", None, "ok", "ok"]})
     else:
         arrow(path, pa.table(columns))
-    found = read(path, Columns(keep=("text", "label", "codes")))
+    found = read(path, Columns(keep=("text", "label", "more", "codes")))
     assert found.texts == ["a", None, "c", None]
     assert found.problems[1] == "text is not UTF-8 at byte 1 (0xff)"
     assert found.problems[2].startswith("label is not valid: ")
@@ -416,12 +426,14 @@ def test_rows_from_one_on(tmp_path: Path, name: str, first: int) -> None:
     else:
         written(path, plain)
     source = opened(path)
-    fractions = []
+    fractions: list[float] = []
     seen: list[str | None] = []
     for rows in source.rows(first):
         assert rows.places[0] == first + len(seen) + 1
         seen += rows.texts
-        fractions.append(source.fraction())
+        fraction = source.fraction()
+        assert fraction is not None
+        fractions.append(fraction)
     assert seen == texts[first:]
     assert fractions == sorted(fractions)
     assert source.fraction() == 1.0
@@ -465,10 +477,14 @@ def test_rows_before_a_broken_end_are_read(tmp_path: Path, ending: str, compress
     packed = packed or gzip.compress(plain.encode())
     path = written(tmp_path / f"a.{ending}.{'zst' if packed[0] == 0x28 else 'gz'}", packed[: len(packed) * 2 // 3])
     seen: list[str | None] = []
-    with pytest.raises(OSError, match=r"a\.\w+\.\w+: reading stopped after row \d+: ") as raised:
+
+    def read_on() -> None:
         for rows in opened(path).rows():
             assert not rows.problems
-            seen += rows.texts
+            seen.extend(rows.texts)
+
+    with pytest.raises(OSError, match=r"a\.\w+\.\w+: reading stopped after row \d+: ") as raised:
+        read_on()
     # None of half a text.
     assert seen == texts[: len(seen)]
     assert len(seen) > 100_000
@@ -489,9 +505,7 @@ def test_files_that_are_none_of_their_kind(tmp_path: Path) -> None:
 
 def test_file_that_disappears(tmp_path: Path) -> None:
     for name in ("a.txt", "a.csv", "a.jsonl"):
-        source = opened(
-            written(tmp_path / name, '{"text": "text"}\n'), Columns(*(['{"text": "text"}'] * (name == "a.csv")))
-        )
+        source = opened(written(tmp_path / name, '{"text": "a"}\n' if name == "a.jsonl" else "text\na\n"))
         (tmp_path / name).unlink()
         with pytest.raises(OSError, match=rf"{name}: reading stopped after row 0: "):
             joined(source)
@@ -562,7 +576,7 @@ def test_files_agree_in_their_kept_columns(tmp_path: Path) -> None:
 )
 def test_standard_input(monkeypatch: pytest.MonkeyPatch, format_: str | None, content: str) -> None:
     class Pipe:
-        buffer = io.BytesIO(content.encode() + b"x" * 0)
+        buffer = io.BytesIO(content.encode())
 
     monkeypatch.setattr(sys, "stdin", Pipe)
     source = opened("-", Columns(keep=("text",)), format=format_)
