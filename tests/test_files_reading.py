@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -239,10 +240,22 @@ def test_rows_of_another_width_stand_in_their_place(tmp_path: Path) -> None:
 def test_blocks_without_a_good_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = 1 << 16
     monkeypatch.setattr("fastcls.files.delimited.LONGEST_ROW", block)
-    count = 9 * block // 2 // 101
-    lines = ["text,label", "first,1", *["x" * 100] * count, *[""] * (5 * block), "last,2"]
+    count = 6 * block // 101
+    bad = ["x" * 100] * count
+    lines = ["text,label", *bad, "first,1", *bad, *[""] * (5 * block), "last,2", *bad]
     texts = read(written(tmp_path / "a.csv", "\n".join(lines)), Columns("text")).texts
-    assert texts == ["first", *[None] * count, "last"]
+    assert texts == [*[None] * count, "first", *[None] * count, "last", *[None] * count]
+
+
+def test_reading_may_end_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcls.files.delimited.LONGEST_ROW", 1 << 16)
+    path = written(tmp_path / "a.csv.gz", gzip.compress(b"text\n" + b"a longer text\n" * 300_000))
+    threads = threading.active_count()
+    for _ in range(20):
+        rows = opened(path).rows()
+        assert next(rows).texts[0] == "a longer text"
+        rows.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == threads
 
 
 def test_bytes_of_csv_that_are_not_utf8_are_bad_alone(tmp_path: Path) -> None:

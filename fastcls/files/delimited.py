@@ -3,11 +3,13 @@
 pyarrow reads them. What experiments with it showed, on which this module stands:
 
 - Without threads the handler of rows that do not fit gets each row's number: header included, blank lines not counted,
-  the same over all blocks. It is called for all rows of a block before that block's batch comes, and a block without a
-  good row has no batch. So rows merge by number.
+  the same over all blocks. It is called for all rows of a block before that block's batch comes, which may be empty,
+  and does not come for blocks without a good row at the beginning. So rows merge by number.
 - It decodes such a row's text before it calls the handler, and one that is not UTF-8 ends the reading. So bytes that
   are not UTF-8 are replaced before, in a way that can be undone.
 - A thread of its own reads 32 blocks ahead, half a gigabyte. So it waits for the reader of rows.
+- What ends the reader waits for that thread, and only `close` lets go of the interpreter's lock meanwhile, which the
+  thread needs for a file of Python's. So it is closed in any case.
 - An error of the file loses the blocks before it. So the file is ended where its error stands, which is raised later.
 """
 
@@ -18,7 +20,8 @@ import io
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -71,7 +74,10 @@ class _Feed:
         self._marks: deque[float | None] = deque()
         self._fraction: float | None = None
         self._changed = threading.Condition()
-        self._is_awaited = self._is_over = False
+        self._reading = threading.Lock()
+        # It is from the beginning, for the first batch.
+        self._is_awaited = True
+        self._is_over = False
         self._ready = bytearray()
         # The beginning of a character.
         self._tail = b""
@@ -80,6 +86,20 @@ class _Feed:
         self.error: Exception | None = None
 
     def read(self, size: int) -> bytes:
+        with self._reading:
+            if self._is_over:
+                return b""
+            part, mark = self._filled(size), self._stream.fraction()
+        if part:
+            with self._changed:
+                while len(self._marks) >= _AHEAD and not self._is_over:
+                    # Blocks without a good row at the beginning never come back.
+                    if not self._changed.wait(timeout=0.5) and self._is_awaited:
+                        self._marks.popleft()
+                self._marks.append(mark)
+        return part
+
+    def _filled(self, size: int) -> bytes:
         while len(self._ready) < size and not self._has_ended:
             block = b""
             try:
@@ -99,14 +119,6 @@ class _Feed:
         with memoryview(self._ready) as ready:
             part = bytes(ready[:size])
         del self._ready[:size]
-        # No row comes of blank lines.
-        if not part.isspace():
-            with self._changed:
-                while len(self._marks) >= _AHEAD and not self._is_over:
-                    # A block without a good row never comes back.
-                    if not self._changed.wait(timeout=1) and self._is_awaited:
-                        self._marks.popleft()
-                self._marks.append(self._stream.fraction())
         return part
 
     def awaited(self, reader: pc.CSVStreamingReader) -> tuple[pa.RecordBatch | None, float | None]:
@@ -120,17 +132,18 @@ class _Feed:
             self._changed.notify()
             return batch, self._fraction
 
-    def stop(self) -> None:
-        """Nobody waits for rows any more."""
-        with self._changed:
-            self._is_over = True
-            self._changed.notify()
-
     def readable(self) -> bool:
         return True
 
     def close(self) -> None:
+        """Nobody waits for rows any more: from now on the stream is not read, and may be closed."""
         self.closed = True
+        with self._changed:
+            self._is_over = True
+            self._changed.notify()
+        # A read under way ends first.
+        with self._reading:
+            pass
 
     def _escaped(self, block: bytes) -> bytes:
         block = self._tail + block
@@ -213,23 +226,19 @@ class Delimited:
     def rows(self, first: int = 0) -> Iterator[Rows]:
         done = 0
         before = 0.0
-        with self._file.opened() as stream:
-            feed = _Feed(stream)
-            for batch, order, problems, after in self._merged(feed):
+        with self._file.opened() as stream, closing(_Feed(stream)) as feed, closing(self._merged(feed)) as merged:
+            for batch, order, problems, after in merged:
                 count = len(order)
                 for start in range(max(first - done, 0), count, BATCH_ROWS):
                     stop = min(start + BATCH_ROWS, count)
                     if after is not None:
                         self._fraction = before + (after - before) * stop / count
                     if isinstance(order, range):
-                        part = batch.slice(order[start], stop - start)
+                        part = batch.slice(start, stop - start)
                     else:
                         part = batch.take(pa.array(order[start:stop], pa.int64()))
-                    bad = (
-                        {row - start: problems[row] for row in range(start, stop) if row in problems}
-                        if problems
-                        else {}
-                    )
+                    last = stop if problems else start
+                    bad = {row - start: problems[row] for row in range(start, last) if row in problems}
                     if feed.has_escapes:
                         part = pa.RecordBatch.from_arrays([_restored(column) for column in part], part.schema.names)
                     yield rows_of(part, self._wanted, self.schema, range(done + start + 1, done + stop + 1), bad)
@@ -240,36 +249,39 @@ class Delimited:
                     raise feed.error
             self._fraction = stream.fraction()
 
-    def _merged(self, feed: _Feed) -> Iterator[_Merged]:
+    def _merged(self, feed: _Feed) -> Generator[_Merged, None, None]:
         """All rows."""
         misfits: deque[_Misfit] = deque()
         # The header is a row, too.
         number = 2 if self._header else 1
         last: _Merged | None = None
-        for batch, fraction in self._batches(feed, misfits):
-            order: range | list[int | None] = range(batch.num_rows)
-            problems: dict[int, str] = {}
-            if misfits and misfits[0].number <= number + batch.num_rows:
-                order = []
-                good = 0
-                while good < batch.num_rows or (misfits and misfits[0].number == number + len(order)):
-                    if misfits and misfits[0].number == number + len(order):
-                        problems[len(order)] = misfits.popleft().problem
-                        order.append(None)
-                    else:
-                        order.append(good)
-                        good += 1
-            number += len(order)
-            if not order:
-                continue
-            if last is not None:
-                yield last
-            last = _Merged(batch, order, problems, fraction)
+        with closing(self._batches(feed, misfits)) as batches:
+            for batch, fraction in batches:
+                order: range | list[int | None] = range(batch.num_rows)
+                problems: dict[int, str] = {}
+                if misfits and misfits[0].number <= number + batch.num_rows:
+                    order = []
+                    good = 0
+                    while good < batch.num_rows or (misfits and misfits[0].number == number + len(order)):
+                        if misfits and misfits[0].number == number + len(order):
+                            problems[len(order)] = misfits.popleft().problem
+                            order.append(None)
+                        else:
+                            order.append(good)
+                            good += 1
+                number += len(order)
+                if not order:
+                    continue
+                if last is not None:
+                    yield last
+                last = _Merged(batch, order, problems, fraction)
         if last is not None:
             # The last row before an error may be a part of one.
             yield last if feed.error is None else last._replace(order=last.order[:-1])
 
-    def _batches(self, feed: _Feed, misfits: deque[_Misfit]) -> Iterator[tuple[pa.RecordBatch, float | None]]:
+    def _batches(
+        self, feed: _Feed, misfits: deque[_Misfit]
+    ) -> Generator[tuple[pa.RecordBatch, float | None], None, None]:
         """What pyarrow reads, and an empty batch behind it, for bad rows at the end."""
 
         def note(row: pc.InvalidRow) -> str:
@@ -281,6 +293,7 @@ class Delimited:
         # By their places, so that a name may stand there twice.
         places = {name: str(self._names.index(name)) for name in self._wanted.all}
         fraction = None
+        reader = None
         try:
             reader = pc.open_csv(
                 pa.PythonFile(feed, mode="r"),
@@ -312,9 +325,11 @@ class Delimited:
                 yield batch.rename_columns([*places]), fraction
         except pa.ArrowInvalid as error:
             if "straddl" not in str(error):
-                raise
+                raise ValueError(f"{self.name}: cannot be read: {first_line(error)}") from error
             quote = ", or a quotation mark that nothing closes" if self._quotes else ""
             raise ValueError(f"{self.name}: has a row of more than {LONGEST_ROW >> 20} MiB{quote}") from error
         finally:
-            feed.stop()
+            feed.close()
+            if reader is not None:
+                reader.close()
         yield pa.RecordBatch.from_pylist([], pa.schema([(name, pa.binary()) for name in places])), fraction
