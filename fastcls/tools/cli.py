@@ -1,4 +1,4 @@
-"""The command line: classify, verify, demo, bench, doctor."""
+"""The command line: classify, plan, verify, demo, bench, doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rich.markup import escape
 
 from . import demo_model
 from .lines import Lines, count_lines, decoded_lines, labelled, opened, texts_of, write_utf8
+from .options import Device, DType, Quantize, Threads
+from .plan import plan
 from .terminal import INTERRUPTED, expected_errors, fail, progress_bar, set_threads, stderr
 
 app = typer.Typer(
@@ -25,19 +27,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Device = Annotated[
-    str | None, typer.Option(help="Where to run: cpu, cuda:0 and so on. Default: a GPU if there is one.")
-]
 Pairs = Annotated[bool, typer.Option("--pairs", help="Each line is two texts with a tab between.")]
 Truncate = Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long for the model.")]
-DType = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's own.")]
-Quantize = Annotated[
-    str | None,
-    typer.Option(
-        help="int8: compute products in it, on a CPU and in float32 alone; see what fastcls verify says of it."
-    ),
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's own choice.")]
 
 
 @app.command()
@@ -139,6 +130,9 @@ def _json_label(label: dict[str, Any]) -> dict[str, Any]:
     name, score = label["label"], label["score"]
     is_odd = isinstance(name, float) and not math.isfinite(name)
     return {"label": str(name) if is_odd else name, "score": score if math.isfinite(score) else None}
+
+
+app.command()(plan)
 
 
 @app.command()
