@@ -111,11 +111,10 @@ def plan(
     if not own_model and model is None:
         raise ValueError("MODEL must be given, a checkpoint's folder or a name on the hub; or use --demo without it")
     name = demo_model() if model is None else model
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
     from ..classifier import Classifier
     from ..loading import load_tokenizer, parse_device, parse_dtype, parse_quantize
-    from .throughput import TEXTS, lengths_of, made_texts, measure, peak_memory, quartiles
+    from .throughput import TEXTS, lengths_of, made_texts, measure, others_seconds, peak_memory, quartiles
 
     set_threads(threads)
     place, torch_dtype, products = parse_device(device), parse_dtype(dtype), parse_quantize(quantize)
@@ -141,12 +140,15 @@ def plan(
     with progress_bar() as progress:
         task = progress.add_task("seconds", total=math.ceil(seconds))
         lengths = lengths_of(classifier, chosen)
+        others, began = others_seconds(), time.perf_counter()
         blocks = measure(
             classifier, chosen, lengths.tokens, seconds, lambda done: progress.update(task, completed=int(done))
         )
+        took, others_after = time.perf_counter() - began, others_seconds()
+    busy = None if others is None or others_after is None else max(0.0, (others_after - others) / took)
     found = Found(
         "fastcls's own model" if own_model else name,
-        _machine(classifier, load),
+        _machine(classifier, busy),
         sample,
         None if like is None else str(like),
         mean_tokens,
@@ -165,7 +167,7 @@ def plan(
         show(found, Console())
 
 
-def _machine(classifier: Classifier, load: float | None) -> dict[str, Any]:
+def _machine(classifier: Classifier, others: float | None) -> dict[str, Any]:
     import torch
 
     model = classifier.model
@@ -175,7 +177,7 @@ def _machine(classifier: Classifier, load: float | None) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": cores,
         "threads": torch.get_num_threads(),
-        "load_before": load,
+        "cores_of_others": others,
         "device": str(model.device),
         "gpu": torch.cuda.get_device_name(model.device) if on_gpu else None,
         "gpus": torch.cuda.device_count() if on_gpu else 0,

@@ -14,6 +14,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .throughput import Block, Lengths
 
+# Of all cores: with more for others than this a machine is not alone.
+_SHARE_OF_OTHERS = 0.05
+
 
 class Need(NamedTuple):
     """What a number of texts needs.
@@ -198,15 +201,20 @@ def _of_time(found: Found) -> list[str]:
 
 def _of_machines(found: Found) -> list[str]:
     machine = found.machine
-    one = f"one process with {machine['threads']} threads"
+    one = f"one process with {_counted(machine['threads'], 'thread')}"
     if machine["gpu"]:
         one = f"one process on {machine['device']} (of {machine['gpus']} GPUs)"
     lines = [f"Each machine is as this one and does nothing else: {one}. Other devices and settings were not measured."]
-    load, cores = machine["load_before"], machine["cores"]
-    if load is not None and load > cores / 4:
+    others, cores = machine["cores_of_others"], machine["cores"]
+    if others is None:
+        lines.append("Whether anything else ran here meanwhile is not known.")
+    elif others > _SHARE_OF_OTHERS * cores:
         lines.append(
-            f"This machine was not idle before: a load of {load:.1f} on {cores} cores. Alone it may be faster."
+            f"NOT MET: anything else took {others:.1f} of {cores} cores meanwhile. Alone this machine is faster, "
+            "perhaps several times as fast: measure again when it is idle."
         )
+    else:
+        lines.append(f"So it was while this was measured: anything else took {others:.2f} of {cores} cores.")
     if found.hours is not None:
         lines.append("The texts are split evenly, all machines start at once, and none fails.")
     if found.price is not None:
@@ -223,8 +231,8 @@ def show(found: Found, console: Console) -> None:
     products = f", {machine['quantize']} products" if machine["quantize"] else ""
     where = f"{machine['gpu']}, beside " if machine["gpu"] else ""
     console.print(
-        f"[bold]{escape(found.model)}[/] on {escape(where + machine['cpu'])}, {machine['cores']} cores, "
-        f"{machine['threads']} threads; {machine['device']}, {machine['dtype']}{products}\n",
+        f"[bold]{escape(found.model)}[/] on {escape(where + machine['cpu'])}, {_counted(machine['cores'], 'core')}, "
+        f"{_counted(machine['threads'], 'thread')}; {machine['device']}, {machine['dtype']}{products}\n",
         highlight=False,
         soft_wrap=True,
     )
@@ -249,12 +257,12 @@ def show(found: Found, console: Console) -> None:
         rows.append(
             (
                 f"in {found.hours:g} h",
-                "not possible: one text takes longer" if need.machines is None else _machines(need.machines),
+                "not possible: one text takes longer" if need.machines is None else _counted(need.machines, "machine"),
             )
         )
     if need.cost is not None:
         rows.append(("cost", f"{need.cost:,.2f}"))
-    _table(console, f"{found.texts:,} {'text' if found.texts == 1 else 'texts'}", *rows)
+    _table(console, _counted(found.texts, "text"), *rows)
     console.print("[bold]What this rests on[/]")
     for line in assumptions(found):
         console.print(f"- {escape(line)}", highlight=False, soft_wrap=True)
@@ -277,8 +285,8 @@ def _range(found: Found) -> str:
     return f", {_duration(found.texts / high)} to {_duration(found.texts / low)} by the quartiles"
 
 
-def _machines(count: int) -> str:
-    return "1 machine" if count == 1 else f"{count:,} machines"
+def _counted(count: int, name: str) -> str:
+    return f"{count:,} {name}" if count == 1 else f"{count:,} {name}s"
 
 
 def _digits(rate: float) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, cycle
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ _WANTED_BLOCKS = 10
 _WARM_UP_SECONDS = 1.0
 # How many texts are tokenized at once for the tokenizer's own time, as a CPU's window.
 _AT_ONCE = 256
+_STAT = Path("/proc/stat")
 
 
 class Block(NamedTuple):
@@ -217,6 +220,24 @@ def quartiles(blocks: Iterable[Block]) -> tuple[float, float, float]:
         return rates[0], rates[0], rates[0]
     low, middle, high = statistics.quantiles(rates, n=4, method="inclusive")
     return low, middle, high
+
+
+def others_seconds() -> float | None:
+    """Seconds that the cores of this process have computed anything else, since some time in the past.
+
+    Time that a virtual machine's host took away is counted, too. None where the system does not tell.
+    """
+    try:
+        lines = _STAT.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    own = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    ticks = 0
+    for name, *numbers in map(str.split, filter(None, lines)):
+        if name in own:
+            # Of user, nice, system, idle, iowait, irq, softirq, steal: all but idle and iowait.
+            ticks += sum(map(int, (*numbers[:3], *numbers[5:8])))
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
