@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -191,9 +193,9 @@ def test_quartiles_are_of_tokens_a_second() -> None:
 def test_time_of_others_is_that_of_own_cores_less_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "stat").write_text("cpu 0\ncpu0 100 20 30 999 999 4 5 6 7 8\ncpu1 1000 0 0 0 0 0 0 0 0 0\nintr 5\n")
     monkeypatch.setattr(throughput, "_STAT", tmp_path / "stat")
-    monkeypatch.setattr(throughput.os, "sched_getaffinity", lambda _: {0}, raising=False)
-    monkeypatch.setattr(throughput.os, "sysconf", lambda _: 100)
-    monkeypatch.setattr(throughput.time, "process_time", lambda: 0.5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr(os, "sysconf", lambda _: 100)
+    monkeypatch.setattr(time, "process_time", lambda: 0.5)
     assert throughput.others_seconds() == pytest.approx(1.65 - 0.5)
     monkeypatch.setattr(throughput, "_STAT", tmp_path / "none")
     assert throughput.others_seconds() is None
