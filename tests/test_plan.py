@@ -7,6 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -146,33 +147,42 @@ class Clock:
 
 
 class Windows:
-    """A classifier of windows, each of which takes so long; the last length goes on."""
+    """A classifier of windows, each of which takes so long, the last of them again and again.
 
-    def __init__(self, clock: Clock, size: int, seconds: Iterable[float]) -> None:
-        self.clock, self.size, self.seconds = clock, size, list(seconds)
+    So many windows are begun before the first one's results are given, as on a GPU.
+    """
+
+    def __init__(self, clock: Clock, size: int, seconds: Iterable[float], underway: int = 0) -> None:
+        self.clock, self.size, self.seconds, self.underway = clock, size, list(seconds), underway
 
     def stream(self, texts: Iterator[str], *, truncation: bool) -> Iterator[str]:
         assert truncation
-        window: list[str] = []
-        for text in texts:
-            window.append(text)
-            if len(window) == self.size:
-                self.clock.now += self.seconds.pop(0) if len(self.seconds) > 1 else self.seconds[0]
-                yield from window
-                window = []
-        yield from window
+        waiting: list[list[str]] = []
+        while window := list(islice(texts, self.size)):
+            waiting.append(window)
+            if len(waiting) > self.underway:
+                yield from self.ended(waiting)
+        while waiting:
+            yield from self.ended(waiting)
+
+    def ended(self, waiting: list[list[str]]) -> list[str]:
+        self.clock.now += self.seconds.pop(0) if len(self.seconds) > 1 else self.seconds[0]
+        return waiting.pop(0)
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, size: int, times: list[float], seconds: float) -> tuple[Any, list[float]]:
+def measured(
+    monkeypatch: pytest.MonkeyPatch, size: int, times: list[float], seconds: float, underway: int = 0
+) -> tuple[list[throughput.Block], list[float]]:
     clock, shown = Clock(), list[float]()
     monkeypatch.setattr(throughput, "time", clock)
-    stand_in: Any = Windows(clock, size, times)
+    stand_in: Any = Windows(clock, size, times, underway)
     return throughput.measure(stand_in, list("abcde"), [1, 2, 3, 4, 5], seconds, shown.append), shown
 
 
-def test_blocks_are_whole_windows_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("underway", [0, 1], ids=["cpu", "gpu"])
+def test_blocks_are_whole_windows_after_the_warm_up(monkeypatch: pytest.MonkeyPatch, underway: int) -> None:
     # The first window is slow, and left out; then a tenth of 20 s is two windows of 1 s, four texts of the five each.
-    blocks, shown = measured(monkeypatch, 4, [9.0, 1.0], 20.0)
+    blocks, shown = measured(monkeypatch, 4, [9.0, 1.0], 20.0, underway)
     assert [(block.texts, block.seconds) for block in blocks] == [(8, 2.0)] * 10
     # From the fifth text on: 5 1 2 3 4 5 1 2, then 3 4 5 1 2 3 4 5 and so on.
     assert [block.tokens for block in blocks[:3]] == [5 + 15 + 3, 12 + 15, 15 + 6 + 0]
@@ -232,6 +242,16 @@ def test_the_report_is_for_people(model: Path) -> None:
     assert "1 text" in [line.strip() for line in without.splitlines()]
     for part in (" h  ", "cost", "split evenly", "are paid"):
         assert part not in without
+
+
+def test_on_a_gpu_the_tokenizer_runs_beside_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_cpu = command._machine
+    found = {"device": "cuda:0", "gpu": "Some GPU", "gpus": 8}
+    monkeypatch.setattr(command, "_machine", lambda *given: {**of_cpu(*given), **found})
+    monkeypatch.setattr(throughput, "peak_memory", lambda _: {"host": 2**31, "device": 2**30})
+    report = inside("plan", model, "--texts", "1e9", *MEAN, *QUICK).stdout
+    for part in ("Some GPU, beside ", "beside the GPU", "2.00 GiB, 1.00 GiB of the GPU", "on cuda:0 (of 8 GPUs)"):
+        assert part in report
 
 
 def test_a_deadline_shorter_than_a_text_is_not_possible(model: Path) -> None:
