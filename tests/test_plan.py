@@ -355,6 +355,15 @@ def test_a_machine_that_is_not_alone_is_named(
     assert said in inside("plan", model, "--texts", "1e3", *MEAN, *QUICK).stdout
 
 
+def test_the_report_shows_quartiles(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [throughput.Block(1, tokens, 2.0) for tokens in (800, 1600, 400, 1200, 2000)]
+    monkeypatch.setattr(throughput, "measure", lambda *_: blocks)
+    report = inside("plan", model, "--texts", "216_000", *MEAN, *QUICK).stdout
+    # 400, 600 and 800 tokens a second, of which 20 make a text.
+    for part in ("30 (+- 33.3%)", "2.0 h, 90.0 min to 3.0 h by the quartiles", "median of 5 blocks in 10.0 s"):
+        assert part in report
+
+
 def test_one_block_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "measure", lambda *_: [throughput.Block(10, 200, 2.0)])
     report = inside("plan", model, "--texts", "1e3", *MEAN, *QUICK).stdout
