@@ -52,32 +52,32 @@ class Results:
         schema: that of the columns.
 
     Raises:
-        ValueError: an option of ``wanted`` that is out of range; two labels of one name where each has a field; pyarrow
-            is not installed.
+        ValueError: an option of ``wanted`` that is out of range; two labels of one name where each has a field.
         TypeError: a ``prefix`` that is not a string.
     """
 
     def __init__(self, wanted: Wanted, names: list[Any], apply: ScoreFunction) -> None:
+        import pyarrow
+
         self.wanted, self.apply = _checked(wanted), apply
         texts = [str(name) for name in names]
         twice = sorted({name for name in texts if texts.count(name) > 1})
         if twice and (wanted.all_scores or wanted.logits):
             asked = "all_scores" if wanted.all_scores else "logits"
             raise ValueError(f"{asked} must be off where labels share a name, got two labels {twice[0]!r}")
-        arrow = _pyarrow()
-        self._names = arrow.array(texts, arrow.string())
-        number = arrow.float32()
-        label_and_score = [arrow.field("label", arrow.string()), arrow.field("score", number)]
-        self._by_label = [arrow.field(name, number) for name in texts]
+        self._names = pyarrow.array(texts, pyarrow.string())
+        number = pyarrow.float32()
+        label_and_score = [pyarrow.field("label", pyarrow.string()), pyarrow.field("score", number)]
+        self._by_label = [pyarrow.field(name, number) for name in texts]
         self._gives_lists = wanted.top_k is not None or wanted.threshold is not None
         fields = label_and_score
         if self._gives_lists:
-            fields = [arrow.field("labels", arrow.list_(arrow.struct(label_and_score)))]
+            fields = [pyarrow.field("labels", pyarrow.list_(pyarrow.struct(label_and_score)))]
         if wanted.all_scores:
-            fields = [*fields, arrow.field("scores", arrow.struct(self._by_label))]
+            fields = [*fields, pyarrow.field("scores", pyarrow.struct(self._by_label))]
         if wanted.logits:
-            fields = [*fields, arrow.field("logits", arrow.struct(self._by_label))]
-        self.schema = arrow.schema([field.with_name(wanted.prefix + field.name) for field in fields])
+            fields = [*fields, pyarrow.field("logits", pyarrow.struct(self._by_label))]
+        self.schema = pyarrow.schema([field.with_name(wanted.prefix + field.name) for field in fields])
 
     def columns_of(self, scored: Scored) -> pyarrow.RecordBatch:
         """The columns of a flow's window. A row without a text, or with a problem, is null everywhere."""
@@ -96,12 +96,13 @@ class Results:
         Raises:
             ValueError: logits of another shape.
         """
+        import pyarrow
+
         if logits.ndim != 2 or logits.shape[1] != len(self._names):
             raise ValueError(
                 f"logits must have the shape (rows, {len(self._names)}), for labels {self._names.to_pylist()}, "
                 f"got {tuple(logits.shape)}"
             )
-        arrow = _pyarrow()
         logits = logits.detach().cpu().float()
         scores = scores_of(logits, self.apply) if scores is None else scores
         values, labels = best_first(scores)
@@ -114,18 +115,19 @@ class Results:
             columns = [
                 self._named(labels[:, 0], is_missing | values[:, 0].isnan()),
                 # Otherwise pyarrow may take NaN for null.
-                arrow.array(values[:, 0].numpy(), arrow.float32(), mask=null, from_pandas=False),
+                pyarrow.array(values[:, 0].numpy(), pyarrow.float32(), mask=null, from_pandas=False),
             ]
         numbers = [scores] * self.wanted.all_scores + [logits] * self.wanted.logits
         for each in numbers:
-            by_label = [arrow.array(column.numpy()) for column in each.T.contiguous()]
-            mask = None if null is None else arrow.array(null)
-            columns.append(arrow.StructArray.from_arrays(by_label, fields=self._by_label, mask=mask))
-        return arrow.RecordBatch.from_arrays(columns, schema=self.schema)
+            by_label = [pyarrow.array(column.numpy()) for column in each.T.contiguous()]
+            mask = None if null is None else pyarrow.array(null)
+            columns.append(pyarrow.StructArray.from_arrays(by_label, fields=self._by_label, mask=mask))
+        return pyarrow.RecordBatch.from_arrays(columns, schema=self.schema)
 
     def _lists(self, values: Tensor, labels: Tensor, is_missing: Tensor) -> pyarrow.ListArray:
         """Of each row the labels that are asked for, in the order given."""
-        arrow = _pyarrow()
+        import pyarrow
+
         values, labels = values[:, : self.wanted.top_k], labels[:, : self.wanted.top_k]
         kept = ~is_missing[:, None].expand_as(values)
         if self.wanted.threshold is not None:
@@ -133,13 +135,15 @@ class Results:
             kept = kept & ~(values < self.wanted.threshold)
         ends = torch.cat([torch.zeros(1, dtype=torch.long), kept.sum(dim=1).cumsum(0)]).int()
         flat = values[kept]
-        fields = [self._named(labels[kept], flat.isnan()), arrow.array(flat.numpy())]
-        structs = arrow.StructArray.from_arrays(fields, names=["label", "score"])
-        mask = arrow.array(is_missing.numpy()) if bool(is_missing.any()) else None
-        return arrow.ListArray.from_arrays(arrow.array(ends.numpy()), structs, mask=mask)
+        fields = [self._named(labels[kept], flat.isnan()), pyarrow.array(flat.numpy())]
+        structs = pyarrow.StructArray.from_arrays(fields, names=["label", "score"])
+        mask = pyarrow.array(is_missing.numpy()) if bool(is_missing.any()) else None
+        return pyarrow.ListArray.from_arrays(pyarrow.array(ends.numpy()), structs, mask=mask)
 
     def _named(self, labels: Tensor, is_null: Tensor) -> pyarrow.StringArray:
-        return self._names.take(_pyarrow().array(labels.int().numpy(), mask=is_null.numpy()))
+        import pyarrow
+
+        return self._names.take(pyarrow.array(labels.int().numpy(), mask=is_null.numpy()))
 
 
 def _checked(wanted: Wanted) -> Wanted:
@@ -157,12 +161,3 @@ def _checked(wanted: Wanted) -> Wanted:
     if not isinstance(wanted.prefix, str):
         raise TypeError(f"prefix must be a str, got {wanted.prefix!r}")
     return wanted._replace(top_k=top_k, threshold=threshold)
-
-
-def _pyarrow() -> Any:
-    # `import fastcls` does not load it.
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ValueError('results in columns need pyarrow: pip install "fastcls[files]"') from error
-    return pyarrow

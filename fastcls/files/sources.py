@@ -60,10 +60,9 @@ def open_sources(
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: pyarrow is missing, a pattern matches nothing, a format is unknown, a column is missing or no text,
+        ValueError: a pattern matches nothing, a format is unknown, a column is missing or no text,
             an option applies to no file, or files differ in their kept columns.
     """
-    _check_pyarrow()
     from .lines import JsonLines
 
     if isinstance(paths, str):
@@ -100,13 +99,6 @@ def open_sources(
                 f"those of {sources[0].name} are {_described(sources[0].schema)}"
             )
     return sources
-
-
-def _check_pyarrow() -> None:
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise ValueError('files are read with pyarrow, which is missing: pip install "fastcls[files]"') from error
 
 
 def _expanded(path: str) -> list[str]:

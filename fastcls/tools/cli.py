@@ -1,4 +1,4 @@
-"""The command line: classify, verify, demo, bench, doctor."""
+"""The command line: classify, plan, verify, demo, bench, doctor."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.markup import escape
 from .classify import classify
 from .lines import count_lines, decoded_lines, labelled, opened, texts_of, write_utf8
 from .options import Device, DType, Quantize, Threads
+from .plan import plan
 from .terminal import INTERRUPTED, expected_errors, fail, progress_bar, set_threads, stderr
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ Pairs = Annotated[bool, typer.Option("--pairs", help="Each line is two texts wit
 Truncate = Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long for the model.")]
 
 app.command()(classify)
+app.command()(plan)
 
 
 @app.command()

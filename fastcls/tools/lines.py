@@ -21,19 +21,6 @@ def write_utf8() -> None:
         sys.stdout.reconfigure(encoding="utf-8")
 
 
-class Lines:
-    """Lines of a binary stream as texts, remembered until their results are written."""
-
-    def __init__(self, source: BinaryIO, name: str, pairs: bool) -> None:
-        self.texts = texts_of(decoded_lines(source, name), name, pairs)
-        self.seen: dict[int, tuple[str, str | None]] = {}
-
-    def __iter__(self) -> Iterator[str | tuple[str, str]]:
-        for index, text in enumerate(self.texts):
-            self.seen[index] = (text, None) if isinstance(text, str) else text
-            yield text
-
-
 def texts_of(lines: Iterator[str], name: str, pairs: bool) -> Iterator[str | tuple[str, str]]:
     """Each line as a text, or as a pair of texts with a tab between."""
     for number, line in enumerate(lines, start=1):
