@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 
 import fastcls
 import fastcls_kernels
+from fastcls.flow import MAX_ROWS
 from fastcls.loading import parse_device
 from fastcls.tools import doctor
 from fastcls.tools.cli import app
@@ -138,17 +139,22 @@ def test_bad_input_is_one_line_on_stderr(model: Path, tmp_path: Path, monkeypatc
     long = tmp_path / "long.txt"
     long.write_text("ok\n" + "word " * 200 + "\n")
     for arguments, stdin, message in (
-        ((model, latin), b"", f"{latin}, line 2: not UTF-8 at byte 4 of the line (0xe9)"),
-        ((model,), latin.read_bytes(), "-, line 2: not UTF-8"),
-        ((model, tmp_path / "none.txt"), b"", "none.txt: No such file"),
-        ((model, tmp_path), b"", "must be a file, it is a folder"),
+        ((model, latin), b"", f"{latin}, line 2: is not UTF-8 at byte 3 (0xe9): add --errors FILE"),
+        ((model, latin, "--strict"), b"", f"{latin}, line 2: is not UTF-8 at byte 3 (0xe9)"),
+        ((model,), latin.read_bytes(), "standard input, line 2: is not UTF-8"),
+        ((model, tmp_path / "none.txt"), b"", "none.txt: there is no such file"),
+        ((model, tmp_path), b"", f"{tmp_path}: "),
         ((tmp_path / "nowhere", latin.parent / "long.txt"), b"", "there is no such folder"),
-        ((model, "--pairs"), b"no tab\n", "line 1: --pairs needs a tab between two texts, got 'no tab'"),
+        ((model, "--pairs"), b"no tab\n", "line 1: has 0 tabs, 1 was expected, between two texts"),
+        ((model, "--resume"), b"", "--resume and --overwrite are for files: name one with --output"),
+        ((model, "--normalize"), b"", "--normalize is for vectors"),
+        ((model, "--threshold", "nan"), b"", "threshold must be a finite number"),
+        ((model, "-o", tmp_path / "out.xyz"), b"", "--output must end with .parquet"),
         ((model, "--dtype", "int4"), b"", "dtype must be one of float32, float16, bfloat16, got 'int4'"),
         (
-            (model, long),
+            (model, long, "--long-texts", "error"),
             b"",
-            "long.txt, line 2 is 402 tokens long and the model has 96 positions: add --truncate to",
+            "long.txt, line 2: the text is longer than 96 tokens",
         ),
     ):
         done = inside("classify", *arguments, stdin=stdin)
@@ -156,20 +162,22 @@ def test_bad_input_is_one_line_on_stderr(model: Path, tmp_path: Path, monkeypatc
         assert done.stderr.startswith("Error: ")
         assert done.stderr.count("\n") == 1
         assert message in done.stderr
-    assert inside("classify", model, long, "--truncate").stdout.count("\n") == 2
+    done = inside("classify", model, long)
+    assert done.stdout.count("\n") == 2
+    assert done.stderr == "Cut: 1 texts were longer than the model takes; see --long-texts.\n"
 
 
 @pytest.mark.parametrize(
     ("bad", "options", "message"),
     [
-        ("x " * 600, (), "line 301 is 602 tokens long"),
-        ("caf\udce9", (), "line 301: not UTF-8 at byte 4"),
-        ("no tab", ("--pairs",), "line 301: --pairs needs a tab"),
+        ("x " * 600, ("--long-texts", "error"), "line 301: the text is longer than 96 tokens"),
+        ("caf\udce9", (), "line 301: is not UTF-8 at byte 3"),
+        ("no tab", ("--pairs",), "line 301: has 0 tabs"),
     ],
     ids=["too_long", "not_utf8", "no_tab"],
 )
 def test_all_lines_before_a_bad_one_are_written(model: Path, bad: str, options: tuple[str, ...], message: str) -> None:
-    good = [f"some words{chr(9) if options else ' '}{index}" for index in range(300)]
+    good = [f"some words{chr(9) if '--pairs' in options else ' '}{index}" for index in range(300)]
     stdin = "\n".join([*good, bad, "ok"]).encode(errors="surrogateescape")
     done = inside("classify", model, *options, stdin=stdin)
     assert done.exit_code == 2
@@ -209,13 +217,11 @@ def test_scores_that_are_no_numbers_are_null_and_counted(diverged: Path, monkeyp
     assert done.exit_code == 0
     rows = [json.loads(line, parse_constant=refuse) for line in done.stdout.splitlines()]
     assert [(row["label"] is None, row["score"] is None) for row in rows] == [(False, False), (True, True)] * 2
-    assert done.stderr == (
-        "Not finite: 2 of 4 texts have a score that is infinite or no number, written as null; the first is line 2.\n"
-    )
+    assert done.stderr == ("Not finite: 2 rows have a score that is infinite or no number.\n")
     done = inside("classify", diverged, "--top-k", "2", stdin="語\n".encode())
     (row,) = (json.loads(line, parse_constant=refuse) for line in done.stdout.splitlines())
     assert [label["score"] for label in row["labels"]] == [None, None]
-    assert {label["label"] for label in row["labels"]} < {"bad", "fair", "good"}
+    assert [label["label"] for label in row["labels"]] == [None, None]
 
 
 def test_labels_of_any_type_are_written(model: Path, tmp_path: Path) -> None:
@@ -230,11 +236,7 @@ def test_truncate_cuts_to_what_the_tokenizer_says(model: Path, tmp_path: Path) -
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 8}))
     lines = b"fine and good, and then much more\n" + b"fine and good, and then nothing\n"
-    first, second = (
-        json.loads(line) for line in inside("classify", folder, "--truncate", stdin=lines).stdout.splitlines()
-    )
-    assert first["score"] == second["score"]
-    for options, same in ((("--truncate",), True), ((), False)):
+    for options, same in (((), True), (("--max-length", "96"), False)):
         done = inside("classify", folder, *options, stdin=lines)
         first, second = (json.loads(line)["score"] for line in done.stdout.splitlines())
         assert (first == second) is same
@@ -281,8 +283,8 @@ def test_ctrl_c_keeps_what_is_done(model: Path, many_texts: Path) -> None:
         assert 0 < len(rows) < 20_000
         counted = re.fullmatch(r"Interrupted: (\d+) texts classified\.\n", err.decode())
         assert counted is not None, err.decode()
-        # Ctrl-C may fall between the writing of a line and its counting.
-        assert 0 <= len(rows) - int(counted.group(1)) <= 1
+        # Of a window that is being written when Ctrl-C comes some lines are there, and none are counted.
+        assert 0 <= len(rows) - int(counted.group(1)) <= MAX_ROWS
 
 
 def test_doctor_says_what_runs_and_why() -> None:

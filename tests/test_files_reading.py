@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -643,17 +642,6 @@ def test_files_of_pandas(tmp_path: Path) -> None:
         assert [row["label"] for row in found.kept] == list("xyxz")
     # pandas writes an empty text like a missing one.
     assert read(tmp_path / "a.csv.gz").texts == ["a, b", None, 'c "d"\ne', "NA"]
-
-
-def test_missing_pyarrow_is_named() -> None:
-    code = (
-        "import sys; sys.modules['pyarrow'] = None\n"
-        "from fastcls.files.sources import Columns, open_sources\n"
-        "try: open_sources(['a.txt'], Columns())\n"
-        "except ValueError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 'pip install "fastcls[files]"' in done.stdout
 
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), max_size=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import math
 from typing import Any
 
@@ -158,16 +157,3 @@ def test_labels_that_share_a_name_are_fine_where_none_has_a_field() -> None:
 def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"logits must have the shape \(rows, 3\), .* got \("):
         Results(Wanted(), NAMES, "softmax").columns(torch.zeros(shape))
-
-
-def test_a_missing_pyarrow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *arguments: Any, **options: Any) -> Any:
-        if name == "pyarrow":
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r'pip install "fastcls\[files\]"'):
-        Results(Wanted(), NAMES, "softmax")

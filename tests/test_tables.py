@@ -37,7 +37,7 @@ def classifier() -> fastcls.Classifier:
 
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastcls.tables.job, "_WINDOW", 4)
+    monkeypatch.setattr(fastcls.tables.job, "MAX_ROWS", 4)
 
 
 def stream_of(data: dict[str, list[Any]], **options: Any) -> Any:
@@ -170,7 +170,7 @@ def test_nulls_are_refused_with_their_row(
 ) -> None:
     table = make([*TEXTS, None, "the end"])
     computed: list[Any] = []
-    monkeypatch.setattr(classifier, "logits", lambda texts, **_: computed.append(texts))
+    monkeypatch.setattr(classifier.model, "logits_of", lambda *ids: computed.append(ids))
     with pytest.raises(ValueError, match=rf"column 'text' in row {len(TEXTS)} \(from 0\) is null"):
         list(classifier.map(table))
     assert not computed
@@ -226,7 +226,7 @@ def test_texts_too_long_are_cut_or_named(classifier: fastcls.Classifier) -> None
     long = "the plot is a mess but the actors shine and the music soars " * 12
     table = pyarrow.table({"text": [*TEXTS, long]})
     assert_labelled(classifier.map(table), answers(classifier, [*TEXTS, long], truncation=True))
-    with pytest.raises(ValueError, match=r"column 'text' in row 6 \(from 0\) is \d+ tokens long"):
+    with pytest.raises(ValueError, match=r"column 'text' in row 6 \(from 0\) is longer than 96 tokens"):
         classifier.map(table, long_texts="error")
     labelled = classifier.map(table, long_texts="error", errors="null")
     assert_labelled(labelled, [*answers(classifier, TEXTS), None])
@@ -286,7 +286,7 @@ def test_a_column_that_is_there_already_is_not_overwritten(
 ) -> None:
     table = make({"text": TEXTS, "label": IDS})
     with monkeypatch.context() as patch:
-        patch.setattr(classifier, "logits", lambda *_, **__: pytest.fail("computed"))
+        patch.setattr(classifier.model, "logits_of", lambda *_: pytest.fail("computed"))
         with pytest.raises(ValueError, match=r"has a column 'label' already: pass prefix=\"predicted_\""):
             list(classifier.map(table))
     labelled = classifier.map(table, prefix="predicted_")
@@ -536,13 +536,13 @@ def test_a_stream_with_labels_can_go_to_another_process(classifier: fastcls.Clas
 
 def test_only_a_window_of_texts_is_held(classifier: fastcls.Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    logits = classifier.logits
+    logits_of = classifier.model.logits_of
 
-    def counted(texts: Any, **options: Any) -> torch.Tensor:
-        seen.append(len(texts))
-        return logits(texts, **options)
+    def counted(token_ids: Any, types: Any) -> torch.Tensor:
+        seen.append(len(token_ids))
+        return logits_of(token_ids, types)
 
-    monkeypatch.setattr(classifier, "logits", counted)
+    monkeypatch.setattr(classifier.model, "logits_of", counted)
     classifier.map(pyarrow.table(DATA))
     assert seen == [4, 2]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -70,16 +71,21 @@ class _Broken:
         raise self._error
 
 
+def is_pipe(path: str) -> bool:
+    """Whether a path can be read once only: standard input, a named pipe, what a shell's <(...) gives."""
+    return path == "-" or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path))
+
+
 class Bytes:
-    """A file of bytes that can be opened, standard input once."""
+    """A file of bytes that can be opened, standard input and other pipes once."""
 
     def __init__(self, path: str) -> None:
         """Args:
         path: "-" is standard input.
         """
-        self.is_pipe = path == "-"
-        self.name = STANDARD_INPUT if self.is_pipe else path
-        self._compression = COMPRESSIONS.get(os.path.splitext(path)[1].lower())
+        self.is_pipe = is_pipe(path)
+        self.name = STANDARD_INPUT if path == "-" else path
+        self._compression = None if self.is_pipe else COMPRESSIONS.get(os.path.splitext(path)[1].lower())
         self._head: bytes | None = None
         self._was_read = False
 
@@ -89,8 +95,15 @@ class Bytes:
             with self.opened() as stream:
                 return stream.read(BLOCK)
         if self._head is None:
-            self._head = sys.stdin.buffer.read(BLOCK)
+            self._head = self._pipe.read(BLOCK)
         return self._head
+
+    @functools.cached_property
+    def _pipe(self) -> Any:
+        if self.name == STANDARD_INPUT:
+            return sys.stdin.buffer
+        with failures(self.name, 0):
+            return open(self.name, "rb")
 
     @contextmanager
     def opened(self) -> Iterator[ByteStream]:
@@ -104,7 +117,7 @@ class Bytes:
             if self._was_read:
                 raise ValueError(f"{self.name} can be read only once")
             self._was_read = True
-            yield ByteStream(sys.stdin.buffer, None, 0, self._head or b"")
+            yield ByteStream(self._pipe, None, 0, self._head or b"")
             return
         with failures(self.name, 0):
             raw = pa.OSFile(self.name)

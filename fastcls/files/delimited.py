@@ -187,6 +187,7 @@ class Delimited:
     """A csv or tsv file. All columns are strings."""
 
     num_rows: int | None = None
+    unit = "row"
 
     def __init__(self, file: Bytes, columns: Columns, delimiter: str, header: bool, quotes: bool) -> None:
         """Args:

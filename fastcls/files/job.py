@@ -15,6 +15,7 @@ from ..engine.spec import Quantize
 from ..flow import LongTextPolicy, LongTexts, WindowScores
 from ..loading import parse_device, parse_dtype, parse_quantize
 from ..results import Results, Wanted
+from .compression import is_pipe
 from .embedder import Embedder, Pooling
 from .manifest import fingerprint
 from .output import Output, Places, Standard
@@ -137,8 +138,10 @@ class Job:
             places = Places.of(output, options.output_format, errors)
             self.form = places.form
             _check_not_input(places, inputs)
-        if resume and "-" in inputs:
-            raise ValueError("--resume must have files to read again, got standard input")
+        if resume and any(map(is_pipe, inputs)):
+            raise ValueError(
+                f"--resume must have files to read again, got {', '.join(filter(is_pipe, inputs))}, a pipe"
+            )
         columns = Columns(options.text_column, options.pair_column, options.id_columns)
         if self.form.name == "npy" and options.id_columns is None:
             columns = columns._replace(keep=())

@@ -28,6 +28,7 @@ class _Lines:
     """What txt and jsonl share."""
 
     num_rows: int | None = None
+    unit = "line"
     # Whether blank lines at the end are no rows.
     ignores_blank_end = False
 

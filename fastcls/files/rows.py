@@ -52,11 +52,13 @@ class Source(Protocol):
     Attributes:
         name: its path, or "standard input".
         num_rows: their number, where the file says so without being read (parquet, arrow files).
+        unit: what `Rows.places` counts, "line" or "row".
         schema: of the kept columns.
     """
 
     name: str
     num_rows: int | None
+    unit: str
     schema: pa.Schema
 
     def rows(self, first: int = 0) -> Iterator[Rows]:

@@ -63,19 +63,27 @@ class Totals(NamedTuple):
     read: float | None = None
 
 
+class _Place(NamedTuple):
+    """Where a row stands: its file, and the number of its line or row there."""
+
+    file: str
+    unit: str
+    number: int
+
+
 class _Window(NamedTuple):
     """Rows of one window, and what is known of them before they are computed.
 
     Attributes:
         kept: the columns that go to the output as they are.
-        places: of each row its source's name and its place there.
+        places: of each row.
         problems: of bad rows.
         end: the row behind the last.
         ends_shard: whether a shard ends with it.
     """
 
     kept: pa.RecordBatch
-    places: list[tuple[str, int]]
+    places: list[_Place]
     problems: dict[int, str]
     end: Position
     ends_shard: bool
@@ -117,15 +125,16 @@ def run(
     shard = Shard(0, 0, 0, 0, 0, target.start)
     for scored, window in flow.run(_windows(sources, target.start, shard_rows)):
         problems = {**window.problems, **{row: f"the text {why}" for row, why in scored.problems.items()}}
-        errors = [
-            {"file": window.places[row][0], "row": window.places[row][1], "reason": problems[row]}
-            for row in sorted(problems)
-        ]
         missing = sorted(problems)
+        places = [window.places[row] for row in missing]
+        errors = [
+            {"file": place.file, place.unit: place.number, "reason": problems[row]}
+            for row, place in zip(missing, places, strict=True)
+        ]
         batch = _beside(window.kept, results.columns_of(scored))
         if errors and strict:
             target.write(batch.slice(0, missing[0]), ())
-            raise BadRow(f"{errors[0]['file']}, row {errors[0]['row']}: {errors[0]['reason']}")
+            raise BadRow(f"{places[0].file}, {places[0].unit} {places[0].number}: {errors[0]['reason']}")
         if missing and not keep_bad_rows:
             good = torch.ones(batch.num_rows, dtype=torch.bool)
             good[missing] = False
@@ -182,11 +191,11 @@ class _Gathered:
     def __init__(self) -> None:
         self.items: list[Item | None] = []
         self.kept: list[pa.RecordBatch] = []
-        self.places: list[tuple[str, int]] = []
+        self.places: list[_Place] = []
         self.problems: dict[int, str] = {}
         self.characters = 0
 
-    def add(self, rows: Rows, name: str, first: int, count: int) -> int:
+    def add(self, rows: Rows, source: Source, first: int, count: int) -> int:
         """Takes at most ``count`` rows from ``first`` on, as far as the window's characters go; how many it took."""
         last = first
         offset = len(self.items) - first
@@ -200,7 +209,7 @@ class _Gathered:
             else:
                 self.items.append(Item(text, pair))
                 self.characters += len(text) + len(pair or "")
-            self.places.append((name, rows.places[row]))
+            self.places.append(_Place(source.name, source.unit, rows.places[row]))
             last = row + 1
         if last > first:
             self.kept.append(rows.kept.slice(first, last - first))
@@ -215,11 +224,11 @@ def _windows(
 ) -> Iterator[tuple[list[Item | None], _Window]]:
     """The rows of all sources in windows, none of which reaches from one shard into the next."""
     gathered, in_shard = _Gathered(), 0
-    for rows, name, begin in _batches(sources, start):
+    for rows, source, begin in _batches(sources, start):
         taken = 0
         while taken < len(rows.texts):
             room = min(MAX_ROWS - len(gathered.items), shard_rows - in_shard)
-            count = gathered.add(rows, name, taken, room)
+            count = gathered.add(rows, source, taken, room)
             taken += count
             in_shard += count
             is_full = len(gathered.items) == MAX_ROWS or gathered.characters >= MAX_CHARACTERS
@@ -231,10 +240,10 @@ def _windows(
         yield gathered.window(end, False)
 
 
-def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Rows, str, Position]]:
+def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Rows, Source, Position]]:
     """The sources' rows from a position on, and where each batch of them begins."""
     for index in range(start.source, len(sources)):
         row = start.row if index == start.source else 0
         for rows in sources[index].rows(row):
-            yield rows, sources[index].name, Position(index, row)
+            yield rows, sources[index], Position(index, row)
             row += len(rows.texts)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .compression import is_pipe
 from .rows import Columns, Source
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ def _format_of(path: str, asked: str | None) -> str:
         kind = _FORMATS[asked]
     else:
         ending = os.path.splitext(stem if is_compressed else path)[1].lower()
+        if is_pipe(path) and not ending:
+            return "txt"
         if ending[1:] not in _FORMATS:
             known = ", ".join(f".{name}" for name in _FORMATS)
             raise ValueError(f"{path}: its ending names no format that is known ({known}): pass format")

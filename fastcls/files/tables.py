@@ -106,6 +106,7 @@ class _Table:
     """What parquet and arrow files share."""
 
     num_rows: int | None = None
+    unit = "row"
 
     def __init__(self, name: str, found: pa.Schema, columns: Columns) -> None:
         """Args:

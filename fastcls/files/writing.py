@@ -116,8 +116,9 @@ class _Stream:
 
 class _Lines(_Stream):
     def write(self, batch: pa.RecordBatch) -> None:
-        lines = [_json(row) for row in batch.to_pylist()]
-        self._stream.write("".join(f"{line}\n" for line in lines).encode())
+        # Line by line: what is not written yet when Ctrl-C comes, a buffer still holds.
+        for row in batch.to_pylist():
+            self._stream.write(f"{_json(row)}\n".encode())
 
 
 class _Separated(_Stream):

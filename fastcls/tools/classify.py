@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 
 from . import demo_model
 from .options import Device, DType, Quantize, Threads
-from .terminal import expected_errors, set_threads, stderr
+from .terminal import INTERRUPTED, expected_errors, set_threads, stderr
 
 if TYPE_CHECKING:
     from ..files.job import Job
@@ -215,13 +215,18 @@ def classify(
     with stderr.status("Loading the model", spinner="dots"):
         job.load()
     done = job.done
+    display = _Display(done, job.num_rows)
     try:
-        with _Display(done, job.num_rows) as display:
+        with display:
             totals = job.run(display.show)
     except BadRow as error:
         _print_kept(job)
         remedy = "" if strict else ": add --errors FILE to write such rows there and go on"
         raise ValueError(f"{error}{remedy}") from error
+    except KeyboardInterrupt:
+        stderr.print(f"Interrupted: {display.rows} texts classified.", highlight=False)
+        _print_kept(job)
+        raise typer.Exit(INTERRUPTED) from None
     except BaseException:
         _print_kept(job)
         raise
@@ -247,10 +252,14 @@ class _Display:
     Args:
         done: what earlier runs have done.
         num_rows: rows of the input, if that is known.
+
+    Attributes:
+        rows: rows of this run so far.
     """
 
     def __init__(self, done: Totals, num_rows: int | None) -> None:
         self._done, self._num_rows = done.rows, num_rows
+        self.rows = 0
         self._reported = 0.0
         self._bar = Progress(
             SpinnerColumn(),
@@ -272,6 +281,7 @@ class _Display:
 
     def show(self, totals: Totals) -> None:
         """Shows a run's totals so far."""
+        self.rows = totals.rows
         rows = self._done + totals.rows
         part = rows / self._num_rows if self._num_rows else totals.read
         line = f"{rows:,} rows, {_speed(totals)}"
@@ -295,8 +305,11 @@ def _summarize(done: Totals, totals: Totals, job: Job, output: str) -> None:
     """What a run did, on standard error."""
     where = "" if output == "-" else f" to {output}"
     before = f", {done.rows:,} of them by earlier runs" if done.rows else ""
-    lines = [f"{done.rows + totals.rows:,} rows{where}{before}: {_speed(totals)}, {totals.seconds:,.1f} s."]
-    if totals.repeated:
+    lines = []
+    # On standard output a script's log has what is out of the ordinary, and nothing else.
+    if output != "-" or stderr.is_terminal:
+        lines.append(f"{done.rows + totals.rows:,} rows{where}{before}: {_speed(totals)}, {totals.seconds:,.1f} s.")
+    if lines and totals.repeated:
         lines.append(f"Computed once: {totals.repeated:,} rows repeat a text of their window.")
     for count, what in (
         (done.cut + totals.cut, "Cut: {} texts were longer than the model takes; see --long-texts."),
@@ -308,7 +321,8 @@ def _summarize(done: Totals, totals: Totals, job: Job, output: str) -> None:
     ):
         if count:
             lines.append(what.format(f"{count:,}"))
-    stderr.print("\n".join(lines), highlight=False, soft_wrap=True)
+    if lines:
+        stderr.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def _print_kept(job: Job) -> None:
