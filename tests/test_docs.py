@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from support import has_compiler, tiny_model
@@ -35,6 +37,7 @@ SHOWN = ("CONTRIBUTING.md", "kernels/README.md", "benchmarks/README.md", "CHANGE
 
 # Examples that need a network, minutes or other programs. Each stands in a fence of the class .not-run.
 NOT_RUN = {
+    "docs/files.md": 1,
     "docs/quick-start.md": 2,
     "docs/migration.md": 2,
     "docs/onnxruntime.md": 1,
@@ -113,6 +116,7 @@ def desk(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     (tmp_path / "kernels").symlink_to(ROOT / "kernels")
     for name in ("texts.txt", "a_million_lines.txt"):
         (tmp_path / name).write_text("\n".join(sample_texts()[:12]) + "\n", encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.table({"text": sample_texts()[:12]}), tmp_path / "reviews.parquet")
     monkeypatch.chdir(tmp_path)
     if not has_compiler():
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
