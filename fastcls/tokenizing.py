@@ -186,20 +186,16 @@ def encode(
         tokenizer: nobody else may use it meanwhile.
         texts, pairs: a text each, or the first and second of pairs.
         cut: how they are cut.
-        overlap: what is cut off comes in further windows, each of which begins with so many tokens of the one before.
+        overlap: what is cut off comes in further windows, each of which begins with so many tokens of the one before;
+            for a tokenizer that `is_plain`.
 
     Raises:
         Exception: whatever a tokenizer raises at a text that it does not take.
-        ValueError: an overlap with a tokenizer in Python.
     """
     if not texts:
         return Encoded([], [], [], [])
-    if not _is_plain(tokenizer):
-        if overlap is not None:
-            raise ValueError(
-                f'long_texts="window" must have a tokenizer in Rust, got {type(tokenizer).__name__}, which gives no '
-                "windows"
-            )
+    if not is_plain(tokenizer):
+        assert overlap is None, "windows are a tokenizer's in Rust"
         return _encode_by_call(tokenizer, texts, pairs, cut)
     strategy, length = cut.applied
     tokenizer.set_truncation_and_padding(
@@ -231,13 +227,14 @@ def encode(
     return Encoded(ids, types, was_cut, further)
 
 
-def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
+def is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer's call only hands on to its tokenizer in Rust, which may then be asked without it."""
     kind = type(tokenizer)
     return (
         isinstance(tokenizer, PreTrainedTokenizerFast)
         and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
         and kind.__call__ is PreTrainedTokenizerBase.__call__
+        and kind.set_truncation_and_padding is PreTrainedTokenizerFast.set_truncation_and_padding
         and getattr(kind, "_convert_encoding", None) is PreTrainedTokenizerFast._convert_encoding
     )
 
