@@ -28,18 +28,17 @@ from fastcls.tokenizing import Cut, encode, is_plain
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, and they're not amused by 12 345 foxes!",
-    "a film that isn't as good as its maker's earlier ones; \u00fcber caf\u00e9 na\u00efve, \u041f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440",
+    "a film that isn't as good as its maker's earlier ones; \u00fcber caf\u00e9 na\u00efve",
+    "\u041f\u0440\u0438 \u043c\u0438\u0440",
     "\u4e2d\u6587 \u6587\u672c \u03bf\u03b4\u03bf\u03c2 \u039f\u0394\u039f\u03a3  two  spaces\nlines\ttabs",
 ] * 4
 # Among them what normalizers delete, compose, or make white space of, and what is white space to some.
 WORDS = [
-    *"the fox isn't amused 12345 foxes! a b \u00e9 e\u0301 \u0301 \u039f\u0394\u039f\u03a3 \u4e2d\u6587 \u4e2d \u041f\u0440\u0438\u0432\u0435\u0442 \U0001f600 \U0001f468\u200d\U0001f469".split(
-        " "
-    ),
-    *"\u00b4 \u00a8 \u037a \ufe70 \ufdfa \u0600 \u200b \u200e \ufeff \x00 \x01 \x7f \u00ad \u2581 ' 's `` '' _ - ... x".split(
-        " "
-    ),
-    *("<mask>", "<s>", "\u0130", "\ufb01", "\u00b2", "w" * 120, "\x1c", "\u0085", "\u2028", "\u00a0", "\u3000"),
+    *("the", "fox", "isn't", "amused", "12345", "foxes!", "a", "b", "x", "'", "'s", "``", "''", "_", "-", "..."),
+    *("\u00e9", "e\u0301", "\u0301", "\u039f\u0394\u039f\u03a3", "\u4e2d\u6587", "\u4e2d", "\u041f\u0440\u0438"),
+    *("\U0001f600", "\U0001f468\u200d\U0001f469", "\u00b4", "\u00a8", "\u037a", "\ufe70", "\ufdfa", "\u0600"),
+    *("\u200b", "\u200e", "\ufeff", "\x00", "\x01", "\x7f", "\u00ad", "\u2581", "\u0130", "\ufb01", "\u00b2"),
+    *("<mask>", "<s>", "w" * 120, "\x1c", "\u0085", "\u2028", "\u00a0", "\u3000"),
 ]
 GAPS = ["", " ", " ", " ", "  ", "   ", "\n", "\n\n", " \n ", "\t", "\r\n", "\u00a0", "\u2028", "\u3000", " " * 9]
 PIECES = st.tuples(st.sampled_from(WORDS) | st.text(max_size=3), st.sampled_from(GAPS)).map("".join)
@@ -212,7 +211,8 @@ def read_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefixes, "_CHARACTERS_A_TOKEN", 1)
 
 
-def test_long_texts_give_what_they_give_when_read_to_the_end(exact: PreTrainedTokenizerFast, read_little: None) -> None:
+@pytest.mark.usefixtures("read_little")
+def test_long_texts_give_what_they_give_when_read_to_the_end(exact: PreTrainedTokenizerFast) -> None:
     assert ends_at_words(exact.backend_tokenizer)
 
     @settings(max_examples=60)
@@ -223,7 +223,8 @@ def test_long_texts_give_what_they_give_when_read_to_the_end(exact: PreTrainedTo
     check()
 
 
-def test_so_they_do_under_every_option(exact: PreTrainedTokenizerFast, read_little: None) -> None:
+@pytest.mark.usefixtures("read_little")
+def test_so_they_do_under_every_option(exact: PreTrainedTokenizerFast) -> None:
     exact.split_special_tokens = True
     try:
         text = "<mask> fox isn't <s> x THE ... amused" * 3
@@ -238,9 +239,8 @@ def test_so_they_do_under_every_option(exact: PreTrainedTokenizerFast, read_litt
 
 
 def test_a_text_is_read_as_far_as_its_tokens_reach(made: dict[str, PreTrainedTokenizerFast]) -> None:
-    # Its end is 100 MB of one word, which take many seconds to normalize.
     tokenizer = made.setdefault("bert", wrapped(EXACT["bert"]()))
-    text = "the quick fox " * 100 + "word " * 20_000_000
+    text = "the quick fox " * 100 + "word " * 100_000
     found = encode(tokenizer, [text], None, Cut("longest_first", 64))
     assert found.ids == encode(tokenizer, [text[:1400]], None, Cut("longest_first", 64)).ids
     assert found.cut == [True]
@@ -263,30 +263,31 @@ REFUSED: dict[str, tuple[Callable[[], Tokenizer], str | None]] = {
     "split": (lambda: built("bytes", None, P.Sequence([P.Split(Regex(r"\w+ \w+"), "isolated"), P.ByteLevel()])), None),
     "lengths": (lambda: built("words", None, P.Sequence([P.FixedLength(5), P.WhitespaceSplit()])), None),
     "only digits": (lambda: built("unigram", None, P.Digits()), None),
-    "spaces deleted": (lambda: built("bpe", N.Replace(" ", ""), P.WhitespaceSplit()), "a a a a a a"),
-    "runs deleted": (lambda: built("bpe", N.Replace(Regex(r"\s+"), ""), P.WhitespaceSplit()), "a a a a a a"),
+    "spaces deleted": (lambda: built("bpe", N.Replace(" ", ""), P.WhitespaceSplit()), None),
+    "runs deleted": (lambda: built("bpe", N.Replace(Regex(r"\s+"), ""), P.WhitespaceSplit()), None),
     "spaces marked": (lambda: built("bpe", N.Replace(" ", "\u2581"), P.WhitespaceSplit()), None),
-    "over a space": (lambda: built("words", N.Replace("a b", "fox"), P.WhitespaceSplit()), "a a b a b a b"),
+    "over a space": (lambda: built("words", N.Replace("a b c", "fox"), P.WhitespaceSplit()), "x a b c c c"),
     "letters deleted": (lambda: built("bpe", N.Replace("x", ""), P.WhitespaceSplit()), None),
     "letters to spaces": (lambda: built("bpe", N.Replace("x", " "), P.WhitespaceSplit()), None),
-    "any regex": (lambda: built("words", N.Replace(Regex("a.b"), "fox"), P.WhitespaceSplit()), "a a b a b a b"),
+    "any regex": (lambda: built("words", N.Replace(Regex("a.b.c"), "fox"), P.WhitespaceSplit()), "x a b c c c"),
     "unknown normalizer": (lambda: built("bpe", N.ByteLevel(), P.WhitespaceSplit()), None),
     "added with a space": (
-        lambda: added(built("words", None, P.WhitespaceSplit()), AddedToken("a b", normalized=False)),
-        "a a b a b a b",
+        lambda: added(built("words", None, P.WhitespaceSplit()), AddedToken("a b c", normalized=False)),
+        "x a b c c c",
     ),
     "added, normalized to a space": (
         lambda: added(
-            built("bytes", N.Sequence([N.NFKD(), N.StripAccents()]), P.ByteLevel()),
-            AddedToken("a\u00b4b", normalized=True),
+            built("words", N.Sequence([N.NFKD(), N.StripAccents()]), P.WhitespaceSplit()),
+            AddedToken("a\u00b4b\u00b4c", normalized=True),
         ),
-        "a a b a b a b",
+        "x a b c c c",
     ),
 }
 
 
+@pytest.mark.usefixtures("read_little")
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_others_are_read_to_the_end(name: str, read_little: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_are_read_to_the_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, text = REFUSED[name]
     tokenizer = wrapped(build())
     assert not ends_at_words(tokenizer.backend_tokenizer)
@@ -295,7 +296,7 @@ def test_others_are_read_to_the_end(name: str, read_little: None, monkeypatch: p
     cut = Cut("longest_first", 4)
     as_by_call(tokenizer, [text], None, cut)
     # And the beginning alone would not do.
-    monkeypatch.setattr("fastcls.tokenizing.ends_at_words", lambda tokenizer: True)
+    monkeypatch.setattr("fastcls.tokenizing.ends_at_words", lambda _: True)
     with pytest.raises(AssertionError):
         as_by_call(tokenizer, [text], None, cut)
 
@@ -342,7 +343,7 @@ def test_singles_and_pairs_are_those_of_a_call(
         tokenizer.truncation_side = "right"
 
 
-def test_types_are_zero_where_a_tokenizer_gives_none(made: dict[str, PreTrainedTokenizerFast]) -> None:
+def test_types_are_zero_where_a_tokenizer_gives_none() -> None:
     tokenizer = wrapped(EXACT["bert"]())
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     as_by_call(tokenizer, ["fox"], ["the"], Cut(False, None))
