@@ -31,6 +31,7 @@ CORPUS = [
     "a film that isn't as good as its maker's earlier ones; \u00fcber caf\u00e9 na\u00efve",
     "\u041f\u0440\u0438 \u043c\u0438\u0440",
     "\u4e2d\u6587 \u6587\u672c \u03bf\u03b4\u03bf\u03c2 \u039f\u0394\u039f\u03a3  two  spaces\nlines\ttabs",
+    "runs  of    many        spaces                fox",
 ] * 4
 # Among them what normalizers delete, compose, or make white space of, and what is white space to some.
 WORDS = [
@@ -370,3 +371,12 @@ def test_windows_are_those_of_a_call(pairs: list[str] | None, made: dict[str, Pr
 def test_nothing_is_nothing(made: dict[str, PreTrainedTokenizerFast]) -> None:
     tokenizer = made.setdefault("bert", wrapped(EXACT["bert"]()))
     assert encode(tokenizer, [], None, Cut("longest_first", 8)) == ([], [], [], [])
+
+
+@pytest.mark.usefixtures("read_little")
+def test_no_text_ends_where_white_space_may_grow(exact: PreTrainedTokenizerFast) -> None:
+    # Accents are deleted; the spaces between them are one run then, whose tokens depend on where it ends.
+    for gap in (" ", " \u0301", "\u0301 ", " \u00b4", "\u200e "):
+        for length in (3, 4, 5, 6):
+            texts = ["x" + gap * count + " b" * 20 for count in range(1, 24)]
+            as_by_call(exact, texts, None, Cut("longest_first", length))
