@@ -333,7 +333,8 @@ class Classifier:
             ValueError: an option with another value.
         """
         apply = self._score_function(function_to_apply)
-        cut = read_cut(self.tokenizer, self.model.spec.max_positions, self.truncation or True, None, max_length)
+        truncation = self.truncation if read_truncation(self.truncation) else True
+        cut = read_cut(self.tokenizer, self.model.spec.max_positions, truncation, None, max_length)
         score = partial(scores_of, apply=apply)
         return Flow(self.model, self.tokenizer, self.model.logits_of, score, cut, policy, self._tokenizing)
 

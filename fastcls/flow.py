@@ -22,7 +22,7 @@ from .ahead import made_ahead
 from .engine.batch import BadText
 from .engine.spec import EncoderSpec
 from .texts import Item
-from .tokenizing import Cut, Encoded, encode, pair_problem, tokenizer_problem
+from .tokenizing import Cut, Encoded, encode, is_plain, pair_problem, tokenizer_problem
 from .underway import Underway
 
 LongTexts = Literal["truncate", "error", "window"]
@@ -152,7 +152,7 @@ class Flow:
         lock: held while the tokenizer is used.
 
     Raises:
-        ValueError: a policy that does not fit.
+        ValueError: a policy that does not fit, or windows of a tokenizer that gives none.
     """
 
     def __init__(
@@ -166,6 +166,11 @@ class Flow:
         lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         policy.check(cut.length, tokenizer.num_special_tokens_to_add(pair=False))
+        if policy.long_texts == "window" and not is_plain(tokenizer):
+            raise ValueError(
+                f'long_texts="window" must have a tokenizer in Rust, got {type(tokenizer).__name__}, which gives no '
+                "windows"
+            )
         self._model, self._tokenizer, self._compute, self._score = model, tokenizer, compute, score
         self._cut, self._policy, self._lock = cut, policy, lock or threading.Lock()
         self._ahead = _AHEAD.get(model.device.type, 0)
@@ -188,10 +193,16 @@ class Flow:
         """
         tokenized = ((self._tokenized(texts), tag) for texts, tag in windows)
         underway: deque[tuple[_Window, Underway, _Tag]] = deque()
-        for window, tag in made_ahead(tokenized, self._ahead) if self._ahead else tokenized:
-            underway.append((window, self._begun(window), tag))
-            if len(underway) > min(self._ahead, 1):
+        try:
+            for window, tag in made_ahead(tokenized, self._ahead) if self._ahead else tokenized:
+                underway.append((window, self._begun(window), tag))
+                if len(underway) > min(self._ahead, 1):
+                    yield self._oldest(underway)
+        except Exception:
+            # If the source fails, what came before is still given.
+            while underway:
                 yield self._oldest(underway)
+            raise
         while underway:
             yield self._oldest(underway)
 
@@ -225,6 +236,9 @@ class Flow:
             problems.update(dict.fromkeys(rows, problem))
             return
 
+        if overlap is not None and is_pair:
+            rows = self._with_room(items, rows, overlap, problems)
+
         def call(rows: list[int]) -> Encoded:
             pairs = [items[row].pair or "" for row in rows] if is_pair else None
             return encode(self._tokenizer, [items[row].text for row in rows], pairs, cut, overlap=overlap)
@@ -243,6 +257,38 @@ class Flow:
                 first = _Piece(encoded.ids[index], encoded.types[index])
                 further = [_Piece(*piece) for piece in encoded.further[index]] if encoded.further else []
                 yield row, _Found([first, *further], encoded.cut[index] and not further)
+
+    def _with_room(self, items: list[Item], rows: list[int], overlap: int, problems: dict[int, str]) -> list[int]:
+        """The pairs whose windows get on; of the others tokenizers in Rust do not raise an error, they panic."""
+        limit, special = self._cut.length or 0, self._tokenizer.num_special_tokens_to_add(pair=True)
+        firsts, seconds = [items[row].text for row in rows], [items[row].pair or "" for row in rows]
+        try:
+            lengths = self._lengths(firsts)
+        except Exception:
+            lengths = [limit] * len(rows)
+        kept = []
+        for row, first, second, length in zip(rows, firsts, seconds, lengths, strict=True):
+            room = limit - special - length
+            if room <= overlap:
+                try:
+                    room = limit - special - self._lengths([first])[0]
+                    fits = sum(self._lengths([first, second])) <= limit - special
+                except Exception as error:
+                    problems[row] = tokenizer_problem(items[row], error)
+                    continue
+                if room <= overlap and not fits:
+                    problems[row] = (
+                        f"has a first text that leaves windows of the second room for {max(room, 0)} tokens, "
+                        f"of which {overlap} overlap"
+                    )
+                    continue
+            kept.append(row)
+        return kept
+
+    def _lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of each text, without special ones."""
+        special = self._tokenizer.num_special_tokens_to_add(pair=False)
+        return [len(ids) - special for ids in encode(self._tokenizer, texts, None, Cut(False, None)).ids]
 
     def _problem(self, length: int, was_cut: bool) -> str | None:
         limit = self._cut.length

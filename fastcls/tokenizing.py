@@ -186,20 +186,16 @@ def encode(
         tokenizer: nobody else may use it meanwhile.
         texts, pairs: a text each, or the first and second of pairs.
         cut: how they are cut.
-        overlap: what is cut off comes in further windows, each of which begins with so many tokens of the one before.
+        overlap: what is cut off comes in further windows, each of which begins with so many tokens of the one before;
+            for a tokenizer that `is_plain`.
 
     Raises:
         Exception: whatever a tokenizer raises at a text that it does not take.
-        ValueError: an overlap with a tokenizer in Python.
     """
     if not texts:
         return Encoded([], [], [], [])
-    if not _is_plain(tokenizer):
-        if overlap is not None:
-            raise ValueError(
-                f'long_texts="window" must have a tokenizer in Rust, got {type(tokenizer).__name__}, which gives no '
-                "windows"
-            )
+    if not is_plain(tokenizer):
+        assert overlap is None, "windows are a tokenizer's in Rust"
         return _encode_by_call(tokenizer, texts, pairs, cut)
     strategy, length = cut.applied
     tokenizer.set_truncation_and_padding(
@@ -213,12 +209,14 @@ def encode(
     backend: Any = tokenizer.backend_tokenizer
     if backend.encode_special_tokens != tokenizer.split_special_tokens:
         backend.encode_special_tokens = tokenizer.split_special_tokens
-    if pairs is not None:
-        encodings = backend.encode_batch_fast(list(zip(texts, pairs, strict=True)))
-    elif length is None or overlap is not None or tokenizer.truncation_side != "right":
-        encodings = backend.encode_batch_fast(list(texts))
+    given: list[Any] = list(texts if pairs is None else zip(texts, pairs, strict=True))
+    if overlap is not None:
+        # Without offsets, tokenizers gives the second text of a pair type 0 in windows behind the first.
+        encodings = backend.encode_batch(given)
+    elif pairs is not None or length is None or tokenizer.truncation_side != "right":
+        encodings = backend.encode_batch_fast(given)
     else:
-        encodings = _encodings_of_prefixes(backend, list(texts), length)
+        encodings = _encodings_of_prefixes(backend, given, length)
     has_types = "token_type_ids" in tokenizer.model_input_names
     ids: list[list[int]] = [each.ids for each in encodings]
     # Only a text of full length may have been cut, and asking for more makes objects of all that was cut off.
@@ -231,13 +229,15 @@ def encode(
     return Encoded(ids, types, was_cut, further)
 
 
-def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
+def is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer's call only hands on to its tokenizer in Rust, which may then be asked without it."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return False
     kind = type(tokenizer)
     return (
-        isinstance(tokenizer, PreTrainedTokenizerFast)
-        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+        kind._encode_plus is PreTrainedTokenizerFast._encode_plus
         and kind.__call__ is PreTrainedTokenizerBase.__call__
+        and kind.set_truncation_and_padding is PreTrainedTokenizerFast.set_truncation_and_padding
         and getattr(kind, "_convert_encoding", None) is PreTrainedTokenizerFast._convert_encoding
     )
 
