@@ -15,7 +15,7 @@ from ..engine.spec import Quantize
 from ..flow import LongTextPolicy, LongTexts, WindowScores
 from ..loading import parse_device, parse_dtype, parse_quantize
 from ..results import Results, Wanted
-from .compression import is_pipe
+from .compression import STANDARD_INPUT, is_pipe
 from .embedder import Embedder, Pooling
 from .manifest import fingerprint
 from .output import Output, Places, Standard
@@ -137,11 +137,9 @@ class Job:
         else:
             places = Places.of(output, options.output_format, errors)
             self.form = places.form
-            _check_not_input(places, inputs)
         if resume and any(map(is_pipe, inputs)):
-            raise ValueError(
-                f"--resume must have files to read again, got {', '.join(filter(is_pipe, inputs))}, a pipe"
-            )
+            pipe = next(filter(is_pipe, inputs))
+            raise ValueError(f"--resume must have files that can be read again, got the pipe {pipe}")
         columns = Columns(options.text_column, options.pair_column, options.id_columns)
         if self.form.name == "npy" and options.id_columns is None:
             columns = columns._replace(keep=())
@@ -153,19 +151,24 @@ class Job:
             quotes=options.quotes,
             pairs_in_lines=options.pairs,
         )
+        written = [Path(errors)] if errors else []
+        if not is_stream:
+            written = [places.target, places.errors, places.manifest, places.parts]
+        _check_not_input(written, self.sources)
         self._strict = strict or (is_stream and errors is None)
         if is_stream:
             self._output = Standard(self.form, errors)
         else:
-            self._output = Output(places, self._asked(), resume=resume, overwrite=overwrite)
+            self._output = Output(places, self._asked(errors), resume=resume, overwrite=overwrite)
 
-    def _asked(self) -> dict[str, Any]:
+    def _asked(self, errors: str | None) -> dict[str, Any]:
         options = asdict(self.options)
         # By its name after the defaults are applied, so that a default that is written out asks for the same.
         options["device"] = str(parse_device(self.options.device))
         return {
             "model": {"name": self._model, "is": fingerprint(self._model)},
             "options": {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
+            "errors": errors,
             "inputs": [fact for source in self.sources for fact in _facts(source.name)],
             "fastcls": __version__,
         }
@@ -174,6 +177,11 @@ class Job:
     def is_finished(self) -> bool:
         """Whether an earlier run has done all."""
         return isinstance(self._output, Output) and self._output.manifest.finished
+
+    def tidy(self) -> None:
+        """Removes what a run that was ended after its output was whole left behind."""
+        if isinstance(self._output, Output) and self.is_finished:
+            self._output.remove_parts()
 
     @property
     def num_rows(self) -> int | None:
@@ -228,8 +236,8 @@ class Job:
             BadRow: a bad row, where none is allowed.
             OSError, ValueError: a file that cannot be read or written.
         """
-        self._output.open(self._schema)
         try:
+            self._output.open(self._schema)
             totals = run(
                 self._flow,
                 self.sources,
@@ -247,22 +255,26 @@ class Job:
 
 
 def _stream_form(name: str | None) -> Form:
-    form = Form.of(name or "jsonl")
+    form = Form.asked(name or "jsonl")
     if form is None or form.name in ("parquet", "npy"):
         raise ValueError(f"standard output must be jsonl, csv or tsv, got {name}")
     return form
 
 
-def _check_not_input(places: Places, inputs: Sequence[str]) -> None:
-    own = {path.resolve() for path in (places.target, places.errors, places.manifest)}
-    for name in inputs:
-        if name != "-" and Path(name).resolve() in own:
-            raise ValueError(f"--output must be another file than the input, got {name} for both")
+def _check_not_input(written: Sequence[Path], sources: Sequence[Source]) -> None:
+    """Checks that what is written, or lies in a folder that is, is not read, by a pattern for instance."""
+    own = {path.resolve() for path in written}
+    for source in sources:
+        path = Path(source.name).resolve()
+        if source.name != STANDARD_INPUT and (path in own or path.parent in own):
+            raise ValueError(
+                f"--output and --errors must be other files than the input, got {source.name} to read and to write"
+            )
 
 
 def _facts(name: str) -> list[list[Any]]:
     """The files of a source, their sizes and when they were last changed."""
-    if name == "standard input":
+    if name == STANDARD_INPUT:
         return [[name, None, None]]
     path = Path(name)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

@@ -99,13 +99,13 @@ class Manifest:
 
     def add(self, shard: Shard) -> None:
         """Records a shard, whose files are on the disk."""
-        self.shards.append(shard)
         self._append(_row_of(shard))
+        self.shards.append(shard)
 
     def finish(self) -> None:
         """Records that the output is whole."""
-        self.finished = True
         self._append({"finished": True})
+        self.finished = True
 
     def _append(self, row: Mapping[str, Any]) -> None:
         with self.path.open("ab") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 import torch
@@ -15,6 +15,8 @@ from ..texts import Item
 from .manifest import Position, Shard
 from .rows import Rows
 from .sources import Source
+
+_T = TypeVar("_T")
 
 # A shard is what a run that was ended early computes once more; a whole number of windows.
 SHARD_ROWS = 16 * MAX_ROWS
@@ -118,12 +120,14 @@ def run(
 
     Raises:
         BadRow: a bad row, with ``strict``, behind the rows before it.
-        OSError, ValueError: a source that cannot be read, a target that cannot be written.
+        OSError, ValueError: a source that cannot be read further, behind the rows before; a target that cannot be
+            written.
     """
     started = time.perf_counter()
+    failures: list[Exception] = []
     totals = Totals()
     shard = Shard(0, 0, 0, 0, 0, target.start)
-    for scored, window in flow.run(_windows(sources, target.start, shard_rows)):
+    for scored, window in flow.run(_windows(sources, target.start, shard_rows, failures)):
         problems = {**window.problems, **{row: f"the text {why}" for row, why in scored.problems.items()}}
         missing = sorted(problems)
         places = [window.places[row] for row in missing]
@@ -165,6 +169,9 @@ def run(
             target.finish_shard(shard)
             shard = Shard(0, 0, 0, 0, 0, window.end)
         report(totals)
+    if failures:
+        # The rows since the last shard are read once more, so that all but the last shard are of one size.
+        raise failures[0]
     if shard.rows:
         target.finish_shard(shard)
     return totals._replace(seconds=time.perf_counter() - started)
@@ -220,11 +227,14 @@ class _Gathered:
 
 
 def _windows(
-    sources: Sequence[Source], start: Position, shard_rows: int
+    sources: Sequence[Source], start: Position, shard_rows: int, failures: list[Exception]
 ) -> Iterator[tuple[list[Item | None], _Window]]:
-    """The rows of all sources in windows, none of which reaches from one shard into the next."""
+    """The rows of all sources in windows, none of which reaches from one shard into the next.
+
+    An error ends them and goes to ``failures``: raised here, it would overtake the windows that are under way.
+    """
     gathered, in_shard = _Gathered(), 0
-    for rows, source, begin in _batches(sources, start):
+    for rows, source, begin in _until_failure(_batches(sources, start), failures):
         taken = 0
         while taken < len(rows.texts):
             room = min(MAX_ROWS - len(gathered.items), shard_rows - in_shard)
@@ -238,6 +248,13 @@ def _windows(
         end = Position(begin.source, begin.row + taken)
     if gathered.items:
         yield gathered.window(end, False)
+
+
+def _until_failure(items: Iterator[_T], failures: list[Exception]) -> Iterator[_T]:
+    try:
+        yield from items
+    except Exception as error:
+        failures.append(error)
 
 
 def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Rows, Source, Position]]:

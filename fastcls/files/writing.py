@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -35,14 +36,19 @@ class Form(NamedTuple):
 
     @classmethod
     def of(cls, name: str) -> Form | None:
-        """The form that a file's name, or an ending without a dot, asks for, or None."""
-        path = Path(name if "." in Path(name).name else f"name.{name}")
-        compression = _COMPRESSED.get(path.suffix)
+        """The form that the ending of a file's name says, or None."""
+        path = Path(name)
+        compression = _COMPRESSED.get(path.suffix.lower())
         inner = Path(path.stem).suffix if compression else path.suffix
-        found = _ENDINGS.get(inner)
+        found = _ENDINGS.get(inner.lower())
         if found is None or (compression and found in ("parquet", "npy")):
             return None
         return cls(found, compression, inner + (path.suffix if compression else ""))
+
+    @classmethod
+    def asked(cls, ending: str) -> Form | None:
+        """The form of an ending without its first dot, as "csv.gz", or None."""
+        return cls.of(f"name.{ending}")
 
     @property
     def keeps_bad_rows(self) -> bool:
@@ -65,9 +71,15 @@ def check_schema(schema: pa.Schema, form: Form) -> None:
     """
     if form.name == "npy" and not (len(schema) == 1 and pa.types.is_fixed_size_list(schema.types[0])):
         raise ValueError(f"a .npy file must hold vectors and nothing else, got {', '.join(schema.names)}")
+    if form.name in ("parquet", "npy"):
+        return
     for field in schema:
-        if form.name not in ("parquet", "npy") and any(is_binary(field.type) for is_binary in _BINARY):
+        if _holds_bytes(field.type):
             raise ValueError(f"column {field.name} must have a form in {form.name}, got {field.type}: write .parquet")
+    if form.name != "jsonl":
+        names = _flat(_empty(schema)).schema.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"columns of {form.name} must have different names, got two columns {twice[0]}")
 
 
 def open_writer(file: Path | BinaryIO, form: Form, schema: pa.Schema, *, header: bool = True) -> Writer:
@@ -86,11 +98,25 @@ def open_writer(file: Path | BinaryIO, form: Form, schema: pa.Schema, *, header:
     if form.name == "npy":
         return _Vectors(stream, closing)
     if form.compression:
-        stream = pa.CompressedOutputStream(pa.PythonFile(stream, "w"), form.compression)
+        # It closes what it writes to.
+        inner = stream if closing else _LeftOpen(stream)
+        stream = pa.CompressedOutputStream(pa.PythonFile(inner, "w"), form.compression)
         closing.insert(0, stream)
     if form.name == "jsonl":
         return _Lines(stream, closing)
     return _Separated(stream, closing, schema, "\t" if form.name == "tsv" else ",", header)
+
+
+class _LeftOpen:
+    """A stream that others may close, and that stays open."""
+
+    closed = False
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.write, self.flush = stream.write, stream.flush
+
+    def close(self) -> None:
+        self.flush()
 
 
 class _Parquet:
@@ -110,21 +136,25 @@ class _Stream:
         self._stream, self._closing = stream, closing
 
     def close(self) -> None:
-        for each in self._closing:
-            each.close()
+        # Each of them, even if one before it fails.
+        with ExitStack() as stack:
+            for each in reversed(self._closing):
+                stack.callback(each.close)
 
 
 class _Lines(_Stream):
     def write(self, batch: pa.RecordBatch) -> None:
+        columns = [_as_plain(column) for column in batch.columns]
+        plain = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
         # Line by line: what is not written yet when Ctrl-C comes, a buffer still holds.
-        for row in batch.to_pylist():
+        for row in plain.to_pylist():
             self._stream.write(f"{_json(row)}\n".encode())
 
 
 class _Separated(_Stream):
     def __init__(self, stream: Any, closing: Sequence[Any], schema: pa.Schema, delimiter: str, header: bool) -> None:
         super().__init__(stream, closing)
-        self._flat = _flat(pa.RecordBatch.from_pylist([], schema=schema)).schema
+        self._flat = _flat(_empty(schema)).schema
         options = pa.csv.WriteOptions(include_header=header, delimiter=delimiter)
         self._writer = pa.csv.CSVWriter(stream, self._flat, write_options=options)
 
@@ -132,8 +162,10 @@ class _Separated(_Stream):
         self._writer.write_batch(_flat(batch))
 
     def close(self) -> None:
-        self._writer.close()
-        super().close()
+        try:
+            self._writer.close()
+        finally:
+            super().close()
 
 
 class _Vectors(_Stream):
@@ -185,20 +217,44 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _holds_bytes(of_column: pa.DataType) -> bool:
+    if pa.types.is_dictionary(of_column):
+        return _holds_bytes(of_column.value_type)
+    inner = (of_column.field(place).type for place in range(of_column.num_fields))
+    return any(is_binary(of_column) for is_binary in _BINARY) or any(map(_holds_bytes, inner))
+
+
+def _empty(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+
+
+def _as_plain(column: pa.Array) -> pa.Array:
+    """Times as strings and durations as counts, as CSV has them: Python has none of nanoseconds."""
+    if pa.types.is_duration(column.type):
+        return column.cast(pa.int64())
+    return column.cast(pa.string()) if pa.types.is_temporal(column.type) else column
+
+
 def _flat(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Structs as a column for each field, NAME.FIELD; lists as JSON."""
+    """Structs as a column for each field, NAME.FIELD, also of structs in them; lists as JSON."""
     names: list[str] = []
     arrays: list[pa.Array] = []
-    for name, array in zip(batch.schema.names, batch.columns, strict=True):
+
+    def add(name: str, array: pa.Array) -> None:
         if pa.types.is_struct(array.type):
-            names += [f"{name}.{field.name}" for field in array.type]
-            arrays += array.flatten()
-        elif pa.types.is_nested(array.type):
-            names.append(name)
-            arrays.append(pa.array([None if row is None else _json_of(row) for row in array.to_pylist()], pa.string()))
-        else:
-            names.append(name)
-            arrays.append(array)
+            for field, inner in zip(array.type, array.flatten(), strict=True):
+                add(f"{name}.{field.name}", inner)
+            return
+        if pa.types.is_nested(array.type):
+            array = pa.array([None if row is None else _json_of(row) for row in array.to_pylist()], pa.string())
+        elif pa.types.is_string_view(array.type) or isinstance(array.type, pa.BaseExtensionType):
+            # What CSV's writer does not know.
+            array = pa.array([None if row is None else str(row) for row in array.to_pylist()], pa.string())
+        names.append(name)
+        arrays.append(array)
+
+    for name, array in zip(batch.schema.names, batch.columns, strict=True):
+        add(name, array)
     return pa.RecordBatch.from_arrays(arrays, names=names)
 
 

@@ -210,6 +210,7 @@ def classify(
     asked: Any = {"errors": errors, "strict": strict, "resume": resume, "overwrite": overwrite}
     job = Job(path, paths, output, Options(**options), **asked)
     if job.is_finished:
+        job.tidy()
         stderr.print(f"{output} is finished already: there is nothing to resume.", highlight=False, soft_wrap=True)
         return
     with stderr.status("Loading the model", spinner="dots"):
