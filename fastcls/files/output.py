@@ -21,6 +21,7 @@ from ..texts import first_line
 from .manifest import Manifest, Position, Shard, sync_folder
 from .writing import Form, Writer, join, open_writer
 
+_UNFINISHED = ".unfinished"
 _SHARD = re.compile(
     r"part-\d{5,}\.(errors|(parquet|jsonl|ndjson|csv|tsv|npy)(\.gz|\.zst)?)(\.unfinished)?", re.IGNORECASE
 )
@@ -268,14 +269,20 @@ class Output:
         if not places.is_folder and places.parts.exists() and not any(places.parts.iterdir()):
             places.parts.rmdir()
 
+    def _remove_unfinished(self) -> None:
+        own = map(_unfinished, (self.places.target, self.places.errors))
+        for path in (*own, *self.places.shards()):
+            if path.suffix == _UNFINISHED:
+                path.unlink(missing_ok=True)
+
     def leave(self) -> None:
         """Ends the run where it is; what is finished stays."""
         for each in (self._writer, self._errors):
             if each is not None:
                 _quietly(each.close)
         if self._held is not None:
-            if not self.manifest.finished:
-                _quietly(self._remove_stale)
+            # What has its name already stays, whatever the run believes: the manifest may hold a line whose writing failed.
+            _quietly(self._remove_unfinished)
             self._held.release()
             self._held = None
 
@@ -305,7 +312,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def _unfinished(path: Path) -> Path:
-    return path.with_name(f"{path.name}.unfinished")
+    return path.with_name(path.name + _UNFINISHED)
 
 
 def _appear(path: Path) -> None:
