@@ -428,9 +428,10 @@ def test_a_torn_line_of_the_manifest_is_no_shard(tmp_path: Path, monkeypatch: py
         if self.shards:
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(Manifest, "_append", torn)
-        stub_run(source, target)
+        with pytest.raises(Killed):
+            stub_run(source, target)
     record = Manifest.read(Path(f"{target}.manifest.jsonl"))
     assert record is not None
     assert len(record.shards) == 1
