@@ -3,7 +3,7 @@
 Started by hand, not collected: python tests/kill_runs.py [--rounds 20] [--rows 2000] [--form jsonl] [--seed 0]
 
 In each round the run is killed (SIGKILL) up to four times, each time after a random part of what it still needs, and
-then resumed until it ends. The output and the errors file must be the same, byte for byte, as the undisturbed run's, and
+then resumed until it ends. The output and the errors file must be the undisturbed run's, byte for byte, and
 nothing else may lie beside them. The exit status is 1 if something differs.
 """
 

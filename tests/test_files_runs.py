@@ -164,7 +164,7 @@ def test_standard_output_is_the_same_and_stays_open(
     do(model, [source], tmp_path / f"o.{kind}")
     monkeypatch.setattr(sys, "stdout", stream)
     do(model, [source], "-", output_format=kind)
-    assert stream.buffer.getvalue() == (tmp_path / f"o.{kind}").read_bytes()  # type: ignore[attr-defined]
+    assert stream.buffer.getvalue() == (tmp_path / f"o.{kind}").read_bytes()
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -213,7 +213,8 @@ def test_vectors_keep_a_row_for_each_of_the_input(tmp_path: Path, model: Path) -
     do(model, [source], tmp_path / "o.npy", embeddings="mean", normalize=True, shard_rows=2)
     do(model, [source], tmp_path / "o.parquet", embeddings="mean", normalize=True)
     found = np.load(tmp_path / "o.npy")
-    assert found.dtype == np.float32 and found.shape[0] == 3
+    assert found.dtype == np.float32
+    assert found.shape[0] == 3
     assert np.isnan(found[1]).all()
     assert np.linalg.norm(found[[0, 2]], axis=1) == pytest.approx(1, abs=1e-5)
     assert found[[0, 2]] == pytest.approx(
@@ -275,7 +276,7 @@ def test_bad_rows_go_to_their_file(model: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sys, "stdout", stream)
     with pytest.raises(BadRow):
         do(model, [source], "-", output_format="jsonl.gz")
-    assert json.loads(gzip.decompress(stream.buffer.getvalue()))["text"] == "a"  # type: ignore[attr-defined]
+    assert json.loads(gzip.decompress(stream.buffer.getvalue()))["text"] == "a"
 
 
 def test_the_input_is_never_written_to(model: Path, tmp_path: Path) -> None:
@@ -427,11 +428,13 @@ def test_a_torn_line_of_the_manifest_is_no_shard(tmp_path: Path, monkeypatch: py
         if self.shards:
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(Manifest, "_append", torn)
-        stub_run(source, target)
+        with pytest.raises(Killed):
+            stub_run(source, target)
     record = Manifest.read(Path(f"{target}.manifest.jsonl"))
-    assert record is not None and len(record.shards) == 1
+    assert record is not None
+    assert len(record.shards) == 1
     stub_run(source, target, resume=True)
     assert target.read_bytes() == (tmp_path / "calm.jsonl").read_bytes()
 
@@ -441,7 +444,8 @@ def test_an_earlier_output_is_refused_resumed_or_replaced(model: Path, tmp_path:
     do(model, [source], target, {"resume": True})
     before = files_in(tmp_path)
     job = Job(str(model), [source], str(target), Options(), resume=True)
-    assert job.is_finished and job.done.rows == 2
+    assert job.is_finished
+    assert job.done.rows == 2
     with pytest.raises(ValueError, match=r"o\.jsonl is there already: go on with --resume .*--overwrite"):
         do(model, [source], target)
     for changed, what in (({"top_k": 2}, "options: top_k was None, is 2"), ({"dtype": "bfloat16"}, "dtype was None")):
@@ -529,7 +533,7 @@ def test_a_run_that_is_killed_and_one_whose_disk_is_full_go_on(model: Path, tmp_
     source = write_input(tmp_path / "i.jsonl", [f"{text} {row}" for row in range(700) for text in TEXTS])
     calm, target = tmp_path / "calm.jsonl", tmp_path / "o.jsonl"
     record = Path(f"{target}.manifest.jsonl")
-    asked = [model, source, "-o", target, "--shard-rows", "100"]
+    asked: list[str | Path] = [model, source, "-o", target, "--shard-rows", "100"]
     with started(*asked) as process:
         while process.poll() is None and not (record.exists() and record.read_bytes().count(b"\n") > 2):
             threading.Event().wait(0.01)
@@ -539,9 +543,11 @@ def test_a_run_that_is_killed_and_one_whose_disk_is_full_go_on(model: Path, tmp_
         _, messages = process.communicate()
     # The shards fit, the whole does not.
     assert process.returncode == 2
-    assert b"o.jsonl: cannot be written: File too large" in messages and b"Traceback" not in messages
+    assert b"o.jsonl: cannot be written: File too large" in messages
+    assert b"Traceback" not in messages
     assert b"--resume goes on from there" in messages
-    assert not target.exists() and not Path(f"{target}.unfinished").exists()
+    assert not target.exists()
+    assert not Path(f"{target}.unfinished").exists()
     assert do(model, [source], target, {"resume": True}, shard_rows=100).rows == 0
     do(model, [source], calm, shard_rows=100)
     assert target.read_bytes() == calm.read_bytes()
@@ -565,13 +571,15 @@ def test_an_input_that_breaks_off(model: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match=r"i\.jsonl\.gz: reading stopped after row \d+: "):
         do(model, [str(source)], tmp_path / "o.csv", shard_rows=1000)
     record = Manifest.read(tmp_path / "o.csv.manifest.jsonl")
-    assert record is not None and {shard.rows for shard in record.shards} == {1000}
+    assert record is not None
+    assert {shard.rows for shard in record.shards} == {1000}
     stream = io.TextIOWrapper(io.BytesIO())
     monkeypatch.setattr(sys, "stdout", stream)
     with pytest.raises(OSError, match="reading stopped") as error:
         do(model, [str(source)], "-")
-    rows = stream.buffer.getvalue().count(b"\n")  # type: ignore[attr-defined]
-    assert f"after row {rows}:" in str(error.value) and rows > len(record.shards) * 1000 - 1
+    rows = stream.buffer.getvalue().count(b"\n")
+    assert f"after row {rows}:" in str(error.value)
+    assert rows > len(record.shards) * 1000 - 1
 
 
 @pytest.mark.full

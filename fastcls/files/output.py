@@ -281,7 +281,7 @@ class Output:
             if each is not None:
                 _quietly(each.close)
         if self._held is not None:
-            # What has its name already stays, whatever the run believes: the manifest may hold a line whose writing failed.
+            # What has its name stays: the manifest may hold its line although writing that failed.
             _quietly(self._remove_unfinished)
             self._held.release()
             self._held = None
