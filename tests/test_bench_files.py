@@ -127,7 +127,7 @@ def test_the_picture_has_a_line_for_each_run() -> None:
         Memory("parquet", 20, 1.0, [(0.5, 90.0)], 95.0),
     ]
     (axes,) = files.picture(runs).axes
-    assert [list(line.get_xdata()) for line in axes.lines] == [[25, 75], [50]]
+    assert [[point[0] for point in line.get_xydata()] for line in axes.lines] == [[25, 75], [50]]
 
 
 def run_app() -> typer.Typer:
