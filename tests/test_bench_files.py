@@ -126,8 +126,8 @@ def test_the_picture_has_a_line_for_each_run() -> None:
         Memory("txt", 10, 2.0, [(0.5, 100.0), (1.5, 120.0)], 130.0),
         Memory("parquet", 20, 1.0, [(0.5, 90.0)], 95.0),
     ]
-    (axes,) = files.picture(runs).axes
-    assert [[point[0] for point in line.get_xydata()] for line in axes.lines] == [[25, 75], [50]]
+    axes: Any = files.picture(runs).axes[0]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[25, 75], [50]]
 
 
 def run_app() -> typer.Typer:
