@@ -153,7 +153,7 @@ def test_a_folder_holds_shards(model: Path, classifier: fastcls.Classifier, tmp_
     assert [part.name for part in parts] == [f"part-0000{index}.{kind or 'parquet'}" for index in range(3)]
     found = [row for part in parts for row in read(part)] if kind != "csv.gz" else [*read(parts[0]), *read(parts[1])]
     assert [(row["label"], row["score"]) for row in found] == says(classifier, TEXTS)
-    assert read(tmp_path / "out" / "errors.jsonl") == [{"file": source, "row": 9, "reason": "text is null"}]
+    assert read(tmp_path / "out" / "errors.jsonl") == [{"file": source, "line": 9, "reason": "text is null"}]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv.gz", "jsonl.zst"])
@@ -266,10 +266,10 @@ def test_bad_rows_go_to_their_file(model: Path, tmp_path: Path, monkeypatch: pyt
     source = write_input(tmp_path / "i.jsonl", ["a", None, "b", "c", None, "d", "e"])
     totals = do(model, [source], tmp_path / "o.jsonl", {"errors": str(tmp_path / "new" / "bad.jsonl")}, shard_rows=4)
     assert [row["text"] for row in read(tmp_path / "o.jsonl")] == ["a", "b", "c", "d", "e"]
-    reasons = [{"file": source, "row": row, "reason": "text is null"} for row in (2, 5)]
+    reasons = [{"file": source, "line": row, "reason": "text is null"} for row in (2, 5)]
     assert read(tmp_path / "new" / "bad.jsonl") == reasons
     assert (totals.rows, totals.bad) == (7, 2)
-    with pytest.raises(BadRow, match=r"i\.jsonl, row 2: text is null"):
+    with pytest.raises(BadRow, match=r"i\.jsonl, line 2: text is null"):
         do(model, [source], tmp_path / "s.jsonl", {"strict": True})
     assert not (tmp_path / "s.jsonl").exists()
     stream = io.TextIOWrapper(io.BytesIO())
