@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A CSV file of another encoding than UTF-8, all of whose columns are read as bytes (type binary, check_utf8=False), with
-# an invalid_row_handler that skips rows of too many columns.
+# A CSV file of another encoding than UTF-8, all of whose columns are read as bytes (type binary, check_utf8=False),
+# with an invalid_row_handler that skips rows of too many columns.
 #
 # Expected: the handler is called for each such row, and the rest is read, since nothing is to be decoded.
 # Seen (pyarrow 26.0.1): pyarrow decodes a bad row's text for the handler, as UTF-8. Where a byte of it is no UTF-8, the
 # handler is not called: UnicodeDecodeError goes to stderr as "Exception ignored in", and the whole reading ends with
 # ArrowInvalid "Expected 2 columns, got 3", as if no handler had been given. Rows of the right shape with the same bytes
-# are read. With encoding="latin-1" the handler is called, and all bytes become text.
+# are read. With encoding="latin-1" the handler is called.
 set -eu
 
 folder=$(mktemp -d)
