@@ -5,8 +5,8 @@
 # Expected: the same ids and type ids in each window.
 # Seen (tokenizers 0.22.2 and 0.23.3): the same ids and sequence_ids, but in the windows behind the first the fast call
 # gives the second text type 0, as if it belonged to the first; only the [SEP] at its end keeps type 1. So a model reads
-# another input there, and nothing is said. The windows of "only_first" are right, and so is each first window; templates
-# and BertProcessing do the same. (The fast call leaves the tokens' texts out, too: they are "".)
+# another input there, and nothing is said. The windows of "only_first" are right, and so is each first one; templates
+# and BertProcessing do so alike. (The fast call leaves the tokens' texts out, too: they are "".)
 # fastcls asks encode_batch for windows.
 set -eu
 
