@@ -357,6 +357,7 @@ BAD = {3, 11, 12, 13}
 MANY = [None if row in BAD else "x" * row for row in range(17)]
 
 
+@pytest.mark.covering(alone=["name", "earlier", "how"])
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("how", ["killed", "failed"])
 @pytest.mark.parametrize("earlier", [False, True], ids=["new", "overwriting"])
