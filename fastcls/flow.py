@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .ahead import made_ahead
-from .engine.batch import BadText
+from .engine.batch import BadText, outside
 from .engine.spec import EncoderSpec
 from .texts import Item
 from .tokenizing import Cut, Encoded, encode, is_plain, pair_problem, tokenizer_problem
@@ -308,9 +308,20 @@ class Flow:
             try:
                 return Underway.of(partial(self._within_memory, pieces), self._model.device)
             except BadText as error:
-                bad = owners[error.row]
-                window.problems[bad] = error.problem
-                del window.found[bad]
+                # Where one text holds an id that the model has not, many may, and each try takes a window's time.
+                bad = self._outside(window) or {owners[error.row]: error.problem}
+                window.problems.update(bad)
+                for row in bad:
+                    del window.found[row]
+
+    def _outside(self, window: _Window) -> dict[int, str]:
+        """The texts that hold an id outside the model's vocabulary, and the first such id of each."""
+        size = self._model.spec.vocab_size
+        return {
+            row: outside(next(token for piece in text.pieces for token in piece.ids if token >= size), size)
+            for row, text in window.found.items()
+            if any(max(piece.ids) >= size for piece in text.pieces)
+        }
 
     def _within_memory(self, pieces: list[_Piece]) -> Tensor:
         """Computes pieces in passes that are halved as long as they do not fit into the device's memory."""

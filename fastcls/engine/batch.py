@@ -29,6 +29,10 @@ class BadText(ValueError):  # noqa: N818  # it is the text that is bad
         self.problem = problem
 
 
+def outside(token_id: int, size: int) -> str:
+    return f"holds the id {token_id}, outside the vocabulary of {size}"
+
+
 class PaddedBatch(NamedTuple):
     """A padded batch as callers pass it, see `FastClassifier.forward`."""
 
@@ -194,7 +198,7 @@ class BatchReader(NamedTuple):
         if low < 0 or high >= spec.vocab_size:
             wrong = next(iter(((ids < 0) | (ids >= spec.vocab_size)).nonzero()))
             row = int(torch.searchsorted(torch.tensor(lengths, device="cpu").cumsum(0), wrong, right=True))
-            raise BadText(row, f"holds the id {int(ids[wrong])}, outside the vocabulary of {spec.vocab_size}")
+            raise BadText(row, outside(int(ids[wrong]), spec.vocab_size))
         types = None
         if token_type_ids is not None and spec.token_types:
             types = flat_integers("token_type_ids", token_type_ids)
