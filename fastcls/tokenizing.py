@@ -254,7 +254,8 @@ def _encode_by_call(
     types = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
     was_cut = [False] * len(ids)
     strategy, length = cut.applied
-    full = [row for row, found in enumerate(ids) if strategy and length is not None and len(found) >= length]
+    # Cut on the left, a pair whose second text is empty loses the last [SEP], too.
+    full = [row for row, found in enumerate(ids) if strategy and length is not None and len(found) >= length - 1]
     if full:
         seconds = None if pairs is None else [pairs[row] for row in full]
         whole = call([texts[row] for row in full], seconds, {"truncation": False, "max_length": None})["input_ids"]
