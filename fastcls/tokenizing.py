@@ -218,14 +218,19 @@ def encode(
     else:
         encodings = _encodings_of_prefixes(backend, given, length)
     has_types = "token_type_ids" in tokenizer.model_input_names
+
+    def types_of(encoding: Any) -> list[int]:
+        types: list[int] = encoding.type_ids if has_types else [0] * len(encoding)
+        return types
+
     ids: list[list[int]] = [each.ids for each in encodings]
     # Only a text of full length may have been cut, and asking for more makes objects of all that was cut off.
     is_full = [length is not None and len(row) >= length for row in ids]
     was_cut = [full and bool(each.overflowing) for full, each in zip(is_full, encodings, strict=True)]
     further: list[list[tuple[list[int], list[int]]]] = []
     if overlap is not None:
-        further = [[(more.ids, more.type_ids) for more in each.overflowing] for each in encodings]
-    types = [each.type_ids for each in encodings] if has_types else [[0] * len(row) for row in ids]
+        further = [[(more.ids, types_of(more)) for more in each.overflowing] for each in encodings]
+    types = [types_of(each) for each in encodings]
     return Encoded(ids, types, was_cut, further)
 
 

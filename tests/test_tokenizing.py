@@ -349,6 +349,9 @@ def test_types_are_zero_where_a_tokenizer_gives_none() -> None:
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     as_by_call(tokenizer, ["fox"], ["the"], Cut(False, None))
     assert encode(tokenizer, ["fox"], ["the"], Cut(False, None)).types == [[0] * 5]
+    (further,) = encode(tokenizer, ["fox"], ["the " * 40], Cut("only_second", 12), overlap=3).further
+    assert further
+    assert not any(any(types) for _, types in further)
     tokenizer.model_input_names = ["input_ids", "token_type_ids"]
     assert encode(tokenizer, ["fox"], ["the"], Cut(False, None)).types == [[0, 0, 0, 1, 1]]
 

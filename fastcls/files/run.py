@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 SHARD_ROWS = 16 * MAX_ROWS
 
 
-class Columns(Protocol):
+class Answers(Protocol):
     """Makes columns of what a flow gives."""
 
     @property
@@ -98,7 +98,7 @@ class BadRow(ValueError):  # noqa: N818  # it is the row that is bad
 def run(
     flow: Flow,
     sources: Sequence[Source],
-    results: Columns,
+    results: Answers,
     target: Target,
     *,
     shard_rows: int = SHARD_ROWS,

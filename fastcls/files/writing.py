@@ -119,9 +119,13 @@ class _LeftOpen:
         self.flush()
 
 
+def _parquet_writer(file: Any, schema: pa.Schema) -> pa.parquet.ParquetWriter:
+    return pa.parquet.ParquetWriter(file, schema, compression="zstd", compression_level=1)
+
+
 class _Parquet:
     def __init__(self, file: Any, schema: pa.Schema) -> None:
-        self._writer = pa.parquet.ParquetWriter(file, schema, compression="zstd", compression_level=1)
+        self._writer = _parquet_writer(file, schema)
 
     def write(self, batch: pa.RecordBatch) -> None:
         if batch.num_rows:
@@ -183,8 +187,7 @@ class _Vectors(_Stream):
 def join(parts: Sequence[Path], target: Path, form: Form, schema: pa.Schema) -> None:
     """Writes the files of a run one after the other into one; those of CSV have no header but the first."""
     if form.name == "parquet":
-        writer = pa.parquet.ParquetWriter(target, schema, compression="zstd", compression_level=1)
-        with writer:
+        with _parquet_writer(target, schema) as writer:
             for part in parts:
                 with pa.parquet.ParquetFile(part) as file:
                     for group in range(file.num_row_groups):
@@ -201,12 +204,12 @@ def join(parts: Sequence[Path], target: Path, form: Form, schema: pa.Schema) -> 
                 shutil.copyfileobj(source, output, 1 << 20)
 
 
-def _json(row: dict[str, Any]) -> str:
+def _json(value: Any) -> str:
     try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
     except ValueError:
         # JSON has neither infinite numbers nor NaN.
-        return json.dumps(_finite(row), ensure_ascii=False, default=str)
+        return json.dumps(_finite(value), ensure_ascii=False, default=str)
 
 
 def _finite(value: Any) -> Any:
@@ -246,7 +249,7 @@ def _flat(batch: pa.RecordBatch) -> pa.RecordBatch:
                 add(f"{name}.{field.name}", inner)
             return
         if pa.types.is_nested(array.type):
-            array = pa.array([None if row is None else _json_of(row) for row in array.to_pylist()], pa.string())
+            array = pa.array([None if row is None else _json(row) for row in array.to_pylist()], pa.string())
         elif pa.types.is_string_view(array.type) or isinstance(array.type, pa.BaseExtensionType):
             # What CSV's writer does not know.
             array = pa.array([None if row is None else str(row) for row in array.to_pylist()], pa.string())
@@ -256,7 +259,3 @@ def _flat(batch: pa.RecordBatch) -> pa.RecordBatch:
     for name, array in zip(batch.schema.names, batch.columns, strict=True):
         add(name, array)
     return pa.RecordBatch.from_arrays(arrays, names=names)
-
-
-def _json_of(value: Any) -> str:
-    return json.dumps(_finite(value), ensure_ascii=False, default=str)
