@@ -22,7 +22,7 @@ from .ahead import made_ahead
 from .engine.batch import BadText, outside
 from .engine.spec import EncoderSpec
 from .texts import Item
-from .tokenizing import Cut, Encoded, encode, is_plain, pair_problem, tokenizer_problem
+from .tokenizing import Cut, Encoded, Ids, encode, is_plain, pair_problem, tokenizer_problem
 from .underway import Underway
 
 LongTexts = Literal["truncate", "error", "window"]
@@ -111,18 +111,13 @@ class Scored(NamedTuple):
     seconds: float
 
 
-class _Piece(NamedTuple):
-    """Token ids and their types: a text, or a window of a long one."""
-
-    ids: list[int]
-    types: list[int]
-
-
 class _Found(NamedTuple):
-    """A text, tokenized."""
+    """A text, tokenized; of a long one the first window, and those behind it."""
 
-    pieces: list[_Piece]
+    ids: Ids
+    types: Ids
     was_cut: bool
+    further: Sequence[tuple[Ids, Ids]] = ()
 
 
 class _Window(NamedTuple):
@@ -159,7 +154,7 @@ class Flow:
         self,
         model: Model,
         tokenizer: PreTrainedTokenizerBase,
-        compute: Callable[[list[list[int]], list[list[int]]], Tensor],
+        compute: Callable[[list[Ids], list[Ids]], Tensor],
         score: Callable[[Tensor], Tensor],
         cut: Cut,
         policy: LongTextPolicy,
@@ -218,7 +213,7 @@ class Flow:
             for is_pair in (False, True):
                 rows = [row for row, item in enumerate(items) if (item.pair is not None) is is_pair]
                 for row, text in self._found(items, rows, is_pair, problems):
-                    if problem := self._problem(len(text.pieces[0].ids), text.was_cut):
+                    if problem := self._problem(len(text.ids), text.was_cut):
                         problems[row] = problem
                     else:
                         found[row] = text
@@ -254,9 +249,9 @@ class Flow:
                     problems[row] = tokenizer_problem(items[row], error)
         for batch, encoded in batches:
             for index, row in enumerate(batch):
-                first = _Piece(encoded.ids[index], encoded.types[index])
-                further = [_Piece(*piece) for piece in encoded.further[index]] if encoded.further else []
-                yield row, _Found([first, *further], encoded.cut[index] and not further)
+                further = encoded.further[index] if encoded.further else ()
+                was_cut = encoded.cut[index] and not further
+                yield row, _Found(encoded.ids[index], encoded.types[index], was_cut, further)
 
     def _with_room(self, items: list[Item], rows: list[int], overlap: int, problems: dict[int, str]) -> list[int]:
         """The pairs whose windows get on; of the others tokenizers in Rust do not raise an error, they panic."""
@@ -303,10 +298,10 @@ class Flow:
     def _begun(self, window: _Window) -> Underway:
         """Computes a window, or has a GPU compute it; texts that the model does not take become problems."""
         while True:
-            owners = [row for row, text in window.found.items() for _ in text.pieces]
-            pieces = [piece for text in window.found.values() for piece in text.pieces]
+            owners = [row for row, text in window.found.items() for _ in range(1 + len(text.further))]
+            ids, types = _pieces(window.found.values())
             try:
-                return Underway.of(partial(self._within_memory, pieces), self._model.device)
+                return Underway.of(partial(self._within_memory, ids, types), self._model.device)
             except BadText as error:
                 # Where one text holds an id that the model has not, many may, and each try takes a window's time.
                 bad = self._outside(window) or {owners[error.row]: error.problem}
@@ -317,15 +312,15 @@ class Flow:
     def _outside(self, window: _Window) -> dict[int, str]:
         """The texts that hold an id outside the model's vocabulary, and the first such id of each."""
         size = self._model.spec.vocab_size
-        return {
-            row: outside(next(token for piece in text.pieces for token in piece.ids if token >= size), size)
-            for row, text in window.found.items()
-            if any(max(piece.ids) >= size for piece in text.pieces)
-        }
+        found = {}
+        for row, text in window.found.items():
+            ids, _ = _pieces([text])
+            if max(map(max, ids)) >= size:
+                found[row] = outside(next(token for piece in ids for token in piece if token >= size), size)
+        return found
 
-    def _within_memory(self, pieces: list[_Piece]) -> Tensor:
+    def _within_memory(self, ids: list[Ids], types: list[Ids]) -> Tensor:
         """Computes pieces in passes that are halved as long as they do not fit into the device's memory."""
-        ids, types = [piece.ids for piece in pieces], [piece.types for piece in pieces]
         while True:
             try:
                 return self._compute(ids, types)
@@ -347,7 +342,7 @@ class Flow:
         numbers, seconds = underway.wait()
         found, text_of = window.found, window.text_of
         scores = self._score(numbers)
-        counts = [len(text.pieces) for text in found.values()]
+        counts = [1 + len(text.further) for text in found.values()]
         if len(numbers) > len(found):
             numbers, scores = (self._of_texts(each, counts) for each in (numbers, scores))
         place = {text: index for index, text in enumerate(found)}
@@ -362,13 +357,19 @@ class Flow:
             {row: problems[text] for row, text in enumerate(text_of) if text is not None and text in problems},
             sum(text is not None and text in found and found[text].was_cut for text in text_of),
             sum(text is not None for text in text_of) - len(found) - len(problems),
-            sum(len(piece.ids) for text in found.values() for piece in text.pieces),
+            sum(map(len, _pieces(found.values())[0])),
             seconds,
         )
 
     def _of_texts(self, numbers: Tensor, counts: list[int]) -> Tensor:
         """Numbers of windows to those of texts, of which each has ``counts`` windows."""
         return torch.segment_reduce(numbers, self._policy.window_scores, lengths=torch.tensor(counts), axis=0)
+
+
+def _pieces(texts: Iterable[_Found]) -> tuple[list[Ids], list[Ids]]:
+    """The ids and types of all windows of texts."""
+    pieces = [piece for text in texts for piece in ((text.ids, text.types), *text.further)]
+    return [ids for ids, _ in pieces], [types for _, types in pieces]
 
 
 def _tokens_that_fit(spec: EncoderSpec, dtype: torch.dtype, free: int) -> int:

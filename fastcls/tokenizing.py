@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils.generic import PaddingStrategy
@@ -19,6 +22,9 @@ _STRATEGIES = ("longest_first", "only_first", "only_second")
 _PADDINGS = ("longest", "max_length", "do_not_pad")
 # A tokenizer without a limit says 1e30; transformers takes any number above this for no limit.
 _NO_LIMIT = 1e20
+
+# (length,) int64.
+Ids: TypeAlias = "NDArray[np.int64]"
 
 
 class Cut(NamedTuple):
@@ -159,6 +165,9 @@ def read_padding(padding: object) -> None:
 class Encoded(NamedTuple):
     """Texts as a tokenizer gives them.
 
+    Python's garbage collector follows each list, and after some 10,000 texts' looks through all that a process holds,
+    which takes as long as tokenizing them. It does not follow arrays.
+
     Attributes:
         ids: the token ids of each, special ones included.
         types: their token types; 0 where a tokenizer gives none, as in transformers' pipeline.
@@ -166,10 +175,10 @@ class Encoded(NamedTuple):
         further: where windows were asked for, the ids and types of a text's windows behind the first.
     """
 
-    ids: list[list[int]]
-    types: list[list[int]]
+    ids: list[Ids]
+    types: list[Ids]
     cut: list[bool]
-    further: list[list[tuple[list[int], list[int]]]]
+    further: list[list[tuple[Ids, Ids]]]
 
 
 def encode(
@@ -219,19 +228,26 @@ def encode(
         encodings = _encodings_of_prefixes(backend, given, length)
     has_types = "token_type_ids" in tokenizer.model_input_names
 
-    def types_of(encoding: Any) -> list[int]:
-        types: list[int] = encoding.type_ids if has_types else [0] * len(encoding)
-        return types
+    def types_of(encoding: Any) -> Ids:
+        return _ids(encoding.type_ids) if has_types else _no_types(len(encoding))
 
-    ids: list[list[int]] = [each.ids for each in encodings]
+    ids = [_ids(each.ids) for each in encodings]
     # Only a text of full length may have been cut, and asking for more makes objects of all that was cut off.
     is_full = [length is not None and len(row) >= length for row in ids]
     was_cut = [full and bool(each.overflowing) for full, each in zip(is_full, encodings, strict=True)]
-    further: list[list[tuple[list[int], list[int]]]] = []
+    further: list[list[tuple[Ids, Ids]]] = []
     if overlap is not None:
-        further = [[(more.ids, types_of(more)) for more in each.overflowing] for each in encodings]
+        further = [[(_ids(more.ids), types_of(more)) for more in each.overflowing] for each in encodings]
     types = [types_of(each) for each in encodings]
     return Encoded(ids, types, was_cut, further)
+
+
+def _no_types(count: int) -> Ids:
+    return np.zeros(count, dtype=np.int64)
+
+
+def _ids(values: Sequence[int]) -> Ids:
+    return np.array(values, dtype=np.int64)
 
 
 def is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -255,8 +271,10 @@ def _encode_by_call(
         return tokenizer(list(texts), seconds, **options, return_attention_mask=False, verbose=False)
 
     encoded = call(texts, pairs, cut.options())
-    ids: list[list[int]] = encoded["input_ids"]
-    types = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
+    # array() refuses numbers that are no integers, which numpy would cut to some.
+    ids = [_ids(array("q", row)) for row in encoded["input_ids"]]
+    given_types = encoded.get("token_type_ids")
+    types = [_ids(array("q", row)) for row in given_types] if given_types else [_no_types(len(row)) for row in ids]
     was_cut = [False] * len(ids)
     strategy, length = cut.applied
     # Cut on the left, a pair whose second text is empty loses the last [SEP], too.
@@ -293,7 +311,7 @@ def _encodings_of_prefixes(backend: Any, texts: list[str], length: int) -> list[
 
 def token_lists(
     tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], first: int, cut: Cut
-) -> tuple[list[list[int]], list[list[int]]]:
+) -> tuple[list[Ids], list[Ids]]:
     """The token ids of each text, and their types.
 
     Args:
@@ -305,8 +323,7 @@ def token_lists(
     Raises:
         TextError: a text that the tokenizer does not take, or that cannot be cut.
     """
-    token_ids: list[list[int]] = [[]] * len(items)
-    types: list[list[int]] = [[]] * len(items)
+    token_ids, types = [_ids(())] * len(items), [_ids(())] * len(items)
     singles = [row for row, item in enumerate(items) if item.pair is None]
     pairs = [row for row, item in enumerate(items) if item.pair is not None]
 

@@ -18,6 +18,7 @@ from fastcls import flow as flows
 from fastcls.ahead import made_ahead
 from fastcls.flow import Flow, LongTextPolicy, Scored
 from fastcls.texts import Item
+from fastcls.tokenizing import Ids
 from fastcls.tools.demo import sample_texts, sample_tokenizer
 
 POSITIONS = 96
@@ -163,7 +164,7 @@ def test_what_is_no_number_stays_none(classifier: fastcls.Classifier, kind: Any)
     flow = classifier.flow(LongTextPolicy("window", 0, kind), max_length=20)
     compute = flow._compute
 
-    def broken(ids: list[list[int]], types: list[list[int]]) -> torch.Tensor:
+    def broken(ids: list[Ids], types: list[Ids]) -> torch.Tensor:
         logits = compute(ids, types).clone()
         logits[-1, 1] = torch.nan
         return logits
@@ -244,7 +245,7 @@ def test_passes_are_halved_until_they_fit(tokenizer: PreTrainedTokenizerBase) ->
     flow, model = classifier.flow(), classifier.model
     compute, fits = flow._compute, 100
 
-    def limited(ids: list[list[int]], types: list[list[int]]) -> torch.Tensor:
+    def limited(ids: list[Ids], types: list[Ids]) -> torch.Tensor:
         if model.tokens_per_pass > fits:
             raise torch.OutOfMemoryError("too much")
         return compute(ids, types)

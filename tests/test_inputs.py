@@ -25,6 +25,10 @@ FORMS: dict[str, Callable[[list[list[int]]], Any]] = {
     "tuples": lambda lists: tuple(map(tuple, lists)),
     "arrays": lambda lists: [array("q", each) for each in lists],
     "rows": lambda lists: [np.array(each) for each in lists],
+    "rows_of_a_column": lambda lists: [np.stack([each, each], 1)[:, 1] for each in lists],
+    "rows_of_32_bits": lambda lists: [np.array(each, dtype=np.int32) for each in lists],
+    "rows_of_other_bytes": lambda lists: [np.array(each, dtype=">i8") for each in lists],
+    "rows_and_a_list": lambda lists: [np.array(lists[0]), *lists[1:]],
     "tensors": lambda lists: [torch.tensor(each) for each in lists],
 }
 
@@ -54,6 +58,9 @@ NO_IDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "nothing": ((None,), "token_ids must hold .*got NoneType"),
     "array_of_one_text": ((np.array(IDS[0]),), r"token_ids\[0\] must be .*got int64"),
     "tensor_of_one_text": ((torch.tensor(IDS[0]),), r"token_ids\[0\] must be .*got Tensor: tensor\(2\)"),
+    "floats": (([np.array([2.0, 3.0])],), "token_ids must hold integers"),
+    "floats_behind_integers": (([np.array([2, 3]), np.array([2.0, 3.0])],), "token_ids must hold integers"),
+    "dates": (([np.array(["2026-01-01"], dtype="datetime64[D]")],), "token_ids must hold integers"),
     "set": (([IDS[0], {2, 3}],), r"token_ids\[1\] must be .*got set, which has no order"),
     "set_of_texts": (({(2, 3), (2, 4)},), "token_ids must hold .*got set, which has no order"),
     "types": ((IDS, iter([TYPES[0], 1, TYPES[2]])), r"token_type_ids\[1\] must be a sequence of ids, got int: 1"),

@@ -30,7 +30,7 @@ import fastcls.tokenizing
 from fastcls.classifier import Classifier
 from fastcls.files.job import Job, Options
 from fastcls.flow import MAX_ROWS
-from fastcls.tokenizing import Cut, encode
+from fastcls.tokenizing import Cut, Ids, encode
 from fastcls.tools import demo_model, plan, throughput
 
 from . import sentences
@@ -234,7 +234,7 @@ class Bench:
         say(f"{part}, round {index + 1}: {'; '.join(rates)}; load {found[-1].load:.1f}")
 
 
-def model_alone(classifier: Classifier, ids: list[list[int]], types: list[list[int]]) -> int:
+def model_alone(classifier: Classifier, ids: list[Ids], types: list[Ids]) -> int:
     """The model on windows of ids at hand, as a flow gives them; the tokens."""
     starts = range(0, len(ids), MAX_ROWS)
     logits = [classifier.model.logits_of(ids[at : at + MAX_ROWS], types[at : at + MAX_ROWS]) for at in starts]

@@ -280,6 +280,15 @@ def true_indices(mask: Tensor, count: int) -> Tensor:
     return index.new_empty(count + 1).scatter_(0, place, index)[:count]
 
 
+def _is_int64_buffer(values: object) -> bool:
+    """Whether values lie in memory as they will be wanted, like those of an array."""
+    try:
+        view = memoryview(values)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return view.format in ("q", "l") and view.itemsize == 8 and view.ndim == 1 and view.c_contiguous
+
+
 def flat_integers(name: str, lists: Sequence[Sequence[int]]) -> Tensor:
     """All the integers one after the other, as int64.
 
@@ -287,6 +296,8 @@ def flat_integers(name: str, lists: Sequence[Sequence[int]]) -> Tensor:
         TypeError: something that is not an integer.
         ValueError: a number that int64 cannot hold.
     """
+    if all(map(_is_int64_buffer, lists)):
+        return torch.frombuffer(bytearray().join(lists), dtype=torch.int64)  # type: ignore[arg-type]
     try:
         numbers = array("q", chain.from_iterable(lists))
     except TypeError as error:

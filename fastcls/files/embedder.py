@@ -16,7 +16,7 @@ from ..engine.spec import Quantize
 from ..flow import Flow, LongTextPolicy, Scored
 from ..loading import load_model, load_tokenizer, parse_device, parse_dtype
 from ..models import FastEncoder
-from ..tokenizing import read_cut
+from ..tokenizing import Ids, read_cut
 
 Pooling = Literal["first", "mean"]
 
@@ -69,7 +69,7 @@ class Embedder:
         """Windows of texts to vectors."""
         cut = read_cut(self._tokenizer, self._model.spec.max_positions, True, None, max_length)
 
-        def compute(ids: list[list[int]], types: list[list[int]]) -> Tensor:
+        def compute(ids: list[Ids], types: list[Ids]) -> Tensor:
             return self._model.embeddings_of(ids, types, pooling=self._pooling)
 
         return Flow(self._model, self._tokenizer, compute, self._scaled, cut, policy)

@@ -65,27 +65,21 @@ class Totals(NamedTuple):
     read: float | None = None
 
 
-class _Place(NamedTuple):
-    """Where a row stands: its file, and the number of its line or row there."""
-
-    file: str
-    unit: str
-    number: int
-
-
 class _Window(NamedTuple):
     """Rows of one window, and what is known of them before they are computed.
 
     Attributes:
         kept: the columns that go to the output as they are.
-        places: of each row.
+        sources: of each row its source.
+        places: of each row the number of its line or row there.
         problems: of bad rows.
         end: the row behind the last.
         ends_shard: whether a shard ends with it.
     """
 
     kept: pa.RecordBatch
-    places: list[_Place]
+    sources: list[Source]
+    places: list[int]
     problems: dict[int, str]
     end: Position
     ends_shard: bool
@@ -130,15 +124,15 @@ def run(
     for scored, window in flow.run(_windows(sources, target.start, shard_rows, failures)):
         problems = {**window.problems, **{row: f"the text {why}" for row, why in scored.problems.items()}}
         missing = sorted(problems)
-        places = [window.places[row] for row in missing]
         errors = [
-            {"file": place.file, place.unit: place.number, "reason": problems[row]}
-            for row, place in zip(missing, places, strict=True)
+            {"file": window.sources[row].name, window.sources[row].unit: window.places[row], "reason": problems[row]}
+            for row in missing
         ]
         batch = _beside(window.kept, results.columns_of(scored))
         if errors and strict:
             target.write(batch.slice(0, missing[0]), ())
-            raise BadRow(f"{places[0].file}, {places[0].unit} {places[0].number}: {errors[0]['reason']}")
+            source, row = window.sources[missing[0]], missing[0]
+            raise BadRow(f"{source.name}, {source.unit} {window.places[row]}: {problems[row]}")
         if missing and not keep_bad_rows:
             good = torch.ones(batch.num_rows, dtype=torch.bool)
             good[missing] = False
@@ -198,7 +192,8 @@ class _Gathered:
     def __init__(self) -> None:
         self.items: list[Item | None] = []
         self.kept: list[pa.RecordBatch] = []
-        self.places: list[_Place] = []
+        self.sources: list[Source] = []
+        self.places: list[int] = []
         self.problems: dict[int, str] = {}
         self.characters = 0
 
@@ -216,14 +211,16 @@ class _Gathered:
             else:
                 self.items.append(Item(text, pair))
                 self.characters += len(text) + len(pair or "")
-            self.places.append(_Place(source.name, source.unit, rows.places[row]))
+            self.sources.append(source)
+            self.places.append(rows.places[row])
             last = row + 1
         if last > first:
             self.kept.append(rows.kept.slice(first, last - first))
         return last - first
 
     def window(self, end: Position, ends_shard: bool) -> tuple[list[Item | None], _Window]:
-        return self.items, _Window(pa.concat_batches(self.kept), self.places, self.problems, end, ends_shard)
+        kept = pa.concat_batches(self.kept)
+        return self.items, _Window(kept, self.sources, self.places, self.problems, end, ends_shard)
 
 
 def _windows(
