@@ -19,15 +19,17 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from matplotlib.figure import Figure
 
 from fastcls.loading import parse_device
 from fastcls_benchmarks import from_files, provenance
 from fastcls_benchmarks.from_files import FILES, MODEL, MODEL_AGAIN, ONCE, Bench, Memory, Sample, Sizes, say
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PARTS = {
     "speed": from_files.speed,
@@ -90,6 +92,9 @@ def show(samples: list[Sample], memory: list[Memory]) -> None:
 
 def picture(memory: list[Memory]) -> Figure:
     """Resident memory over the share of each run's time."""
+    # The other parts run without it.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.6, 3.9), layout="constrained", facecolor="white")
     axes: Any = figure.subplots()
     axes.set_title("Memory of fastcls classify", fontsize=11, loc="left")

@@ -50,6 +50,7 @@ class Step(NamedTuple):
 _PYTEST = ("-m", "pytest", "-m", "gpu", "--full", "-q", "--maxfail=30", "-n8", "--junitxml={out}/tests.xml", "tests")
 _TUNED = [f"--operation={name}" for name in ("attention", "cls_attention", "linear_gelu", "linear_add_layer_norm")]
 _BENCH = ("-m", "fastcls", "bench", "--device", "cuda", "--out", "{out}/{name}", "--suite")
+_FILES = ("benchmarks/files.py", "--part=speed,duplicates,documents,plan", "--rounds=3")
 STEPS = {
     # Eight minutes; the rest is for the first times.
     "tests": Step(1, _PYTEST, "tests.xml", share=7 / 8),
@@ -58,6 +59,7 @@ STEPS = {
     "release": Step(3, (*_BENCH, "release")),
     "rerankers": Step(3, (*_BENCH, "rerankers")),
     "train": Step(3, (*_BENCH, "train")),
+    "files": Step(3, (*_FILES, "--device=cuda", "--out={out}/{name}")),
 }
 
 

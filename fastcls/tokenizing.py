@@ -25,6 +25,7 @@ _NO_LIMIT = 1e20
 
 # (length,) int64.
 Ids: TypeAlias = "NDArray[np.int64]"
+_Given: TypeAlias = "str | tuple[str, str]"
 
 
 class Cut(NamedTuple):
@@ -222,10 +223,11 @@ def encode(
     if overlap is not None:
         # Without offsets, tokenizers gives the second text of a pair type 0 in windows behind the first.
         encodings = backend.encode_batch(given)
-    elif pairs is not None or length is None or tokenizer.truncation_side != "right":
+    elif not strategy or length is None or tokenizer.truncation_side != "right":
         encodings = backend.encode_batch_fast(given)
     else:
-        encodings = _encodings_of_prefixes(backend, given, length)
+        room = length - tokenizer.num_special_tokens_to_add(pair=True)
+        encodings = _encodings_of_prefixes(backend, given, strategy, length, room)
     has_types = "token_type_ids" in tokenizer.model_input_names
 
     def types_of(encoding: Any) -> Ids:
@@ -287,26 +289,71 @@ def _encode_by_call(
     return Encoded(ids, types, was_cut, [])
 
 
-def _encodings_of_prefixes(backend: Any, texts: list[str], length: int) -> list[Any]:
-    """The encodings of texts that are cut on the right, of long ones read as far as their first tokens reach."""
-    parts = [prefix(text, length) for text in texts]
-    if not any(len(part) < len(text) for part, text in zip(parts, texts, strict=True)) or not ends_at_words(backend):
-        return list(backend.encode_batch_fast(texts))
-    encodings, factor = backend.encode_batch_fast(parts), 1
-    while True:
-        # Nothing was cut off, so that the part may have been too short.
-        again = [
-            row
-            for row, encoding in enumerate(encodings)
-            if len(parts[row]) < len(texts[row]) and not encoding.overflowing
-        ]
-        if not again:
-            return list(encodings)
+class _Long(NamedTuple):
+    """A text, or a pair, of which one text is read only as far as its first tokens reach.
+
+    Attributes:
+        given: the text or the pair.
+        side: of a pair, which of its texts that is.
+    """
+
+    given: _Given
+    side: int = 0
+
+    @property
+    def text(self) -> str:
+        return self.given if isinstance(self.given, str) else self.given[self.side]
+
+    def part(self, tokens: int) -> _Given:
+        """With a beginning of its text that has probably more than so many tokens."""
+        beginning = prefix(self.text, tokens)
+        if isinstance(self.given, str):
+            return beginning
+        return (beginning, self.given[1]) if self.side == 0 else (self.given[0], beginning)
+
+
+def _encodings_of_prefixes(backend: Any, given: Sequence[_Given], strategy: str, length: int, room: int) -> list[Any]:
+    """The encodings of texts or pairs that are cut on the right, of long ones read as far as their first tokens reach.
+
+    Args:
+        backend: the tokenizer in Rust, which cuts as the other arguments say.
+        given: texts or pairs.
+        strategy, length: how they are cut.
+        room: how many tokens of a pair's texts fit into the length.
+    """
+    long = _long_ones(backend, given, strategy, length, room)
+    parts, factor = {row: each.part(length) for row, each in long.items()}, 1
+    encodings = list(backend.encode_batch_fast([parts.get(row, each) for row, each in enumerate(given)]))
+    while parts:
+        # Where nothing was cut off, the part may have been too short.
+        short = [row for row, part in parts.items() if part != given[row] and not encodings[row].overflowing]
         factor *= 4
-        for row in again:
-            parts[row] = prefix(texts[row], length * factor)
-        for row, encoding in zip(again, backend.encode_batch_fast([parts[row] for row in again]), strict=True):
+        parts = {row: long[row].part(length * factor) for row in short}
+        for row, encoding in zip(parts, backend.encode_batch_fast(list(parts.values())), strict=True):
             encodings[row] = encoding
+    return encodings
+
+
+def _long_ones(backend: Any, given: Sequence[_Given], strategy: str, length: int, room: int) -> dict[int, _Long]:
+    """The rows that are cut as they would be, where a long text is read in part."""
+    long = dict[int, _Long]()
+    only = {"only_first": 0, "only_second": 1}.get(strategy)
+    for row, each in enumerate(given):
+        texts = [(0, each)] if isinstance(each, str) else enumerate(each)
+        sides = [side for side, text in texts if only in (None, side) and len(prefix(text, length)) < len(text)]
+        # Two long texts are both cut, and which of them is the longer one their beginnings do not tell.
+        if len(sides) == 1:
+            long[row] = _Long(each, sides[0])
+    if not long or not ends_at_words(backend):
+        return {}
+    if strategy == "longest_first":
+        # The other text is shorter than half of the room, so that none of its tokens is cut off.
+        pairs = [(row, each.given[1 - each.side]) for row, each in long.items() if not isinstance(each.given, str)]
+        others = backend.encode_batch_fast([other for _, other in pairs], add_special_tokens=False)
+        for (row, _), other in zip(pairs, others, strict=True):
+            if len(other) >= room // 2:
+                del long[row]
+    return long
 
 
 def token_lists(

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import files
 import gpu_round
 import pytest
 import torch
@@ -119,6 +120,12 @@ def test_two_checkouts_are_measured_in_turn_with_the_wheels(tmp_path: Path, monk
 
 def test_what_the_steps_run_is_there() -> None:
     assert (ROOT / STEPS["tune"].command[0]).is_file()
+    assert ROOT / STEPS["files"].command[0] == Path(str(files.__file__))
+    app = typer.Typer()
+    app.command()(files.main)
+    shown = CliRunner().invoke(app, [*STEPS["files"].command[1:], "--help"])
+    assert shown.exit_code == 0, shown.output
+    assert set(STEPS["files"].command[1].removeprefix("--part=").split(",")) <= files.PARTS.keys()
     assert {part[12:] for part in STEPS["tune"].command if part.startswith("--operation=")} <= OPERATIONS.keys()
     assert gpu_round.planned_seconds("quick") > gpu_round.SUITE_MORE
 

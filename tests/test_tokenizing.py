@@ -210,6 +210,18 @@ def as_by_call(tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list
     assert found.further == []
 
 
+def pairs_as_by_call(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], cut: Cut) -> None:
+    firsts, seconds = [first for first, _ in pairs], [second for _, second in pairs]
+    try:
+        by_call(tokenizer, firsts, seconds, cut)
+    except Exception as error:
+        # The other text leaves no room for the one that may be cut.
+        with pytest.raises(type(error), match="too short"):
+            encode(tokenizer, firsts, seconds, cut)
+    else:
+        as_by_call(tokenizer, firsts, seconds, cut)
+
+
 @pytest.fixture
 def read_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefixes so short that some hold too few tokens."""
@@ -226,6 +238,31 @@ def test_long_texts_give_what_they_give_when_read_to_the_end(exact: PreTrainedTo
         as_by_call(exact, texts, None, Cut("longest_first", length))
 
     check()
+
+
+@pytest.mark.usefixtures("read_little")
+def test_so_do_pairs(exact: PreTrainedTokenizerFast) -> None:
+    strategies = st.sampled_from(["longest_first", "only_first", "only_second"])
+
+    @settings(max_examples=20)
+    @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), st.integers(5, 16), strategies)
+    def check(pairs: list[tuple[str, str]], length: int, strategy: str) -> None:
+        pairs_as_by_call(exact, pairs, Cut(strategy, length))
+
+    check()
+
+
+@pytest.mark.usefixtures("read_little")
+@pytest.mark.parametrize("strategy", ["longest_first", "only_first", "only_second"])
+@pytest.mark.parametrize("length", [12, 13])
+def test_so_do_pairs_whose_other_text_is_cut_too(
+    strategy: str, length: int, made: dict[str, PreTrainedTokenizerFast]
+) -> None:
+    tokenizer = made.setdefault("words", wrapped(EXACT["words"]()))
+    # The beginning of the long text has fewer tokens than the other text.
+    long, other = "brown " * 50, "a " * 8
+    for pair in ((long, other), (other, long), (long, long), (other, other)):
+        pairs_as_by_call(tokenizer, [pair], Cut(strategy, length))
 
 
 @pytest.mark.usefixtures("read_little")
@@ -250,6 +287,34 @@ def test_a_text_is_read_as_far_as_its_tokens_reach(made: dict[str, PreTrainedTok
     assert lists(found.ids) == lists(encode(tokenizer, [text[:1400]], None, Cut("longest_first", 64)).ids)
     assert found.cut == [True]
     assert len(prefixes.prefix(text, 64)) < 64 * 7
+
+
+class Watched:
+    """A tokenizer in Rust, and how many characters it was given."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend, self.characters = backend, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def encode_batch_fast(self, given: list[Any], **options: Any) -> Any:
+        self.characters += sum(len(text) for each in given for text in ([each] if isinstance(each, str) else each))
+        return self.backend.encode_batch_fast(given, **options)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "long"), [("longest_first", 0), ("longest_first", 1), ("only_first", 0), ("only_second", 1)]
+)
+def test_of_a_pair_the_long_text_is_read_so(
+    strategy: str, long: int, made: dict[str, PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = made.setdefault("bert", wrapped(EXACT["bert"]()))
+    watched = Watched(tokenizer.backend_tokenizer)
+    monkeypatch.setattr(type(tokenizer), "backend_tokenizer", property(lambda _: watched))
+    pair = ["the quick fox", "word " * 100_000][:: 1 if long else -1]
+    as_by_call(tokenizer, [pair[0]], [pair[1]], Cut(strategy, 64))
+    assert watched.characters < 64 * 14
 
 
 def test_half_a_character_is_refused_wherever_it_stands(made: dict[str, PreTrainedTokenizerFast]) -> None:
