@@ -26,7 +26,7 @@ import typer
 
 from fastcls.loading import parse_device
 from fastcls_benchmarks import from_files, provenance
-from fastcls_benchmarks.from_files import FILES, MODEL, MODEL_AGAIN, ONCE, Bench, Memory, Sample, Sizes, say
+from fastcls_benchmarks.from_files import FILES, FORMS, MODEL, MODEL_AGAIN, ONCE, Bench, Memory, Sample, Sizes, say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -144,6 +144,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Of duplicates, documents and plan.")] = 5,
     documents: Annotated[int, typer.Option(min=1, help="How many documents of 20,000 words.")] = 200,
     memory_rows: Annotated[str, typer.Option(help="Of memory's files.")] = "10000,100000,1000000",
+    memory_forms: Annotated[str, typer.Option(help="Of memory's files: parquet, txt or both.")] = "parquet,txt",
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; by default torch's own number.")] = None,
     device: Annotated[str, typer.Option(help="cpu, in float32 and int8, or cuda, in float32 and float16.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="A folder for files.json and files.png.")] = None,
@@ -157,6 +158,9 @@ def main(
         memory_sizes = tuple(int(each) for each in memory_rows.split(","))
     except ValueError:
         raise typer.BadParameter(f"--memory-rows must be numbers with commas between, got {memory_rows}") from None
+    forms = tuple(memory_forms.split(","))
+    if unknown := [each for each in forms if each not in FORMS]:
+        raise typer.BadParameter(f"--memory-forms must be some of {', '.join(FORMS)}, got {unknown[0]}")
     if threads is not None:
         torch.set_num_threads(threads)
     sizes = Sizes(
@@ -167,6 +171,7 @@ def main(
         documents=documents,
         words=20_000,
         memory_rows=memory_sizes,
+        memory_forms=forms,
         plan_seconds=20,
         rounds=rounds,
     )
@@ -179,6 +184,7 @@ def main(
             documents=2,
             words=2000,
             memory_rows=(1000,),
+            memory_forms=forms,
             plan_seconds=0.1,
             rounds=2,
         )

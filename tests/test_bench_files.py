@@ -25,6 +25,7 @@ SIZES = Sizes(
     documents=2,
     words=2000,
     memory_rows=(100,),
+    memory_forms=("txt",),
     plan_seconds=0.01,
     rounds=2,
 )
@@ -115,7 +116,11 @@ def test_no_text_stands_twice_and_each_keeps_its_words() -> None:
 
 
 def test_refusals() -> None:
-    for given, named in ((["--part", "size"], "size"), (["--memory-rows", "1k"], "1k")):
+    for given, named in (
+        (["--part", "size"], "size"),
+        (["--memory-rows", "1k"], "1k"),
+        (["--memory-forms", "doc"], "doc"),
+    ):
         run = CliRunner().invoke(run_app(), given)
         assert run.exit_code == 2
         assert named in run.output

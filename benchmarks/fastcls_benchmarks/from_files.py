@@ -43,6 +43,7 @@ PRECISIONS: dict[str, dict[str, dict[str, Any]]] = {
     "cuda": {"float32": {}, "float16": {"dtype": "float16"}},
 }
 FILES, MODEL, MODEL_AGAIN, PIPELINE, LISTS = "files", "model alone", "model alone again", "pipeline", "Classifier, list"
+FORMS = ("parquet", "txt")
 ONCE, IN_WINDOW, IN_FILE = "each once", "twice in a window", "twice in the file"
 # So often a new order of a text's words is tried; then it is left out of this repetition.
 _ORDERS = 10
@@ -64,7 +65,7 @@ class Sizes:
         pipeline_rows: of each block those that transformers' pipeline takes.
         duplicate_rows: of each file.
         documents, words: how many documents, of how many words each.
-        memory_rows: of the files of ``memory``.
+        memory_rows, memory_forms: of the files of ``memory``.
         plan_seconds: for which a prediction measures.
         rounds: of all parts but ``speed`` and ``memory``.
     """
@@ -76,6 +77,7 @@ class Sizes:
     documents: int
     words: int
     memory_rows: tuple[int, ...]
+    memory_forms: tuple[str, ...]
     plan_seconds: float
     rounds: int
 
@@ -394,25 +396,12 @@ def prediction(bench: Bench) -> None:
 def memory(bench: Bench) -> None:
     """The command in a process of its own, on files of several sizes, with the model of `--demo`."""
     for rows in bench.sizes.memory_rows:
-        for form in ("parquet", "txt"):
+        for form in bench.sizes.memory_forms:
             source = write(bench.folder / f"memory.{form}", islice(different(bench.texts), rows))
             target = bench.folder / "memory.out.parquet"
             threads = ("--threads", str(torch.get_num_threads()), "--device", str(bench.device))
-            found = watched(
-                [
-                    sys.executable,
-                    "-m",
-                    "fastcls",
-                    "classify",
-                    demo_model(),
-                    source,
-                    "-o",
-                    str(target),
-                    "--overwrite",
-                    *threads,
-                ],
-                bench.folder,
-            )
+            command = [sys.executable, "-m", "fastcls", "classify", demo_model(), source, "-o", str(target)]
+            found = watched([*command, "--overwrite", *threads], bench.folder)
             written = pa.parquet.read_metadata(target).num_rows
             if written != rows:
                 raise ValueError(f"{rows} rows of {form} became {written}")

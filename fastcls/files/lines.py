@@ -11,7 +11,7 @@ import pyarrow as pa
 from ..engine.batch import shortened
 from ..texts import first_line
 from .compression import BLOCK, LONGEST_ROW, Bytes, ByteStream, failures
-from .rows import BATCH_ROWS, Columns, Rows, Wanted, half_character, not_utf8, resolved
+from .rows import BATCH_ROWS, ColumnNames, Columns, Rows, half_character, not_utf8, resolved
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # In the schema of kept columns, so that a later run reads them in the same way.
@@ -115,18 +115,17 @@ class JsonLines(_Lines):
 
     ignores_blank_end = True
 
-    def __init__(self, file: Bytes, columns: Columns, types: pa.Schema | None) -> None:
+    def __init__(self, file: Bytes, columns: Columns) -> None:
         """Args:
         file: its lines are read by Python's json, so NaN and Infinity are numbers.
-        columns: keys of the objects.
-        types: of kept columns, from an earlier run's `schema`; others have that of the first value that is not null.
+        columns: keys of the objects; a kept one has the type of its first value that is not null.
 
         Raises:
             ValueError: a column that no row has.
         """
         super().__init__(file)
         with failures(self.name, 0):
-            self._wanted, guess = self._look_ahead(columns, types)
+            self._wanted, guess = self._look_ahead(columns)
         # A column of nulls has no type yet: `settle` gives it one.
         self.schema = pa.schema([guess.get(name, pa.field(name, pa.null())) for name in self._wanted.keep])
 
@@ -138,10 +137,9 @@ class JsonLines(_Lines):
                 settled = pa.field(field.name, pa.string()) if pa.types.is_null(known.type) else known
                 self.schema = self.schema.set(place, settled)
 
-    def _look_ahead(self, columns: Columns, types: pa.Schema | None) -> tuple[Wanted, dict[str, pa.Field]]:
+    def _look_ahead(self, columns: Columns) -> tuple[ColumnNames, dict[str, pa.Field]]:
         """The columns of the first block, and the types of kept ones, for which it may read on."""
         names: dict[str, pa.Field | None] = {}
-        known = {} if types is None else {field.name: field for field in types}
         wanted = None
         for values in self._objects_of_blocks():
             for value in filter(None, values):
@@ -154,7 +152,7 @@ class JsonLines(_Lines):
                 # Kept columns may come later.
                 wanted = resolved(self.name, columns._replace(keep=()), [*names], strings)
                 wanted = wanted._replace(keep=wanted.texts if columns.keep is None else columns.keep)
-            if all(name in known or names.get(name) is not None for name in wanted.keep):
+            if all(names.get(name) is not None for name in wanted.keep):
                 break
         if wanted is None:
             # A file without one good row: it has any column.
@@ -162,12 +160,9 @@ class JsonLines(_Lines):
             wanted = resolved(self.name, columns, [*dict.fromkeys(asked)], [asked[0]])
         else:
             for name in wanted.keep:
-                if name not in names and name not in known:
+                if name not in names:
                     raise ValueError(f"{self.name}: has no column {name}; the columns are: {', '.join(names)}")
-        for name in wanted.keep:
-            if name in known and known[name].type not in _KINDS:
-                raise ValueError(f"{self.name}: no value of JSON is kept as {known[name].type}, the type of {name}")
-        guess = {name: field for name, field in names.items() if field is not None} | known
+        guess = {name: field for name, field in names.items() if field is not None}
         return wanted, guess | {name: pa.field(name, pa.string()) for name in wanted.texts}
 
     def _objects_of_blocks(self) -> Iterator[list[Any]]:
@@ -307,18 +302,21 @@ _KINDS = {
     pa.float64(): _Kind(lambda value: type(value) is float or (type(value) is int and abs(value) < 1 << 1023), float),
 }
 _ANY = _Kind(lambda value: True, lambda value: json.dumps(value, ensure_ascii=False))  # noqa: ARG005
+# Of a column that held nulls alone, and got the type of another file's.
+_NONE = _Kind(lambda value: False, lambda value: value)  # noqa: ARG005
 
 
 def _kept(field: pa.Field, values: list[Any], problems: dict[int, str]) -> pa.Array:
     """A kept column; a value of another type is null, and its row bad."""
-    fits, convert = _ANY if field.metadata == _JSON_TEXT else _KINDS[field.type]
+    fits, convert = _ANY if field.metadata == _JSON_TEXT else _KINDS.get(field.type, _NONE)
     for row, value in enumerate(values):
         if value is None:
             continue
         if fits(value):
             values[row] = convert(value)
         else:
-            problems.setdefault(row, f"{field.name} must be {_WORDS[field.type]}, got {shortened(value)}")
+            wanted = _WORDS.get(field.type, f"null, as JSON has no {field.type}, its type in other files")
+            problems.setdefault(row, f"{field.name} must be {wanted}, got {shortened(value)}")
             values[row] = None
     return _strings(field.name, values, problems) if pa.types.is_string(field.type) else pa.array(values, field.type)
 

@@ -90,12 +90,8 @@ class Manifest:
         """Writes the record anew, as far as it goes."""
         rows = [{"manifest": _FORMAT, "asked": self.asked}, *map(_row_of, self.shards)]
         temporary = self.path.with_name(f"{self.path.name}.new")
-        with temporary.open("wb") as file:
-            file.write(b"".join(map(_line_of, rows)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-        sync_folder(self.path.parent)
+        temporary.write_bytes(b"".join(map(_line_of, rows)))
+        rename(temporary, self.path)
 
     def add(self, shard: Shard) -> None:
         """Records a shard, whose files are on the disk."""
@@ -149,11 +145,15 @@ def _line_of(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
-def sync_folder(folder: Path) -> None:
-    """Has the disk hold the names in a folder, where the system can be asked to."""
+def rename(written: Path, path: Path) -> None:
+    """Gives a file that is written its name, once the disk holds it, and has the disk hold the name."""
+    with written.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(written, path)
     if os.name != "posix":
+        # Other systems do not sync folders.
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

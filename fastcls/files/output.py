@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 
 from ..texts import first_line
-from .manifest import Manifest, Position, Shard, sync_folder
+from .manifest import Manifest, Position, Shard, rename
 from .writing import Form, Writer, join, open_writer
 
 _UNFINISHED = ".unfinished"
@@ -316,11 +316,8 @@ def _unfinished(path: Path) -> Path:
 
 
 def _appear(path: Path) -> None:
-    """Gives a file that is written its name, once the disk holds it."""
-    with _unfinished(path).open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(_unfinished(path), path)
-    sync_folder(path.parent)
+    """Gives a file that is written its name."""
+    rename(_unfinished(path), path)
 
 
 class Held(NamedTuple):

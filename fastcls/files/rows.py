@@ -74,7 +74,7 @@ class Source(Protocol):
         ...
 
 
-class Wanted(NamedTuple):
+class ColumnNames(NamedTuple):
     """The names of the columns of one source, `Columns` resolved."""
 
     text: str
@@ -91,7 +91,7 @@ class Wanted(NamedTuple):
         return tuple(dict.fromkeys((*self.texts, *self.keep)))
 
 
-def resolved(source: str, columns: Columns, names: Sequence[str], strings: Sequence[str]) -> Wanted:
+def resolved(source: str, columns: Columns, names: Sequence[str], strings: Sequence[str]) -> ColumnNames:
     """Which columns of a source are wanted.
 
     Args:
@@ -110,7 +110,7 @@ def resolved(source: str, columns: Columns, names: Sequence[str], strings: Seque
             raise ValueError(f"{source}: which column has the texts? Name it; the columns are: {found}")
         text = "text" if "text" in names else strings[0]
     texts = (text,) if columns.pair is None else (text, columns.pair)
-    wanted = Wanted(text, columns.pair, texts if columns.keep is None else columns.keep)
+    wanted = ColumnNames(text, columns.pair, texts if columns.keep is None else columns.keep)
     for name in wanted.all:
         if name not in names:
             raise ValueError(f"{source}: has no column {name}; the columns are: {found}")

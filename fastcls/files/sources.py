@@ -39,7 +39,6 @@ def open_sources(
     header: bool = True,
     quotes: bool | None = None,
     pairs_in_lines: bool = False,
-    kept_types: pa.Schema | None = None,
 ) -> list[Source]:
     """Opens files of texts, so that what is wrong with them is known before anything is computed.
 
@@ -53,8 +52,6 @@ def open_sources(
         header: whether the first row of a csv or tsv file has the columns' names, which without one are f0, f1, ...
         quotes: whether columns of csv and tsv files may stand in quotation marks; None is yes for csv and no for tsv.
         pairs_in_lines: whether each line of a txt file is two texts, with a tab between.
-        kept_types: the types of kept columns of jsonl, from an earlier run's `Source.schema`, metadata included;
-            without it a column has that of its first value that is not null.
 
     Returns:
         The sources, in the order of the paths. Their kept columns have the same names and types.
@@ -86,8 +83,7 @@ def open_sources(
         if is_set and not set(formats) & set(kinds):
             raise ValueError(f"{option} is for files of the format {' or '.join(kinds)}, and there is none")
     sources: list[Source] = [
-        _opened(file, kind, columns, header, quotes, pairs_in_lines, kept_types)
-        for file, kind in zip(files, formats, strict=True)
+        _opened(file, kind, columns, header, quotes, pairs_in_lines) for file, kind in zip(files, formats, strict=True)
     ]
     known = _known_types(sources)
     for source in sources:
@@ -148,7 +144,6 @@ def _opened(
     header: bool,
     quotes: bool | None,
     pairs_in_lines: bool,
-    kept_types: pa.Schema | None,
 ) -> Any:
     # These import pyarrow.
     from .compression import Bytes
@@ -166,7 +161,7 @@ def _opened(
     if kind == "txt":
         return TextLines(file, columns, pairs_in_lines)
     if kind == "jsonl":
-        return JsonLines(file, columns, kept_types)
+        return JsonLines(file, columns)
     is_csv = kind == "csv"
     return Delimited(file, columns, "," if is_csv else "\t", header, is_csv if quotes is None else quotes)
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ..texts import first_line
 from .compression import failures
-from .rows import BATCH_ROWS, Columns, Rows, Wanted, not_utf8, resolved
+from .rows import BATCH_ROWS, ColumnNames, Columns, Rows, not_utf8, resolved
 
 # Rows are read in greater numbers than they are handed on: each read has a price.
 _READ_ROWS = 8192
@@ -30,7 +30,7 @@ _BYTES = (
 
 
 def rows_of(
-    batch: pa.RecordBatch, wanted: Wanted, schema: pa.Schema, places: Sequence[int], problems: dict[int, str]
+    batch: pa.RecordBatch, wanted: ColumnNames, schema: pa.Schema, places: Sequence[int], problems: dict[int, str]
 ) -> Rows:
     """Rows of a batch that has the wanted columns. Texts are checked to be UTF-8, which not all writers do.
 
