@@ -166,8 +166,8 @@ def read_padding(padding: object) -> None:
 class Encoded(NamedTuple):
     """Texts as a tokenizer gives them.
 
-    Python's garbage collector follows each list, and after some 10,000 texts' looks through all that a process holds,
-    which takes as long as tokenizing them. It does not follow arrays.
+    Ids are arrays, since Python's garbage collector follows lists: after those of some 10,000 texts it looks through
+    all that a process holds, which takes as long as tokenizing them.
 
     Attributes:
         ids: the token ids of each, special ones included.
