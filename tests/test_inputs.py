@@ -60,6 +60,7 @@ NO_IDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "tensor_of_one_text": ((torch.tensor(IDS[0]),), r"token_ids\[0\] must be .*got Tensor: tensor\(2\)"),
     "floats": (([np.array([2.0, 3.0])],), "token_ids must hold integers"),
     "floats_behind_integers": (([np.array([2, 3]), np.array([2.0, 3.0])],), "token_ids must hold integers"),
+    "masked": (([np.ma.array([2, 3, 3], mask=[False, True, False])],), "token_ids must hold integers"),
     "dates": (([np.array(["2026-01-01"], dtype="datetime64[D]")],), "token_ids must hold integers"),
     "set": (([IDS[0], {2, 3}],), r"token_ids\[1\] must be .*got set, which has no order"),
     "set_of_texts": (({(2, 3), (2, 4)},), "token_ids must hold .*got set, which has no order"),

@@ -37,6 +37,8 @@ _MANY_ROWS_STEP, _MAX_STEP = 16, 64
 _FILL_SEQUENCES_PART = 4
 # Each array starts at a multiple of 64 bytes, so that no kernel is compiled again for a less aligned pointer.
 _ALIGNMENT = 16
+# Modules of arrays whose memory is what they hold. That of a masked array, numpy.ma's, also holds what is masked.
+_ARRAYS = ("array", "numpy")
 
 
 def fill_rows(tokens: int, sequences: int) -> PackShape:
@@ -281,7 +283,9 @@ def true_indices(mask: Tensor, count: int) -> Tensor:
 
 
 def _is_int64_buffer(values: object) -> bool:
-    """Whether values lie in memory as they will be wanted, like those of an array."""
+    """Whether values are an array that lies in memory as it will be wanted."""
+    if type(values).__module__ not in _ARRAYS:
+        return False
     try:
         view = memoryview(values)  # type: ignore[arg-type]
     except (TypeError, ValueError):
