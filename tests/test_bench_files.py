@@ -25,7 +25,7 @@ SIZES = Sizes(
     documents=2,
     words=2000,
     memory_rows=(100,),
-    memory_forms=("txt",),
+    memory_forms=("parquet", "txt"),
     plan_seconds=0.01,
     rounds=2,
 )
