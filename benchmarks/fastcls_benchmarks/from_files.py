@@ -50,6 +50,8 @@ _ORDERS = 10
 # Another label is no mistake where both have nearly the same score: a text's neighbours move its last digits.
 _TIE = 1e-4
 _SECONDS_BETWEEN_SAMPLES = 0.25
+# Of a long run at most so many are kept.
+_MOST_SAMPLES = 500
 _ROWS_AT_ONCE = 65_536
 
 # What is timed. It returns its tokens, None if it does not tell.
@@ -435,4 +437,4 @@ def watched(command: list[str], folder: Path) -> tuple[float, list[tuple[float, 
     seconds = time.perf_counter() - began
     if process.returncode:
         raise ValueError(f"{' '.join(command)} ended with {process.returncode}: {log.read_text(encoding='utf-8')}")
-    return seconds, samples, peak
+    return seconds, samples[:: len(samples) // _MOST_SAMPLES + 1], peak
