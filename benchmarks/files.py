@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -137,6 +138,18 @@ def keep(bench: Bench, parts: list[str], is_complete: bool, out: Path | None) ->
         picture(bench.memory).savefig(out / "files.png", dpi=200)
 
 
+def some_of(option: str, given: str, known: Collection[str]) -> list[str]:
+    """What an option names, with commas between.
+
+    Raises:
+        typer.BadParameter: something else than what is known.
+    """
+    names = given.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"{option} must be some of {', '.join(known)}, got {unknown[0]}")
+    return names
+
+
 def main(
     part: Annotated[str, typer.Option(help="Which parts, with commas between.")] = ",".join(PARTS),
     rows: Annotated[int, typer.Option(min=1, help="Of speed.")] = 100_000,
@@ -151,16 +164,11 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="All in miniature, to see that it runs.")] = False,
 ) -> None:
     """Times files of texts to files of labels, beside the model alone."""
-    parts = part.split(",")
-    if unknown := [each for each in parts if each not in PARTS]:
-        raise typer.BadParameter(f"--part must be some of {', '.join(PARTS)}, got {unknown[0]}")
+    parts, forms = some_of("--part", part, PARTS), some_of("--memory-forms", memory_forms, FORMS)
     try:
         memory_sizes = tuple(int(each) for each in memory_rows.split(","))
     except ValueError:
         raise typer.BadParameter(f"--memory-rows must be numbers with commas between, got {memory_rows}") from None
-    forms = tuple(memory_forms.split(","))
-    if unknown := [each for each in forms if each not in FORMS]:
-        raise typer.BadParameter(f"--memory-forms must be some of {', '.join(FORMS)}, got {unknown[0]}")
     if threads is not None:
         torch.set_num_threads(threads)
     sizes = Sizes(
@@ -171,7 +179,7 @@ def main(
         documents=documents,
         words=20_000,
         memory_rows=memory_sizes,
-        memory_forms=forms,
+        memory_forms=tuple(forms),
         plan_seconds=20,
         rounds=rounds,
     )
@@ -184,7 +192,7 @@ def main(
             documents=2,
             words=2000,
             memory_rows=(1000,),
-            memory_forms=forms,
+            memory_forms=tuple(forms),
             plan_seconds=0.1,
             rounds=2,
         )

@@ -298,12 +298,12 @@ class Flow:
     def _begun(self, window: _Window) -> Underway:
         """Computes a window, or has a GPU compute it; texts that the model does not take become problems."""
         while True:
-            owners = [row for row, text in window.found.items() for _ in range(1 + len(text.further))]
             ids, types = _pieces(window.found.values())
             try:
                 return Underway.of(partial(self._within_memory, ids, types), self._model.device)
             except BadText as error:
                 # Where one text holds an id that the model has not, many may, and each try takes a window's time.
+                owners = [row for row, text in window.found.items() for _ in range(1 + len(text.further))]
                 bad = self._outside(window) or {owners[error.row]: error.problem}
                 window.problems.update(bad)
                 for row in bad:

@@ -49,8 +49,8 @@ for name, processor in PROCESSORS.items():
             assert types == [int(place > ids.index(1)) for place in range(len(ids))]
             assert (types != fast_types) == (strategy == "only_second" and index > 0), "no longer so"
 PY
-for version in 0.22.2 0.23.3; do
-    python3 -m venv "$folder/$version"
-    "$folder/$version/bin/pip" install --quiet --disable-pip-version-check "tokenizers==$version"
-    "$folder/$version/bin/python" "$folder/windows.py"
+for package in tokenizers==0.22.2 tokenizers==0.23.3; do
+    python3 -m venv "$folder/$package"
+    "$folder/$package/bin/pip" install --quiet --disable-pip-version-check "$package"
+    "$folder/$package/bin/python" "$folder/windows.py"
 done

@@ -14,7 +14,7 @@ from .compression import BLOCK, LONGEST_ROW, Bytes, ByteStream, failures
 from .rows import BATCH_ROWS, ColumnNames, Columns, Rows, half_character, not_utf8, resolved
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# In the schema of kept columns, so that a later run reads them in the same way.
+# In the schema of kept columns: strings that hold values as JSON.
 _JSON_TEXT = {b"fastcls": b"json"}
 _WORDS = {
     pa.string(): "a string",

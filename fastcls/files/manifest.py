@@ -90,7 +90,7 @@ class Manifest:
         """Writes the record anew, as far as it goes."""
         rows = [{"manifest": _FORMAT, "asked": self.asked}, *map(_row_of, self.shards)]
         temporary = self.path.with_name(f"{self.path.name}.new")
-        temporary.write_bytes(b"".join(map(_line_of, rows)))
+        temporary.write_bytes(b"".join(map(line_of, rows)))
         rename(temporary, self.path)
 
     def add(self, shard: Shard) -> None:
@@ -105,7 +105,7 @@ class Manifest:
 
     def _append(self, row: Mapping[str, Any]) -> None:
         with self.path.open("ab") as file:
-            file.write(_line_of(row))
+            file.write(line_of(row))
             file.flush()
             os.fsync(file.fileno())
 
@@ -141,7 +141,8 @@ def _row_of(shard: Shard) -> dict[str, Any]:
     return {**shard._asdict(), "end": list(shard.end)}
 
 
-def _line_of(row: Mapping[str, Any]) -> bytes:
+def line_of(row: Mapping[str, Any]) -> bytes:
+    """A row as a line of JSON."""
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 

@@ -6,7 +6,6 @@ its shards and its manifest itself.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 
 from ..texts import first_line
-from .manifest import Manifest, Position, Shard, rename
+from .manifest import Manifest, Position, Shard, line_of, rename
 from .writing import Form, Writer, join, open_writer
 
 _UNFINISHED = ".unfinished"
@@ -205,7 +204,7 @@ class Output:
             with _writing(self.places.errors):
                 if self._errors is None:
                     self._errors = _unfinished(self.places.part_errors(self.index)).open("wb")
-                self._errors.write(_lines(errors))
+                self._errors.write(b"".join(map(line_of, errors)))
 
     @property
     def _part(self) -> Path:
@@ -393,7 +392,7 @@ class Standard:
             sys.stdout.buffer.flush()
         if self._file is not None:
             with _writing(str(self.errors)):
-                self._file.write(_lines(errors))
+                self._file.write(b"".join(map(line_of, errors)))
 
     def finish_shard(self, shard: Shard) -> None:
         """Does nothing: there are no shards."""
@@ -432,7 +431,3 @@ class Standard:
             # What it holds would fail once more when Python ends, with a traceback and another exit status.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise
-
-
-def _lines(errors: Sequence[Mapping[str, Any]]) -> bytes:
-    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in errors)
