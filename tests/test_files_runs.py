@@ -418,12 +418,12 @@ def _unbegun(target: Path, name: str) -> bool:
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_a_torn_line_of_the_manifest_is_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tornline_of_the_manifest_is_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = write_input(tmp_path / "i.parquet", MANY), tmp_path / "o.jsonl"
     stub_run(source, tmp_path / "calm.jsonl")
 
     def torn(self: Manifest, row: dict[str, Any]) -> None:
-        content = manifest._line_of(row)
+        content = manifest.line_of(row)
         with self.path.open("ab") as file:
             file.write(content if len(self.shards) < 1 else content[: len(content) // 2])
         if self.shards:
