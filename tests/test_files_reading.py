@@ -459,6 +459,16 @@ def test_row_groups_before_the_first_row_are_not_read(tmp_path: Path) -> None:
         read(path)
 
 
+@pytest.mark.parametrize(("rows", "length"), [(40_000, 1000), (400, 100_000)])
+def test_of_a_parquet_file_little_is_held(tmp_path: Path, rows: int, length: int) -> None:
+    texts = [os.urandom(length // 2).hex() for _ in range(rows)]
+    path = table(tmp_path / "a.parquet", {"text": texts}, row_group_size=rows // 20, compression="none")
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in opened(path).rows()]
+    # Of 40 million bytes those of a read, and pages and buffers of about a million each.
+    assert max(held) < 15_000_000
+
+
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "csv", "tsv"])
 @pytest.mark.parametrize("compression", ["gz", "zst"])
 def test_compressed_files_of_several_members(tmp_path: Path, ending: str, compression: str) -> None:

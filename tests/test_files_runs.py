@@ -261,6 +261,30 @@ def test_any_type_but_bytes_is_written(tmp_path: Path) -> None:
             check_schema(pa.schema([("x", of_bytes)]), Form("csv", None, ".csv"))
 
 
+def test_row_groups_are_of_some_size(tmp_path: Path) -> None:
+    form = Form("parquet", None, ".parquet")
+    schema = pa.schema([("text", pa.string()), ("kind", pa.dictionary(pa.int8(), pa.string()))])
+    parts, expected = [tmp_path / "a.parquet", tmp_path / "b.parquet"], []
+    for part in parts:
+        writer = open_writer(part, form, schema)
+        for window in range(20):
+            rows = {"text": [f"{window} {row} " + "x" * 1000 for row in range(500)], "kind": [f"{window}"] * 500}
+            batch = pa.record_batch(
+                [pa.array(rows["text"]), pa.array(rows["kind"]).dictionary_encode().cast(schema.types[1])],
+                schema=schema,
+            )
+            writer.write(batch)
+            expected += batch.to_pylist()
+        writer.close()
+        # Ten million bytes.
+        assert pq.read_metadata(part).num_row_groups == 1
+    writing.join(parts, tmp_path / "o.parquet", form, schema)
+    assert pq.read_metadata(tmp_path / "o.parquet").num_row_groups == 2
+    found = pq.read_table(tmp_path / "o.parquet")
+    assert found.schema.equals(schema)
+    assert found.to_pylist() == expected
+
+
 @pytest.mark.usefixtures("small_windows")
 def test_bad_rows_go_to_their_file(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_input(tmp_path / "i.jsonl", ["a", None, "b", "c", None, "d", "e"])
@@ -304,14 +328,22 @@ class Stub:
             yield Scored(numbers, numbers, missing, {}, 0, 0, len(items), 0.0), tag
 
 
-def stub_run(source: str, target: Path, *, resume: bool = False, overwrite: bool = False, asked: str = "") -> Output:
+def stub_run(
+    source: str,
+    target: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    asked: str = "",
+    shard_rows: int = 7,
+) -> Output:
     """A run of the stub; its output, left."""
     sources = open_sources([source], Columns("text", None, ("id", "text")))
     results = Results(Wanted(), NAMES, "none")
     out = Output(Places.of(str(target), None, None), {"asked": asked}, resume=resume, overwrite=overwrite)
     try:
         out.open(pa.schema([*sources[0].schema, *results.schema]))
-        running.run(Stub(), sources, results, out, shard_rows=7)  # type: ignore[arg-type]
+        running.run(Stub(), sources, results, out, shard_rows=shard_rows)  # type: ignore[arg-type]
         out.finish()
     finally:
         out.leave()
@@ -585,13 +617,15 @@ def test_an_input_that_breaks_off(model: Path, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.full
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the system does not say how much memory a process took; getrusage counts its parent's, too")
     script = (
-        "import resource, sys; sys.path[:0] = sys.argv[3:]; import test_files_runs as t; from pathlib import Path\n"
-        "t.stub_run(sys.argv[1], Path(sys.argv[2]))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "import sys; sys.path[:0] = sys.argv[3:]; import test_files_runs as t; from pathlib import Path\n"
+        "t.stub_run(sys.argv[1], Path(sys.argv[2]), shard_rows=t.running.SHARD_ROWS)\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     peaks = []
-    for count in (20_000, 120_000):
+    for count in (100_000, 400_000):
         source = tmp_path / f"{count}.jsonl"
         write_input(source, [f"{row} " + "word " * 60 for row in range(count)])
         paths = [str(Path(__file__).parent), str(ROOT), str(ROOT / "kernels")]
@@ -602,5 +636,5 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         )
         peaks.append(int(done.stdout) / 1024)
     print("peak MiB", peaks)
-    # The rows are 30 MiB more.
-    assert peaks[1] - peaks[0] < 15
+    # The rows are 90 MiB more.
+    assert peaks[1] - peaks[0] < 30

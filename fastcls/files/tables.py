@@ -16,8 +16,8 @@ from ..texts import first_line
 from .compression import failures
 from .rows import BATCH_ROWS, ColumnNames, Columns, Rows, not_utf8, resolved
 
-# Rows are read in greater numbers than they are handed on: each read has a price.
-_READ_ROWS = 8192
+# Rows are read in greater numbers than they are handed on, as each read has a price; of documents fewer.
+_READ_ROWS, _READ_BYTES = 8192, 4 << 20
 _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _BYTES = (
     pa.types.is_binary,
@@ -170,6 +170,7 @@ class Parquet(_Table):
         super().__init__(path, schema, columns)
         self.num_rows = metadata.num_rows
         self._groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self._rows_at_once = max(1, min(_READ_ROWS, _READ_BYTES // max(_bytes_of_row(metadata, self._wanted.all), 1)))
 
     @contextmanager
     def _batches(self, first: int) -> Iterator[tuple[int, Iterator[pa.RecordBatch]]]:
@@ -177,12 +178,23 @@ class Parquet(_Table):
         while skipped < len(self._groups) and done + self._groups[skipped] <= first:
             done += self._groups[skipped]
             skipped += 1
-        # Without a buffer all of a row group is read at once.
+        # Without a buffer all of a row group is read at once; with pre_buffer, since pyarrow 25 the default, all that
+        # was read is held until the file is closed.
         with failures(self.name, done):
-            file = pq.ParquetFile(self.name, buffer_size=1 << 20)
+            file = pq.ParquetFile(self.name, buffer_size=1 << 20, pre_buffer=False)
         with file:
             groups = range(skipped, len(self._groups))
-            yield done, file.iter_batches(_READ_ROWS, row_groups=groups, columns=[*self._wanted.all])
+            yield done, file.iter_batches(self._rows_at_once, row_groups=groups, columns=[*self._wanted.all])
+
+
+def _bytes_of_row(metadata: pq.FileMetaData, names: Sequence[str]) -> int:
+    """The mean bytes of a row in some columns, of the row group where they are the most."""
+    paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
+    # The fields of a struct are columns of their own.
+    places = [place for place, path in enumerate(paths) if any(f"{path}.".startswith(f"{name}.") for name in names)]
+    groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
+    sizes = ((sum(group.column(place).total_uncompressed_size for place in places), group.num_rows) for group in groups)
+    return max((size // max(rows, 1) for size, rows in sizes), default=0)
 
 
 class Arrow(_Table):

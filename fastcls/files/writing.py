@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -15,8 +15,12 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from ..flow import MAX_ROWS
+
 _ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".npy": "npy"}
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+# A row group of Parquet ends with the batch that brings it to so many bytes in memory, or rows.
+_GROUP_BYTES, _GROUP_ROWS = 16 << 20, 1 << 20
 # What JSON and CSV have no form for.
 _BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
 
@@ -119,20 +123,33 @@ class _LeftOpen:
         self.flush()
 
 
-def _parquet_writer(file: Any, schema: pa.Schema) -> pa.parquet.ParquetWriter:
-    return pa.parquet.ParquetWriter(file, schema, compression="zstd", compression_level=1)
-
-
 class _Parquet:
+    """Batches gathered to row groups: what a file's end says of each of them, some kilobytes, is held until then."""
+
     def __init__(self, file: Any, schema: pa.Schema) -> None:
-        self._writer = _parquet_writer(file, schema)
+        self._writer = pa.parquet.ParquetWriter(file, schema, compression="zstd", compression_level=1)
+        self._gathered: list[pa.RecordBatch] = []
+        self._rows = self._bytes = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
         if batch.num_rows:
-            self._writer.write_batch(batch)
+            self._gathered.append(batch)
+            self._rows += batch.num_rows
+            self._bytes += batch.nbytes
+        if self._bytes >= _GROUP_BYTES or self._rows >= _GROUP_ROWS:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        if self._gathered:
+            self._writer.write_table(pa.Table.from_batches(self._gathered), self._rows)
+        self._gathered, self._rows, self._bytes = [], 0, 0
+        pa.default_memory_pool().release_unused()
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._write_group()
+        finally:
+            self._writer.close()
 
 
 class _Stream:
@@ -187,11 +204,11 @@ class _Vectors(_Stream):
 def join(parts: Sequence[Path], target: Path, form: Form, schema: pa.Schema) -> None:
     """Writes the files of a run one after the other into one; those of CSV have no header but the first."""
     if form.name == "parquet":
-        with _parquet_writer(target, schema) as writer:
+        with closing(_Parquet(target, schema)) as writer:
             for part in parts:
-                with pa.parquet.ParquetFile(part) as file:
-                    for group in range(file.num_row_groups):
-                        writer.write_table(file.read_row_group(group))
+                with pa.parquet.ParquetFile(part, buffer_size=1 << 20, pre_buffer=False) as file:
+                    for batch in file.iter_batches(MAX_ROWS):
+                        writer.write(batch)
         return
     with target.open("wb") as output:
         if form.name == "npy":
