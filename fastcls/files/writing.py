@@ -140,10 +140,12 @@ class _Parquet:
             self._write_group()
 
     def _write_group(self) -> None:
-        if self._gathered:
-            self._writer.write_table(pa.Table.from_batches(self._gathered), self._rows)
+        gathered, rows = self._gathered, self._rows
         self._gathered, self._rows, self._bytes = [], 0, 0
-        pa.default_memory_pool().release_unused()
+        if gathered:
+            self._writer.write_table(pa.Table.from_batches(gathered), rows)
+            # Else the process would keep what a group took, and a little more with each.
+            pa.default_memory_pool().release_unused()
 
     def close(self) -> None:
         try:
