@@ -410,6 +410,24 @@ def test_classify_by_the_own_model(tmp_path: Path) -> None:
         assert [row["label"] for row in rows] == ["positive", "negative"], done.output
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_progress_is_said_from_time_to_time(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    pa = pytest.importorskip("pyarrow", reason="files are read with pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet", reason="files are read with pyarrow")
+    monkeypatch.setattr("fastcls.tools.classify._REPORT_EVERY", 0.0)
+    monkeypatch.setenv("COLUMNS", "500")
+    file = tmp_path / "texts.parquet"
+    pq.write_table(pa.table({"text": ["some words to classify"] * 10}), file)
+    done = inside("classify", model, file, "-o", tmp_path / f"labels.{ending}", "--shard-rows", "4")
+    said = [re.sub(r"[\d,]+ (rows|tokens)/s", r"N \1/s", line) for line in done.stderr.splitlines()]
+    said = [re.sub(r"busy \d+%", "busy N%", line) for line in said]
+    busy = "N rows/s, N tokens/s, model busy N%"
+    assert said[:3] == [f"{rows} rows, {busy}, {part}% done" for rows, part in ((4, 40), (8, 80), (10, 100))]
+    assert said[3:6] == [f"{shards} of 3 shards joined, {part}% done" for shards, part in ((1, 33), (2, 67), (3, 100))]
+
+
 def test_the_own_model_and_another_are_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "500")
     for arguments in ((model, "--demo"), (model, tmp_path / "reviews.txt", "--demo")):

@@ -229,8 +229,16 @@ class Job:
         check_schema(schema, self.form)
         self._schema = schema
 
-    def run(self, report: Callable[[Totals], None] = lambda _: None) -> Totals:
+    def run(
+        self,
+        report: Callable[[Totals], None] = lambda _: None,
+        joined: Callable[[int, int], None] = lambda *_: None,
+    ) -> Totals:
         """Computes and writes what is missing. What is finished stays, however it ends.
+
+        Args:
+            report: called with what is done so far, after each window.
+            joined: called with how many shards are joined to one file, and of how many, after each.
 
         Raises:
             BadRow: a bad row, where none is allowed.
@@ -248,7 +256,7 @@ class Job:
                 strict=self._strict,
                 report=report,
             )
-            self._output.finish()
+            self._output.finish(joined)
         finally:
             self._output.leave()
         return totals

@@ -228,18 +228,21 @@ class Output:
             self._writer = self._errors = None
             self.manifest.add(shard)
 
-    def finish(self) -> None:
+    def finish(self, joined: Callable[[int, int], None] = lambda *_: None) -> None:
         """Makes the output whole; once more is harmless.
+
+        Args:
+            joined: called with how many shards are joined, and of how many, after each.
 
         Raises:
             OSError: the disk does not take it.
         """
         with _writing(self.places.target):
             if not self.manifest.finished:
-                self._finish()
+                self._finish(joined)
             self.remove_parts()
 
-    def _finish(self) -> None:
+    def _finish(self, joined: Callable[[int, int], None]) -> None:
         places, count = self.places, len(self.manifest.shards)
         if not count:
             # Nothing came in: a file without rows, but with the names of its columns.
@@ -249,7 +252,13 @@ class Output:
             _appear(places.part(0))
         if not places.is_folder:
             parts = [places.part(index) for index in range(max(count, 1))]
-            join(parts, _unfinished(places.target), places.form, self._schema)
+            join(
+                parts,
+                _unfinished(places.target),
+                places.form,
+                self._schema,
+                lambda done: joined(done, len(parts)),
+            )
             _appear(places.target)
         errors = [path for path in map(places.part_errors, range(count)) if path.exists()]
         if errors:
@@ -397,8 +406,8 @@ class Standard:
     def finish_shard(self, shard: Shard) -> None:
         """Does nothing: there are no shards."""
 
-    def finish(self) -> None:
-        """Ends what is written.
+    def finish(self, joined: Callable[[int, int], None] = lambda *_: None) -> None:  # noqa: ARG002
+        """Ends what is written; no shards are joined.
 
         Raises:
             OSError: it is not taken.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -203,14 +203,29 @@ class _Vectors(_Stream):
         self._stream.write(vectors.tobytes())
 
 
-def join(parts: Sequence[Path], target: Path, form: Form, schema: pa.Schema) -> None:
-    """Writes the files of a run one after the other into one; those of CSV have no header but the first."""
+def join(
+    parts: Sequence[Path],
+    target: Path,
+    form: Form,
+    schema: pa.Schema,
+    report: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Writes the files of a run one after the other into one; those of CSV have no header but the first.
+
+    Args:
+        parts: the files.
+        target: the file that is written.
+        form: of all of them.
+        schema: of their rows.
+        report: called with how many of them are written, after each.
+    """
     if form.name == "parquet":
         with closing(_Parquet(target, schema)) as writer:
-            for part in parts:
+            for done, part in enumerate(parts, 1):
                 with pa.parquet.ParquetFile(part, buffer_size=1 << 20, pre_buffer=False) as file:
                     for batch in file.iter_batches(MAX_ROWS):
                         writer.write(batch)
+                report(done)
         return
     with target.open("wb") as output:
         if form.name == "npy":
@@ -218,9 +233,10 @@ def join(parts: Sequence[Path], target: Path, form: Form, schema: pa.Schema) -> 
             rows = sum(part.stat().st_size for part in parts) // (4 * width)
             head = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
             np.lib.format.write_array_header_1_0(output, head)
-        for part in parts:
+        for done, part in enumerate(parts, 1):
             with part.open("rb") as source:
                 shutil.copyfileobj(source, output, 1 << 20)
+            report(done)
 
 
 def _json(value: Any) -> str:

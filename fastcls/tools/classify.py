@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -219,7 +220,7 @@ def classify(
     display = _Display(done, job.num_rows)
     try:
         with display:
-            totals = job.run(display.show)
+            totals = job.run(display.show, display.show_joined)
     except BadRow as error:
         _print_kept(job)
         remedy = "" if strict else ": add --errors FILE to write such rows there and go on"
@@ -261,7 +262,7 @@ class _Display:
     def __init__(self, done: Totals, num_rows: int | None) -> None:
         self._done, self._num_rows = done.rows, num_rows
         self.rows = 0
-        self._reported = 0.0
+        self._reported = time.perf_counter()
         self._bar = Progress(
             SpinnerColumn(),
             BarColumn(bar_width=24),
@@ -286,12 +287,19 @@ class _Display:
         rows = self._done + totals.rows
         part = rows / self._num_rows if self._num_rows else totals.read
         line = f"{rows:,} rows, {_speed(totals)}"
-        if self._bar.disable:
-            if totals.seconds - self._reported >= _REPORT_EVERY:
-                self._reported = totals.seconds
-                stderr.print(line + ("" if part is None else f", {part:.0%} done"), highlight=False, soft_wrap=True)
-        else:
+        self._show(line, part)
+
+    def show_joined(self, shards: int, of: int) -> None:
+        """Shows how many shards are joined to one file."""
+        self._show(f"{shards:,} of {of:,} shards joined", shards / of)
+
+    def _show(self, line: str, part: float | None) -> None:
+        now = time.perf_counter()
+        if not self._bar.disable:
             self._bar.update(self._task, description=line, completed=part or 0, total=None if part is None else 1)
+        elif now - self._reported >= _REPORT_EVERY:
+            self._reported = now
+            stderr.print(line + ("" if part is None else f", {part:.0%} done"), highlight=False, soft_wrap=True)
 
 
 def _speed(totals: Totals) -> str:
