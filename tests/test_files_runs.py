@@ -285,6 +285,24 @@ def test_row_groups_are_of_some_size(tmp_path: Path) -> None:
     assert found.to_pylist() == expected
 
 
+def test_documents_are_joined_a_row_group_at_a_time(tmp_path: Path) -> None:
+    form, schema = Form("parquet", None, ".parquet"), pa.schema([("text", pa.string())])
+    writer = open_writer(tmp_path / "a.parquet", form, schema)
+    for _ in range(50):
+        writer.write(pa.record_batch([[os.urandom(100_000).hex() for _ in range(10)]], schema=schema))
+    writer.close()
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        writing.join([tmp_path / "a.parquet"], tmp_path / "o.parquet", form, schema)
+    finally:
+        pa.set_memory_pool(before)
+    # Of 100 million bytes a row group that is read and one that is written, each of 17 million.
+    assert pool.max_memory() < 75_000_000
+    assert pq.read_table(tmp_path / "o.parquet").equals(pq.read_table(tmp_path / "a.parquet"))
+
+
 @pytest.mark.usefixtures("small_windows")
 def test_bad_rows_go_to_their_file(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_input(tmp_path / "i.jsonl", ["a", None, "b", "c", None, "d", "e"])

@@ -223,8 +223,10 @@ def join(
         with closing(_Parquet(target, schema)) as writer:
             for done, part in enumerate(parts, 1):
                 with pa.parquet.ParquetFile(part, buffer_size=1 << 20, pre_buffer=False) as file:
-                    for batch in file.iter_batches(MAX_ROWS):
-                        writer.write(batch)
+                    # Batches reach over row groups otherwise, and of documents many rows are much.
+                    for group in range(file.num_row_groups):
+                        for batch in file.iter_batches(MAX_ROWS, row_groups=[group]):
+                            writer.write(batch)
                 report(done)
         return
     with target.open("wb") as output:
