@@ -47,8 +47,8 @@ else:
     assert default[-1] > 0.9, "no longer so"
 PY
 
-for version in 24.0.0 26.0.1; do
-    python3 -m venv "$folder/$version"
-    "$folder/$version/bin/pip" install --quiet --disable-pip-version-check "pyarrow==$version"
-    "$folder/$version/bin/python" "$folder/held.py" "$folder"
+for package in pyarrow==24.0.0 pyarrow==26.0.1; do
+    python3 -m venv "$folder/$package"
+    "$folder/$package/bin/pip" install --quiet --disable-pip-version-check "$package"
+    "$folder/$package/bin/python" "$folder/held.py" "$folder"
 done

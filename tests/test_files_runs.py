@@ -468,7 +468,7 @@ def _unbegun(target: Path, name: str) -> bool:
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_a_tornline_of_the_manifest_is_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_line_of_the_manifest_is_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = write_input(tmp_path / "i.parquet", MANY), tmp_path / "o.jsonl"
     stub_run(source, tmp_path / "calm.jsonl")
 

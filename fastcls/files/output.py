@@ -252,13 +252,7 @@ class Output:
             _appear(places.part(0))
         if not places.is_folder:
             parts = [places.part(index) for index in range(max(count, 1))]
-            join(
-                parts,
-                _unfinished(places.target),
-                places.form,
-                self._schema,
-                lambda done: joined(done, len(parts)),
-            )
+            join(parts, _unfinished(places.target), places.form, self._schema, joined)
             _appear(places.target)
         errors = [path for path in map(places.part_errors, range(count)) if path.exists()]
         if errors:

@@ -178,13 +178,18 @@ class Parquet(_Table):
         while skipped < len(self._groups) and done + self._groups[skipped] <= first:
             done += self._groups[skipped]
             skipped += 1
-        # Without a buffer all of a row group is read at once; with pre_buffer, since pyarrow 25 the default, all that
-        # was read is held until the file is closed.
         with failures(self.name, done):
-            file = pq.ParquetFile(self.name, buffer_size=1 << 20, pre_buffer=False)
+            file = opened_parquet(self.name)
         with file:
             groups = range(skipped, len(self._groups))
             yield done, file.iter_batches(self._rows_at_once, row_groups=groups, columns=[*self._wanted.all])
+
+
+def opened_parquet(path: str | os.PathLike[str]) -> pq.ParquetFile:
+    """A parquet file of which no more is held than what is being read."""
+    # Without a buffer all of a row group is read at once; with pre_buffer, since pyarrow 25 the default, all that was
+    # read is held until the file is closed.
+    return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
 
 
 def _bytes_of_row(metadata: pq.FileMetaData, names: Sequence[str]) -> int:

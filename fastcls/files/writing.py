@@ -16,6 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from ..flow import MAX_ROWS
+from .tables import opened_parquet
 
 _ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".npy": "npy"}
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
@@ -208,7 +209,7 @@ def join(
     target: Path,
     form: Form,
     schema: pa.Schema,
-    report: Callable[[int], None] = lambda _: None,
+    report: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
     """Writes the files of a run one after the other into one; those of CSV have no header but the first.
 
@@ -217,17 +218,17 @@ def join(
         target: the file that is written.
         form: of all of them.
         schema: of their rows.
-        report: called with how many of them are written, after each.
+        report: called with how many of the files are written, and of how many, after each.
     """
     if form.name == "parquet":
         with closing(_Parquet(target, schema)) as writer:
             for done, part in enumerate(parts, 1):
-                with pa.parquet.ParquetFile(part, buffer_size=1 << 20, pre_buffer=False) as file:
+                with opened_parquet(part) as file:
                     # Batches reach over row groups otherwise, and of documents many rows are much.
                     for group in range(file.num_row_groups):
                         for batch in file.iter_batches(MAX_ROWS, row_groups=[group]):
                             writer.write(batch)
-                report(done)
+                report(done, len(parts))
         return
     with target.open("wb") as output:
         if form.name == "npy":
@@ -238,7 +239,7 @@ def join(
         for done, part in enumerate(parts, 1):
             with part.open("rb") as source:
                 shutil.copyfileobj(source, output, 1 << 20)
-            report(done)
+            report(done, len(parts))
 
 
 def _json(value: Any) -> str:
