@@ -21,7 +21,7 @@ from .labels import ScoreFunction, best_first, label_names, score_function, scor
 from .loading import load_model, load_tokenizer, parse_device, parse_dtype, sorted_options
 from .models import FastClassifier
 from .results import Results, Wanted
-from .tables import Job, with_results
+from .tables import Errors, Job, with_results
 from .texts import Item, Text, TextError, Truncation, checked_texts, items_of, plain, read_count
 from .tokenizing import (
     Cut,
@@ -292,7 +292,7 @@ class Classifier:
         prefix: str = "",
         function_to_apply: ScoreFunction | None = None,
         long_texts: LongTexts = "truncate",
-        errors: Literal["raise", "null"] = "raise",
+        errors: Errors = "raise",
     ) -> TableLike:
         """A table with columns of labels added: of the kind that was given, which stays as it was.
 
@@ -307,7 +307,8 @@ class Classifier:
             prefix: stands before the name of each new column.
             function_to_apply: see a call.
             long_texts: what becomes of texts that are longer than the model takes: see `LongTextPolicy`.
-            errors: "raise" for a text that is null, no string or cannot be classified, or "null" for null results.
+            errors: "raise" for a text that is null, no string or cannot be classified, "null" for null results, or
+                "column" for these and a column "error" that says why.
 
         Raises:
             TypeError: something that is no such table, a column that does not hold strings, a value that is no string.

@@ -145,6 +145,7 @@ class Flow:
         cut: how texts are cut, whose length is None where the model takes any.
         policy: what becomes of longer ones.
         lock: held while the tokenizer is used.
+        problem_of: says why a text of these ids cannot be computed, or None.
 
     Raises:
         ValueError: a policy that does not fit, or windows of a tokenizer that gives none.
@@ -159,6 +160,8 @@ class Flow:
         cut: Cut,
         policy: LongTextPolicy,
         lock: AbstractContextManager[Any] | None = None,
+        *,
+        problem_of: Callable[[Ids], str | None] | None = None,
     ) -> None:
         policy.check(cut.length, tokenizer.num_special_tokens_to_add(pair=False))
         if policy.long_texts == "window" and not is_plain(tokenizer):
@@ -168,6 +171,7 @@ class Flow:
             )
         self._model, self._tokenizer, self._compute, self._score = model, tokenizer, compute, score
         self._cut, self._policy, self._lock = cut, policy, lock or threading.Lock()
+        self._problem_of = problem_of
         self._ahead = _AHEAD.get(model.device.type, 0)
         if model.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(model.device)
@@ -213,7 +217,7 @@ class Flow:
             for is_pair in (False, True):
                 rows = [row for row, item in enumerate(items) if (item.pair is not None) is is_pair]
                 for row, text in self._found(items, rows, is_pair, problems):
-                    if problem := self._problem(len(text.ids), text.was_cut):
+                    if problem := self._problem(text.ids, text.was_cut):
                         problems[row] = problem
                     else:
                         found[row] = text
@@ -285,15 +289,15 @@ class Flow:
         special = self._tokenizer.num_special_tokens_to_add(pair=False)
         return [len(ids) - special for ids in encode(self._tokenizer, texts, None, Cut(False, None)).ids]
 
-    def _problem(self, length: int, was_cut: bool) -> str | None:
-        limit = self._cut.length
+    def _problem(self, ids: Ids, was_cut: bool) -> str | None:
+        limit, length = self._cut.length, len(ids)
         if not length:
             return "has no tokens"
         if limit is not None and length > limit:
             return f"is {length} tokens long and cannot be cut to {limit}"
         if was_cut and self._policy.long_texts == "error":
             return f"is longer than {limit} tokens"
-        return None
+        return self._problem_of(ids) if self._problem_of is not None else None
 
     def _begun(self, window: _Window) -> Underway:
         """Computes a window, or has a GPU compute it; texts that the model does not take become problems."""

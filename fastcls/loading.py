@@ -226,14 +226,7 @@ def load_model(
             its config names no class, or a config option does not fit it.
         OSError: the hub does not have the model, or cannot be reached.
     """
-    _check_place(name_or_path, hub_options.get("subfolder"))
-    with quiet_transformers(), _readable_errors(name_or_path, hub_options):
-        config = AutoConfig.from_pretrained(name_or_path, **hub_options)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{name_or_path} must be a checkpoint in bfloat16, float16 or float32, got a quantised one "
-            "(quantization_config in its config.json), which is not taken: load the model as it was before"
-        )
+    config = _config_of(name_or_path, hub_options)
     of_checkpoint = config.num_labels
     _set_options(config, config_options or {})
     # An unsupported model is refused before its weights are fetched and read.
@@ -272,6 +265,28 @@ def load_model(
         )
     # nn.Module.to, because transformers' wrapper around it hides its types.
     return cast(PreTrainedModel, nn.Module.to(model, device)).eval()
+
+
+def load_config(name: str, task: Task) -> tuple[PreTrainedConfig, Family]:
+    """A checkpoint's config, and the family that computes it.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError, OSError: as `load_model`, as far as a config tells.
+    """
+    config = _config_of(name, {})
+    return config, class_for_task(config, task)[0]
+
+
+def _config_of(name_or_path: str | os.PathLike[str], hub_options: Mapping[str, Any]) -> PreTrainedConfig:
+    _check_place(name_or_path, hub_options.get("subfolder"))
+    with quiet_transformers(), _readable_errors(name_or_path, hub_options):
+        config = AutoConfig.from_pretrained(name_or_path, **hub_options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{name_or_path} must be a checkpoint in bfloat16, float16 or float32, got a quantised one "
+            "(quantization_config in its config.json), which is not taken: load the model as it was before"
+        )
+    return cast(PreTrainedConfig, config)
 
 
 def _set_options(config: PreTrainedConfig, options: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,20 @@ class Wanted(NamedTuple):
     prefix: str = ""
 
 
+class Answers(Protocol):
+    """Makes columns of what a flow gives.
+
+    Attributes:
+        prefix: what stands before each column's name.
+    """
+
+    prefix: str
+
+    @property
+    def schema(self) -> pyarrow.Schema: ...
+    def columns_of(self, scored: Scored) -> pyarrow.RecordBatch: ...
+
+
 class Results:
     """Makes columns of logits.
 
@@ -60,6 +74,7 @@ class Results:
         import pyarrow
 
         self.wanted, self.apply = _checked(wanted), apply
+        self.prefix = self.wanted.prefix
         texts = [str(name) for name in names]
         twice = sorted({name for name in texts if texts.count(name) > 1})
         if twice and (wanted.all_scores or wanted.logits):

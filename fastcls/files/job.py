@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
 
 from .. import __version__
-from ..classifier import Classifier
-from ..engine.spec import Quantize
-from ..flow import LongTextPolicy, LongTexts, WindowScores
-from ..loading import parse_device, parse_dtype, parse_quantize
-from ..results import Results, Wanted
+from ..loading import parse_device
+from ..predicting.checkpoint import fingerprint
+from ..predicting.loaded import load
+from ..predicting.options import PredictOptions
 from .compression import STANDARD_INPUT, is_pipe
-from .embedder import Embedder, Pooling
-from .manifest import fingerprint
 from .output import Output, Places, Standard
 from .rows import Columns
 from .run import SHARD_ROWS, Totals, run
@@ -26,7 +23,7 @@ from .writing import Form, check_schema
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(PredictOptions):
     """What is read, computed and written: see ``fastcls classify --help``.
 
     Attributes:
@@ -35,14 +32,8 @@ class Options:
         id_columns: columns that are written instead of the texts.
         pairs: whether each line of txt is two texts with a tab between.
         header, quotes: of csv and tsv.
-        long_texts, overlap, window_scores: see `LongTextPolicy`.
-        max_length: tokens that a text may have; None for what the model takes.
-        top_k, threshold, all_scores, logits, prefix: see `Wanted`.
-        embeddings: "first" or "mean" gives vectors instead of labels.
-        normalize: whether vectors have length 1.
         output_format: of a folder, or of standard output.
         shard_rows: rows of the input a shard.
-        device, dtype, quantize: see `Classifier.from_pretrained`.
     """
 
     format: str | None = None
@@ -52,50 +43,11 @@ class Options:
     pairs: bool = False
     header: bool = True
     quotes: bool | None = None
-    long_texts: LongTexts = "truncate"
-    max_length: int | None = None
-    overlap: int = 64
-    window_scores: WindowScores = "mean"
-    top_k: int | None = None
-    threshold: float | None = None
-    all_scores: bool = False
-    logits: bool = False
-    prefix: str = ""
-    embeddings: Pooling | None = None
-    normalize: bool = False
     output_format: str | None = None
     shard_rows: int = SHARD_ROWS
-    device: str | None = None
-    dtype: str | None = None
-    quantize: Quantize | None = None
 
-    @property
-    def policy(self) -> LongTextPolicy:
-        return LongTextPolicy(self.long_texts, self.overlap, self.window_scores)
-
-    @property
-    def wanted(self) -> Wanted:
-        return Wanted(self.top_k, self.all_scores, self.logits, self.threshold, self.prefix)
-
-    def check(self) -> None:
-        """Checks what needs neither files nor a model.
-
-        Raises:
-            ValueError: options that do not go together, or a value that does not exist.
-        """
-        if self.embeddings is None:
-            if self.normalize:
-                raise ValueError("--normalize is for vectors: add --embeddings, or leave it out")
-        else:
-            if self.embeddings not in get_args(Pooling):
-                raise ValueError(f"--embeddings must be one of {', '.join(get_args(Pooling))}, got {self.embeddings!r}")
-            for name in ("top_k", "threshold", "all_scores", "logits"):
-                if getattr(self, name) not in (None, False):
-                    raise ValueError(f"--{name.replace('_', '-')} is for labels: leave it out with --embeddings")
-            if self.long_texts == "window":
-                raise ValueError("--long-texts window is for labels: a vector is that of the first tokens, or of all")
-        self.policy.check(None, 0)
-        parse_device(self.device), parse_dtype(self.dtype), parse_quantize(self.quantize)
+    def spelled(self, name: str) -> str:
+        return f"--{name.replace('_', '-')}"
 
 
 class Job:
@@ -127,6 +79,7 @@ class Job:
         overwrite: bool = False,
     ) -> None:
         options.check()
+        options.check_device()
         self.options, self._model = options, model
         self._output: Output | Standard
         is_stream = output == "-"
@@ -208,17 +161,7 @@ class Job:
             ValueError, TypeError, OSError: as `Classifier.from_pretrained`; columns of the input and of the answers
                 that share a name, or that the output's form cannot hold.
         """
-        options = self.options
-        loading: Any = {"device": options.device, "dtype": options.dtype, "quantize": options.quantize}
-        if options.embeddings is None:
-            classifier = Classifier.from_pretrained(self._model, truncation=True, **loading)
-            self._flow = classifier.flow(options.policy, max_length=options.max_length)
-            self._results: Results | Embedder = classifier.results(options.wanted)
-        else:
-            embedder = Embedder(
-                self._model, options.embeddings, normalize=options.normalize, prefix=options.prefix, **loading
-            )
-            self._flow, self._results = embedder.flow(options.policy, options.max_length), embedder
+        self._flow, self._results = load(self._model, self.options)
         kept, found = self.sources[0].schema, self._results.schema
         if shared := [name for name in found.names if name in kept.names]:
             raise ValueError(

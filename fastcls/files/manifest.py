@@ -5,14 +5,11 @@ A line counts once the disk holds it whole, so that a run that was ended at any 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..engine.batch import shortened
 
@@ -159,21 +156,3 @@ def rename(written: Path, path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def fingerprint(name: str) -> str:
-    """What tells a checkpoint from another of the same name: its commit on the hub, or a hash of its folder's files.
-
-    Raises:
-        OSError: a name that the hub does not have, or a hub that cannot be reached.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        return f"commit {extract_commit_hash(cached_file(name, 'config.json'), None)}"
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with file.open("rb") as source:
-            while block := source.read(1 << 20):
-                digest.update(block)
-    return f"sha256 {digest.hexdigest()}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..flow import MAX_CHARACTERS, MAX_ROWS, Flow, Scored
+from ..flow import MAX_CHARACTERS, MAX_ROWS, Scored
+from ..results import Answers
 from ..texts import Item
 from .manifest import Position, Shard
 from .rows import Rows
@@ -22,12 +23,10 @@ _T = TypeVar("_T")
 SHARD_ROWS = 16 * MAX_ROWS
 
 
-class Answers(Protocol):
-    """Makes columns of what a flow gives."""
+class Windows(Protocol):
+    """Computes windows of texts in their order: a `Flow`, or several in other processes."""
 
-    @property
-    def schema(self) -> pa.Schema: ...
-    def columns_of(self, scored: Scored) -> pa.RecordBatch: ...
+    def run(self, windows: Iterable[tuple[Sequence[Item | None], _T]]) -> Iterator[tuple[Scored, _T]]: ...
 
 
 class Target(Protocol):
@@ -90,7 +89,7 @@ class BadRow(ValueError):  # noqa: N818  # it is the row that is bad
 
 
 def run(
-    flow: Flow,
+    flow: Windows,
     sources: Sequence[Source],
     results: Answers,
     target: Target,

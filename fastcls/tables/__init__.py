@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
-from .job import Job, check_values, computed, text_column
+from .job import Errors, Job, check_values, computed, text_column
 from .kinds import SPLITS, STREAM, ArrowTable, Rows, Table, kind_of, read
 
-__all__ = ["Job", "with_results"]
+__all__ = ["Errors", "Job", "with_results"]
 
 # A stream's rows may be large, and wait until their texts are classified.
 _STREAM_WINDOW = 1000
@@ -24,8 +24,8 @@ def with_results(table: Any, job: Job) -> Any:
         ValueError: columns that are not there, or there already; a null; a text that cannot be classified;
             another value of ``errors``.
     """
-    if job.errors not in ("raise", "null"):
-        raise ValueError(f"errors must be 'raise' or 'null', got {job.errors!r}")
+    if job.errors not in get_args(Errors):
+        raise ValueError(f"errors must be one of {', '.join(get_args(Errors))}, got {job.errors!r}")
     if kind_of(table) in SPLITS:
         # Each split is checked before the first is computed.
         ready = {name: _ready(split, job) for name, split in table.items()}
@@ -71,5 +71,5 @@ def _streamed(stream: Any, job: Job) -> Any:
     features = stream.features
     if features is not None:
         kinds = sys.modules["datasets"].Features
-        features = kinds({**features, **kinds.from_arrow_schema(job.results.schema)})
+        features = kinds({**features, **kinds.from_arrow_schema(job.schema)})
     return stream.map(_OfBatch(job), with_indices=True, batched=True, batch_size=_STREAM_WINDOW, features=features)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..engine.batch import shortened
 from ..flow import MAX_ROWS, Flow
-from ..results import Results
+from ..results import Answers
 from ..texts import Item
 from .kinds import Table
 
 if TYPE_CHECKING:
     import pyarrow
+
+
+Errors = Literal["raise", "null", "column"]
 
 
 class Job(NamedTuple):
@@ -23,14 +26,25 @@ class Job(NamedTuple):
         pair: the column of second texts, if texts are pairs.
         results: makes columns of logits.
         flow: computes texts in windows; of what was computed only the results are kept.
-        errors: "raise" for a text that cannot be classified, or "null" for null results.
+        errors: "raise" for a text that cannot be classified, "null" for null results, or "column" for these and a
+            column that says why.
     """
 
     text: Hashable | None
     pair: Hashable | None
-    results: Results
+    results: Answers
     flow: Flow
-    errors: Literal["raise", "null"]
+    errors: Errors
+
+    @property
+    def schema(self) -> pyarrow.Schema:
+        """Of the new columns."""
+        import pyarrow
+
+        schema = self.results.schema
+        if self.errors == "column":
+            schema = schema.append(pyarrow.field(f"{self.results.prefix}error", pyarrow.string()))
+        return schema
 
 
 def text_column(read: Table, job: Job) -> Any:
@@ -57,9 +71,9 @@ def _check_names(names: Sequence[Any], text: Any, job: Job) -> None:
         if name is not None and names.count(name) != 1:
             found = f"which {names.count(name)} columns have" if name in names else f"columns: {_shown(names)}"
             raise ValueError(f"{option} must name a column of the table, got {name!r}; {found}")
-    taken = [name for name in job.results.schema.names if name in names]
+    taken = [name for name in job.schema.names if name in names]
     if taken:
-        prefix = job.results.wanted.prefix
+        prefix = job.results.prefix
         remedy = f"another prefix than {prefix!r}" if prefix else 'prefix="predicted_"'
         raise ValueError(f"the table has a column {taken[0]!r} already: pass {remedy}, or rename that column")
 
@@ -86,29 +100,41 @@ def check_values(read: Table, text: Any, job: Job, first: int = 0) -> None:
                     )
 
 
-def _items(read: Table, text: Any, pair: Any, start: int, stop: int) -> list[Item | None]:
-    firsts = read.values(text, start, stop)
-    if pair is None:
-        return [Item(first, None) if isinstance(first, str) else None for first in firsts]
-    seconds = read.values(pair, start, stop)
-    return [
-        Item(first, second) if isinstance(first, str) and isinstance(second, str) else None
-        for first, second in zip(firsts, seconds, strict=True)
-    ]
+class _Window(NamedTuple):
+    """Some rows: the number of the first one, and why the values of some are no text, by their place."""
+
+    start: int
+    problems: dict[int, str]
+
+
+def _read(read: Table, text: Any, job: Job, start: int) -> tuple[list[Item | None], _Window]:
+    """The texts of a window's rows."""
+    names = _columns_to_read(text, job)
+    columns = [read.values(name, start, start + MAX_ROWS) for name in names]
+    items, problems = list[Item | None](), dict[int, str]()
+    for row, values in enumerate(zip(*columns, strict=True)):
+        for name, value in zip(names, values, strict=True):
+            if not isinstance(value, str) and row not in problems:
+                found = "is null" if value is None else f"must be a string, got {shortened(value)}"
+                problems[row] = f"{name} {found}"
+        items.append(None if row in problems else Item(values[0], values[1] if len(values) > 1 else None))
+    return items, _Window(start, problems)
 
 
 def computed(read: Table, text: Any, job: Job, first: int = 0) -> pyarrow.Table:
     """The new columns; `first` is the number of the table's first row, for messages."""
     import pyarrow
 
-    def windows() -> Iterator[tuple[list[Item | None], int]]:
-        for start in range(0, read.num_rows, MAX_ROWS):
-            yield _items(read, text, job.pair, start, start + MAX_ROWS), start
-
     batches = []
-    for scored, start in job.flow.run(windows()):
+    windows = (_read(read, text, job, start) for start in range(0, read.num_rows, MAX_ROWS))
+    for scored, window in job.flow.run(windows):
         if scored.problems and job.errors == "raise":
             row, problem = min(scored.problems.items())
-            raise ValueError(f"column {text!r} in row {first + start + row} (from 0) {problem}")
-        batches.append(job.results.columns_of(scored))
-    return pyarrow.Table.from_batches(batches, schema=job.results.schema)
+            raise ValueError(f"column {text!r} in row {first + window.start + row} (from 0) {problem}")
+        found = job.results.columns_of(scored)
+        if job.errors == "column":
+            problems = {**window.problems, **{row: f"the text {why}" for row, why in scored.problems.items()}}
+            reasons = pyarrow.array(map(problems.get, range(found.num_rows)), pyarrow.string())
+            found = pyarrow.RecordBatch.from_arrays([*found.columns, reasons], schema=job.schema)
+        batches.append(found)
+    return pyarrow.Table.from_batches(batches, schema=job.schema)

@@ -30,7 +30,7 @@ _POOLINGS = {
 
 
 class Embedder:
-    """An encoder that gives a vector for each text, in one column, "embedding".
+    """An encoder that gives a vector for each text.
 
     Args:
         name: a folder with a checkpoint, or a name on the hub.
@@ -38,6 +38,9 @@ class Embedder:
         normalize: whether vectors have length 1.
         prefix: stands before the column's name.
         device, dtype, quantize: see `Classifier.from_pretrained`.
+
+    Attributes:
+        answers: makes the column of vectors.
 
     Raises:
         ValueError, TypeError, OSError: as `Classifier.from_pretrained`; a checkpoint of sentence-transformers that
@@ -62,20 +65,32 @@ class Embedder:
         fast = optimize(model, select="first", quantize=quantize, release=True)
         assert isinstance(fast, FastEncoder)
         self._model = fast
-        self._width = fast.width
-        self.schema = pa.schema([(f"{prefix}embedding", pa.list_(pa.float32(), self._width))])
+        self.answers = Vectors(fast.width, prefix)
 
     def flow(self, policy: LongTextPolicy, max_length: int | None) -> Flow:
         """Windows of texts to vectors."""
         cut = read_cut(self._tokenizer, self._model.spec.max_positions, True, None, max_length)
+        return Flow(self._model, self._tokenizer, self._vectors, self._scaled, cut, policy)
 
-        def compute(ids: list[Ids], types: list[Ids]) -> Tensor:
-            return self._model.embeddings_of(ids, types, pooling=self._pooling)
-
-        return Flow(self._model, self._tokenizer, compute, self._scaled, cut, policy)
+    def _vectors(self, ids: list[Ids], types: list[Ids]) -> Tensor:
+        return self._model.embeddings_of(ids, types, pooling=self._pooling)
 
     def _scaled(self, vectors: Tensor) -> Tensor:
         return torch.nn.functional.normalize(vectors, dim=1) if self._normalize else vectors
+
+
+class Vectors:
+    """Makes columns of an embedder's numbers: "embedding", a list of so many float32 a text.
+
+    Args:
+        width: of a vector.
+        prefix: stands before the column's name.
+    """
+
+    def __init__(self, width: int, prefix: str = "") -> None:
+        self.prefix = prefix
+        self.schema = pa.schema([(f"{prefix}embedding", pa.list_(pa.float32(), width))])
+        self._width = width
 
     def columns_of(self, scored: Scored) -> pa.RecordBatch:
         """The column of a window's vectors."""
@@ -93,7 +108,7 @@ def _check_sentence_model(name: str, pooling: Pooling) -> None:
         if kind == "Pooling":
             own = _own_pooling(_json_of(name, f"{module['path']}/config.json") or {})
             if own != pooling:
-                raise ValueError(f"--embeddings must be {own} for {name}, which pools so, got {pooling}")
+                raise ValueError(f"embeddings must be {own} for {name}, which pools so, got {pooling}")
         elif kind not in ("Transformer", "Normalize"):
             raise ValueError(f"{name} must give its vectors by pooling alone, got a further layer, {kind}")
 

@@ -1,0 +1,114 @@
+"""What the processes of one user share on a machine: files in a folder that nobody else can write to."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Locks that this process keeps until it ends, by their file: what it uses nobody removes.
+_in_use: dict[Path, int] = {}
+
+
+def folder_of_machine() -> Path:
+    """The folder, made where it is missing: FASTCLS_SHARED, or one of the user's own among the temporary files.
+
+    Raises:
+        ValueError: others can write to it, who could have this process run what they like.
+    """
+    given = os.environ.get("FASTCLS_SHARED")
+    folder = Path(given) if given else Path(tempfile.gettempdir()) / f"fastcls-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if folder.is_symlink() or found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(
+            f"{folder} must belong to this user alone, and others can write to it: name another one in FASTCLS_SHARED"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keeps other processes away from a path while its file or folder is made, and afterwards from removing it."""
+    import fcntl
+
+    if path not in _in_use:
+        _remove_unused(path.parent)
+        # Two locks, because one that is changed from alone to shared is let go of in between.
+        _in_use[path] = _locked(path.with_name(f"{path.name}.lock"), fcntl.LOCK_SH)
+    descriptor = _locked(path.with_name(f"{path.name}.making"), fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(lock: Path, how: int) -> int:
+    """Waits for a lock, alone or shared with others."""
+    import fcntl
+
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, how)
+        if _is_at(descriptor, lock):
+            return descriptor
+        # Who held it before has removed it.
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file still has its name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
+
+
+def _remove_unused(folder: Path) -> None:
+    """Removes what no process uses, as all that did have ended."""
+    import fcntl
+
+    for lock in folder.glob("*.lock"):
+        path = lock.with_suffix("")
+        with contextlib.suppress(OSError):
+            descriptor = os.open(lock, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The lock last: whoever waits for it finds all or nothing.
+                lefts = sorted(folder.glob(f"{path.name}*"), key=lock.__eq__) if _is_at(descriptor, lock) else []
+                for left in lefts:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            finally:
+                os.close(descriptor)
+
+
+@atexit.register
+def _leave() -> None:
+    """Removes what this process was the last one to use."""
+    folders = {path.parent for path in _in_use}
+    for descriptor in _in_use.values():
+        os.close(descriptor)
+    _in_use.clear()
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            _remove_unused(folder)
+
+
+def write_mapped(value: Any, path: Path) -> None:
+    """Writes a value so that `read_mapped` can map its tensors."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    torch.save(value, unfinished)
+    os.replace(unfinished, path)
+
+
+def read_mapped(path: Path) -> Any:
+    """A value whose tensors are the file's own pages, which processes share as long as they only read."""
+    # The file is from this user's own folder, and holds whole objects.
+    return torch.load(path, mmap=True, weights_only=False)
