@@ -278,7 +278,7 @@ def load_config(name: str, task: Task) -> tuple[PreTrainedConfig, Family]:
 
 
 def _config_of(name_or_path: str | os.PathLike[str], hub_options: Mapping[str, Any]) -> PreTrainedConfig:
-    _check_place(name_or_path, hub_options.get("subfolder"))
+    check_place(name_or_path, hub_options.get("subfolder"))
     with quiet_transformers(), _readable_errors(name_or_path, hub_options):
         config = AutoConfig.from_pretrained(name_or_path, **hub_options)
     if getattr(config, "quantization_config", None) is not None:
@@ -336,7 +336,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> PreT
         ValueError: there is no tokenizer, it is damaged, or it does not take an option's value.
         FileNotFoundError, OSError, TypeError: as `load_model`.
     """
-    _check_place(name_or_path, options.get("subfolder"))
+    check_place(name_or_path, options.get("subfolder"))
     if options.get("model_max_length") is not None:
         options["model_max_length"] = read_count("model_max_length", options["model_max_length"])
     own = sorted(_TOKENIZER_OPTIONS.intersection(options))
@@ -349,7 +349,14 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> PreT
     return tokenizer
 
 
-def _check_place(name_or_path: object, subfolder: str | os.PathLike[str] | None) -> None:
+def check_place(name_or_path: object, subfolder: str | os.PathLike[str] | None = None) -> None:
+    """Checks that a checkpoint's name is one of the hub's, or a folder that holds one.
+
+    Raises:
+        TypeError: neither.
+        FileNotFoundError: no such folder, or one without a config.
+        ValueError: a file, or an adapter.
+    """
     if not isinstance(name_or_path, (str, os.PathLike)) or not os.fspath(name_or_path):
         remedy = ""
         if isinstance(name_or_path, nn.Module):
@@ -392,7 +399,7 @@ def _readable_errors(
         yield
     except Exception as error:
         is_folder = Path(name_or_path).exists()
-        # `_check_place` has looked into a folder.
+        # `check_place` has looked into a folder.
         if not is_folder and _is_adapter_on_hub(name_or_path, hub_options, error):
             raise _adapter(str(name_or_path)) from error
         subfolder = hub_options.get("subfolder")

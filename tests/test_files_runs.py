@@ -65,7 +65,7 @@ def classifier(model: Path) -> fastcls.Classifier:
 def same_classifier(monkeypatch: pytest.MonkeyPatch, classifier: fastcls.Classifier) -> None:
     """One load is enough for all."""
     monkeypatch.setattr(
-        "fastcls.files.job.Classifier", type("Loaded", (), {"from_pretrained": lambda *_, **__: classifier})
+        "fastcls.predicting.loaded.Classifier", type("Loaded", (), {"from_pretrained": lambda *_, **__: classifier})
     )
 
 

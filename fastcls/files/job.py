@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
 from .. import __version__
 from ..loading import parse_device
 from ..predicting.checkpoint import fingerprint
-from ..predicting.loaded import load
+from ..predicting.loaded import answers_of, load
 from ..predicting.options import PredictOptions
 from .compression import STANDARD_INPUT, is_pipe
 from .output import Output, Places, Standard
 from .rows import Columns
-from .run import SHARD_ROWS, Totals, run
+from .run import SHARD_ROWS, Totals, Windows, run
 from .sources import Source, open_sources
 from .writing import Form, check_schema
 
@@ -50,6 +50,14 @@ class Options(PredictOptions):
         return f"--{name.replace('_', '-')}"
 
 
+class Workers(Windows, Protocol):
+    """Processes with a model, on this machine or others: see `fastcls.ray.workers.Workers`."""
+
+    @property
+    def device(self) -> str: ...
+    def load(self, model: str, options: PredictOptions) -> None: ...
+
+
 class Job:
     """A run that is prepared: its options, files and what an earlier run left were looked at, nothing is loaded.
 
@@ -61,6 +69,7 @@ class Job:
         errors: the file of bad rows; None for one beside the output.
         strict: end at the first bad row. On standard output without ``errors`` it is always so.
         resume, overwrite: see `Output`.
+        workers: other processes that compute; None for this one.
 
     Raises:
         ValueError, TypeError, OSError: something that does not fit or cannot be read.
@@ -77,9 +86,12 @@ class Job:
         strict: bool = False,
         resume: bool = False,
         overwrite: bool = False,
+        workers: Workers | None = None,
     ) -> None:
         options.check()
-        options.check_device()
+        self._workers = workers
+        # By its name after the defaults are applied, so that a default that is written out asks for the same.
+        self._device = str(parse_device(options.device)) if workers is None else options.device or workers.device
         self.options, self._model = options, model
         self._output: Output | Standard
         is_stream = output == "-"
@@ -116,8 +128,7 @@ class Job:
 
     def _asked(self, errors: str | None) -> dict[str, Any]:
         options = asdict(self.options)
-        # By its name after the defaults are applied, so that a default that is written out asks for the same.
-        options["device"] = str(parse_device(self.options.device))
+        options["device"] = self._device
         return {
             "model": {"name": self._model, "is": fingerprint(self._model)},
             "options": {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
@@ -161,7 +172,12 @@ class Job:
             ValueError, TypeError, OSError: as `Classifier.from_pretrained`; columns of the input and of the answers
                 that share a name, or that the output's form cannot hold.
         """
-        self._flow, self._results = load(self._model, self.options)
+        self._flow: Windows
+        if self._workers is None:
+            self._flow, self._results = load(self._model, self.options)
+        else:
+            # The model last: what is refused is refused before it is sent to a cluster.
+            self._flow, self._results = self._workers, answers_of(self._model, self.options)
         kept, found = self.sources[0].schema, self._results.schema
         if shared := [name for name in found.names if name in kept.names]:
             raise ValueError(
@@ -171,6 +187,9 @@ class Job:
         schema = pa.schema([*kept, *found])
         check_schema(schema, self.form)
         self._schema = schema
+        if self._workers is not None:
+            asked = {field.name: getattr(self.options, field.name) for field in fields(PredictOptions)}
+            self._workers.load(self._model, PredictOptions(**{**asked, "device": self._device}))
 
     def run(
         self,

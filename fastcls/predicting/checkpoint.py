@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from ..loading import check_place
 from .machine import folder_of_machine, held
 
 # A name on the hub or a folder; or what gives the folder in the process that needs it.
@@ -25,8 +26,10 @@ def fingerprint(name: str) -> str:
     """What tells a checkpoint from another of the same name: its commit on the hub, or a hash of its folder's files.
 
     Raises:
-        OSError: a name that the hub does not have, or a hub that cannot be reached.
+        OSError: a name that the hub does not have, a hub that cannot be reached, or no such folder.
+        TypeError, ValueError: no name, or a folder that holds no checkpoint.
     """
+    check_place(name)
     folder = Path(name)
     if not folder.is_dir():
         return f"commit {extract_commit_hash(cached_file(name, 'config.json'), None)}"

@@ -69,10 +69,8 @@ class MaskFiller:
         return Flow(self._model, self._tokenizer, compute, _as_they_are, cut, policy, problem_of=self._problem)
 
     def _problem(self, ids: Ids) -> str | None:
-        count = int((ids == self._mask).sum())
-        return (
-            None if count == 1 else f"must have one {self._tokenizer.mask_token} within its first tokens, got {count}"
-        )
+        count, mask = int((ids == self._mask).sum()), self._tokenizer.mask_token
+        return None if count == 1 else f"must have one {mask} within the tokens that are computed, got {count}"
 
 
 class Fills:

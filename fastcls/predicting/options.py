@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from ..engine.spec import Quantize
@@ -24,7 +25,7 @@ class PredictOptions:
         embeddings: "first" or "mean" gives vectors instead of labels.
         normalize: whether vectors have length 1.
         fill_mask: gives the tokens that fill each text's mask instead of labels.
-        function_to_apply: see `Classifier`.
+        function_to_apply: "softmax", "sigmoid" or "none"; None for what the config says.
         device, dtype, quantize: see `Classifier.from_pretrained`.
     """
 
@@ -44,6 +45,19 @@ class PredictOptions:
     device: str | None = None
     dtype: str | None = None
     quantize: Quantize | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> PredictOptions:
+        """Options by their names.
+
+        Raises:
+            TypeError: one that does not exist.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"options must be {', '.join(known)}, got {name}")
+        return cls(**options)
 
     @property
     def policy(self) -> LongTextPolicy:

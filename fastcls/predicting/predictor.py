@@ -41,7 +41,7 @@ class Predictor:
         threads: int | None = None,
         **options: Any,
     ) -> None:
-        asked = PredictOptions(**options)
+        asked = PredictOptions.of(options)
         asked.check()
         set_threads(threads)
         loaded = load_shared(model, asked)

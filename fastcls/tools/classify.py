@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +19,10 @@ from .terminal import INTERRUPTED, expected_errors, set_threads, stderr
 if TYPE_CHECKING:
     from ..files.job import Job
     from ..files.run import Totals
+    from ..ray.workers import Workers
 
 _INPUT, _TEXTS, _ANSWERS, _OUTPUT, _MODEL = "Input", "Long texts", "Answers", "Output", "Model"
+_CLUSTER = "Cluster"
 # Where progress cannot be drawn, a line says it so often, in seconds.
 _REPORT_EVERY = 60.0
 
@@ -159,6 +163,35 @@ def classify(
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Of length 1, of vectors.", rich_help_panel=_ANSWERS)
     ] = False,
+    fill_mask: Annotated[
+        bool,
+        typer.Option(
+            "--fill-mask", help="Give the token that fills each text's mask, or --top-k.", rich_help_panel=_ANSWERS
+        ),
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Compute on a cluster of Ray: auto for the one that this machine belongs to, its address, or local "
+            "for one on this machine alone. Files are read and written here.",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes with the model. Default: as many as it has CPUs, or GPUs, for.",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
+    worker_gpus: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Of each; 0.5 has two share one. Default: 1 if the cluster has any.", rich_help_panel=_CLUSTER
+        ),
+    ] = None,
     device: Device = None,
     dtype: DType = None,
     quantize: Quantize = None,
@@ -179,9 +212,12 @@ def classify(
     error says at the end how many there were.
     """
     path, paths = _model_and_inputs(model, inputs or [], own_model)
-    set_threads(threads)
+    for name, value in (("--workers", workers), ("--worker-gpus", worker_gpus)):
+        if value is not None and ray is None:
+            raise ValueError(f"{name} is for a cluster: add --ray ADDRESS, or leave it out")
+    if ray is None:
+        set_threads(threads)
     from ..files.job import Job, Options
-    from ..files.run import BadRow
 
     options: Any = {
         "format": format,
@@ -202,6 +238,7 @@ def classify(
         "prefix": prefix,
         "embeddings": embeddings,
         "normalize": normalize,
+        "fill_mask": fill_mask,
         "output_format": output_format,
         "shard_rows": shard_rows,
         "device": device,
@@ -209,15 +246,39 @@ def classify(
         "quantize": quantize,
     }
     asked: Any = {"errors": errors, "strict": strict, "resume": resume, "overwrite": overwrite}
-    job = Job(path, paths, output, Options(**options), **asked)
+    with _cluster(ray, workers, threads or 1, worker_gpus) as cluster:
+        _run(Job(path, paths, output, Options(**options), **asked, workers=cluster), output, strict, cluster)
+
+
+@contextlib.contextmanager
+def _cluster(address: str | None, count: int | None, threads: int, gpus: float | None) -> Iterator[Workers | None]:
+    """The workers of a cluster, if one is asked for."""
+    if address is None:
+        yield None
+        return
+    from ..ray.workers import Workers
+
+    with stderr.status("Starting Ray" if address == "local" else "Connecting to Ray", spinner="dots"):
+        workers = Workers(address, count=count, threads=threads, gpus=gpus)
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+def _run(job: Job, output: str, strict: bool, cluster: Workers | None) -> None:
+    """Runs a job, and says on standard error how far it is and what it did."""
+    from ..files.run import BadRow
+
     if job.is_finished:
         job.tidy()
         stderr.print(f"{output} is finished already: there is nothing to resume.", highlight=False, soft_wrap=True)
         return
-    with stderr.status("Loading the model", spinner="dots"):
+    where = "" if cluster is None else f" in {cluster.count} workers on {cluster.device}"
+    with stderr.status(f"Loading the model{where}", spinner="dots"):
         job.load()
     done = job.done
-    display = _Display(done, job.num_rows)
+    display = _Display(done, job.num_rows, cluster.count if cluster is not None else 1)
     try:
         with display:
             totals = job.run(display.show, display.show_joined)
@@ -232,7 +293,13 @@ def classify(
     except BaseException:
         _print_kept(job)
         raise
-    _summarize(done, totals, job, output)
+    _summarize(done, totals, job, output, display.processes)
+    if cluster is not None and cluster.lost:
+        stderr.print(
+            f"[yellow]Workers lost:[/] {cluster.lost:,} times; what they were computing was computed again.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _model_and_inputs(model: str | None, inputs: list[str], own_model: bool) -> tuple[str, list[str]]:
@@ -254,13 +321,14 @@ class _Display:
     Args:
         done: what earlier runs have done.
         num_rows: rows of the input, if that is known.
+        processes: how many have the model.
 
     Attributes:
         rows: rows of this run so far.
     """
 
-    def __init__(self, done: Totals, num_rows: int | None) -> None:
-        self._done, self._num_rows = done.rows, num_rows
+    def __init__(self, done: Totals, num_rows: int | None, processes: int = 1) -> None:
+        self._done, self._num_rows, self.processes = done.rows, num_rows, processes
         self.rows = 0
         self._reported = time.perf_counter()
         self._bar = Progress(
@@ -286,7 +354,7 @@ class _Display:
         self.rows = totals.rows
         rows = self._done + totals.rows
         part = rows / self._num_rows if self._num_rows else totals.read
-        line = f"{rows:,} rows, {_speed(totals)}"
+        line = f"{rows:,} rows, {_speed(totals, self.processes)}"
         self._show(line, part)
 
     def show_joined(self, shards: int, of: int) -> None:
@@ -302,22 +370,23 @@ class _Display:
             stderr.print(line + ("" if part is None else f", {part:.0%} done"), highlight=False, soft_wrap=True)
 
 
-def _speed(totals: Totals) -> str:
+def _speed(totals: Totals, processes: int) -> str:
     seconds = totals.seconds or 1e-9
     return (
         f"{totals.rows / seconds:,.0f} rows/s, {totals.tokens / seconds:,.0f} tokens/s, "
-        f"model busy {min(totals.busy / seconds, 1):.0%}"
+        f"model busy {min(totals.busy / seconds / processes, 1):.0%}"
     )
 
 
-def _summarize(done: Totals, totals: Totals, job: Job, output: str) -> None:
+def _summarize(done: Totals, totals: Totals, job: Job, output: str, processes: int) -> None:
     """What a run did, on standard error."""
     where = "" if output == "-" else f" to {output}"
     before = f", {done.rows:,} of them by earlier runs" if done.rows else ""
     lines = []
     # On standard output a script's log has what is out of the ordinary, and nothing else.
     if output != "-" or stderr.is_terminal:
-        lines.append(f"{done.rows + totals.rows:,} rows{where}{before}: {_speed(totals)}, {totals.seconds:,.1f} s.")
+        speed = f"{_speed(totals, processes)}, {totals.seconds:,.1f} s."
+        lines.append(f"{done.rows + totals.rows:,} rows{where}{before}: {speed}")
     if lines and totals.repeated:
         lines.append(f"Computed once: {totals.repeated:,} rows repeat a text of their window.")
     for count, what in (
