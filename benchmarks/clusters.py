@@ -5,9 +5,9 @@ python benchmarks/clusters.py --rows 2000 --rounds 1    # in miniature: starting
 python benchmarks/clusters.py --memory-rows 1000000 --part memory    # of workers, with the model of --demo
 
 Each way reads parquet files of 4,000 rows and writes parquet, in a process of its own. Its time begins once it has its
-cluster, if it needs one, and before a model is loaded: actors' starting is in it; of the plain command all is. Ways take
-turns, round by round; answers are compared. The pipeline is Ray Data's documented way, transformers' in `map_batches`, on a
-tenth of the rows.
+cluster, if it needs one, and before a model is loaded: actors' starting is in it; of the plain command all is. Ways
+take turns, round by round; answers are compared. The pipeline is Ray Data's documented way, transformers' in
+`map_batches`, on a tenth of the rows.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def started(folder: Path, source: Path, model: str, way: str, quantize: str | No
     if way in (CLI, CLI_AGAIN, CLI_ON_RAY):
         command = [sys.executable, "-m", "fastcls", "classify", model, f"{source}/*.parquet"]
         command += ["-o", str(target / "out.parquet"), "--device", "cpu", "--overwrite"]
+        command += ["--id-column", "row", "--id-column", "text"]
         command += ["--quantize", quantize] if quantize else []
         command += ["--ray", "local"] if way == CLI_ON_RAY else ["--threads", str(cores())]
         target.mkdir()
