@@ -2,7 +2,8 @@
 
 python benchmarks/clusters.py --out clusters            # MiniLM on 60,000 sentences: some 20 minutes on two cores
 python benchmarks/clusters.py --rows 2000 --rounds 1    # in miniature: starting takes most of the time
-python benchmarks/clusters.py --memory-rows 1000000 --part memory    # of workers, with the model of --demo
+python benchmarks/clusters.py --part memory --memory-rows 1000000    # of workers, with the model of --demo
+python benchmarks/clusters.py --part pieces             # what a plan for a cluster is made of, a thread each
 
 Each way reads parquet files of 4,000 rows and writes parquet, in a process of its own. Its time begins once it has its
 cluster, if it needs one, and before a model is loaded: actors' starting is in it; of the plain command all is. Ways
@@ -14,25 +15,34 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import typer
 
+from fastcls.files.job import Job, Options
+from fastcls.flow import MAX_ROWS, Scored
+from fastcls.predicting.loaded import load_shared
+from fastcls.predicting.options import PredictOptions
+from fastcls.texts import Item
+from fastcls.tokenizing import Cut, encode
 from fastcls.tools import demo_model
 from fastcls_benchmarks import provenance
 from fastcls_benchmarks.from_files import Bench, Sizes, different, say
+from fastcls_benchmarks.from_files import write as write_file
+from fastcls_benchmarks.texts import LONGEST
 
 CLI, CLI_AGAIN, CLI_ON_RAY = "fastcls classify", "fastcls classify again", "fastcls classify --ray"
 DATA, DATA_OF_ONE, PIPELINE, SPARK = "Ray Data", "Ray Data, one actor", "Ray Data, pipeline", "Spark"
@@ -40,8 +50,13 @@ WAYS = (CLI, CLI_ON_RAY, DATA, DATA_OF_ONE, SPARK, PIPELINE, CLI_AGAIN)
 _ROWS_A_FILE = 4000
 _PIPELINE_SHARE = 10
 _SECONDS_BETWEEN_SAMPLES = 0.5
+_BLOCKS = (32, 256, 1024, MAX_ROWS)
+_DRIVER_ROWS = 200_000
 # Another label is no mistake where both have nearly the same score: a text's neighbours move its last digits.
 _TIE = 1e-4
+
+
+Tag = TypeVar("Tag")
 
 
 class Sample(NamedTuple):
@@ -52,6 +67,15 @@ class Sample(NamedTuple):
     rows: int
     seconds: float
     load: float
+
+
+class Piece(NamedTuple):
+    """What one thread does: so many rows, or loads, in so many seconds."""
+
+    precision: str
+    what: str
+    times: int
+    seconds: float
 
 
 def cores() -> int:
@@ -127,7 +151,9 @@ class Pipeline:
 
 def answers(target: Path) -> list[tuple[int, str, float]]:
     """Rows that a way has written, in the order of their numbers."""
-    table = pq.read_table(target, columns=["row", "label", "score"])
+    # Beside them may lie what a run says of itself.
+    files = sorted(target.glob("*.parquet"))
+    table = pa.concat_tables(pq.read_table(file, columns=["row", "label", "score"]) for file in files)
     rows: list[dict[str, Any]] = table.sort_by("row").to_pylist()
     return [(each["row"], each["label"], each["score"]) for each in rows]
 
@@ -224,6 +250,56 @@ def memory(bench: Bench, rows: int) -> list[tuple[float, float]]:
     return samples
 
 
+def pieces(bench: Bench, rows: int) -> list[Piece]:
+    """What a plan for a cluster is made of, each with one thread."""
+    torch.set_num_threads(1)
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    texts, found = list(islice(different(bench.texts), rows)), list[Piece]()
+    model = bench.model()
+    for precision, options in bench.precisions.items():
+        asked = PredictOptions(device="cpu", **options)
+        for name in ("loading, the first process of a machine", "loading, a further one"):
+            began = time.perf_counter()
+            flow = load_shared(model, asked).flow
+            found.append(Piece(precision, name, 1, time.perf_counter() - began))
+        items = [Item(text, None) for text in texts]
+        list(flow.run([(items[:MAX_ROWS], None)]))
+        for size in _BLOCKS:
+            began = time.perf_counter()
+            for _ in flow.run((items[at : at + size], None) for at in range(0, rows, size)):
+                pass
+            found.append(Piece(precision, f"blocks of {size:,} rows", rows, time.perf_counter() - began))
+    tokenizer, cut = bench.classifier("float32").tokenizer, Cut("longest_first", LONGEST)
+    began = time.perf_counter()
+    for at in range(0, rows, MAX_ROWS):
+        encode(tokenizer, texts[at : at + MAX_ROWS], None, cut)
+    found.append(Piece("", "the tokenizer", rows, time.perf_counter() - began))
+    many = list(islice(different(bench.texts), _DRIVER_ROWS))
+    source = write_file(bench.folder / "driver.parquet", many)
+    job = Job(model, [source], str(bench.folder / "driver.out.parquet"), Options(), workers=Elsewhere())
+    job.load()
+    began = time.perf_counter()
+    job.run()
+    found.append(Piece("", "the driver: reading, sending, receiving, writing", len(many), time.perf_counter() - began))
+    return found
+
+
+class Elsewhere:
+    """Workers that take no time: what a run's driver does is left."""
+
+    device = "cpu"
+
+    def load(self, model: str, options: PredictOptions) -> None:
+        """Does nothing."""
+
+    def run(self, windows: Iterable[tuple[Sequence[Item | None], Tag]]) -> Iterator[tuple[Scored, Tag]]:
+        for texts, tag in windows:
+            # As they are sent, and as the numbers come back.
+            rows = len(pickle.loads(pickle.dumps(texts, protocol=5)))
+            scores = torch.full((rows, 2), 0.5)
+            yield pickle.loads(pickle.dumps(Scored(scores, scores, [], {}, 0, 0, rows, 0.0), protocol=5)), tag
+
+
 def _is_worker(process: Path) -> bool:
     try:
         return (process / "cmdline").read_bytes().startswith(b"ray::Worker")
@@ -259,29 +335,40 @@ def show_memory(samples: list[tuple[float, float]]) -> None:
         print(f"{10 * tenth:3}-{10 * tenth + 10} % of the run: at most {max(part, default=0):,.0f} MiB")
 
 
+def show_pieces(found: list[Piece]) -> None:
+    """Prints how many of each a thread does in a second."""
+    for each in found:
+        rate = each.times / each.seconds
+        value = f"{each.seconds:.2f} s" if each.times == 1 else f"{rate:,.0f}/s"
+        print(f"{each.precision:8} {each.what:50} {value}")
+
+
 def main(
     rows: Annotated[int, typer.Option(min=10)] = 60_000,
     rounds: Annotated[int, typer.Option(min=1)] = 1,
-    part: Annotated[str, typer.Option(help="speed, memory or both.")] = "both",
+    part: Annotated[str, typer.Option(help="speed, pieces, memory or all.")] = "all",
     memory_rows: Annotated[int, typer.Option(min=10)] = 1_000_000,
     quantize: Annotated[str | None, typer.Option(help="int8")] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for clusters.json.")] = None,
 ) -> None:
     """Measures Ray and Spark beside the plain command."""
-    if part not in ("speed", "memory", "both"):
-        raise typer.BadParameter(f"--part must be speed, memory or both, got {part}")
+    if part not in ("speed", "pieces", "memory", "all"):
+        raise typer.BadParameter(f"--part must be speed, pieces, memory or all, got {part}")
     with tempfile.TemporaryDirectory() as folder:
         sizes = Sizes(
             rows=rows, block=0, pipeline_rows=0, duplicate_rows=0, documents=0, words=0,
             memory_rows=(), memory_forms=(), plan_seconds=0, rounds=rounds,
         )  # fmt: skip
         bench = Bench(sizes, torch.device("cpu"), Path(folder))
-        samples = speed(bench, rows, rounds, quantize) if part != "memory" else []
-        resident = memory(bench, memory_rows) if part != "speed" else []
+        samples = speed(bench, rows, rounds, quantize) if part in ("speed", "all") else []
+        resident = memory(bench, memory_rows) if part in ("memory", "all") else []
+        small = pieces(bench, max(rows // 10, MAX_ROWS)) if part in ("pieces", "all") else []
     if samples:
         show(samples)
     if resident:
         show_memory(resident)
+    if small:
+        show_pieces(small)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         found = {
@@ -290,6 +377,7 @@ def main(
             "texts": bench.about,
             "quantize": quantize,
             "samples": [each._asdict() for each in samples],
+            "pieces": [each._asdict() for each in small],
             "memory_rows": memory_rows if resident else None,
             "memory": resident,
         }
