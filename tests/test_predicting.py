@@ -221,6 +221,12 @@ def test_what_a_killed_process_left_the_next_one_removes(model: str, own_folder:
     assert (other / "config.json").read_bytes() == b"{}"
 
 
+def test_each_of_several_predictors_computes_what_it_was_asked(model: str) -> None:
+    vectors = [Predictor(model, embeddings=pooling)(table(["very good"])) for pooling in ("mean", "first", "mean")]
+    mean, first, again = (each.column("embedding").to_pylist() for each in vectors)
+    assert mean == again != first
+
+
 def test_files_are_written_once_a_machine_and_are_the_checkpoints(model: str) -> None:
     calls: list[int] = []
 

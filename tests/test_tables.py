@@ -338,7 +338,7 @@ def test_what_is_no_known_table_is_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"errors": "ignore"}, "errors must be 'raise' or 'null', got 'ignore'"),
+        ({"errors": "ignore"}, "errors must be one of raise, null, column, got 'ignore'"),
         ({"long_texts": True}, "long_texts must be one of truncate, error.*, got True"),
         ({"top_k": 0}, "top_k must be a positive int or None, got 0"),
         ({"function_to_apply": "max"}, "function_to_apply must be one of"),
