@@ -1,0 +1,316 @@
+"""Spark: a model over PySpark's frames, loaded once a Python worker, whose weights a machine holds once.
+
+labelled = fastcls.spark.predict(spark.read.parquet("reviews/"), "your/bert-classifier")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from .flow import MAX_ROWS, Flow
+from .predicting.checkpoint import fingerprint, read_files, write_files
+from .predicting.loaded import Loaded, answers_of, load_shared
+from .predicting.options import PredictOptions
+from .predicting.predictor import set_threads
+from .tables import Errors, Job, with_results
+from .tables.job import text_column as found_text_column
+from .texts import read_count
+
+if TYPE_CHECKING:
+    from pyspark import Broadcast
+    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql.types import DataType, StructField
+
+__all__ = ["PredictMaker", "predict"]
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Gives, in an executor, the folder of a checkpoint or its name on the hub.
+
+    Attributes:
+        key: tells the checkpoint from another of the same name.
+        name: where the executor finds it, unless its files are sent.
+        files: those of a folder, by their paths in it.
+    """
+
+    key: str
+    name: str = field(compare=False)
+    files: Broadcast[dict[str, bytes]] | None = field(compare=False)
+
+    def __call__(self) -> str:
+        files = self.files
+        return self.name if files is None else write_files(self.key, lambda: files.value)
+
+
+class _Asked(NamedTuple):
+    """What a Python worker does with rows, as it is sent there."""
+
+    checkpoint: _Sent
+    options: PredictOptions
+    threads: int
+    text: str
+    pair: str | None
+    errors: Errors
+
+    def job(self) -> Job:
+        loaded = _loaded(self.checkpoint, self.options, self.threads)
+        return Job(self.text, self.pair, loaded.answers, loaded.flow, self.errors)
+
+
+# Spark hands a worker from one stage to another, and each stage of a job may have a model of its own.
+@lru_cache(maxsize=3)
+def _loaded(checkpoint: _Sent, options: PredictOptions, threads: int) -> Loaded:
+    set_threads(threads)
+    return load_shared(checkpoint, options)
+
+
+def predict(
+    frame: DataFrame,
+    model: str,
+    *,
+    text_column: str | None = None,
+    pair_column: str | None = None,
+    errors: Errors = "column",
+    threads: int = 1,
+    window_rows: int = MAX_ROWS,
+    broadcast: bool = True,
+    **options: Any,
+) -> DataFrame:
+    """A frame with the model's columns added, computed where and when Spark computes it.
+
+    Rows keep their columns and, within a partition, their order. On the driver only the config and the tokenizer are
+    read.
+
+    Args:
+        frame: a frame of PySpark, streaming ones included.
+        model: a folder with a checkpoint, whose files the executors are sent, or a name on the hub.
+        text_column: the column of texts; None is "text", or else the only column of strings.
+        pair_column: the column of second texts, where texts are pairs.
+        errors: what becomes of a text that is null or cannot be computed. "column" gives nulls and says why in a column
+            "error", "null" gives nulls, "raise" ends the job.
+        threads: CPU threads of a Python worker, of which an executor has one a core.
+        window_rows: rows of a partition that are computed at once, sorted by length. Spark's batches
+            (``spark.sql.execution.arrow.maxRecordsPerBatch``) are gathered to as many, and larger ones stay as they are.
+        broadcast: whether executors are sent a folder's files; without it each of them must see the folder.
+        options: see `fastcls.predicting.options.PredictOptions`.
+
+    Raises:
+        ImportError: PySpark is not installed.
+        TypeError: something that is no frame of PySpark, a column that holds no strings, an option that does not exist.
+        ValueError: a column that is not there, or a new one that is there already; an option with another value; with
+            Spark Connect a folder to send.
+        OSError: as `Classifier.from_pretrained`.
+    """
+    _require_pyspark()
+    from pyspark.sql import DataFrame
+    from pyspark.sql.types import StructType
+
+    if not isinstance(frame, DataFrame):
+        raise TypeError(f"frame must be a pyspark.sql.DataFrame, got {type(frame).__module__}.{type(frame).__name__}")
+    read_count("window_rows", window_rows)
+    asked, job = _checked(model, text_column, pair_column, errors, threads, options)
+    text = found_text_column(_Columns(frame), job)
+    added = _spark_fields(job.schema)
+    _check_case(frame, added, job)
+    sent = _sent(model, frame.sparkSession, broadcast)
+    task = _Asked(sent, asked, threads, text, pair_column, errors)
+    return frame.mapInArrow(partial(_mapped, task, window_rows), StructType([*frame.schema.fields, *added]))
+
+
+class PredictMaker:
+    """Makes, in a Python worker, the function that ``pyspark.ml.functions.predict_batch_udf`` calls with texts.
+
+        make = fastcls.spark.PredictMaker("your/bert-classifier")
+        classify = predict_batch_udf(make, return_type=make.return_type, batch_size=4096)
+        frame.withColumn("answer", classify("text"))
+
+    A text that is null, or cannot be computed, has nulls for results, and for a vector one of NaN: this interface knows
+    no null among vectors. Scores that are NaN it makes null.
+
+    Args:
+        model, threads, broadcast, options: see `predict`; without lists and structs in the results.
+        pairs: whether the function takes two columns, the texts and the second ones.
+        errors: see `predict`; rows in messages are counted in their batch.
+
+    Attributes:
+        return_type: of a vector an array, or else a struct with a field for each column of `predict`.
+
+    Raises:
+        ImportError, TypeError, ValueError, OSError: see `predict`.
+    """
+
+    return_type: DataType
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        pairs: bool = False,
+        errors: Errors = "null",
+        threads: int = 1,
+        broadcast: bool = True,
+        **options: Any,
+    ) -> None:
+        _require_pyspark()
+        from pyspark.sql import SparkSession
+        from pyspark.sql.types import StructType
+
+        pair = "pair" if pairs else None
+        asked, job = _checked(model, "text", pair, errors, threads, options)
+        for name in ("top_k", "threshold", "all_scores", "logits"):
+            if getattr(asked, name) not in (None, False):
+                raise ValueError(f"{name} must be left out: predict_batch_udf takes no structs in results, predict does")
+        fields = _spark_fields(job.schema)
+        self.return_type = fields[0].dataType if len(fields) == 1 else StructType(fields)
+        sent = _sent(model, SparkSession.getActiveSession(), broadcast)
+        self._asked = _Asked(sent, asked, threads, "text", pair, errors)
+
+    def __call__(self) -> Callable[..., Any]:
+        """The function. PySpark counts its parameters."""
+        job = self._asked.job()
+
+        def of_texts(texts: Any) -> Any:
+            return _answers(job, {"text": texts})
+
+        def of_pairs(texts: Any, pairs: Any) -> Any:
+            return _answers(job, {"text": texts, "pair": pairs})
+
+        return of_texts if job.pair is None else of_pairs
+
+
+def _require_pyspark() -> None:
+    try:
+        import pyspark.sql.pandas.types  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'PySpark must be installed: pip install "fastcls[spark]" ({error})') from error
+
+
+def _checked(
+    model: str, text: str | None, pair: str | None, errors: Errors, threads: int, options: dict[str, Any]
+) -> tuple[PredictOptions, Job]:
+    """What is computed, and a job that knows its columns, once all values are known to exist."""
+    asked = PredictOptions(**options)
+    asked.check()
+    read_count("threads", threads)
+    if errors not in get_args(Errors):
+        raise ValueError(f"errors must be one of {', '.join(get_args(Errors))}, got {errors!r}")
+    # The driver asks the job for its columns alone, and loads no model.
+    return asked, Job(text, pair, answers_of(model, asked), cast(Flow, None), errors)
+
+
+class _Columns:
+    """The columns of a frame, whose rows are not on the driver."""
+
+    def __init__(self, frame: DataFrame) -> None:
+        self._kinds = {each.name: each.dataType for each in frame.schema.fields}
+        self.names: list[Any] = [each.name for each in frame.schema.fields]
+
+    def kind(self, name: Any) -> str:
+        from pyspark.sql.types import CharType, NullType, StringType, VarcharType
+
+        found = self._kinds[name]
+        if isinstance(found, (StringType, CharType, VarcharType)):
+            return "strings"
+        return "perhaps" if isinstance(found, NullType) else found.simpleString()
+
+
+def _check_case(frame: DataFrame, added: list[StructField], job: Job) -> None:
+    """Refuses new columns that Spark, unless it is told otherwise, would take for old ones."""
+    if frame.sparkSession.conf.get("spark.sql.caseSensitive") == "true":
+        return
+    old = {name.lower(): name for name in frame.columns}
+    for each in added:
+        if (found := old.get(each.name.lower())) is not None:
+            raise ValueError(
+                f"the frame has a column {found!r}, which Spark cannot tell from {each.name!r}: pass another prefix "
+                f"than {job.results.prefix!r}, or rename that column"
+            )
+
+
+def _spark_fields(schema: pa.Schema) -> list[StructField]:
+    from pyspark.sql.pandas.types import from_arrow_schema
+
+    return list(from_arrow_schema(_as_lists(schema)).fields)
+
+
+def _as_lists(schema: pa.Schema) -> pa.Schema:
+    """With lists of any length in place of vectors, which Spark's reader of Arrow does not know."""
+    kinds = (pa.list_(each.value_type) if pa.types.is_fixed_size_list(each) else each for each in schema.types)
+    return pa.schema([each.with_type(kind) for each, kind in zip(schema, kinds, strict=True)], schema.metadata)
+
+
+def _sent(model: str, session: SparkSession | None, broadcast: bool) -> _Sent:
+    if not Path(model).is_dir():
+        return _Sent(fingerprint(model), model, None)
+    folder = os.path.abspath(model)
+    if not broadcast:
+        return _Sent(fingerprint(folder), folder, None)
+    if session is None:
+        raise ValueError(f"model must be sent by a Spark session, and none is active: start one first, got {model}")
+    # Sessions of Spark Connect have none.
+    context = getattr(session, "sparkContext", None)
+    if context is None:
+        raise ValueError(
+            "model must be a name on the hub, or with broadcast=False a folder that each executor sees, got the folder "
+            f"{model}: Spark Connect does not send its files"
+        )
+    files, digest = read_files(folder), hashlib.sha256()
+    for name, content in files.items():
+        digest.update(f"{name} {len(content)}\n".encode())
+        digest.update(content)
+    return _Sent(digest.hexdigest()[:32], folder, context.broadcast(files))
+
+
+def _mapped(task: _Asked, window_rows: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The batches of a partition with the new columns."""
+    first = 0
+    for table in _gathered(batches, window_rows):
+        try:
+            found = with_results(table, task.job())
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"rows {first:,} to {first + table.num_rows:,} of a partition: {error}") from error
+        first += table.num_rows
+        yield from found.cast(_as_lists(found.schema)).to_batches()
+
+
+def _gathered(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
+    """Tables of as many batches as make up to so many rows."""
+    held, count = list[pa.RecordBatch](), 0
+    for batch in batches:
+        if held and count + batch.num_rows > rows:
+            yield pa.Table.from_batches(held)
+            held, count = [], 0
+        held.append(batch)
+        count += batch.num_rows
+    if count:
+        yield pa.Table.from_batches(held)
+
+
+def _answers(job: Job, texts: dict[str, Any]) -> Any:
+    """The new columns as arrays of NumPy, by their names; of a single one the array."""
+    # What pandas has for null, None or NaN, is one here.
+    table = pa.table({name: pa.array(values, from_pandas=True) for name, values in texts.items()})
+    found = with_results(table, job).select(job.schema.names)
+    arrays = {name: _numpy(found.column(name).combine_chunks()) for name in job.schema.names}
+    return arrays if len(arrays) > 1 else next(iter(arrays.values()))
+
+
+def _numpy(column: pa.Array) -> np.ndarray[Any, Any]:
+    kind = column.type
+    if pa.types.is_fixed_size_list(kind):
+        # The values of a null vector are NaN.
+        return cast("np.ndarray[Any, Any]", column.values.to_numpy().reshape(len(column), kind.list_size))
+    if pa.types.is_floating(kind):
+        return cast("np.ndarray[Any, Any]", column.to_numpy(zero_copy_only=False))
+    # Of integers with nulls pyarrow would make floats.
+    return np.array(column.to_pylist(), dtype=object)
