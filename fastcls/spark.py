@@ -58,6 +58,7 @@ class _Asked(NamedTuple):
     checkpoint: _Sent
     options: PredictOptions
     threads: int
+    names: list[str]
     text: str
     pair: str | None
     errors: Errors
@@ -100,7 +101,7 @@ def predict(
             "error", "null" gives nulls, "raise" ends the job.
         threads: CPU threads of a Python worker, of which an executor has one a core.
         window_rows: rows of a partition that are computed at once, sorted by length. Spark's batches
-            (``spark.sql.execution.arrow.maxRecordsPerBatch``) are gathered to as many, and larger ones stay as they are.
+            (``spark.sql.execution.arrow.maxRecordsPerBatch``) are gathered to as many; larger ones stay as they are.
         broadcast: whether executors are sent a folder's files; without it each of them must see the folder.
         options: see `fastcls.predicting.options.PredictOptions`.
 
@@ -121,10 +122,12 @@ def predict(
     asked, job = _checked(model, text_column, pair_column, errors, threads, options)
     text = found_text_column(_Columns(frame), job)
     added = _spark_fields(job.schema)
-    _check_case(frame, added, job)
+    _check_names(frame, added, job)
     sent = _sent(model, frame.sparkSession, broadcast)
-    task = _Asked(sent, asked, threads, text, pair_column, errors)
-    return frame.mapInArrow(partial(_mapped, task, window_rows), StructType([*frame.schema.fields, *added]))
+    task = _Asked(sent, asked, threads, frame.columns, text, pair_column, errors)
+    # By name, mapInArrow would look for a column "a.b" as the field b of a column "a".
+    numbered = frame.toDF(*map(str, range(len(frame.columns))))
+    return numbered.mapInArrow(partial(_mapped, task, window_rows), StructType([*frame.schema.fields, *added]))
 
 
 class PredictMaker:
@@ -169,11 +172,11 @@ class PredictMaker:
         asked, job = _checked(model, "text", pair, errors, threads, options)
         for name in ("top_k", "threshold", "all_scores", "logits"):
             if getattr(asked, name) not in (None, False):
-                raise ValueError(f"{name} must be left out: predict_batch_udf takes no structs in results, predict does")
+                raise ValueError(f"{name} must be left out: predict_batch_udf takes no nested structs, predict does")
         fields = _spark_fields(job.schema)
         self.return_type = fields[0].dataType if len(fields) == 1 else StructType(fields)
         sent = _sent(model, SparkSession.getActiveSession(), broadcast)
-        self._asked = _Asked(sent, asked, threads, "text", pair, errors)
+        self._asked = _Asked(sent, asked, threads, [], "text", pair, errors)
 
     def __call__(self) -> Callable[..., Any]:
         """The function. PySpark counts its parameters."""
@@ -224,11 +227,15 @@ class _Columns:
         return "perhaps" if isinstance(found, NullType) else found.simpleString()
 
 
-def _check_case(frame: DataFrame, added: list[StructField], job: Job) -> None:
-    """Refuses new columns that Spark, unless it is told otherwise, would take for old ones."""
+def _check_names(frame: DataFrame, added: list[StructField], job: Job) -> None:
+    """Refuses names that Spark would not keep apart in the result, or fail at without saying why."""
+    names = frame.columns
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"the frame must have no two columns of one name, got {twice[0]!r}: rename one of them")
     if frame.sparkSession.conf.get("spark.sql.caseSensitive") == "true":
         return
-    old = {name.lower(): name for name in frame.columns}
+    old = {name.lower(): name for name in names}
     for each in added:
         if (found := old.get(each.name.lower())) is not None:
             raise ValueError(
@@ -275,10 +282,11 @@ def _mapped(task: _Asked, window_rows: int, batches: Iterable[pa.RecordBatch]) -
     """The batches of a partition with the new columns."""
     first = 0
     for table in _gathered(batches, window_rows):
+        job = task.job()
         try:
-            found = with_results(table, task.job())
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"rows {first:,} to {first + table.num_rows:,} of a partition: {error}") from error
+            found = with_results(table.rename_columns(task.names), job)
+        except ValueError as error:
+            raise ValueError(f"rows {first:,} to {first + table.num_rows:,} of a partition: {error}") from error
         first += table.num_rows
         yield from found.cast(_as_lists(found.schema)).to_batches()
 
