@@ -5,7 +5,6 @@ labelled = fastcls.spark.predict(spark.read.parquet("reviews/"), "your/bert-clas
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from .flow import MAX_ROWS, Flow
-from .predicting.checkpoint import fingerprint, read_files, write_files
+from .predicting.checkpoint import fingerprint, key_of, read_files, write_files
 from .predicting.loaded import Loaded, answers_of, load_shared
 from .predicting.options import PredictOptions
 from .predicting.predictor import set_threads
@@ -35,15 +34,9 @@ __all__ = ["PredictMaker", "predict"]
 
 @dataclass(frozen=True)
 class _Sent:
-    """Gives, in an executor, the folder of a checkpoint or its name on the hub.
+    """Gives, in an executor, the folder of a checkpoint or its name on the hub."""
 
-    Attributes:
-        key: tells the checkpoint from another of the same name.
-        name: where the executor finds it, unless its files are sent.
-        files: those of a folder, by their paths in it.
-    """
-
-    key: str
+    key: str  # tells the checkpoint from another of the same name
     name: str = field(compare=False)
     files: Broadcast[dict[str, bytes]] | None = field(compare=False)
 
@@ -89,27 +82,24 @@ def predict(
 ) -> DataFrame:
     """A frame with the model's columns added, computed where and when Spark computes it.
 
-    Rows keep their columns and, within a partition, their order. On the driver only the config and the tokenizer are
-    read.
+    Rows keep their columns and, within a partition, their order. The driver reads the config and the tokenizer alone.
 
     Args:
-        frame: a frame of PySpark, streaming ones included.
+        frame: a frame of PySpark.
         model: a folder with a checkpoint, whose files the executors are sent, or a name on the hub.
         text_column: the column of texts; None is "text", or else the only column of strings.
         pair_column: the column of second texts, where texts are pairs.
         errors: what becomes of a text that is null or cannot be computed. "column" gives nulls and says why in a column
             "error", "null" gives nulls, "raise" ends the job.
         threads: CPU threads of a Python worker, of which an executor has one a core.
-        window_rows: rows of a partition that are computed at once, sorted by length. Spark's batches
-            (``spark.sql.execution.arrow.maxRecordsPerBatch``) are gathered to as many; larger ones stay as they are.
+        window_rows: rows that are computed at once, sorted by length: Spark's batches are gathered to up to so many.
         broadcast: whether executors are sent a folder's files; without it each of them must see the folder.
         options: see `fastcls.predicting.options.PredictOptions`.
 
     Raises:
         ImportError: PySpark is not installed.
         TypeError: something that is no frame of PySpark, a column that holds no strings, an option that does not exist.
-        ValueError: a column that is not there, or a new one that is there already; an option with another value; with
-            Spark Connect a folder to send.
+        ValueError: a column that is not there, or is already; an option's value; with Spark Connect a folder to send.
         OSError: as `Classifier.from_pretrained`.
     """
     _require_pyspark()
@@ -123,8 +113,7 @@ def predict(
     text = found_text_column(_Columns(frame), job)
     added = _spark_fields(job.schema)
     _check_names(frame, added, job)
-    sent = _sent(model, frame.sparkSession, broadcast)
-    task = _Asked(sent, asked, threads, frame.columns, text, pair_column, errors)
+    task = _Asked(_sent(model, frame.sparkSession, broadcast), asked, threads, frame.columns, text, pair_column, errors)
     # By name, mapInArrow would look for a column "a.b" as the field b of a column "a".
     numbered = frame.toDF(*map(str, range(len(frame.columns))))
     return numbered.mapInArrow(partial(_mapped, task, window_rows), StructType([*frame.schema.fields, *added]))
@@ -152,8 +141,6 @@ class PredictMaker:
         ImportError, TypeError, ValueError, OSError: see `predict`.
     """
 
-    return_type: DataType
-
     def __init__(
         self,
         model: str,
@@ -174,7 +161,7 @@ class PredictMaker:
             if getattr(asked, name) not in (None, False):
                 raise ValueError(f"{name} must be left out: predict_batch_udf takes no nested structs, predict does")
         fields = _spark_fields(job.schema)
-        self.return_type = fields[0].dataType if len(fields) == 1 else StructType(fields)
+        self.return_type: DataType = fields[0].dataType if len(fields) == 1 else StructType(fields)
         sent = _sent(model, SparkSession.getActiveSession(), broadcast)
         self._asked = _Asked(sent, asked, threads, [], "text", pair, errors)
 
@@ -182,13 +169,9 @@ class PredictMaker:
         """The function. PySpark counts its parameters."""
         job = self._asked.job()
 
-        def of_texts(texts: Any) -> Any:
-            return _answers(job, {"text": texts})
-
-        def of_pairs(texts: Any, pairs: Any) -> Any:
-            return _answers(job, {"text": texts, "pair": pairs})
-
-        return of_texts if job.pair is None else of_pairs
+        if job.pair is None:
+            return lambda texts: _answers(job, {"text": texts})
+        return lambda texts, pairs: _answers(job, {"text": texts, "pair": pairs})
 
 
 def _require_pyspark() -> None:
@@ -215,13 +198,12 @@ class _Columns:
     """The columns of a frame, whose rows are not on the driver."""
 
     def __init__(self, frame: DataFrame) -> None:
-        self._kinds = {each.name: each.dataType for each in frame.schema.fields}
-        self.names: list[Any] = [each.name for each in frame.schema.fields]
+        self.names, self._schema = list[Any](frame.columns), frame.schema
 
     def kind(self, name: Any) -> str:
         from pyspark.sql.types import CharType, NullType, StringType, VarcharType
 
-        found = self._kinds[name]
+        found = self._schema[name].dataType
         if isinstance(found, (StringType, CharType, VarcharType)):
             return "strings"
         return "perhaps" if isinstance(found, NullType) else found.simpleString()
@@ -230,8 +212,7 @@ class _Columns:
 def _check_names(frame: DataFrame, added: list[StructField], job: Job) -> None:
     """Refuses names that Spark would not keep apart in the result, or fail at without saying why."""
     names = frame.columns
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
+    if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"the frame must have no two columns of one name, got {twice[0]!r}: rename one of them")
     if frame.sparkSession.conf.get("spark.sql.caseSensitive") == "true":
         return
@@ -262,20 +243,16 @@ def _sent(model: str, session: SparkSession | None, broadcast: bool) -> _Sent:
     folder = os.path.abspath(model)
     if not broadcast:
         return _Sent(fingerprint(folder), folder, None)
-    if session is None:
-        raise ValueError(f"model must be sent by a Spark session, and none is active: start one first, got {model}")
     # Sessions of Spark Connect have none.
     context = getattr(session, "sparkContext", None)
     if context is None:
+        why = "no Spark session is active that sends" if session is None else "Spark Connect does not send"
         raise ValueError(
             "model must be a name on the hub, or with broadcast=False a folder that each executor sees, got the folder "
-            f"{model}: Spark Connect does not send its files"
+            f"{model}: {why} its files"
         )
-    files, digest = read_files(folder), hashlib.sha256()
-    for name, content in files.items():
-        digest.update(f"{name} {len(content)}\n".encode())
-        digest.update(content)
-    return _Sent(digest.hexdigest()[:32], folder, context.broadcast(files))
+    files = read_files(folder)
+    return _Sent(key_of(files), folder, context.broadcast(files))
 
 
 def _mapped(task: _Asked, window_rows: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -313,12 +290,10 @@ def _answers(job: Job, texts: dict[str, Any]) -> Any:
     return arrays if len(arrays) > 1 else next(iter(arrays.values()))
 
 
-def _numpy(column: pa.Array) -> np.ndarray[Any, Any]:
+def _numpy(column: pa.Array) -> Any:
     kind = column.type
     if pa.types.is_fixed_size_list(kind):
         # The values of a null vector are NaN.
-        return cast("np.ndarray[Any, Any]", column.values.to_numpy().reshape(len(column), kind.list_size))
-    if pa.types.is_floating(kind):
-        return cast("np.ndarray[Any, Any]", column.to_numpy(zero_copy_only=False))
+        return column.values.to_numpy().reshape(len(column), kind.list_size)
     # Of integers with nulls pyarrow would make floats.
-    return np.array(column.to_pylist(), dtype=object)
+    return column.to_numpy(False) if pa.types.is_floating(kind) else np.array(column.to_pylist(), dtype=object)

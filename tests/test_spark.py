@@ -319,7 +319,7 @@ def test_other_tables_and_other_sessions_are_refused(spark: Any, model: str) -> 
         ValueError, match=r"a name on the hub, or with broadcast=False a folder that each executor sees"
     ):
         fastcls.spark._sent(model, connected, True)
-    with pytest.raises(ValueError, match="none is active: start one first"):
+    with pytest.raises(ValueError, match="no Spark session is active"):
         fastcls.spark._sent(model, None, True)
 
 
