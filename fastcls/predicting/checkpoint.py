@@ -50,11 +50,20 @@ def read_files(folder: str) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in kept}
 
 
+def key_of(files: Mapping[str, bytes]) -> str:
+    """What tells these files of a checkpoint from others, for `write_files`."""
+    digest = hashlib.sha256()
+    for name, content in files.items():
+        digest.update(f"{name} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()[:32]
+
+
 def write_files(key: str, files: Callable[[], Mapping[str, bytes]]) -> str:
     """The folder of this machine that holds a checkpoint's files, written by the first process that asks.
 
     Args:
-        key: what tells the checkpoint from others, a hash.
+        key: what tells the checkpoint from others, see `key_of`.
         files: gives the files, see `read_files`; called where they are not there yet.
     """
     target = folder_of_machine() / f"checkpoint-{key}"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
-from ..predicting.checkpoint import Checkpoint, read_files, write_files
+from ..predicting.checkpoint import Checkpoint, key_of, read_files, write_files
 from .library import import_ray
 
 
@@ -30,8 +29,4 @@ def sent(model: str) -> Checkpoint:
     if not Path(model).is_dir():
         return model
     files = read_files(model)
-    digest = hashlib.sha256()
-    for name, content in files.items():
-        digest.update(f"{name} {len(content)}\n".encode())
-        digest.update(content)
-    return _Sent(digest.hexdigest()[:32], import_ray().put(files))
+    return _Sent(key_of(files), import_ray().put(files))

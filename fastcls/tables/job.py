@@ -9,7 +9,7 @@ from ..engine.batch import shortened
 from ..flow import MAX_ROWS, Flow
 from ..results import Answers
 from ..texts import Item
-from .kinds import Table
+from .kinds import Columns, Table
 
 if TYPE_CHECKING:
     import pyarrow
@@ -47,7 +47,7 @@ class Job(NamedTuple):
         return schema
 
 
-def text_column(read: Table, job: Job) -> Any:
+def text_column(read: Columns, job: Job) -> Any:
     """The column of texts, once all columns are known to fit."""
     text = job.text
     if text is None:

@@ -15,14 +15,19 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-class Table(Protocol):
-    """A table as this module reads it."""
+class Columns(Protocol):
+    """What is known of a table before its rows are."""
 
     names: list[Any]
-    num_rows: int
 
     def kind(self, name: Any) -> str:
         """Of a column: "strings" if it holds them and nulls alone, "perhaps" if its values must tell, or its type."""
+
+
+class Table(Columns, Protocol):
+    """A table as this module reads it."""
+
+    num_rows: int
 
     def is_clean(self, name: Any) -> bool:
         """Whether each value of a column is known to be a string without being seen."""
