@@ -36,7 +36,7 @@ from fastcls.predicting.predictor import set_threads
 from fastcls.texts import Item
 
 
-# Annotations are objects here, not strings: FastAPI reads them again in each replica, where a script's names are missing.
+# Annotations are objects here, not strings: FastAPI reads them again in a replica, where a script's names are missing.
 class Settings(BaseModel, extra="forbid"):
     """What ``serve run serve_ray:app name=value ...`` sets."""
 
