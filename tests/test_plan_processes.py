@@ -108,7 +108,7 @@ def test_the_report_says_what_processes_rest_on(model: Path, in_two: list[Any]) 
         "memory of a process, at most  2.00 GiB",
         "Each machine is as this one and does nothing else: 2 processes with 1 thread each.",
         "each machine does it once; a process that starts and maps what was loaded took up to 9.0 s.",
-        "blocks of up to 4,096, 27,000 to each process in all",
+        "blocks of up to 4,096, 27,000 in all to each process.",
         "the last blocks may take up to 15.17% of the time more",
         "it must give 120 texts a second to 4 machines. That was not measured.",
     ):

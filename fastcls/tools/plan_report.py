@@ -235,20 +235,16 @@ def _of_handing_out(found: Found) -> list[str]:
     share = min(1.0, _HANDED_OUT / of_each)
     more = f"up to {share:.2%}" if share >= 1e-4 else "less than 0.01%"
     return [
-        f"Texts are handed out in blocks of up to {_HANDED_OUT:,}, {of_each:,.0f} to each process in all. They do "
-        f"not end together: the last blocks may take {more} of the time more.",
+        f"Texts are handed out in blocks of up to {_HANDED_OUT:,}, {of_each:,.0f} in all to each process. The "
+        f"processes do not end together: the last blocks may take {more} of the time more.",
         "The network and the one driver that hands texts out are not in these figures: it must give "
         f"{_digits(rate * machines)} texts a second to {_counted(machines, 'machine')}. That was not measured.",
     ]
 
 
 def _processes(machine: dict[str, Any]) -> str:
-    threads = _counted(machine["threads"], "thread")
-    return (
-        f"one process with {threads}"
-        if machine["processes"] == 1
-        else f"{machine['processes']:,} processes with {threads} each"
-    )
+    count, threads = machine["processes"], _counted(machine["threads"], "thread")
+    return f"one process with {threads}" if count == 1 else f"{count:,} processes with {threads} each"
 
 
 def show(found: Found, console: Console) -> None:
