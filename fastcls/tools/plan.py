@@ -30,6 +30,8 @@ _MOST_TEXTS = 10**18
 _FEWEST_TOKENS, _MOST_TOKENS = 3, 100_000
 # With fewer texts a window would hold one twice, which a run over the file would not.
 _FEWEST_LINES = {"cpu": 256, "cuda": 4096}
+# More than any machine has cores: a mistyped number is not tried.
+_MOST_PROCESSES = 1024
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -91,6 +93,9 @@ def plan(
     device: Device = None,
     dtype: DType = None,
     quantize: Quantize = None,
+    processes: Annotated[
+        int, typer.Option(help="Measure so many at once, on a CPU, each with --threads; their default is then 1.")
+    ] = 1,
     threads: Threads = None,
 ) -> None:
     """How long so many texts take here, how many machines it needs, and what each figure rests on.
@@ -106,18 +111,24 @@ def plan(
     for name, value in (("--hours", hours), ("--price", price), ("--seconds", seconds)):
         if value is not None and not (0 < value < math.inf):
             raise ValueError(f"{name} must be a number above 0, got {value:g}")
+    if not 1 <= processes <= _MOST_PROCESSES:
+        raise ValueError(f"--processes must be from 1 to {_MOST_PROCESSES:,}, got {processes}")
     if own_model and model is not None:
         raise ValueError(f"--demo is a model of its own: leave MODEL out, got {model}")
     if not own_model and model is None:
         raise ValueError("MODEL must be given, a checkpoint's folder or a name on the hub; or use --demo without it")
     name = demo_model() if model is None else model
 
+    from torch import get_num_threads
+
     from ..classifier import Classifier
     from ..loading import load_tokenizer, parse_device, parse_dtype, parse_quantize
-    from .throughput import TEXTS, lengths_of, made_texts, measure, others_seconds, peak_memory, quartiles
+    from .throughput import TEXTS, made_texts, measure_alone, quartiles
 
-    set_threads(threads)
+    set_threads(1 if threads is None and processes > 1 else threads)
     place, torch_dtype, products = parse_device(device), parse_dtype(dtype), parse_quantize(quantize)
+    if processes > 1 and place.type != "cpu":
+        raise ValueError(f"--processes is for CPUs, got {processes} on {place}: use --device cpu, or leave it out")
     sample = None
     if like is not None:
         with stderr.status(f"Reading {escape(str(like))}", spinner="dots"):
@@ -139,24 +150,25 @@ def plan(
         loading = time.perf_counter() - began
     with progress_bar() as progress:
         task = progress.add_task("seconds", total=math.ceil(seconds))
-        lengths = lengths_of(classifier, chosen)
-        others, began = others_seconds(), time.perf_counter()
-        blocks = measure(
-            classifier, chosen, lengths.tokens, seconds, lambda done: progress.update(task, completed=int(done))
-        )
-        took, others_after = time.perf_counter() - began, others_seconds()
-    busy = None if others is None or others_after is None else max(0.0, (others_after - others) / took)
+
+        def moved(done: float) -> None:
+            progress.update(task, completed=int(done))
+
+        if processes == 1:
+            measured = measure_alone(classifier, chosen, seconds, moved)
+        else:
+            from .processes import measure_together
+
+            measured = measure_together(classifier, chosen, seconds, processes, get_num_threads(), moved)
     found = Found(
         "fastcls's own model" if own_model else name,
-        _machine(classifier, busy),
+        _machine(classifier, processes, measured.others),
         sample,
         None if like is None else str(like),
         mean_tokens,
-        lengths,
-        blocks,
-        quartiles(blocks),
+        measured,
+        quartiles(measured.blocks),
         loading,
-        peak_memory(classifier.model.device),
         count,
         hours,
         price,
@@ -167,7 +179,7 @@ def plan(
         show(found, Console())
 
 
-def _machine(classifier: Classifier, others: float | None) -> dict[str, Any]:
+def _machine(classifier: Classifier, processes: int, others: float | None) -> dict[str, Any]:
     import torch
 
     model = classifier.model
@@ -176,6 +188,7 @@ def _machine(classifier: Classifier, others: float | None) -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": cores,
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "cores_of_others": others,
         "device": str(model.device),

@@ -12,10 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .throughput import Block, Lengths
+    from .throughput import Measured
 
 # Of all cores: with more for others than this a machine is not alone.
 _SHARE_OF_OTHERS = 0.05
+# So many texts at most are handed to a process at once, as a window of `fastcls.flow` holds.
+_HANDED_OUT = 4096
 
 
 class Need(NamedTuple):
@@ -56,11 +58,9 @@ class Found(NamedTuple):
     sample: Sample | None
     like: str | None
     mean_tokens: float | None
-    lengths: Lengths
-    blocks: list[Block]
+    measured: Measured
     tokens_per_second: tuple[float, float, float]
     loading: float
-    memory: dict[str, int]
     texts: int
     hours: float | None
     price: float | None
@@ -68,7 +68,7 @@ class Found(NamedTuple):
     @property
     def computed_tokens(self) -> float:
         """Tokens of a text after cutting, on average."""
-        return statistics.fmean(self.lengths.tokens)
+        return statistics.fmean(self.measured.lengths.tokens)
 
     @property
     def texts_per_second(self) -> tuple[float, float, float]:
@@ -79,7 +79,7 @@ class Found(NamedTuple):
     @property
     def tokenizing(self) -> float:
         """The tokenizer's own time as a share of all; on a GPU it runs beside the model."""
-        return self.lengths.seconds * self.texts_per_second[1]
+        return self.measured.lengths.seconds * self.texts_per_second[1]
 
 
 def needs(texts: int, texts_per_second: float, hours: float | None = None, price: float | None = None) -> Need:
@@ -106,9 +106,9 @@ def needs(texts: int, texts_per_second: float, hours: float | None = None, price
 def to_json(found: Found) -> dict[str, Any]:
     """The report for machines: seconds, bytes, shares of 1; null for what was not asked or is not known."""
     low, middle, high = found.texts_per_second
-    known = len(found.blocks) > 1
+    known = len(found.measured.blocks) > 1
     need = needs(found.texts, middle, found.hours, found.price)
-    lengths, tokens = found.lengths, found.tokens_per_second
+    lengths, tokens = found.measured.lengths, found.tokens_per_second
     return {
         "model": found.model,
         "machine": found.machine,
@@ -118,8 +118,8 @@ def to_json(found: Found) -> dict[str, Any]:
             "texts_per_second_quartiles": [low, high] if known else None,
             "tokens_per_second": tokens[1],
             "tokens_per_second_quartiles": [tokens[0], tokens[2]] if known else None,
-            "blocks": len(found.blocks),
-            "seconds": sum(block.seconds for block in found.blocks),
+            "blocks": len(found.measured.blocks),
+            "seconds": sum(block.seconds for block in found.measured.blocks),
             "mean_tokens": lengths.mean,
             "mean_tokens_computed": found.computed_tokens,
             "tokens_limit": lengths.limit,
@@ -127,7 +127,8 @@ def to_json(found: Found) -> dict[str, Any]:
             "tokenizer_texts_per_second": 1 / lengths.seconds,
             "tokenizer_share": found.tokenizing,
             "loading_seconds": found.loading,
-            "peak_memory_bytes": found.memory,
+            "starting_seconds": found.measured.starting,
+            "peak_memory_bytes": found.measured.memory,
         },
         "plan": {
             "texts": found.texts,
@@ -138,6 +139,7 @@ def to_json(found: Found) -> dict[str, Any]:
             "machines": need.machines,
             "price_per_hour": found.price,
             "cost": need.cost,
+            "texts_per_second_handed_out": middle * (need.machines or 1),
         },
         "assumptions": assumptions(found),
     }
@@ -149,7 +151,7 @@ def assumptions(found: Found) -> list[str]:
 
 
 def _of_texts(found: Found) -> list[str]:
-    lengths, count = found.lengths, len(found.lengths.tokens)
+    lengths, count = found.measured.lengths, len(found.measured.lengths.tokens)
     if found.sample is None:
         lines = [
             f"Lengths are made up: a gamma distribution with mean {found.mean_tokens:g} tokens, special ones included, "
@@ -176,7 +178,7 @@ def _of_texts(found: Found) -> list[str]:
 
 
 def _of_time(found: Found) -> list[str]:
-    blocks, whole = len(found.blocks), sum(block.seconds for block in found.blocks)
+    blocks, whole = len(found.measured.blocks), sum(block.seconds for block in found.measured.blocks)
     if blocks == 1:
         spread = (
             f"The speed rests on one block of {whole:.1f} s, so its spread is not known: measure for more --seconds."
@@ -192,16 +194,15 @@ def _of_time(found: Found) -> list[str]:
             f"; {found.like} was read at {found.sample.lines / found.sample.seconds:,.0f} lines a second, and its "
             f"texts must arrive at {found.texts_per_second[1] * found.sample.mean_bytes / 1e6:,.2f} MB a second"
         )
-    return [
-        spread,
-        f"{reading}.",
-        f"Loading the model is not in these figures: it took {found.loading:.1f} s here, and each machine does it.",
-    ]
+    loading = f"Loading the model is not in these figures: it took {found.loading:.1f} s here, and each machine does it"
+    if (starting := found.measured.starting) is not None:
+        loading += f" once; a process that starts and maps what was loaded took up to {starting:.1f} s"
+    return [spread, f"{reading}.", f"{loading}."]
 
 
 def _of_machines(found: Found) -> list[str]:
     machine = found.machine
-    one = f"one process with {_counted(machine['threads'], 'thread')}"
+    one = _processes(machine)
     if machine["gpu"]:
         one = f"one process on {machine['device']} (of {machine['gpus']} GPUs)"
     lines = [f"Each machine is as this one and does nothing else: {one}. Other devices and settings were not measured."]
@@ -217,22 +218,46 @@ def _of_machines(found: Found) -> list[str]:
         lines.append(f"So it was while this was measured: anything else took {others:.2f} of {cores} cores.")
     if found.hours is not None:
         lines.append("The texts are split evenly, all machines start at once, and none fails.")
+    lines += _of_handing_out(found)
     if found.price is not None:
         lines.append(f"Only hours of computing are paid, at {found.price:g} each, to the second.")
     return lines
 
 
+def _of_handing_out(found: Found) -> list[str]:
+    """Of what several processes wait for."""
+    rate = found.texts_per_second[1]
+    machines = needs(found.texts, rate, found.hours).machines or 1
+    count = machines * found.machine["processes"]
+    if count == 1:
+        return []
+    of_each = found.texts / count
+    share = min(1.0, _HANDED_OUT / of_each)
+    more = f"up to {share:.2%}" if share >= 1e-4 else "less than 0.01%"
+    return [
+        f"Texts are handed out in blocks of up to {_HANDED_OUT:,}, {of_each:,.0f} in all to each process. The "
+        f"processes do not end together: the last blocks may take {more} of the time more.",
+        "The network and the one driver that hands texts out are not in these figures: it must give "
+        f"{_digits(rate * machines)} texts a second to {_counted(machines, 'machine')}. That was not measured.",
+    ]
+
+
+def _processes(machine: dict[str, Any]) -> str:
+    count, threads = machine["processes"], _counted(machine["threads"], "thread")
+    return f"one process with {threads}" if count == 1 else f"{count:,} processes with {threads} each"
+
+
 def show(found: Found, console: Console) -> None:
     """Prints the report."""
-    machine, lengths = found.machine, found.lengths
+    machine, lengths = found.machine, found.measured.lengths
     low, middle, high = found.texts_per_second
     half = (high - low) / 2 / middle
-    spread = f" (+- {half:.1%})" if len(found.blocks) > 1 else ""
+    spread = f" (+- {half:.1%})" if len(found.measured.blocks) > 1 else ""
     products = f", {machine['quantize']} products" if machine["quantize"] else ""
     where = f"{machine['gpu']}, beside " if machine["gpu"] else ""
     console.print(
         f"[bold]{escape(found.model)}[/] on {escape(where + machine['cpu'])}, {_counted(machine['cores'], 'core')}, "
-        f"{_counted(machine['threads'], 'thread')}; {machine['device']}, {machine['dtype']}{products}\n",
+        f"{_processes(machine)}; {machine['device']}, {machine['dtype']}{products}\n",
         highlight=False,
         soft_wrap=True,
     )
@@ -240,7 +265,8 @@ def show(found: Found, console: Console) -> None:
     if machine["gpu"]:
         tokenizing = f"{1 / lengths.seconds:,.0f} texts a second, beside the GPU"
     memory = ", ".join(
-        f"{size / 2**30:.2f} GiB{' of the GPU' if kind == 'device' else ''}" for kind, size in found.memory.items()
+        f"{size / 2**30:.2f} GiB{' of the GPU' if kind == 'device' else ''}"
+        for kind, size in found.measured.memory.items()
     )
     _table(
         console,
@@ -249,7 +275,7 @@ def show(found: Found, console: Console) -> None:
         ("tokens a second", _digits(found.tokens_per_second[1])),
         ("tokens a text", f"{lengths.mean:.1f}" + (f", cut to {found.computed_tokens:.1f}" if lengths.cut else "")),
         ("tokenizing", tokenizing),
-        ("memory, at most", memory or "not known"),
+        (f"memory{' of a process' if machine['processes'] > 1 else ''}, at most", memory or "not known"),
     )
     need = needs(found.texts, middle, found.hours, found.price)
     rows = [("one machine", _duration(need.seconds) + _range(found))]
@@ -280,7 +306,7 @@ def _table(console: Console, title: str, *rows: tuple[str, str]) -> None:
 
 def _range(found: Found) -> str:
     low, _, high = found.texts_per_second
-    if len(found.blocks) == 1:
+    if len(found.measured.blocks) == 1:
         return ""
     return f", {_duration(found.texts / high)} to {_duration(found.texts / low)} by the quartiles"
 

@@ -26,7 +26,7 @@ TEXTS = 4096
 _WORDS_IN_ALL = 2_000_000
 _FEWEST_TEXTS = 64
 _CANDIDATES = 20_000
-_WANTED_BLOCKS = 10
+WANTED_BLOCKS = 10
 _WARM_UP_SECONDS = 1.0
 # How many texts are tokenized at once for the tokenizer's own time, as a CPU's window.
 _AT_ONCE = 256
@@ -34,10 +34,13 @@ _STAT = Path("/proc/stat")
 
 
 class Block(NamedTuple):
-    """Some neighbouring windows of texts: how many texts and tokens, and their seconds."""
+    """Some neighbouring windows of texts: how many texts and tokens, and their seconds.
 
-    texts: int
-    tokens: int
+    Of several processes together it may end within a text.
+    """
+
+    texts: float
+    tokens: float
     seconds: float
 
 
@@ -57,6 +60,24 @@ class Lengths(NamedTuple):
     limit: int | None
     cut: int
     seconds: float
+
+
+class Measured(NamedTuple):
+    """What a machine did.
+
+    Attributes:
+        lengths: of the texts.
+        blocks: one after another.
+        others: how many cores computed anything else meanwhile; None where the system does not tell.
+        memory: see `peak_memory`; of several processes what one of them held at most.
+        starting: seconds until the slowest of several processes was ready.
+    """
+
+    lengths: Lengths
+    blocks: list[Block]
+    others: float | None
+    memory: dict[str, int]
+    starting: float | None = None
 
 
 def erlang_quantile(share: float) -> float:
@@ -156,12 +177,25 @@ def lengths_of(classifier: Classifier, texts: Sequence[str]) -> Lengths:
     return Lengths(tokens, mean, limit, sum(length > (limit or 0) for length in whole), seconds / len(texts))
 
 
+def measure_alone(
+    classifier: Classifier, texts: Sequence[str], seconds: float, progress: Callable[[float], None]
+) -> Measured:
+    """Measures in this process: see `measure`."""
+    lengths = lengths_of(classifier, texts)
+    others, began = others_seconds(), time.perf_counter()
+    blocks = measure(classifier, texts, lengths.tokens, seconds, progress)
+    took, others_after = time.perf_counter() - began, others_seconds()
+    busy = None if others is None or others_after is None else max(0.0, (others_after - others) / took)
+    return Measured(lengths, blocks, busy, peak_memory(classifier.model.device))
+
+
 def measure(
     classifier: Classifier,
     texts: Sequence[str],
     tokens: Sequence[int],
     seconds: float,
     progress: Callable[[float], None],
+    is_over: Callable[[], bool] = lambda: True,
 ) -> list[Block]:
     """Streams the texts, again and again, and times blocks of whole windows.
 
@@ -173,7 +207,8 @@ def measure(
         texts: in an order that stands for the whole of them.
         tokens: of each text, as it is computed.
         seconds: how long to measure; a window that has begun is ended, and one is always measured.
-        progress: is called with the seconds done.
+        progress: is called after each block with the seconds done.
+        is_over: is asked after each block once the seconds are over, whether to end.
 
     Returns:
         At least one block; fewer than ten where a window takes more than a tenth of the time.
@@ -186,7 +221,7 @@ def measure(
 
     blocks: list[Block] = []
     done = counted = 0
-    warm_up = min(_WARM_UP_SECONDS, seconds / _WANTED_BLOCKS)
+    warm_up = min(_WARM_UP_SECONDS, seconds / WANTED_BLOCKS)
     began = time.perf_counter()
 
     def source() -> Iterator[str]:
@@ -200,12 +235,12 @@ def measure(
                 if start is None:
                     if now - began >= warm_up:
                         start, first = (now, done), now
-                elif now - start[0] >= seconds / _WANTED_BLOCKS:
+                elif now - start[0] >= seconds / WANTED_BLOCKS:
                     known = tokens_of_first(done) - tokens_of_first(start[1])
                     blocks.append(Block(done - start[1], known, now - start[0]))
                     start = (now, done)
                     progress(now - first)
-                    if now - first >= seconds:
+                    if now - first >= seconds and is_over():
                         return
             yield text
 
