@@ -105,7 +105,8 @@ def started(folder: Path, source: Path, model: str, way: str, quantize: str | No
         # A task for each file, as far as files are this small.
         session.conf.set("spark.sql.files.openCostInBytes", "128m")
         frame = session.read.parquet(str(source))
-        return lambda: void(fastcls.spark.predict(frame, model, device="cpu", **options).write.parquet(str(target)))
+        found = fastcls.spark.predict(frame, model, device="cpu", **options)
+        return lambda: found.write.parquet(str(target))
     import ray
 
     import fastcls.ray
@@ -115,7 +116,7 @@ def started(folder: Path, source: Path, model: str, way: str, quantize: str | No
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.read_parquet(str(source))
     if way == PIPELINE:
-        found = dataset.map_batches(
+        done = dataset.map_batches(
             Pipeline,
             fn_constructor_args=[model],
             batch_size=256,
@@ -123,8 +124,8 @@ def started(folder: Path, source: Path, model: str, way: str, quantize: str | No
             num_cpus=0.5,
         )
     else:
-        found = fastcls.ray.predict(dataset, model, actors=1 if way == DATA_OF_ONE else cores(), **options)
-    return lambda: void(found.write_parquet(str(target)))
+        done = fastcls.ray.predict(dataset, model, actors=1 if way == DATA_OF_ONE else cores(), **options)
+    return lambda: void(done.write_parquet(str(target)))
 
 
 def void(_: object) -> None:

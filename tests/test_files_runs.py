@@ -361,7 +361,7 @@ def stub_run(
     out = Output(Places.of(str(target), None, None), {"asked": asked}, resume=resume, overwrite=overwrite)
     try:
         out.open(pa.schema([*sources[0].schema, *results.schema]))
-        running.run(Stub(), sources, results, out, shard_rows=shard_rows)  # type: ignore[arg-type]
+        running.run(Stub(), sources, results, out, shard_rows=shard_rows)
         out.finish()
     finally:
         out.leave()
