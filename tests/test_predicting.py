@@ -124,6 +124,19 @@ def test_masks_are_filled_as_by_the_pipeline(mask_model: str) -> None:
     assert [(row["token"], row["token_str"]) for row in best] == [row[0] for row in expected]
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_gives(model: str, mask_model: str) -> None:
+    for name, texts, column, options in (
+        (model, TEXTS, "label", {}),
+        (mask_model, ["a [MASK] film", "no mask", "very [MASK]"], "token", {"fill_mask": True}),
+    ):
+        here, there = (
+            Predictor(name, device=device, **options)(table(texts)).to_pylist() for device in ("cpu", "cuda")
+        )
+        assert [row[column] for row in there] == [row[column] for row in here]
+        assert [row["error"] for row in there] == [row["error"] for row in here]
+
+
 def test_columns_are_known_without_the_weights(model: str, mask_model: str, tmp_path: Path) -> None:
     for name, options in (
         (model, {"all_scores": True}),

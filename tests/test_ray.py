@@ -328,7 +328,22 @@ def test_a_worker_with_another_version_is_refused(ray: Any, model: str, monkeypa
         workers.close()
 
 
-def test_without_ray_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_command_that_installs_it_is_named(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r'Ray must be installed: pip install "fastcls\[ray\]"'):
         library.import_ray()
+    result = invoke(model, "in.txt", "-o", "out.parquet", "--ray", "auto")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert 'Error: Ray must be installed: pip install "fastcls[ray]"' in " ".join(result.stderr.split())
+
+
+@pytest.mark.gpu
+def test_two_workers_share_a_gpu(ray: Any, model: str, tmp_path: Path) -> None:  # noqa: ARG001
+    source = tmp_path / "in.txt"
+    source.write_text("\n".join(texts_of(3000)))
+    for name, options in (("one", []), ("two", ["--ray", "auto", "--workers", "2", "--worker-gpus", "0.5"])):
+        result = invoke(model, str(source), "-o", str(tmp_path / f"{name}.parquet"), "--device", "cuda", *options)
+        assert result.exit_code == 0, result.stderr
+    one, two = (pq.read_table(tmp_path / f"{name}.parquet").to_pylist() for name in ("one", "two"))
+    assert [row["label"] for row in one] == [row["label"] for row in two]
+    assert [row["score"] for row in one] == pytest.approx([row["score"] for row in two], abs=1e-6)

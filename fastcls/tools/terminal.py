@@ -43,7 +43,8 @@ def expected_errors(command: Callable[_P, None]) -> Callable[_P, None]:
             raise typer.Exit(INTERRUPTED) from None
         except OSError as error:
             fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        except (ValueError, TypeError) as error:
+        # Of an optional package that is missing the message says how to install it.
+        except (ValueError, TypeError, ImportError) as error:
             if not _is_ours(error):
                 raise
             fail(str(error))
