@@ -92,7 +92,7 @@ def predict(
         errors: what becomes of a text that is null or cannot be computed. "column" gives nulls and says why in a column
             "error", "null" gives nulls, "raise" ends the job.
         threads: CPU threads of a Python worker, of which an executor has one a core.
-        window_rows: rows that are computed at once, sorted by length: Spark's batches are gathered to up to so many.
+        window_rows: Spark's batches are gathered to up to so many rows, of which up to 4,096 are computed at once.
         broadcast: whether executors are sent a folder's files; without it each of them must see the folder.
         options: see `fastcls.predicting.options.PredictOptions`.
 
@@ -158,7 +158,7 @@ class PredictMaker:
         pair = "pair" if pairs else None
         asked, job = _checked(model, "text", pair, errors, threads, options)
         for name in ("top_k", "threshold", "all_scores", "logits"):
-            if getattr(asked, name) not in (None, False):
+            if (value := getattr(asked, name)) is not None and value is not False:
                 raise ValueError(f"{name} must be left out: predict_batch_udf takes no nested structs, predict does")
         fields = _spark_fields(job.schema)
         self.return_type: DataType = fields[0].dataType if len(fields) == 1 else StructType(fields)

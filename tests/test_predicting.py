@@ -32,9 +32,8 @@ TEXTS = ["fine", "not at all good", "", "very very good and warm", "où est 日�
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing is shared with other tests' processes."""
-    folder = tmp_path / "shared"
-    monkeypatch.setenv("FASTCLS_SHARED", str(folder))
-    return folder
+    monkeypatch.setenv("FASTCLS_SHARED", str(tmp_path))
+    return tmp_path / f"fastcls-{os.getuid()}"
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +53,8 @@ def mask_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = tiny_bert(vocab_size=len(tokenizer)).config
     torch.manual_seed(0)
     transformers.BertForMaskedLM(config).eval().save_pretrained(folder)
+    # As where a checkpoint's tokenizer has grown and its embeddings have not.
+    tokenizer.add_tokens(["unheard"])
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -101,7 +102,7 @@ def test_masks_are_filled_as_by_the_pipeline(mask_model: str) -> None:
     texts = ["a [MASK] film", "[MASK] is good and warm", "the film was very [MASK]"]
     pipe = transformers.pipeline("fill-mask", mask_model)
     expected = [[(each["token"], each["token_str"]) for each in row] for row in pipe(texts, top_k=3)]
-    rows = table([*texts, "no mask", "[MASK] [MASK]", None])
+    rows = table([*texts, "no mask", "[MASK] [MASK]", None, "unheard [MASK]"])
     found = Predictor(mask_model, fill_mask=True, top_k=3)(rows).to_pylist()
     assert [[(each["token"], each["token_str"]) for each in row["fills"]] for row in found[:3]] == expected
     exact = transformers.BertForMaskedLM.from_pretrained(mask_model, dtype=torch.float64)
@@ -114,11 +115,12 @@ def test_masks_are_filled_as_by_the_pipeline(mask_model: str) -> None:
         ours = max(abs(each["score"] - float(scores[each["token"]])) for each in row["fills"])
         theirs = max(abs(each["score"] - float(scores[each["token"]])) for each in eager)
         assert ours <= 2 * theirs + torch.finfo(torch.float32).eps
-    assert [row["fills"] for row in found[3:]] == [None] * 3
+    assert [row["fills"] for row in found[3:]] == [None] * 4
     assert [row["error"] for row in found[3:]] == [
         "the text must have one [MASK] within the tokens that are computed, got 0",
         "the text must have one [MASK] within the tokens that are computed, got 2",
         "text is null",
+        f"the text holds the id {exact.config.vocab_size}, outside the vocabulary of {exact.config.vocab_size}",
     ]
     best = Predictor(mask_model, fill_mask=True)(table(texts)).to_pylist()
     assert [(row["token"], row["token_str"]) for row in best] == [row[0] for row in expected]
@@ -126,6 +128,7 @@ def test_masks_are_filled_as_by_the_pipeline(mask_model: str) -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_gives_what_the_cpu_gives(model: str, mask_model: str) -> None:
+    options: dict[str, Any]
     for name, texts, column, options in (
         (model, TEXTS, "label", {}),
         (mask_model, ["a [MASK] film", "no mask", "very [MASK]"], "token", {"fill_mask": True}),
@@ -162,6 +165,7 @@ def test_columns_are_known_without_the_weights(model: str, mask_model: str, tmp_
         ({"embeddings": "mean", "top_k": 2}, "top_k is for labels: leave it out with embeddings"),
         ({"fill_mask": True, "logits": True}, "logits is for labels: leave it out with fill_mask"),
         ({"fill_mask": True, "long_texts": "window"}, "long_texts must not be window with fill_mask"),
+        ({"embeddings": "mean", "threshold": 0.0}, "threshold is for labels: leave it out with embeddings"),
         ({"normalize": True}, "normalize is for vectors: add embeddings"),
         ({"errors": "ignore"}, "errors must be one of raise, null, column, got 'ignore'"),
         ({"threads": 0}, "threads must be a positive int"),
@@ -229,7 +233,7 @@ def test_what_a_killed_process_left_the_next_one_removes(model: str, own_folder:
     (left,) = (path for path in own_folder.iterdir() if re.fullmatch(r"model-\w+", path.name))
     killed.end(signal.SIGKILL)
     assert left.exists()
-    other = Path(write_files("another", lambda: {"config.json": b"{}"}))
+    other = Path(write_files("a" * 32, lambda: {"config.json": b"{}"}))
     assert not left.exists()
     assert (other / "config.json").read_bytes() == b"{}"
 
@@ -247,7 +251,7 @@ def test_files_are_written_once_a_machine_and_are_the_checkpoints(model: str) ->
         calls.append(1)
         return read_files(model)
 
-    folders = {write_files("key", files) for _ in range(2)}
+    folders = {write_files("0" * 32, files) for _ in range(2)}
     assert len(folders) == len(calls) == 1
     assert fingerprint(folders.pop()) == fingerprint(model)
 
@@ -259,10 +263,25 @@ def test_a_folder_that_others_can_write_to_is_refused(own_folder: Path) -> None:
         folder_of_machine()
 
 
+def test_others_files_stay(own_folder: Path) -> None:
+    own_folder.mkdir(mode=0o700)
+    for name in ("uv.lock", "uv.toml", "model-x.lock"):
+        (own_folder / name).touch()
+    write_files("b" * 32, lambda: {"config.json": b"{}"})
+    assert {"uv.lock", "uv.toml", "model-x.lock"} <= {path.name for path in own_folder.iterdir()}
+
+
+def test_files_of_which_some_are_gone_are_written_anew() -> None:
+    for _ in range(2):
+        folder = Path(write_files("c" * 32, lambda: {"config.json": b"{}", "sub/weights": b"1"}))
+        assert (folder / "sub" / "weights").read_bytes() == b"1"
+        (folder / "sub" / "weights").unlink()
+
+
 def test_a_write_that_failed_is_no_checkpoint(model: str) -> None:
     def broken() -> dict[str, bytes]:
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        write_files("key", broken)
-    assert (Path(write_files("key", lambda: read_files(model))) / "config.json").exists()
+        write_files("0" * 32, broken)
+    assert (Path(write_files("0" * 32, lambda: read_files(model))) / "config.json").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from fastcls.texts import Item
 from fastcls.tools.cli import app
 from fastcls.tools.demo import sample_texts, sample_tokenizer
 
+ROOT = Path(__file__).parents[1]
 WORDS = ["good", "bad", "film", "plot", "never", "always", "boring", "warm"]
 
 
@@ -141,42 +143,59 @@ def test_what_does_not_fit_is_refused_before_anything_runs(ray: Any, model: str)
     dataset = ray.data.range(3)
     with pytest.raises(TypeError, match=r"dataset must be a ray.data.Dataset, got list"):
         fastcls.ray.predict(["good"], model)
-    with pytest.raises(ValueError, match=r"actors must fit the cluster's 4 CPUs, of which one reads, .* got 9"):
+    with pytest.raises(ValueError, match=r"actors must fit the cluster's 4 CPUs on 1 machine, .* got 9: .* room for 4"):
         fastcls.ray.predict(dataset, model, actors=9)
     with pytest.raises(TypeError, match=r"options must be .*, got topk"):
         fastcls.ray.predict(dataset, model, topk=2)
     with pytest.raises(ValueError, match="block_rows must be a positive int"):
         fastcls.ray.predict(dataset, model, block_rows=0)
+    with pytest.raises(ValueError, match="errors must be one of raise, null, column, got 'ignore'"):
+        fastcls.ray.predict(dataset, model, errors="ignore")
+    with pytest.raises(ValueError, match="top_k must be a positive int"):
+        fastcls.ray.predict(dataset, model, top_k=0)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        fastcls.ray.predict(dataset, f"{model}/none")
+
+
+CORES = {"CPU": 8.0}
+GPUS = {"CPU": 16.0, "GPU": 2.0}
 
 
 @pytest.mark.parametrize(
-    ("cpus", "gpus", "actors", "threads", "each", "expected"),
+    ("machines", "count", "threads", "gpus", "expected"),
     [
-        (2, 0, None, 1, 0, Share(2, 0.5)),
-        (1, 0, None, 1, 0, None),
-        (64, 0, None, 1, 0, Share(64, 0.93)),
-        (64, 0, None, 4, 0, Share(16, 3.0)),
-        (64, 0, 3, 1, 0, Share(3, 1.0)),
-        (2, 0, 3, 1, 0, None),
-        (8, 0, 2, 8, 0, None),
-        (16, 2, None, 1, 1, Share(2, 1.0)),
-        (16, 2, None, 1, 0.5, Share(4, 1.0)),
-        (16, 2, 3, 1, 1, None),
-        (16, 0, None, 1, 1, None),
-        (16, 4, None, 1, 1.5, None),
+        ([{"CPU": 2.0}], None, 1, 0, Share(2, 0.5)),
+        ([{"CPU": 1.0}], None, 1, 0, None),
+        ([{"CPU": 64.0}], None, 1, 0, Share(64, 0.93)),
+        ([{"CPU": 64.0}], None, 4, 0, Share(16, 3.0)),
+        ([{"CPU": 64.0}], 3, 1, 0, Share(3, 1.0)),
+        ([{"CPU": 2.0}], 3, 1, 0, None),
+        ([CORES], 2, 8, 0, None),
+        # None reaches over two machines.
+        ([CORES] * 3, None, 5, 0, Share(3, 5.0)),
+        ([CORES] * 3, 4, 5, 0, None),
+        ([CORES] * 3, None, 9, 0, None),
+        ([GPUS], None, 1, 1, Share(2, 1.0)),
+        ([GPUS], None, 1, 0.5, Share(4, 1.0)),
+        ([GPUS], None, 1, 0.4, Share(4, 1.0)),
+        ([GPUS], 3, 1, 0.6, None),
+        ([GPUS], 3, 1, 1, None),
+        ([GPUS, CORES], None, 1, 2, Share(1, 1.0)),
+        ([{"CPU": 8.0, "GPU": 1.0}] * 2, None, 1, 2, None),
+        ([CORES], None, 1, 1, None),
+        ([GPUS], None, 1, 1.5, None),
     ],
 )
-def test_actors_leave_a_cpu_for_reading(
-    cpus: float, gpus: float, actors: int | None, threads: int, each: float, expected: Share | None
+def test_processes_fit_their_machines_and_leave_a_cpu_for_reading(
+    machines: list[dict[str, float]], count: int | None, threads: int, gpus: float, expected: Share | None
 ) -> None:
-    resources = {"CPU": cpus, "GPU": gpus}
     if expected is None:
-        with pytest.raises(ValueError, match=r"must fit|must be 0, a fraction"):
-            shares(resources, actors, threads, each)
+        with pytest.raises(ValueError, match=r"actors must fit|gpus must be 0, a fraction"):
+            shares(machines, count, threads, gpus)
     else:
-        found = shares(resources, actors, threads, each)
+        found = shares(machines, count, threads, gpus)
         assert found == expected
-        assert found.actors * found.cpus <= cpus - 1
+        assert found.processes * found.cpus <= sum(machine["CPU"] for machine in machines) - 1
 
 
 def invoke(*arguments: str) -> Result:
@@ -203,7 +222,7 @@ def test_options_of_a_cluster_need_one(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_what_a_worker_does_not_load_is_its_own_error(ray: Any, model: str) -> None:  # noqa: ARG001
-    workers = Workers("auto", count=1)
+    workers = Workers("auto", count=1, gpus=0)
     try:
         with pytest.raises(ValueError, match="must have a tokenizer with a mask token"):
             workers.load(model, PredictOptions(fill_mask=True, device="cpu"))
@@ -218,7 +237,7 @@ def test_a_run_goes_on_where_a_worker_was_killed(ray: Any, model: str, tmp_path:
     job = Job(model, [str(source)], str(calm), Options(device="cpu", shard_rows=100))
     job.load()
     job.run()
-    workers = Workers("auto", count=2)
+    workers = Workers("auto", count=2, gpus=0)
     killed: list[int] = []
 
     def report(totals: Any) -> None:
@@ -249,6 +268,7 @@ class Cluster(Workers):
         self.most = 0
         self.queues: list[deque[int]] = [deque() for _ in range(count)]
         self._calls: dict[int, Any] = {}
+        self.gone = set[int]()
 
     def scored(self, index: int, texts: Any) -> Any:
         call = len(self._calls)
@@ -267,6 +287,8 @@ class Cluster(Workers):
     def result(self, reference: Any) -> Any:
         index, texts = self._calls[reference]
         assert self.queues[index].popleft() == reference
+        if index in self.gone:
+            raise WorkerLostError("its machine is gone")
         if texts is None:
             return Versions("", "")
         if self._deaths and any(item is not None and item.text == self._deadly for item in texts):
@@ -296,9 +318,18 @@ def test_a_window_that_ends_every_worker_is_named(model: str) -> None:
     texts = texts_of(100)
     found: list[Any] = []
     run = Cluster(model, 2, texts[40], 99).run(windows_of(texts))
-    with pytest.raises(ValueError, match=r"a window of 7 rows ended each of 5 workers that computed it"):
+    with pytest.raises(ValueError, match=r"rows 36 to 42 of this run ended each of 5 workers that computed them"):
         found.extend(run)
     assert [tag for _, tag in found] == list(range(0, 35, 7))
+
+
+def test_a_worker_that_never_comes_back_ends_the_run(model: str) -> None:
+    cluster = Cluster(model, 2)
+    cluster.gone = {1}
+    found: list[Any] = []
+    with pytest.raises(ValueError, match="a worker ended 6 times without a result: its machine is gone"):
+        found.extend(cluster.run(windows_of(texts_of(1000))))
+    assert [tag for _, tag in found] == [7 * index for index in range(len(found))]
 
 
 def test_a_source_that_fails_gives_what_came_before(model: str) -> None:
@@ -313,14 +344,34 @@ def test_a_source_that_fails_gives_what_came_before(model: str) -> None:
 
 
 def test_a_worker_that_has_started_again_asks_for_its_model() -> None:
-    with pytest.raises(WorkerLostError):
+    with pytest.raises(WorkerLostError, match="started again"):
         Worker().scored([Item("good", None)])
+
+
+@pytest.mark.full
+def test_a_cluster_of_its_own_is_gone_after_the_run_and_so_are_its_files(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray.data", reason="needs Ray Data: pip install 'fastcls[ray]'")
+    (tmp_path / "in.txt").write_text("\n".join(texts_of(100)))
+    command = [sys.executable, "-m", "fastcls", "classify", model, "in.txt", "-o", "out.jsonl", "--ray", "local"]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", os.environ.get("PYTHONPATH", ""))))
+    environment = {**os.environ, "PYTHONPATH": paths, "FASTCLS_SHARED": str(tmp_path), "COLUMNS": "200"}
+    done = subprocess.run(
+        [*command, "--workers", "1", "--device", "cpu"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "100 rows to out.jsonl" in done.stderr
+    (shared,) = tmp_path.glob("fastcls-*")
+    assert list(shared.iterdir()) == []
 
 
 @pytest.mark.full
 def test_a_worker_with_another_version_is_refused(ray: Any, model: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     monkeypatch.setattr("fastcls.ray.workers.__version__", "0.0.9")
-    workers = Workers("auto", count=1)
+    workers = Workers("auto", count=1, gpus=0)
     try:
         with pytest.raises(ValueError, match=r"workers must have fastcls 0.0.9 and torch .*, got one with fastcls 0"):
             workers.load(model, PredictOptions(device="cpu"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,6 +17,9 @@ from .machine import folder_of_machine, held
 
 # A name on the hub or a folder; or what gives the folder in the process that needs it.
 Checkpoint: TypeAlias = "str | Callable[[], str]"
+
+# Beside a checkpoint's files, those that are written.
+_SIZES = ".sizes.json"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -32,7 +36,7 @@ def fingerprint(name: str) -> str:
     check_place(name)
     folder = Path(name)
     if not folder.is_dir():
-        return f"commit {extract_commit_hash(cached_file(name, 'config.json'), None)}"
+        return f"{name} at commit {extract_commit_hash(cached_file(name, 'config.json'), None)}"
     digest = hashlib.sha256()
     for file in _files(folder):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
@@ -68,12 +72,25 @@ def write_files(key: str, files: Callable[[], Mapping[str, bytes]]) -> str:
     """
     target = folder_of_machine() / f"checkpoint-{key}"
     with held(target):
-        if not target.is_dir():
+        if not _is_whole(target):
+            shutil.rmtree(target, ignore_errors=True)
             unfinished = target.with_name(f"{target.name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
+            sizes = {}
             for name, content in files().items():
                 path = unfinished / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
+                sizes[name] = len(content)
+            (unfinished / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
             os.replace(unfinished, target)
     return str(target)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files are there, of which those that clean temporary folders may have removed some."""
+    try:
+        sizes = json.loads((folder / _SIZES).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except FileNotFoundError:
+        return False

@@ -7,6 +7,9 @@ import os
 import sys
 from typing import NamedTuple, cast
 
+import numpy
+import pyarrow
+import tokenizers
 import torch
 import transformers
 
@@ -72,7 +75,8 @@ def load_shared(checkpoint: Checkpoint, options: PredictOptions) -> Loaded:
     if parse_device(options.device).type != "cpu" or os.name != "posix":
         return load(name, options)
     # What was pickled is read by the same code alone, and packed weights suit one CPU.
-    parts = (fingerprint(name), options, __version__, torch.__version__, transformers.__version__, sys.version)
+    libraries = (__version__, *(each.__version__ for each in (torch, transformers, tokenizers, numpy, pyarrow)))
+    parts = (fingerprint(name), options, *libraries, sys.version)
     key = hashlib.sha256(repr((*parts, torch.backends.cpu.get_cpu_capability())).encode()).hexdigest()[:32]
     path = folder_of_machine() / f"model-{key}"
     with held(path):

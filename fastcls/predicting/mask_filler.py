@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..conversion import optimize
+from ..engine.batch import outside
 from ..engine.spec import Quantize
 from ..flow import Flow, LongTextPolicy, Scored
 from ..loading import load_model, load_tokenizer, parse_device, parse_dtype
@@ -69,6 +70,9 @@ class MaskFiller:
         return Flow(self._model, self._tokenizer, compute, _as_they_are, cut, policy, problem_of=self._problem)
 
     def _problem(self, ids: Ids) -> str | None:
+        size = self._model.spec.vocab_size
+        if int(ids.max()) >= size:
+            return outside(next(int(token) for token in ids if token >= size), size)
         count, mask = int((ids == self._mask).sum()), self._tokenizer.mask_token
         return None if count == 1 else f"must have one {mask} within the tokens that are computed, got {count}"
 

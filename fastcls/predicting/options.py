@@ -93,7 +93,8 @@ class PredictOptions:
         other = "embeddings" if self.embeddings is not None else "fill_mask" if self.fill_mask else None
         if other is not None:
             for name in ("top_k", "threshold", "all_scores", "logits", "function_to_apply"):
-                if getattr(self, name) not in (None, False) and (name != "top_k" or other == "embeddings"):
+                value = getattr(self, name)
+                if value is not None and value is not False and (name != "top_k" or other == "embeddings"):
                     raise ValueError(f"{spelled(name)} is for labels: leave it out with {spelled(other)}")
             if self.long_texts == "window":
                 raise ValueError(

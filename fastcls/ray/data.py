@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 
 from ..flow import MAX_ROWS
+from ..predicting.loaded import answers_of
 from ..predicting.options import PredictOptions
 from ..predicting.predictor import Predictor as ArrowPredictor
+from ..tables import Errors
 from ..texts import read_count
-from .library import import_ray
+from .library import import_ray, machines_of
 from .sent import sent
 from .share import shares
 
@@ -71,13 +73,13 @@ def predict(
         actors: processes with the model; None takes all CPUs of the cluster as it is now, or all its GPUs.
         threads: CPU threads an actor. One each is the fastest way to use many cores.
         gpus: of each actor; a fraction lets several share one.
-        block_rows: rows of a block, which one actor computes at once, sorted by length.
+        block_rows: rows of a block, which goes to one actor; up to 4,096 are computed at once, sorted by length.
         options: ``text_column``, ``pair_column``, ``errors`` of `Predictor`, and those of
             `fastcls.predicting.options.PredictOptions`.
 
     Raises:
         ImportError: Ray is not installed.
-        TypeError: something that is no dataset, an option that does not exist.
+        TypeError, OSError: something that is no dataset, an option that does not exist, a checkpoint that does not.
         ValueError: an option with another value; more actors than the cluster has CPUs or GPUs for, which Ray would
             wait for without a word.
     """
@@ -87,11 +89,16 @@ def predict(
     columns = ("text_column", "pair_column", "errors")
     own: dict[str, Any] = {name: options.pop(name) for name in columns if name in options}
     options.setdefault("device", "cuda" if gpus else "cpu")
-    PredictOptions.of(options).check()
+    asked = PredictOptions.of(options)
+    asked.check()
+    # Columns of results that do not exist are refused here, before actors are.
+    answers_of(model, asked)
+    if (errors := own.get("errors", "column")) not in get_args(Errors):
+        raise ValueError(f"errors must be one of {', '.join(get_args(Errors))}, got {errors!r}")
     read_count("block_rows", block_rows)
     if not ray.is_initialized():
         ray.init()
-    found = shares(ray.cluster_resources(), actors, threads, gpus)
+    found = shares(machines_of(ray), actors, threads, gpus)
     given = {**own, "threads": threads, **options}
     return dataset.repartition(target_num_rows_per_block=block_rows).map_batches(
         Predictor,
@@ -99,7 +106,7 @@ def predict(
         fn_constructor_kwargs=given,
         batch_format="pyarrow",
         batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=found.actors),
+        compute=ray.data.ActorPoolStrategy(size=found.processes),
         num_cpus=found.cpus,
         num_gpus=gpus or None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -12,10 +13,11 @@ from .. import __version__
 from ..flow import Flow, Scored
 from ..predicting.checkpoint import Checkpoint
 from ..predicting.loaded import load_shared
+from ..predicting.machine import leave
 from ..predicting.options import PredictOptions
 from ..predicting.predictor import set_threads
 from ..texts import Item, first_line
-from .library import import_ray
+from .library import import_ray, machines_of
 from .sent import sent
 from .share import shares
 
@@ -27,6 +29,10 @@ _UNDERWAY_EACH = 2
 _HELD_EACH = 4
 # A window that so many workers ended with is what ended them.
 _MOST_DEATHS = 5
+# Seconds in which workers let go of what they share.
+_LEAVING = 5.0
+# A window of long texts takes minutes on one thread. In seconds.
+_PATIENCE = 600.0
 
 
 class Versions(NamedTuple):
@@ -37,7 +43,7 @@ class Versions(NamedTuple):
 
 
 class WorkerLostError(Exception):
-    """The process that computed something ended."""
+    """The process that computed something ended, or what it gave was lost with its machine."""
 
 
 class Worker:
@@ -51,6 +57,11 @@ class Worker:
         self._flow = load_shared(checkpoint, options).flow
         return Versions(__version__, torch.__version__)
 
+    def leave(self) -> None:
+        """Lets go of what the machine's processes share, which Ray's way to end one does not."""
+        self._flow = None
+        leave()
+
     def scored(self, texts: Sequence[Item | None]) -> Scored:
         """What becomes of a window.
 
@@ -58,7 +69,7 @@ class Worker:
             WorkerLostError: this process has taken the place of one that had the model.
         """
         if self._flow is None:
-            raise WorkerLostError
+            raise WorkerLostError("it was started again")
         ((scored, _),) = self._flow.run([(texts, None)])
         return scored
 
@@ -68,7 +79,7 @@ class Workers:
 
     Args:
         address: "auto" for the cluster that this machine belongs to, "local" for one that is started here, or an
-            address.
+            address; a process that is connected to a cluster already stays with it.
         count: how many; None for as many as the cluster has CPUs, or GPUs, for.
         threads: CPU threads of each.
         gpus: of each; None for 1 if the cluster has any.
@@ -95,9 +106,9 @@ class Workers:
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ConnectionError(f"{address} must be a cluster of Ray: {first_line(error)}") from error
         try:
-            resources = ray.cluster_resources()
-            self._gpus = (1.0 if resources.get("GPU") else 0.0) if gpus is None else gpus
-            self.count, self._cpus = shares(resources, count, threads, self._gpus)
+            machines = machines_of(ray)
+            self._gpus = float(any(machine.get("GPU") for machine in machines)) if gpus is None else gpus
+            self.count, self._cpus = shares(machines, count, threads, self._gpus, ("--workers", "--worker-gpus"))
         except BaseException:
             self.close()
             raise
@@ -122,16 +133,24 @@ class Workers:
         self._asked = (model if self._is_local else sent(model), options, self._threads)
         own = Versions(__version__, torch.__version__)
         self._actors = [make.remote() for _ in range(self.count)]
-        for found in [self.result(self.ready(index)) for index in range(self.count)]:
+        started = [self.ready(index) for index in range(self.count)]
+        for found in map(self._started, started):
             if found != own:
                 raise ValueError(
                     f"workers must have fastcls {own.fastcls} and torch {own.torch}, as this process has, got one with "
                     f"fastcls {found.fastcls} and torch {found.torch}"
                 )
 
+    def _started(self, reference: Any) -> Versions:
+        try:
+            found: Versions = self.result(self.first([reference]))
+        except WorkerLostError as error:
+            raise ValueError(f"a worker ended before it had its model: {first_line(error)}") from error
+        return found
+
     def ready(self, index: int) -> Any:
-        """Refers to the versions of a worker, which are there once it is."""
-        return self._actors[index].ready.options(max_task_retries=-1).remote(*self._asked)
+        """Refers to the versions of a worker, which are there once it is. Started again, it is asked a few times."""
+        return self._actors[index].ready.options(max_task_retries=_MOST_DEATHS).remote(*self._asked)
 
     def scored(self, index: int, texts: Sequence[Item | None]) -> Any:
         """Refers to what becomes of a window at a worker."""
@@ -146,14 +165,23 @@ class Workers:
         errors = self._ray.exceptions
         try:
             return self._ray.get(reference)
-        except errors.RayActorError as error:
-            raise WorkerLostError from error
+        except (errors.RayActorError, errors.OutOfMemoryError, errors.ObjectLostError, errors.NodeDiedError) as error:
+            raise WorkerLostError(first_line(error)) from error
         except errors.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from error
 
     def first(self, references: Sequence[Any]) -> Any:
-        """Waits for the first of some results."""
-        return self._ray.wait(references, num_returns=1)[0][0]
+        """Waits for the first of some results, and warns if that takes long: Ray waits for a lost machine for ever."""
+        while True:
+            ready, _ = self._ray.wait(references, num_returns=1, timeout=_PATIENCE)
+            if ready:
+                return ready[0]
+            warnings.warn(
+                f"no worker has answered for {_PATIENCE / 60:g} minutes: all are busy with long texts, gone, or "
+                "without room in the cluster",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def run(self, windows: Iterable[tuple[Sequence[Item | None], _Tag]]) -> Iterator[tuple[Scored, _Tag]]:
         """What becomes of each window, in order: see `Flow.run`. A worker that ends loses nothing.
@@ -165,6 +193,9 @@ class Workers:
 
     def close(self) -> None:
         """Ends the workers, and the connection if it was made for them."""
+        if self._actors:
+            # One that computes is not waited for.
+            self._ray.wait([actor.leave.remote() for actor in self._actors], num_returns=self.count, timeout=_LEAVING)
         for actor in self._actors:
             self._ray.kill(actor)
         self._actors = []
@@ -180,6 +211,7 @@ class _Window(Generic[_Tag]):
         self.texts, self.tag = texts, tag
         self.scored: Scored | None = None
         self.deaths = 0
+        self.first_row = 0
 
 
 class _Run(Generic[_Tag]):
@@ -198,6 +230,9 @@ class _Run(Generic[_Tag]):
         self._waiting: deque[_Window[_Tag]] = deque()
         self._queues: list[deque[tuple[Any, _Window[_Tag]]]] = [deque() for _ in range(workers.count)]
         self._starting: dict[int, Any] = {}
+        self._rows = 0
+        # How often each worker ended since it last gave a result.
+        self._ends = [0] * workers.count
         self._is_over = False
         self._failure: Exception | None = None
 
@@ -234,7 +269,7 @@ class _Run(Generic[_Tag]):
         if self._is_over or len(self._held) >= _HELD_EACH * self._workers.count:
             return None
         try:
-            self._held.append(_Window(*next(self._source)))
+            window = _Window(*next(self._source))
         except StopIteration:
             self._is_over = True
             return None
@@ -242,7 +277,9 @@ class _Run(Generic[_Tag]):
             # What came before is still given.
             self._is_over, self._failure = True, error
             return None
-        return self._held[-1]
+        window.first_row, self._rows = self._rows, self._rows + len(window.texts)
+        self._held.append(window)
+        return window
 
     def _take(self) -> None:
         """Waits for a result, for the end of a worker, or for one that is there again."""
@@ -252,21 +289,29 @@ class _Run(Generic[_Tag]):
         index = at[ready]
         try:
             found = self._workers.result(ready)
-        except WorkerLostError:
-            self._lose(index)
+        except WorkerLostError as error:
+            self._lose(index, error)
         else:
             if self._starting.pop(index, None) is None:
                 self._queues[index].popleft()[1].scored = found
+                self._ends[index] = 0
 
-    def _lose(self, index: int) -> None:
+    def _lose(self, index: int, error: WorkerLostError) -> None:
         self._workers.lost += 1
+        self._ends[index] += 1
+        if self._ends[index] > _MOST_DEATHS:
+            raise ValueError(
+                f"a worker ended {self._ends[index]} times without a result: {error}. Perhaps its machine is gone, or "
+                "has too little memory for so many workers"
+            )
         queue = self._queues[index]
         if queue:
             window = queue[0][1]
             window.deaths += 1
             if window.deaths == _MOST_DEATHS:
+                first, last = window.first_row + 1, window.first_row + len(window.texts)
                 raise ValueError(
-                    f"a window of {len(window.texts):,} rows ended each of {_MOST_DEATHS} workers that computed it, "
+                    f"rows {first:,} to {last:,} of this run ended each of {_MOST_DEATHS} workers that computed them, "
                     "perhaps for want of memory: fewer workers a machine leave more for each"
                 )
         # They come before all windows that were not handed out yet.

@@ -246,7 +246,9 @@ def classify(
         "quantize": quantize,
     }
     asked: Any = {"errors": errors, "strict": strict, "resume": resume, "overwrite": overwrite}
-    with _cluster(ray, workers, threads or 1, worker_gpus) as cluster:
+    # A GPU that nobody computes on is not reserved.
+    gpus = 0.0 if device == "cpu" and worker_gpus is None else worker_gpus
+    with _cluster(ray, workers, threads or 1, gpus) as cluster:
         _run(Job(path, paths, output, Options(**options), **asked, workers=cluster), output, strict, cluster)
 
 
