@@ -2,7 +2,7 @@
 
 python benchmarks/clusters.py --out clusters            # MiniLM on 60,000 sentences: some 20 minutes on two cores
 python benchmarks/clusters.py --rows 2000 --rounds 1    # in miniature: starting takes most of the time
-python benchmarks/clusters.py --part memory --memory-rows 1000000    # of workers, with the model of --demo
+python benchmarks/clusters.py --part memory --memory-rows 1000000    # of workers, with a model of one layer
 python benchmarks/clusters.py --part pieces             # what a plan for a cluster is made of, a thread each
 
 Each way reads parquet files of 4,000 rows and writes parquet, in a process of its own. Its time begins once it has its
@@ -31,9 +31,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import typer
+from transformers import BertConfig, BertForSequenceClassification
 
 from fastcls.files.job import Job, Options
 from fastcls.flow import MAX_ROWS, Scored
+from fastcls.loading import load_tokenizer
 from fastcls.predicting.loaded import load_shared
 from fastcls.predicting.options import PredictOptions
 from fastcls.texts import Item
@@ -230,8 +232,14 @@ def memory(bench: Bench, rows: int) -> list[tuple[float, float]]:
     """Seconds since the start, and MiB of the largest of a run's workers then."""
     source = bench.folder / "memory"
     write(source, list(islice(different(bench.texts), rows)))
-    target = bench.folder / "memory.parquet"
-    command = [sys.executable, "-m", "fastcls", "classify", demo_model(), f"{source}/*.parquet", "-o", str(target)]
+    target, model = bench.folder / "memory.parquet", str(bench.folder / "small")
+    tokenizer = load_tokenizer(demo_model())
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64
+    )
+    BertForSequenceClassification(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    command = [sys.executable, "-m", "fastcls", "classify", model, f"{source}/*.parquet", "-o", str(target)]
     began, samples = time.perf_counter(), list[tuple[float, float]]()
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with subprocess.Popen(

@@ -128,14 +128,13 @@ def test_masks_are_filled_as_by_the_pipeline(mask_model: str) -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_gives_what_the_cpu_gives(model: str, mask_model: str) -> None:
-    options: dict[str, Any]
-    for name, texts, column, options in (
+    cases: list[tuple[str, list[str], str, dict[str, Any]]] = [
         (model, TEXTS, "label", {}),
         (mask_model, ["a [MASK] film", "no mask", "very [MASK]"], "token", {"fill_mask": True}),
-    ):
-        here, there = (
-            Predictor(name, device=device, **options)(table(texts)).to_pylist() for device in ("cpu", "cuda")
-        )
+    ]
+    for name, texts, column, options in cases:
+        predictors = (Predictor(name, device=device, **options) for device in ("cpu", "cuda"))
+        here, there = (predictor(table(texts)).to_pylist() for predictor in predictors)
         assert [row[column] for row in there] == [row[column] for row in here]
         assert [row["error"] for row in there] == [row["error"] for row in here]
 
