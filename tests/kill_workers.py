@@ -75,8 +75,8 @@ def main() -> int:
                 command(source, target), env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
             ) as process:
                 while process.poll() is None:
-                    time.sleep(chance.uniform(0.2, 3.0))
-                    # Killed again before it has loaded, a worker would never compute.
+                    # A worker takes some seconds to be there again; killed six times before, it would end the run.
+                    time.sleep(chance.uniform(2, 12))
                     parts = list(target.parent.glob(f"{target.name}.parts/part-*"))
                     if kills < asked.kills and parts and (found := workers(process.pid)):
                         os.kill(chance.choice(found), signal.SIGKILL)
