@@ -149,8 +149,9 @@ class Workers:
         return found
 
     def ready(self, index: int) -> Any:
-        """Refers to the versions of a worker, which are there once it is. Started again, it is asked a few times."""
-        return self._actors[index].ready.options(max_task_retries=_MOST_DEATHS).remote(*self._asked)
+        """Refers to the versions of a worker, which are there once it is."""
+        # A number of tries would be used up while Ray has not yet seen that the process has ended.
+        return self._actors[index].ready.options(max_task_retries=-1).remote(*self._asked)
 
     def scored(self, index: int, texts: Sequence[Item | None]) -> Any:
         """Refers to what becomes of a window at a worker."""
