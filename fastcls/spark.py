@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from .predicting.checkpoint import fingerprint, key_of, read_files, write_files
 from .predicting.loaded import Loaded, answers_of, load_shared
 from .predicting.options import PredictOptions
 from .predicting.predictor import set_threads
-from .tables import Errors, Job, with_results
+from .tables import Errors, Job, check_errors, with_results
 from .tables.job import text_column as found_text_column
 from .texts import read_count
 
@@ -188,8 +188,7 @@ def _checked(
     asked = PredictOptions.of(options)
     asked.check()
     read_count("threads", threads)
-    if errors not in get_args(Errors):
-        raise ValueError(f"errors must be one of {', '.join(get_args(Errors))}, got {errors!r}")
+    check_errors(errors)
     # The driver asks the job for its columns alone, and loads no model.
     return asked, Job(text, pair, answers_of(model, asked), cast(Flow, None), errors)
 

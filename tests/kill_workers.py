@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from kill_runs import environment
 
 
 def workers(of: int) -> list[int]:
@@ -55,8 +55,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     chance = random.Random(asked.seed)
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "PYTHONPATH": paths}
     kills = runs = failed = 0
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "in.jsonl"
@@ -67,12 +65,12 @@ def main() -> int:
         ]
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         calm = Path(folder) / "calm.jsonl"
-        subprocess.run(command(source, calm), check=True, env=environment, capture_output=True)
+        subprocess.run(command(source, calm), check=True, env=environment(), capture_output=True)
         while kills < asked.kills:
             target = Path(folder) / f"run{runs}.jsonl"
             here = 0
             with subprocess.Popen(
-                command(source, target), env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+                command(source, target), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
             ) as process:
                 while process.poll() is None:
                     # A worker takes some seconds to be there again; killed six times before, it would end the run.

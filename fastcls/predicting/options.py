@@ -9,7 +9,7 @@ from typing import Any, get_args
 from ..engine.spec import Quantize
 from ..flow import LongTextPolicy, LongTexts, WindowScores
 from ..labels import ScoreFunction
-from ..loading import parse_device, parse_dtype, parse_quantize
+from ..loading import parse_dtype, parse_quantize
 from ..results import Wanted
 from .embedder import Pooling
 
@@ -103,11 +103,3 @@ class PredictOptions:
                 )
         self.policy.check(None, 0)
         parse_dtype(self.dtype), parse_quantize(self.quantize)
-
-    def check_device(self) -> None:
-        """Checks that this machine has the device.
-
-        Raises:
-            ValueError: it has not.
-        """
-        parse_device(self.device)

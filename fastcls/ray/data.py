@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
 
@@ -10,7 +10,7 @@ from ..flow import MAX_ROWS
 from ..predicting.loaded import answers_of
 from ..predicting.options import PredictOptions
 from ..predicting.predictor import Predictor as ArrowPredictor
-from ..tables import Errors
+from ..tables import check_errors
 from ..texts import read_count
 from .library import import_ray, machines_of
 from .sent import sent
@@ -93,8 +93,7 @@ def predict(
     asked.check()
     # Columns of results that do not exist are refused here, before actors are.
     answers_of(model, asked)
-    if (errors := own.get("errors", "column")) not in get_args(Errors):
-        raise ValueError(f"errors must be one of {', '.join(get_args(Errors))}, got {errors!r}")
+    check_errors(own.get("errors", "column"))
     read_count("block_rows", block_rows)
     if not ray.is_initialized():
         ray.init()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
-from .job import Errors, Job, check_values, computed, text_column
+from .job import Errors, Job, check_errors, check_values, computed, text_column
 from .kinds import SPLITS, STREAM, ArrowTable, Rows, Table, kind_of, read
 
-__all__ = ["Errors", "Job", "with_results"]
+__all__ = ["Errors", "Job", "check_errors", "with_results"]
 
 # A stream's rows may be large, and wait until their texts are classified.
 _STREAM_WINDOW = 1000
@@ -24,8 +24,7 @@ def with_results(table: Any, job: Job) -> Any:
         ValueError: columns that are not there, or there already; a null; a text that cannot be classified;
             another value of ``errors``.
     """
-    if job.errors not in get_args(Errors):
-        raise ValueError(f"errors must be one of {', '.join(get_args(Errors))}, got {job.errors!r}")
+    check_errors(job.errors)
     if kind_of(table) in SPLITS:
         # Each split is checked before the first is computed.
         ready = {name: _ready(split, job) for name, split in table.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from ..engine.batch import shortened
 from ..flow import MAX_ROWS, Flow
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 
 
 Errors = Literal["raise", "null", "column"]
+
+
+def check_errors(errors: object) -> None:
+    """Checks a value of ``errors``.
+
+    Raises:
+        ValueError: one that does not exist.
+    """
+    if errors not in get_args(Errors):
+        raise ValueError(f"errors must be one of {', '.join(get_args(Errors))}, got {errors!r}")
 
 
 class Job(NamedTuple):
