@@ -226,7 +226,7 @@ def load_model(
             its config names no class, or a config option does not fit it.
         OSError: the hub does not have the model, or cannot be reached.
     """
-    config = _config_of(name_or_path, hub_options)
+    config = read_config(name_or_path, hub_options)
     of_checkpoint = config.num_labels
     _set_options(config, config_options or {})
     # An unsupported model is refused before its weights are fetched and read.
@@ -273,11 +273,19 @@ def load_config(name: str, task: Task) -> tuple[PreTrainedConfig, Family]:
     Raises:
         FileNotFoundError, TypeError, ValueError, OSError: as `load_model`, as far as a config tells.
     """
-    config = _config_of(name, {})
+    config = read_config(name, {})
     return config, class_for_task(config, task)[0]
 
 
-def _config_of(name_or_path: str | os.PathLike[str], hub_options: Mapping[str, Any]) -> PreTrainedConfig:
+def read_config(name_or_path: str | os.PathLike[str], hub_options: Mapping[str, Any]) -> PreTrainedConfig:
+    """A checkpoint's config, as transformers reads it.
+
+    Args:
+        name_or_path, hub_options: see `load_model`.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError, OSError: as `load_model`, as far as a config tells.
+    """
     check_place(name_or_path, hub_options.get("subfolder"))
     with quiet_transformers(), _readable_errors(name_or_path, hub_options):
         config = AutoConfig.from_pretrained(name_or_path, **hub_options)

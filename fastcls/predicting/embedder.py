@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import torch
 from torch import Tensor
-from transformers.utils.hub import cached_file
 
 from ..conversion import optimize
 from ..engine.spec import Quantize
@@ -17,16 +14,9 @@ from ..flow import Flow, LongTextPolicy, Scored
 from ..loading import load_model, load_tokenizer, parse_device, parse_dtype
 from ..models import FastEncoder
 from ..tokenizing import Ids, read_cut
+from .sentence_config import read_sentence_config
 
 Pooling = Literal["first", "mean"]
-
-# The names of sentence-transformers.
-_POOLINGS = {
-    "cls": "first",
-    "mean": "mean",
-    "pooling_mode_cls_token": "first",
-    "pooling_mode_mean_tokens": "mean",
-}
 
 
 class Embedder:
@@ -103,25 +93,10 @@ class Vectors:
 
 def _check_sentence_model(name: str, pooling: Pooling) -> None:
     """Checks that a checkpoint of sentence-transformers asks for this pooling and nothing more but a length of 1."""
-    for module in _json_of(name, "modules.json") or []:
-        kind = str(module["type"]).rpartition(".")[2]
-        if kind == "Pooling":
-            own = _own_pooling(_json_of(name, f"{module['path']}/config.json") or {})
-            if own != pooling:
-                raise ValueError(f"embeddings must be {own} for {name}, which pools so, got {pooling}")
-        elif kind not in ("Transformer", "Normalize"):
-            raise ValueError(f"{name} must give its vectors by pooling alone, got a further layer, {kind}")
-
-
-def _json_of(name: str, file: str) -> Any:
-    """A file of a checkpoint; None where it has none."""
-    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else json.loads(Path(found).read_text("utf-8"))
-
-
-def _own_pooling(config: dict[str, Any]) -> str:
-    """The pooling of a config of sentence-transformers, in our words where they have one."""
-    asked = config.get("pooling_mode")
-    if asked is None:
-        asked = "+".join(mode for mode, is_on in config.items() if mode.startswith("pooling_mode_") and is_on)
-    return _POOLINGS.get(asked, asked)
+    config = read_sentence_config(name)
+    if config is None:
+        return
+    if config.pooling not in (None, pooling):
+        raise ValueError(f"embeddings must be {config.pooling} for {name}, which pools so, got {pooling}")
+    if config.further:
+        raise ValueError(f"{name} must give its vectors by pooling alone, got a further layer, {config.further[0]}")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..conversion import optimize
@@ -20,6 +18,7 @@ from ..loading import load_model, load_tokenizer, parse_device, parse_dtype
 from ..models import FastMaskedLM
 from ..texts import read_count
 from ..tokenizing import Ids, read_cut
+from .padded import groups_of, padded
 
 # A pass has at most so many texts, each of which needs a number for every word, and tokens.
 _TEXTS_AT_ONCE, _TOKENS_AT_ONCE = 256, 16_384
@@ -132,26 +131,10 @@ def _as_they_are(numbers: Tensor) -> Tensor:
 def _fills(model: FastMaskedLM, top_k: int, ids: list[Ids], types: list[Ids]) -> Tensor:
     """(num_texts, 2 * top_k) float32, the scores of the best tokens for each text's mask, then their ids."""
     found = torch.empty(len(ids), 2 * top_k, device=model.device)
-    for rows in _groups(list(map(len, ids))):
-        padded = (
-            pad_sequence([torch.from_numpy(each[row]) for row in rows], batch_first=True).to(model.device)
-            for each in (ids, types, [torch.ones(len(row), dtype=torch.long).numpy() for row in ids])
-        )
-        input_ids, token_type_ids, attention_mask = padded
+    for rows in groups_of(list(map(len, ids)), _TOKENS_AT_ONCE, _TEXTS_AT_ONCE):
+        inputs = padded([ids[row] for row in rows], [types[row] for row in rows], model.device)
         # The words' numbers are exact in float32, as no vocabulary has 16 million.
-        output: Any = model(input_ids=input_ids, token_type_ids=token_type_ids, attention_mask=attention_mask)
+        output: Any = model(**inputs)
         best = output.logits.float().softmax(-1).topk(top_k)
         found[rows] = torch.cat((best.values, best.indices.float()), 1)
     return found
-
-
-def _groups(lengths: list[int]) -> Iterator[list[int]]:
-    """Rows of similar lengths that are computed at once."""
-    group: list[int] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if group and (len(group) == _TEXTS_AT_ONCE or (len(group) + 1) * lengths[row] > _TOKENS_AT_ONCE):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group

@@ -1,4 +1,4 @@
-"""The command line: classify, plan, verify, demo, bench, doctor."""
+"""The command line: classify, plan, serve, verify, demo, bench, doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .classify import classify
 from .lines import count_lines, decoded_lines, labelled, opened, texts_of, write_utf8
 from .options import Device, DType, Quantize, Threads
 from .plan import plan
+from .serve import serve
 from .terminal import INTERRUPTED, expected_errors, fail, progress_bar, set_threads, stderr
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ Truncate = Annotated[bool, typer.Option("--truncate", help="Cut texts that are t
 
 app.command()(classify)
 app.command()(plan)
+app.command()(serve)
 
 
 @app.command()

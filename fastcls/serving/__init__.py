@@ -1,0 +1,1 @@
+"""Models behind HTTP, with the routes of text-embeddings-inference, OpenAI and Cohere."""

@@ -1,0 +1,226 @@
+"""The server as an ASGI application, for uvicorn, Ray Serve and whatever else runs one."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route as Place
+
+from .asking import Asking, Server
+from .errors import RequestError
+from .openapi import document
+from .options import ServeOptions
+from .passes import ClientGoneError
+from .routes import ROUTES, Route, answer_any, info
+from .schemas import AnyRequest
+from .served import Encoded, Served, Want
+from .v1 import ALIASES
+from .v1 import ROUTES as V1_ROUTES
+
+_log = logging.getLogger(__name__)
+_PAGE = Path(__file__).with_name("page.html")
+# What is computed before the first request: texts of so many tokens, one, and a pass of them.
+_WARM_LENGTH, _WARM_TEXTS = 16, 32
+_CLIENT_GONE = 499
+_ANY = Route("/", AnyRequest, (), answer_any, "What suits the model: /predict, /rerank, /embed or /embed_sparse")
+
+
+def create_app(models: Callable[[], Sequence[Served]], options: ServeOptions) -> Starlette:
+    """The server.
+
+    Args:
+        models: gives those that are served, once the application starts: see `load_all`.
+        options: of the server.
+
+    Returns:
+        An ASGI application. At its start it loads the models and computes once, at its end what it had taken.
+    """
+    state = _State(models, options)
+    computing = {route.path: route for route in (*ROUTES, *V1_ROUTES, _ANY)} | {**ALIASES, "/invocations": _ANY}
+    computing |= {f"/models/{{model:path}}{route.path}": route for route in ROUTES}
+    shown = {
+        "/": state.page if options.ui else state.health,
+        "/health": state.health,
+        "/ping": state.health,
+        "/metrics": state.metrics,
+        "/info": state.info,
+        "/models/{model:path}/info": state.info,
+        "/v1/models": state.models,
+        "/openapi.json": state.openapi,
+        "/api-doc/openapi.json": state.openapi,
+    }
+    return Starlette(
+        routes=[
+            *(Place(path, state.answering(route), methods=["POST"]) for path, route in computing.items()),
+            *(Place(path, show, methods=["GET"]) for path, show in shown.items()),
+        ],
+        lifespan=state.lifespan,
+        exception_handlers={HTTPException: _not_routed, Exception: _failed},
+        middleware=[
+            Middleware(
+                CORSMiddleware,
+                allow_origins=options.cors_allow_origin,
+                allow_methods=["GET", "POST"],
+                allow_headers=["content-type", "authorization"],
+                expose_headers=["x-total-time", "x-queue-time", "x-inference-time", "x-compute-tokens"],
+            )
+        ],
+    )
+
+
+class _State:
+    """What the routes share, once the application has started."""
+
+    def __init__(self, models: Callable[[], Sequence[Served]], options: ServeOptions) -> None:
+        self._load, self._options = models, options
+        self._server: Server | None = None
+        self._key = None if options.api_key is None else f"Bearer {options.api_key}".encode()
+
+    @property
+    def server(self) -> Server:
+        assert self._server is not None, "the application has started"
+        return self._server
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        self._server = Server(self._load(), self._options)
+        self.server.passes.start(_warm_up)
+        yield
+        await self.server.passes.close()
+
+    def answering(self, route: Route) -> Callable[[Request], Awaitable[Response]]:
+        """What answers a route that computes."""
+
+        async def answer(request: Request) -> Response:
+            asking = Asking(self.server, request)
+            try:
+                self._authorize(request)
+                body = await asking.body(route.body)
+                asking.served = self._model(route, request, getattr(body, "model", None))
+                asking.check_kind(route.kinds, route.path)
+                content = await route.answer(asking, body)
+            except RequestError as error:
+                self.server.metrics.failed(error.reason)
+                response = _refused(error, route.path)
+            except ClientGoneError:
+                self.server.metrics.failed("client_gone")
+                response = Response(status_code=_CLIENT_GONE)
+            else:
+                times = asking.times()
+                if asking.answers:
+                    self.server.metrics.answered(is_batch=asking.is_batch, **times)
+                response = _json(content, headers=asking.headers(times))
+            _logged(asking, response)
+            return response
+
+        return answer
+
+    def _model(self, route: Route, request: Request, in_body: str | None) -> Served:
+        in_path = request.path_params.get("model")
+        return self.server.of_kind(route.kinds, in_body) if in_path is None else self.server.named(in_path)
+
+    def _authorize(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if self._key is not None and not hmac.compare_digest(given, self._key):
+            raise RequestError("expected `Authorization: Bearer KEY` with the server's key", "Validation", 401)
+
+    async def health(self, _: Request) -> Response:
+        """Whether the model computes. After a pass that failed a small one shows whether it does again."""
+        passes = self.server.passes
+        is_well = passes.is_alive and (passes.failure is None or await self.server.computes_again())
+        if is_well:
+            return Response(status_code=200)
+        return _refused(RequestError("unhealthy", "Unhealthy"), "/health")
+
+    async def page(self, request: Request) -> Response:
+        """A page for people; for all else what `health` says."""
+        if "text/html" not in request.headers.get("accept", ""):
+            return await self.health(request)
+        return Response(_PAGE.read_bytes(), media_type="text/html")
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(self.server.metrics.text(), headers={"content-type": self.server.metrics.content_type})
+
+    async def info(self, request: Request) -> Response:
+        try:
+            self._authorize(request)
+            named = request.path_params.get("model")
+            served = self.server.models[0] if named is None else self.server.named(named)
+        except RequestError as error:
+            return _refused(error, "/info")
+        return _json(info(self.server, served))
+
+    async def models(self, request: Request) -> Response:
+        try:
+            self._authorize(request)
+        except RequestError as error:
+            return _refused(error, "/v1/models")
+        listed = [
+            {"id": each.name, "object": "model", "created": 0, "owned_by": "fastcls", "kind": each.kind}
+            for each in self.server.models
+        ]
+        return _json({"object": "list", "data": listed})
+
+    async def openapi(self, _: Request) -> Response:
+        return _json(document((*ROUTES, *V1_ROUTES), has_key=self._key is not None))
+
+
+def _warm_up(served: Served) -> list[tuple[Want, list[Encoded]]]:
+    """Texts to compute before any request: one, and some."""
+    ids = np.arange(min(_WARM_LENGTH, served.limit), dtype=np.int64) % served.model.spec.vocab_size
+    text = Encoded(ids, np.zeros_like(ids))
+    return [(want, [text] * count) for want in served.wants for count in (1, _WARM_TEXTS)]
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, status, headers, "application/json")
+
+
+def _refused(error: RequestError, path: str) -> Response:
+    content: dict[str, Any] = {"error": error.message, "error_type": error.error_type}
+    if path.startswith(("/v1/", "/v2/")):
+        content = {
+            "message": error.message,
+            "code": error.status,
+            "type": error.error_type,
+            "error_type": error.error_type,
+        }
+    headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(error.status)
+    return _json(content, error.status, headers)
+
+
+async def _not_routed(request: Request, error: Exception) -> Response:
+    """A route that there is not, or another method than it has."""
+    assert isinstance(error, HTTPException)
+    content = {"error": f"{error.detail}: {request.method} {request.url.path:.200}", "error_type": "Validation"}
+    return _json(content, error.status_code, dict(error.headers or {}))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """A defect of the server's own."""
+    _log.error("a request failed", exc_info=error, extra={"path": request.url.path})
+    return _json({"error": "Internal error", "error_type": "Backend"}, 500)
+
+
+def _logged(asking: Asking, response: Response) -> None:
+    if not _log.isEnabledFor(logging.INFO):
+        return
+    times = {f"{name}_ms": round(seconds * 1000, 1) for name, seconds in asking.times().items()}
+    model = asking.served.name if asking.served else None
+    counts = {"texts": asking.texts, "tokens": asking.tokens}
+    fields = {"path": asking.request.url.path, "status": response.status_code, "model": model, **counts, **times}
+    _log.info("request", extra=fields)
