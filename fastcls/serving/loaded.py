@@ -12,7 +12,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from ..conversion import optimize
 from ..engine.spec import Task
 from ..labels import label_names, score_function
-from ..loading import load_model, load_tokenizer, parse_device, parse_dtype, read_config
+from ..loading import check_place, load_model, load_tokenizer, parse_device, parse_dtype, read_config
 from ..models import FastClassifier, FastEncoder, FastMaskedLM
 from ..predicting.sentence_config import SentenceConfig, read_sentence_config
 from ..tokenizing import length_limit
@@ -37,6 +37,8 @@ def load_all(checkpoints: Sequence[str], options: LoadOptions, names: Sequence[s
     if names and len(names) != len(checkpoints):
         count = len(checkpoints)
         raise ValueError(f"served_model_name must be given once for each of {count} models, got {len(names)}")
+    for checkpoint in checkpoints:
+        check_place(checkpoint)
     called = list(names) or [_name_of(each) for each in checkpoints]
     for name in called:
         if called.count(name) > 1:
