@@ -1,0 +1,340 @@
+"""Passes of a server: fair shares, one pass for many requests, none fails its neighbours, nobody waits too long."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("prometheus_client", reason="a server needs the extra serve")
+
+from fastcls.serving.errors import RequestError
+from fastcls.serving.fair_queue import FairQueue, Waiting
+from fastcls.serving.metrics import Metrics
+from fastcls.serving.options import ServeOptions
+from fastcls.serving.passes import Answer, ClientGoneError, Passes
+from fastcls.serving.served import Encoded, Served
+from fastcls.texts import Item
+
+Test = Callable[..., Coroutine[Any, Any, None]]
+
+
+def in_a_loop(test: Test) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
+
+    return run
+
+
+def texts_of(owner: str, *tokens: int, group: str = "model") -> list[Waiting]:
+    return [Waiting(owner, group, count, float(count), None, index) for index, count in enumerate(tokens)]
+
+
+def owners(taken: Sequence[Waiting]) -> list[tuple[str, int]]:
+    return [(each.owner, each.index) for each in taken]
+
+
+def test_a_small_request_goes_before_the_rest_of_a_large_one() -> None:
+    queue = FairQueue()
+    queue.put(texts_of("large", *[100] * 20))
+    assert owners(queue.next_pass(300)) == [("large", 0), ("large", 1), ("large", 2)]
+    queue.put(texts_of("small", 10))
+    # Whoever has waited longest has a place in each pass.
+    assert owners(queue.next_pass(120)) == [("large", 3), ("small", 0)]
+    assert queue.texts == 16
+    assert queue.cost == 1600
+
+
+def test_a_large_request_gets_its_share_however_many_small_ones_come() -> None:
+    queue = FairQueue()
+    queue.put(texts_of("large", *[100] * 10))
+    passes = 0
+    while queue.requests:
+        passes += 1
+        assert passes < 20
+        for number in range(20):
+            queue.put(texts_of(f"small {passes} {number}", 10))
+        taken = owners(queue.next_pass(300))
+        assert taken[0][0] == "large" or passes > 10
+        if ("large", 9) in taken:
+            break
+    assert passes <= 10
+
+
+def test_a_pass_holds_one_group_and_no_more_tokens_or_texts_than_allowed() -> None:
+    queue = FairQueue()
+    queue.put(texts_of("one", 5, 5, 5, group="a"))
+    queue.put(texts_of("two", 5, 5, group="b"))
+    assert owners(queue.next_pass(14)) == [("one", 0), ("one", 1)]
+    assert owners(queue.next_pass(100, max_texts=1)) == [("one", 2)]
+    assert owners(queue.next_pass(100)) == [("two", 0), ("two", 1)]
+    assert queue.next_pass(100) == []
+    queue.put(texts_of("long", 500, 1))
+    assert owners(queue.next_pass(100)) == [("long", 0)], "a text that alone has more is computed alone"
+
+
+def test_what_is_dropped_is_not_computed() -> None:
+    queue = FairQueue()
+    gone, stays = texts_of("gone", 5, 5, 5), texts_of("stays", 5)
+    queue.put(gone)
+    queue.put(stays)
+    assert owners(queue.next_pass(5)) == [("gone", 0)]
+    queue.drop(gone)
+    assert (queue.texts, queue.cost, queue.requests) == (1, 5.0, 1)
+    assert owners(queue.next_pass(100)) == [("stays", 0)]
+    assert (queue.texts, queue.cost, queue.requests) == (0, 0.0, 0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.lists(st.integers(1, 40), min_size=1, max_size=6)), max_size=12),
+    st.integers(1, 100),
+    st.lists(st.integers(0, 11), max_size=4),
+)
+def test_every_text_is_taken_once(requests: list[tuple[str, list[int]]], max_tokens: int, dropped: list[int]) -> None:
+    queue = FairQueue()
+    waiting = [texts_of(str(row), *tokens, group=group) for row, (group, tokens) in enumerate(requests)]
+    for each in waiting:
+        queue.put(each)
+    gone = {row for row in dropped if row < len(waiting)}
+    for row in gone:
+        queue.drop(waiting[row])
+    taken: list[Waiting] = []
+    while part := queue.next_pass(max_tokens):
+        assert len({each.group for each in part}) == 1
+        assert len(part) == 1 or sum(each.tokens for each in part) <= max_tokens
+        taken += part
+    expected = [text for row, texts in enumerate(waiting) if row not in gone for text in texts]
+    assert sorted(map(id, taken)) == sorted(map(id, expected))
+    assert (queue.texts, queue.cost, queue.requests) == (0, 0.0, 0)
+
+
+class Model:
+    """In place of a model: a text's answer is its number of tokens. 7 tokens fail, 8 have the tokenizer refuse."""
+
+    name, kind, limit = "model", "classifier", 512
+    device = torch.device("cpu")
+    wants = ("logits",)
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.passes: list[list[int]] = []
+        self.tokenized: list[int] = []
+        self.may_end = threading.Event()
+        self.may_end.set()
+        self.seconds = seconds
+
+    def encode(self, inputs: Sequence[Any], truncate: bool, side: str) -> list[Encoded | RequestError]:
+        del truncate, side
+        self.tokenized.append(len(inputs))
+        lengths = [len(each.text) for each in inputs]
+        return [
+            RequestError("eight", "Tokenizer")
+            if length == 8
+            else Encoded(np.ones(length, np.int64), np.zeros(0, np.int64))
+            for length in lengths
+        ]
+
+    def compute(self, texts: Sequence[Encoded], want: str) -> list[int]:
+        del want
+        lengths = [len(text.ids) for text in texts]
+        self.passes.append(lengths)
+        self.may_end.wait(30)
+        time.sleep(self.seconds * sum(lengths))
+        if 7 in lengths:
+            raise RuntimeError("seven")
+        return lengths
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+class Running:
+    """Passes over a model in place of one, begun and ended."""
+
+    def __init__(self, model: Model, **options: Any) -> None:
+        self.model = model
+        self.metrics = Metrics(lambda: self.passes.waiting)
+        self.passes = Passes([cast(Served, model)], ServeOptions(**options), self.metrics)
+
+    async def __aenter__(self) -> Running:
+        ids = np.ones(10, np.int64)
+        self.passes.start(lambda _: [("logits", [Encoded(ids, ids)])])
+        self.model.passes.clear()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.model.may_end.set()
+        await self.passes.close()
+
+    async def ask(self, *texts: str, gone: Callable[[], Any] = never) -> Answer:
+        items = [Item(text, None) for text in texts]
+        return await self.passes.answer(
+            cast(Served, self.model), "logits", items, truncate=True, side="right", gone=gone
+        )
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+@in_a_loop
+async def test_requests_share_a_pass_which_waits_for_nobody() -> None:
+    model = Model()
+    async with Running(model) as running:
+        model.may_end.clear()
+        first = asyncio.create_task(running.ask("abc"))
+        await until(lambda: model.passes == [[3]])
+        others = [asyncio.create_task(running.ask("a" * length, "b")) for length in (1, 2)]
+        await until(lambda: running.passes.waiting == 4)
+        model.may_end.set()
+        assert (await first).results == [3]
+        assert [(await other).results for other in others] == [[1, 1], [2, 1]]
+        assert len(model.passes) == 2
+        answer = await running.ask("abcd", "ab")
+        assert (answer.results, answer.tokens) == ([4, 2], 6)
+        assert answer.inference > 0
+    metrics = running.metrics.text().decode()
+    assert "fastcls_texts 7.0" in metrics
+    assert "fastcls_computed_tokens 14.0" in metrics
+    assert "te_batch_next_tokens_sum 14.0" in metrics
+
+
+@in_a_loop
+async def test_one_bad_text_fails_its_own_request_alone() -> None:
+    model = Model()
+    async with Running(model) as running:
+        model.may_end.clear()
+        first = asyncio.create_task(running.ask("abc"))
+        await until(lambda: model.passes == [[3]])
+        asked = [("ok",), ("a", "sevenxx", "b"), ("fine",), ("eightxxx", "c")]
+        others = [asyncio.create_task(running.ask(*texts)) for texts in asked]
+        await until(lambda: others[3].done())
+        await until(lambda: running.passes.waiting == 5)
+        model.may_end.set()
+        found = await asyncio.gather(first, *others, return_exceptions=True)
+        assert [each.results for each in found if isinstance(each, Answer)] == [[3], [2], [4]]
+        failed, refused = found[2], found[4]
+        assert isinstance(failed, RequestError)
+        assert (failed.status, failed.message) == (424, "Inference failed")
+        assert isinstance(refused, RequestError)
+        assert (refused.status, refused.message) == (422, "eight")
+        assert [7] in model.passes
+        assert running.passes.is_alive
+
+
+@in_a_loop
+async def test_a_failure_is_known_until_a_pass_succeeds() -> None:
+    async with Running(Model()) as running:
+        with pytest.raises(RequestError):
+            await running.ask("sevenxx")
+        assert running.passes.failure == "RuntimeError: seven"
+        await running.ask("ok")
+        assert running.passes.failure is None
+
+
+@in_a_loop
+async def test_what_a_client_left_behind_is_not_computed() -> None:
+    model = Model()
+    async with Running(model) as running:
+        model.may_end.clear()
+        first = asyncio.create_task(running.ask("abc"))
+        await until(lambda: model.passes == [[3]])
+        leave = asyncio.Event()
+        gone = asyncio.create_task(running.ask("xx", "xx", gone=leave.wait))
+        cancelled = asyncio.create_task(running.ask("yyyy"))
+        stays = asyncio.create_task(running.ask("z"))
+        await until(lambda: running.passes.waiting == 4)
+        leave.set()
+        cancelled.cancel()
+        with pytest.raises(ClientGoneError):
+            await gone
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert running.passes.waiting == 1
+        model.may_end.set()
+        assert ((await first).results, (await stays).results) == ([3], [1])
+        assert model.passes == [[3], [1]]
+
+
+@in_a_loop
+async def test_too_many_requests_are_refused_at_once() -> None:
+    model = Model()
+    async with Running(model, max_concurrent_requests=2) as running:
+        model.may_end.clear()
+        taken = [asyncio.create_task(running.ask("abc")) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError, match="2 requests are being answered") as refused:
+            await running.ask("abc")
+        assert refused.value.status == 429
+        model.may_end.set()
+        await asyncio.gather(*taken)
+        assert (await running.ask("abc")).results == [3]
+
+
+@in_a_loop
+async def test_who_would_wait_longer_than_the_deadline_is_refused_at_once() -> None:
+    model = Model(seconds=0.002)
+    async with Running(model, deadline=0.2, max_batch_tokens=10) as running:
+        model.may_end.clear()
+        taken = [asyncio.create_task(running.ask("a" * 100)) for _ in range(3)]
+        await until(lambda: running.passes.waiting == 2)
+        # Two others wait, each of whom gets as much: that is 0.4 s, and of a short text next to nothing.
+        with pytest.raises(RequestError, match=r"would wait for 0\.\d s, and at most 0.2 s") as refused:
+            await running.ask("a" * 500)
+        assert refused.value.status == 429
+        short = asyncio.create_task(running.ask("a"))
+        await until(lambda: running.passes.waiting == 3)
+        model.may_end.set()
+        found = await asyncio.gather(short, *taken, return_exceptions=True)
+        assert isinstance(found[1], Answer)
+
+
+@in_a_loop
+async def test_who_has_waited_longer_than_the_deadline_is_not_computed() -> None:
+    model = Model()
+    async with Running(model, deadline=0.05) as running:
+        model.may_end.clear()
+        first = asyncio.create_task(running.ask("abc"))
+        await until(lambda: model.passes == [[3]])
+        late = asyncio.create_task(running.ask("ab"))
+        await until(lambda: running.passes.waiting == 1)
+        await asyncio.sleep(0.06)
+        model.may_end.set()
+        assert (await first).results == [3]
+        with pytest.raises(RequestError, match=r"has waited for 0\.05 s") as refused:
+            await late
+        assert refused.value.status == 429
+        assert model.passes == [[3]]
+
+
+@in_a_loop
+async def test_closing_answers_what_was_taken_and_takes_no_more() -> None:
+    model = Model()
+    running = Running(model)
+    async with running:
+        model.may_end.clear()
+        taken = [asyncio.create_task(running.ask("abc", "d")) for _ in range(20)]
+        await until(lambda: bool(model.passes))
+        threading.Timer(0.05, model.may_end.set).start()
+    assert [(await each).results for each in taken] == [[3, 1]] * 20
+    with pytest.raises(RequestError, match="stopping"):
+        await running.ask("abc")
+
+
+@in_a_loop
+async def test_a_model_that_cannot_be_warmed_up_ends_the_start() -> None:
+    running = Running(Model())
+    with pytest.raises(RuntimeError, match="seven"):
+        running.passes.start(lambda _: [("logits", [Encoded(np.ones(7, np.int64), np.zeros(0, np.int64))])])
