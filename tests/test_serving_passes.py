@@ -133,6 +133,10 @@ class Model:
         self.may_end.set()
         self.seconds = seconds
 
+    @property
+    def computing(self) -> Model:
+        return self
+
     def encode(self, inputs: Sequence[Any], truncate: bool, side: str) -> list[Encoded | RequestError]:
         del truncate, side
         self.tokenized.append(len(inputs))

@@ -30,7 +30,7 @@ class Waiting:
     """
 
     owner: Any
-    group: Hashable
+    group: Any
     tokens: int
     cost: float
     text: Any

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..conversion import optimize
 from ..engine.spec import Task
+from ..heads.several import optimize_heads
 from ..labels import label_names, score_function
 from ..loading import check_place, load_model, load_tokenizer, parse_device, parse_dtype, read_config
-from ..models import FastClassifier, FastEncoder, FastMaskedLM
+from ..models import FastClassifier, FastEncoder, FastMaskedLM, FastModel
 from ..predicting.sentence_config import SentenceConfig, read_sentence_config
 from ..tokenizing import length_limit
+from .heads import Heads
 from .options import LoadOptions, PoolingName
 from .served import Kind, Served
 
@@ -45,6 +47,8 @@ def load_all(checkpoints: Sequence[str], options: LoadOptions, names: Sequence[s
             raise ValueError(f"served_model_name must tell the models apart, got {name!r} twice")
         if not name or name != name.strip("/ ") or not name.isprintable():
             raise ValueError(f"served_model_name must be printable, without / at its ends, got {name!r}")
+    if options.one_encoder:
+        return _load_heads(dict(zip(called, checkpoints, strict=True)), options)
     return [load(each, name, options) for each, name in zip(checkpoints, called, strict=True)]
 
 
@@ -55,7 +59,7 @@ def load(checkpoint: str, name: str, options: LoadOptions) -> Served:
         ValueError, TypeError, OSError: as `Classifier.from_pretrained`; a model for another task, or one that gives its
             vectors otherwise; an encoder of which nobody says how it pools; a prompt that it has not.
     """
-    of_hub: dict[str, Any] = {} if options.revision is None else {"revision": options.revision}
+    of_hub = _of_hub(options)
     config = read_config(checkpoint, of_hub)
     device = parse_device(options.device)
     task, pooling, sentence = _task(checkpoint, config, options)
@@ -69,30 +73,81 @@ def load(checkpoint: str, name: str, options: LoadOptions) -> Served:
         release=True,
     )
     assert isinstance(fast, (FastClassifier, FastEncoder, FastMaskedLM))
+    labels = _labels(config, fast.num_labels) if isinstance(fast, FastClassifier) else ()
     kind: Kind = "embedding" if isinstance(fast, FastEncoder) else "sparse"
-    labels: tuple[str, ...] = ()
-    if isinstance(fast, FastClassifier):
-        labels = tuple(map(str, label_names(config.id2label, fast.num_labels)))
-        kind = "classifier" if len(labels) > 1 else "reranker"
-    limit = sentence.max_length or length_limit(tokenizer, fast.spec.max_positions)
-    # Models of relative places take texts of any length, which a request must not have.
-    limit = options.max_input_length or limit or int(config.max_position_embeddings)
-    if fast.spec.max_positions is not None:
-        limit = min(limit, fast.spec.max_positions)
     return Served(
         name,
         checkpoint,
         _commit(checkpoint, options.revision),
-        kind,
+        _kind_of(labels) if labels else kind,
         fast,
         tokenizer,
-        limit,
+        _limit(tokenizer, fast, sentence.max_length, options),
         labels,
         score_function(None, config.problem_type, len(labels)),
         "mean" if pooling == "mean" else "first",
         sentence.prompts,
         _default_prompt(checkpoint, sentence, options),
     )
+
+
+def _load_heads(checkpoints: Mapping[str, str], options: LoadOptions) -> list[Served]:
+    """Classifiers that were trained on one frozen encoder, and share it here."""
+    if options.pooling is not None:
+        raise ValueError(f"pooling must be left out with one_encoder, whose models classify, got {options.pooling}")
+    of_hub = _of_hub(options)
+    device, dtype = parse_device(options.device), parse_dtype(options.dtype)
+    models = {
+        f"models_{index}": load_model(each, device, dtype, **of_hub) for index, each in enumerate(checkpoints.values())
+    }
+    module = optimize_heads(models, quantize=options.quantize)
+    module.stop_following()
+    heads = Heads(module, list(models))
+    served = []
+    for index, ((name, checkpoint), model) in enumerate(zip(checkpoints.items(), models.values(), strict=True)):
+        tokenizer = load_tokenizer(checkpoint, **of_hub)
+        labels = _labels(model.config, int(model.config.num_labels or 0))
+        served.append(
+            Served(
+                name,
+                checkpoint,
+                _commit(checkpoint, options.revision),
+                _kind_of(labels),
+                module.encoder,
+                tokenizer,
+                _limit(tokenizer, module.encoder, None, options),
+                labels,
+                score_function(None, model.config.problem_type, len(labels)),
+                "first",
+                {},
+                "",
+                heads,
+                index,
+            )
+        )
+    return served
+
+
+def _of_hub(options: LoadOptions) -> dict[str, Any]:
+    return {} if options.revision is None else {"revision": options.revision}
+
+
+def _labels(config: PreTrainedConfig, count: int) -> tuple[str, ...]:
+    return tuple(map(str, label_names(config.id2label, count)))
+
+
+def _kind_of(labels: tuple[str, ...]) -> Kind:
+    return "classifier" if len(labels) > 1 else "reranker"
+
+
+def _limit(tokenizer: PreTrainedTokenizerBase, fast: FastModel, of_sentences: int | None, options: LoadOptions) -> int:
+    """How many tokens a text may have."""
+    limit = options.max_input_length or of_sentences or length_limit(tokenizer, fast.spec.max_positions)
+    if limit is None:
+        # Models of relative places take texts of any length, which a request must not have.
+        limit = int(fast.config.max_position_embeddings)
+    most = fast.spec.max_positions
+    return limit if most is None else min(limit, most)
 
 
 def _task(checkpoint: str, config: PreTrainedConfig, options: LoadOptions) -> tuple[Task, str | None, SentenceConfig]:

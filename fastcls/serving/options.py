@@ -27,6 +27,8 @@ class LoadOptions:
             config_sentence_transformers.json, or itself.
         max_input_length: tokens that a text may have, special ones included; None is the tokenizer's limit and the
             model's positions, whichever is less.
+        one_encoder: the models are sequence classifiers that were trained on one frozen encoder, which is computed once
+            for all of them; see `optimize_heads`.
         revision: the commit, branch or tag of a name on the hub.
 
     Raises:
@@ -41,6 +43,7 @@ class LoadOptions:
     default_prompt_name: str | None = None
     default_prompt: str | None = None
     max_input_length: int | None = None
+    one_encoder: bool = False
     revision: str | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +53,8 @@ class LoadOptions:
             raise ValueError(f"pooling must be one of {', '.join(get_args(PoolingName))}, got {self.pooling!r}")
         if self.max_input_length is not None:
             read_count("max_input_length", self.max_input_length)
+        if self.one_encoder and self.batch_invariant:
+            raise ValueError("batch_invariant must be left out with one_encoder, which does not compute so")
         if self.default_prompt is not None and self.default_prompt_name is not None:
             raise ValueError("default_prompt and default_prompt_name say the same thing twice: leave one out")
 

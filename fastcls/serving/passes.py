@@ -17,7 +17,7 @@ from .errors import RequestError, overloaded
 from .fair_queue import FairQueue, Waiting
 from .metrics import Metrics
 from .options import ServeOptions
-from .served import Encoded, Input, Served, Side, Want
+from .served import Computing, Encoded, Input, Served, Side, Want
 
 # A guess at a text's tokens before it is tokenized: English has some four characters a token, and two are special.
 _CHARACTERS_A_TOKEN, _SPECIAL = 4, 2
@@ -112,7 +112,7 @@ class Passes:
         self._max_tokens = options.tokens_per_pass(models[0].device.type)
         self._queue, self._changed = FairQueue(), threading.Condition()
         self._untokenized: deque[_Request] = deque()
-        self._pace: dict[tuple[Served, Want], _Pace] = {}
+        self._pace: dict[tuple[Computing, Want], _Pace] = {}
         self._taken = 0
         self._is_closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -137,10 +137,10 @@ class Passes:
             try:
                 for served in self._models:
                     for want, texts in warm_up(served):
-                        served.compute(texts, want)
+                        served.computing.compute(texts, want)
                         begun = time.monotonic()
-                        served.compute(texts, want)
-                        pace = self._pace.setdefault((served, want), _Pace())
+                        served.computing.compute(texts, want)
+                        pace = self._pace.setdefault((served.computing, want), _Pace())
                         pace.add(sum(len(text.ids) for text in texts), time.monotonic() - begun)
             except BaseException as error:
                 failed.append(error)
@@ -228,7 +228,7 @@ class Passes:
             raise overloaded("the server is stopping")
         if self._taken >= self._options.max_concurrent_requests:
             raise overloaded(f"{self._taken} requests are being answered")
-        pace = self._pace.get((served, want))
+        pace = self._pace.get((served.computing, want))
         if pace is None:
             return
         tokens = sum(min(_tokens(each), served.limit) for each in inputs)
@@ -267,7 +267,7 @@ class Passes:
         if errors:
             self._fail(request, errors[0])
             return
-        group = (request.served, request.want)
+        group = (request.served.computing, request.want)
         seconds = self._pace.setdefault(group, _Pace()).seconds_a_token
         texts = [each for each in encoded if isinstance(each, Encoded)]
         request.results = [None] * len(texts)
@@ -313,9 +313,8 @@ class Passes:
         seconds = time.monotonic() - begun
         lengths = [each.tokens for each in texts]
         self._metrics.passed(len(texts), sum(lengths), max(lengths) * len(texts))
-        served, want = texts[0].owner.served, texts[0].owner.want
         if done:
-            self._pace[served, want].add(sum(lengths), seconds)
+            self._pace[texts[0].group].add(sum(lengths), seconds)
         for each in texts:
             request = each.owner
             request.left -= 1
@@ -325,9 +324,9 @@ class Passes:
 
     def _computed(self, texts: list[Waiting]) -> bool:
         """Computes texts; where that fails, those alone fail for whose sake it does. Whether all were computed."""
-        served, want = texts[0].owner.served, texts[0].owner.want
+        computing, want = texts[0].group
         try:
-            results = served.compute([each.text for each in texts], want)
+            results = computing.compute([each.text for each in texts], want)
         except Exception as error:
             if len(texts) > 1:
                 middle = len(texts) // 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -42,10 +42,17 @@ _CHARACTERS_COUNTED = 100_000
 
 
 class Encoded(NamedTuple):
-    """A text's ids and their types."""
+    """A text's ids and their types, and of several heads on one encoder the one that is asked."""
 
     ids: Ids
     types: Ids
+    head: int = 0
+
+
+class Computing(Protocol):
+    """What computes passes: a model, or several heads on one encoder."""
+
+    def compute(self, texts: Sequence[Encoded], want: Want) -> list[Any]: ...
 
 
 class Weights(NamedTuple):
@@ -64,7 +71,7 @@ class Served:
         checkpoint: the folder, or the name on the hub.
         revision: its commit, where it comes from the hub.
         kind: what it is for.
-        model: a `FastClassifier`, `FastEncoder` or `FastMaskedLM`.
+        model: a `FastClassifier`, `FastEncoder` or `FastMaskedLM`; of a head on a shared encoder this encoder.
         tokenizer: its own, that nothing else uses.
         limit: tokens that a text may have, special ones included.
         labels: their names; empty for vectors.
@@ -72,6 +79,7 @@ class Served:
         pooling: of vectors.
         prompts: what may stand before a text, by name.
         default_prompt: what stands before a text for which no prompt is named.
+        heads, head: the heads that share its encoder, if any do, and which one it is.
     """
 
     name: str
@@ -86,6 +94,13 @@ class Served:
     pooling: Pooling
     prompts: dict[str, str]
     default_prompt: str
+    heads: Computing | None = None
+    head: int = 0
+
+    @property
+    def computing(self) -> Computing:
+        """What computes its passes."""
+        return self if self.heads is None else self.heads
 
     def __hash__(self) -> int:
         return id(self)
@@ -154,7 +169,7 @@ class Served:
             if was_cut and not truncate:
                 yield row, self._too_long(self._count(inputs[row]))
             else:
-                yield row, self._checked(Encoded(ids, types))
+                yield row, self._checked(Encoded(ids, types, self.head))
 
     def _of_ids(self, given: tuple[int, ...], truncate: bool, side: Side) -> Encoded | RequestError:
         """Ids that a client made, which are taken as they are."""
@@ -163,7 +178,7 @@ class Served:
                 return self._too_long(len(given))
             given = given[: self.limit] if side == "right" else given[-self.limit :]
         ids = np.array(given, dtype=np.int64)
-        return self._checked(Encoded(ids, np.zeros_like(ids)))
+        return self._checked(Encoded(ids, np.zeros_like(ids), self.head))
 
     def _checked(self, encoded: Encoded) -> Encoded | RequestError:
         """What the model can compute, so that a pass fails for no text's sake."""

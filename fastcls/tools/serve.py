@@ -60,6 +60,14 @@ def serve(
     default_prompt: Annotated[
         str | None, typer.Option(help="What stands before each text to embed, itself.", rich_help_panel=_MODEL)
     ] = None,
+    one_encoder: Annotated[
+        bool,
+        typer.Option(
+            "--one-encoder",
+            help="The models are heads that were trained on one frozen encoder: compute it once for all.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False,
     device: Device = None,
     dtype: DType = None,
     quantize: Quantize = None,
@@ -129,6 +137,7 @@ def serve(
         default_prompt_name=default_prompt_name,
         default_prompt=default_prompt,
         max_input_length=max_input_length,
+        one_encoder=one_encoder,
         revision=revision,
     )
     serve_options = ServeOptions(
