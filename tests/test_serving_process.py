@@ -24,8 +24,10 @@ from fastcls.tools import demo_model
 from fastcls.tools.cli import app as cli
 from fastcls.tools.demo import sample_texts
 
-for library in ("starlette", "uvicorn", "orjson", "prometheus_client", "httptools"):
-    pytest.importorskip(library, reason="a server needs the extra serve")
+pytest.importorskip("starlette", reason="a server needs the extra serve")
+pytest.importorskip("uvicorn", reason="a server needs the extra serve")
+pytest.importorskip("orjson", reason="a server needs the extra serve")
+pytest.importorskip("prometheus_client", reason="a server needs the extra serve")
 
 from fastcls.serving.app import create_app
 from fastcls.serving.loaded import load_all
