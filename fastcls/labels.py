@@ -6,11 +6,15 @@ import operator
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from .engine.batch import shortened
 
 ScoreFunction = Literal["softmax", "sigmoid", "none"]
+
+# Its sigmoid is 1 in float32, as that of all larger numbers, of which infinity has no softmax.
+_CERTAIN = 88.0
 
 
 def label_names(id2label: Any, num_labels: int) -> list[Any]:
@@ -70,7 +74,17 @@ def scores_of(logits: Tensor, apply: ScoreFunction) -> Tensor:
     logits = logits.float()
     if apply == "softmax":
         return logits.softmax(-1)
-    return logits.sigmoid() if apply == "sigmoid" else logits
+    return _sigmoid(logits) if apply == "sigmoid" else logits
+
+
+def _sigmoid(logits: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)) of each number, the same bits wherever it stands.
+
+    torch.sigmoid computes the last numbers of a tensor on a CPU by another function than those before them (2.13), so
+    that a score would depend on how many others there are. A softmax over x and 0 treats all rows alike.
+    """
+    pairs = torch.stack((logits.clamp(max=_CERTAIN), torch.zeros_like(logits)), -1)
+    return pairs.softmax(-1)[..., 0]
 
 
 def best_first(scores: Tensor) -> tuple[Tensor, Tensor]:

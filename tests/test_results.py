@@ -32,6 +32,24 @@ def labels_of(scores: list[float], names: list[str] = NAMES) -> list[dict[str, A
     return [{"label": names[index], "score": scores[index]} for index in ranked]
 
 
+@pytest.mark.parametrize("apply", ["softmax", "sigmoid"])
+def test_a_score_does_not_depend_on_how_many_others_there_are(apply: ScoreFunction) -> None:
+    for labels in (1, 2, 3, 28):
+        logits = torch.randn(67, labels, generator=torch.Generator().manual_seed(labels)) * 4
+        whole = scores_of(logits, apply)
+        for count in (1, 7, 16, 33):
+            parts = torch.cat([scores_of(part, apply) for part in logits.split(count)])
+            assert torch.equal(whole, parts), (labels, count)
+
+
+def test_sigmoid_is_exact_to_the_ends() -> None:
+    logits = torch.tensor([[-torch.inf, -200.0, -80.0, -3.0, 0.0, 3.0, 16.0, 89.0, 200.0, torch.inf, torch.nan]])
+    expected = logits.double().sigmoid().float()
+    found = scores_of(logits, "sigmoid")
+    torch.testing.assert_close(found, expected, rtol=4e-7, atol=0.0, equal_nan=True)
+    assert bool((found[0, :-1].diff() >= 0).all())
+
+
 @pytest.mark.parametrize("apply", ["softmax", "sigmoid", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_label_and_score_are_those_of_the_best(apply: ScoreFunction, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..heads.several import MultiHead
 from ..predicting.padded import padded
-from .served import Encoded, Want
+from .served import Encoded, Served, Want
 
 
 class Heads:
@@ -15,14 +15,17 @@ class Heads:
 
     Args:
         module: see `optimize_heads`.
-        names: the heads' names in it, in the order of `Encoded.head`.
+
+    Attributes:
+        served: the models by their names in the module, in the order of `Encoded.head`.
     """
 
-    def __init__(self, module: MultiHead, names: Sequence[str]) -> None:
-        self._module, self._names = module, names
+    def __init__(self, module: MultiHead) -> None:
+        self._module = module
+        self.served: dict[str, Served] = {}
 
     def compute(self, texts: Sequence[Encoded], want: Want) -> list[Any]:
-        """One pass: of each text its head's logits.
+        """One pass: of each text what its head gives.
 
         Raises:
             Exception: whatever a model raises that has no memory left, or fails.
@@ -35,5 +38,6 @@ class Heads:
         inputs = padded(
             [text.ids for text in different], [text.types for text in different], self._module.encoder.device
         )
-        logits = {name: each.float().cpu() for name, each in self._module(**inputs).logits.items()}
-        return [logits[self._names[text.head]][row] for row, text in zip(rows, texts, strict=True)]
+        logits = self._module(**inputs).logits
+        found = [served.labelled(logits[name]) for name, served in self.served.items()]
+        return [found[text.head][row] for row, text in zip(rows, texts, strict=True)]

@@ -102,30 +102,27 @@ def _load_heads(checkpoints: Mapping[str, str], options: LoadOptions) -> list[Se
     }
     module = optimize_heads(models, quantize=options.quantize)
     module.stop_following()
-    heads = Heads(module, list(models))
-    served = []
-    for index, ((name, checkpoint), model) in enumerate(zip(checkpoints.items(), models.values(), strict=True)):
+    heads = Heads(module)
+    for index, ((name, checkpoint), (key, model)) in enumerate(zip(checkpoints.items(), models.items(), strict=True)):
         tokenizer = load_tokenizer(checkpoint, **of_hub)
         labels = _labels(model.config, int(model.config.num_labels or 0))
-        served.append(
-            Served(
-                name,
-                checkpoint,
-                _commit(checkpoint, options.revision),
-                _kind_of(labels),
-                module.encoder,
-                tokenizer,
-                _limit(tokenizer, module.encoder, None, options),
-                labels,
-                score_function(None, model.config.problem_type, len(labels)),
-                "first",
-                {},
-                "",
-                heads,
-                index,
-            )
+        heads.served[key] = Served(
+            name,
+            checkpoint,
+            _commit(checkpoint, options.revision),
+            _kind_of(labels),
+            module.encoder,
+            tokenizer,
+            _limit(tokenizer, module.encoder, None, options),
+            labels,
+            score_function(None, model.config.problem_type, len(labels)),
+            "first",
+            {},
+            "",
+            heads,
+            index,
         )
-    return served
+    return list(heads.served.values())
 
 
 def _of_hub(options: LoadOptions) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from .. import __version__
 from ..labels import scores_of
@@ -27,7 +28,10 @@ from .schemas import (
     SimilarityRequest,
     TokenizeRequest,
 )
-from .served import Input, Kind, Served, Side, Weights
+from .served import Input, Kind, Numbers, Served, Side, Weights
+
+# A vector of zeros has no direction: torch.nn.functional.normalize's bound.
+_SHORTEST = 1e-12
 
 Answering = Callable[[Asking, Any], Awaitable[Any]]
 
@@ -58,19 +62,18 @@ async def predict(asking: Asking, body: PredictRequest) -> Any:
     items = [_item(each) for each in (given if is_batch else [given])]
     asking.check_batch(len(items))
     found = await asking.compute("logits", items, truncate=body.truncate, side=body.side, is_batch=is_batch)
-    served = asking.model
-    answers = [_predictions(served, served.scores(logits, body.raw_scores)) for logits in found]
+    answers = [_predictions(asking, each.logits if body.raw_scores else each.scores) for each in found]
     return answers if is_batch else answers[0]
 
 
 async def predict_as_hub(asking: Asking, body: HubRequest) -> Any:
     """Labels with scores, in the form of Hugging Face's hub: a list for each text."""
     parameters = body.parameters
-    found = await asking.compute("logits", [Item(body.inputs, None)], truncate=None, side="right", is_batch=False)
-    served = asking.model
-    apply = parameters.function_to_apply or served.apply
-    scores = scores_of(found[0][None], apply)[0]
-    return [_predictions(served, served.checked_scores(scores))[: parameters.top_k]]
+    (found,) = await asking.compute("logits", [Item(body.inputs, None)], truncate=None, side="right", is_batch=False)
+    scores = found.scores
+    if parameters.function_to_apply is not None:
+        scores = scores_of(torch.tensor([found.logits]), parameters.function_to_apply)[0].tolist()
+    return [_predictions(asking, scores)[: parameters.top_k]]
 
 
 async def rerank(asking: Asking, body: RerankRequest) -> Any:
@@ -89,7 +92,7 @@ async def ranked(
     """Of each text its score for a query."""
     items = [Item(query, text) for text in texts]
     found = await asking.compute("logits", items, truncate=truncate, side=side, is_batch=True)
-    return [asking.model.scores(logits, raw)[0] for logits in found]
+    return [_finite_scores(each.logits if raw else each.scores)[0] for each in found]
 
 
 async def embed(asking: Asking, body: EmbedRequest) -> Any:
@@ -97,14 +100,14 @@ async def embed(asking: Asking, body: EmbedRequest) -> Any:
     inputs, is_batch = inputs_of(asking, body.inputs, body.prompt_name)
     check_dimensions(asking, body.dimensions)
     found = await asking.compute("vector", inputs, truncate=body.truncate, side=body.side, is_batch=is_batch)
-    return [each.numpy() for each in vectors(found, body.dimensions, normalize=body.normalize)]
+    return vectors(found, body.dimensions, normalize=body.normalize)
 
 
 async def embed_all(asking: Asking, body: EmbedAllRequest) -> Any:
     """A vector for each token of each text."""
     inputs, is_batch = inputs_of(asking, body.inputs, body.prompt_name)
     found = await asking.compute("states", inputs, truncate=body.truncate, side=body.side, is_batch=is_batch)
-    return [_finite(each).numpy() for each in found]
+    return list(map(_finite, found))
 
 
 async def embed_sparse(asking: Asking, body: EmbedSparseRequest) -> Any:
@@ -198,14 +201,14 @@ def check_dimensions(asking: Asking, dimensions: int | None) -> None:
         raise RequestError(f"`dimensions` must be at most {width}, the model's own, got {dimensions}", "Validation")
 
 
-def vectors(found: list[Tensor], dimensions: int | None, *, normalize: bool) -> list[Tensor]:
+def vectors(found: list[Numbers], dimensions: int | None, *, normalize: bool) -> list[Numbers]:
     """Vectors of so many numbers, of length 1 if asked.
 
     Raises:
         RequestError: a vector that is not finite.
     """
     cut = [_finite(each)[:dimensions] for each in found]
-    return [torch.nn.functional.normalize(each, dim=0) if normalize else each for each in cut]
+    return [each / max(float(np.linalg.norm(each)), _SHORTEST) for each in cut] if normalize else cut
 
 
 def info(server: Server, served: Served) -> dict[str, Any]:
@@ -239,19 +242,26 @@ def _item(given: str | Sequence[str]) -> Item:
     return Item(text, pair)
 
 
-def _predictions(served: Served, scores: list[float]) -> list[dict[str, Any]]:
-    found = [{"score": score, "label": label} for score, label in zip(scores, served.labels, strict=True)]
-    return sorted(found, key=lambda each: -each["score"])
+def _predictions(asking: Asking, scores: list[float]) -> list[dict[str, Any]]:
+    labelled = zip(_finite_scores(scores), asking.model.labels, strict=True)
+    return sorted(({"score": score, "label": label} for score, label in labelled), key=lambda each: -each["score"])
 
 
-def _finite(numbers: Tensor) -> Tensor:
-    if not bool(numbers.isfinite().all()):
-        raise RequestError("embedding is not finite", "Backend")
+def _finite_scores(scores: list[float]) -> list[float]:
+    # JSON has no other numbers.
+    if not all(map(math.isfinite, scores)):
+        raise RequestError("score is NaN or infinite", "Backend")
+    return scores
+
+
+def _finite(numbers: Numbers) -> Numbers:
+    if not np.isfinite(numbers).all():
+        raise RequestError("embedding is NaN or infinite", "Backend")
     return numbers
 
 
 def _sparse(weights: Weights) -> list[dict[str, Any]]:
-    _finite(torch.from_numpy(weights.values))
+    _finite(weights.values)
     pairs = zip(weights.ids.tolist(), weights.values.tolist(), strict=True)
     return [{"index": index, "value": value} for index, value in pairs]
 

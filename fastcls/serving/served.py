@@ -55,6 +55,13 @@ class Computing(Protocol):
     def compute(self, texts: Sequence[Encoded], want: Want) -> list[Any]: ...
 
 
+class Labelled(NamedTuple):
+    """A number for each label: logits, and the scores that the model's config makes of them."""
+
+    logits: list[float]
+    scores: list[float]
+
+
 class Weights(NamedTuple):
     """The weights of words that are not 0, by ascending id."""
 
@@ -203,7 +210,7 @@ class Served:
         return RequestError(f"`inputs` must have less than {self.limit} tokens. Given: {given}", "Validation")
 
     def compute(self, texts: Sequence[Encoded], want: Want) -> list[Any]:
-        """One pass, or a few: of each text its scores' logits, its vector or vectors, or its `Weights`.
+        """One pass, or a few: of each text its `Labelled`, its vector or vectors in float32, or its `Weights`.
 
         Raises:
             Exception: whatever a model raises that has no memory left, or fails.
@@ -211,15 +218,15 @@ class Served:
         ids, types = [each.ids for each in texts], [each.types for each in texts]
         if want == "logits":
             assert isinstance(self.model, FastClassifier)
-            return list(self.model.logits_of(ids, types).float().cpu())
+            return self.labelled(self.model.logits_of(ids, types))
         if want == "vector":
             assert isinstance(self.model, FastEncoder)
-            return list(self.model.embeddings_of(ids, types, pooling=self.pooling).float().cpu())
+            return list(self.model.embeddings_of(ids, types, pooling=self.pooling).float().cpu().numpy())
         found: list[Any] = [None] * len(texts)
         for rows in groups_of(list(map(len, ids)), _TOKENS_AT_ONCE, len(ids)):
             of_tokens = self._rows_of_tokens([texts[row] for row in rows], want)
             for row, numbers in zip(rows, of_tokens.split([len(ids[row]) for row in rows]), strict=True):
-                found[row] = _weights(numbers) if want == "weights" else numbers.float().cpu()
+                found[row] = _weights(numbers) if want == "weights" else numbers.float().cpu().numpy()
         return found
 
     def _rows_of_tokens(self, texts: Sequence[Encoded], want: Want) -> Tensor:
@@ -233,23 +240,11 @@ class Served:
         output = self.model(**given, select=given["attention_mask"].bool())
         return output.last_hidden_state
 
-    def scores(self, logits: Tensor, raw: bool) -> list[float]:
-        """A float for each label.
-
-        Raises:
-            RequestError: a score that is not a number.
-        """
-        return self.checked_scores(logits if raw else scores_of(logits[None], self.apply)[0])
-
-    def checked_scores(self, scores: Tensor) -> list[float]:
-        """Scores as floats.
-
-        Raises:
-            RequestError: one that is not a number, or infinite, which JSON has not.
-        """
-        if not bool(scores.isfinite().all()):
-            raise RequestError("score is NaN or infinite", "Backend")
-        return [float(score) for score in scores]
+    def labelled(self, logits: Tensor) -> list[Labelled]:
+        """(num_texts, num_labels) logits, with their scores."""
+        logits = logits.float().cpu()
+        scores = scores_of(logits, self.apply)
+        return list(map(Labelled, logits.tolist(), scores.tolist()))
 
     def tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[dict[str, Any]]]:
         """The tokens of each text, and where in it they stand, in characters.
@@ -305,6 +300,7 @@ class Served:
 
 def _weights(logits: Tensor) -> Weights:
     """(num_tokens, words) logits to the weights of SPLADE: the maximum over tokens of log(1 + relu(logit))."""
-    values = logits.float().relu().log1p().amax(0).cpu()
+    # Of the maximum alone, since both functions only grow.
+    values = logits.amax(0).float().relu().log1p().cpu()
     ids = values.nonzero()[:, 0]
     return Weights(ids.numpy(), values[ids].numpy())

@@ -6,12 +6,11 @@ import base64
 import uuid
 from typing import Any
 
-from torch import Tensor
-
 from .asking import Asking
 from .errors import RequestError
 from .routes import Route, check_dimensions, inputs_of, ranked, vectors
 from .schemas import DocumentsRequest, OpenAIRequest
+from .served import Numbers
 
 
 async def embeddings(asking: Asking, body: OpenAIRequest) -> Any:
@@ -22,7 +21,7 @@ async def embeddings(asking: Asking, body: OpenAIRequest) -> Any:
     made = vectors(found, body.dimensions, normalize=True)
     as_base64 = body.encoding_format == "base64"
     data = [
-        {"object": "embedding", "index": index, "embedding": _base64(each) if as_base64 else each.numpy()}
+        {"object": "embedding", "index": index, "embedding": _base64(each) if as_base64 else each}
         for index, each in enumerate(made)
     ]
     return {"object": "list", "data": data, "model": asking.model.name, "usage": _usage(asking)}
@@ -58,8 +57,8 @@ def _usage(asking: Asking) -> dict[str, int]:
     return {"prompt_tokens": asking.tokens, "total_tokens": asking.tokens}
 
 
-def _base64(vector: Tensor) -> str:
-    return base64.b64encode(vector.contiguous().numpy().astype("<f4").tobytes()).decode()
+def _base64(vector: Numbers) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
 ROUTES = (
