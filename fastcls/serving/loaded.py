@@ -68,6 +68,9 @@ def load(checkpoint: str, name: str, options: LoadOptions) -> Served:
     )
     assert isinstance(fast, (FastClassifier, FastEncoder, FastMaskedLM))
     kind: Kind = "embedding" if isinstance(fast, FastEncoder) else "sparse"
+    if isinstance(fast, FastMaskedLM):
+        # A row of logits for each token, one after the other.
+        fast.dense = False
     labels: tuple[str, ...] = ()
     if isinstance(fast, FastClassifier):
         labels = tuple(map(str, label_names(config.id2label, fast.num_labels)))
