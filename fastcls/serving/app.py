@@ -118,6 +118,10 @@ class _State:
             except ClientGoneError:
                 self.server.metrics.failed("client_gone")
                 response = Response(status_code=_CLIENT_GONE)
+            except Exception as error:
+                # Here, so that it is counted, and the connection stays.
+                self.server.metrics.failed("internal")
+                response = await _failed(request, error)
             else:
                 times = asking.times()
                 if asking.answers:

@@ -78,6 +78,7 @@ class Asking:
         served: the model, once it is known.
         answers: what was computed.
         texts, characters: how many there were.
+        raw: the body's bytes, once they are read.
     """
 
     def __init__(self, server: Server, request: Request) -> None:
@@ -87,6 +88,7 @@ class Asking:
         self.answers: list[Answer] = []
         self.texts = self.characters = 0
         self.is_batch = False
+        self.raw = b""
 
     async def read(self) -> bytes:
         """The body.
@@ -124,7 +126,8 @@ class Asking:
         Raises:
             RequestError: with status 400, it is no JSON; with 422, it has other types; and as `read`.
         """
-        return parsed(kind, await self.read())
+        self.raw = await self.read()
+        return parsed(kind, self.raw)
 
     @property
     def model(self) -> Served:

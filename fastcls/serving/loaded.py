@@ -75,6 +75,9 @@ def load(checkpoint: str, name: str, options: LoadOptions) -> Served:
     assert isinstance(fast, (FastClassifier, FastEncoder, FastMaskedLM))
     labels = _labels(config, fast.num_labels) if isinstance(fast, FastClassifier) else ()
     kind: Kind = "embedding" if isinstance(fast, FastEncoder) else "sparse"
+    if isinstance(fast, FastMaskedLM):
+        # A row of logits for each token, one after the other.
+        fast.dense = False
     return Served(
         name,
         checkpoint,

@@ -24,7 +24,9 @@ class _Fields(logging.Formatter):
         if self._as_json:
             fields: dict[str, Any] = {"timestamp": at, "level": record.levelname, "message": record.getMessage()}
             return json.dumps({**fields, **extra, **({"error": error} if error else {})}, default=str)
-        shown = "".join(f" {name}={value}" for name, value in extra.items())
+        # A path may hold what moves a terminal's cursor.
+        printable = {name: value if str(value).isprintable() else ascii(value) for name, value in extra.items()}
+        shown = "".join(f" {name}={value}" for name, value in printable.items())
         return f"{at} {record.levelname} {record.getMessage()}{shown}" + ("" if error is None else f"\n{error}")
 
 

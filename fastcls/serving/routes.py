@@ -155,7 +155,7 @@ async def decode(asking: Asking, body: DecodeRequest) -> Any:
 
 async def answer_any(asking: Asking, body: AnyRequest) -> Any:
     """What suits the model, and the body."""
-    given, raw = body.model_extra or {}, await asking.request.body()
+    given, raw = body.model_extra or {}, asking.raw
     kind = asking.model.kind
     if "query" in given:
         asking.check_kind(("reranker",), "/rerank")
