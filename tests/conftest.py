@@ -282,3 +282,19 @@ def minilm_sst2(minilm_path: Path, minilm_tokenizer: PreTrainedTokenizerBase, ss
     model.classifier.weight.data = torch.stack((-weight, weight)).float()
     model.classifier.bias.data = torch.stack((mean @ weight, -mean @ weight)).float()
     return model
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of a tiny checkpoint of a kind that is served, made where it is first asked for."""
+    from serving_support import SAVE
+
+    folder = tmp_path_factory.mktemp("served")
+    made: dict[str, Path] = {}
+
+    def of(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = SAVE[kind](folder / f"tiny-{kind}")
+        return made[kind]
+
+    return of
