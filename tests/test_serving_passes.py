@@ -131,15 +131,20 @@ class Model:
         self.tokenized: list[int] = []
         self.may_end = threading.Event()
         self.may_end.set()
+        self.may_tokenize = threading.Event()
         self.seconds = seconds
 
     @property
     def computing(self) -> Model:
         return self
 
-    def encode(self, inputs: Sequence[Any], truncate: bool, side: str) -> list[Encoded | RequestError]:
+    def encode(
+        self, inputs: Sequence[Any], truncate: bool, side: str, *, by_spare: bool
+    ) -> list[Encoded | RequestError]:
         del truncate, side
         self.tokenized.append(len(inputs))
+        if by_spare:
+            assert self.may_tokenize.wait(30)
         lengths = [len(each.text) for each in inputs]
         return [
             RequestError("eight", "Tokenizer")
@@ -270,6 +275,18 @@ async def test_what_a_client_left_behind_is_not_computed() -> None:
         model.may_end.set()
         assert ((await first).results, (await stays).results) == ([3], [1])
         assert model.passes == [[3], [1]]
+
+
+@in_a_loop
+async def test_a_text_that_is_tokenized_for_long_holds_up_no_other() -> None:
+    model = Model()
+    async with Running(model) as running:
+        long = asyncio.create_task(running.ask("a" * 100_001))
+        await until(lambda: model.tokenized == [1])
+        assert (await running.ask("abc")).results == [3]
+        assert not long.done()
+        model.may_tokenize.set()
+        assert (await long).results == [100_001]
 
 
 @in_a_loop

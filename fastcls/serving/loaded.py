@@ -16,7 +16,7 @@ from ..labels import label_names, score_function
 from ..loading import check_place, load_model, load_tokenizer, parse_device, parse_dtype, read_config
 from ..models import FastClassifier, FastEncoder, FastMaskedLM, FastModel
 from ..predicting.sentence_config import SentenceConfig, read_sentence_config
-from ..tokenizing import length_limit
+from ..tokenizing import length_limit, own_copy
 from .heads import Heads
 from .options import LoadOptions, PoolingName
 from .served import Kind, Served
@@ -85,6 +85,7 @@ def load(checkpoint: str, name: str, options: LoadOptions) -> Served:
         _kind_of(labels) if labels else kind,
         fast,
         tokenizer,
+        own_copy(tokenizer),
         _limit(tokenizer, fast, sentence.max_length, options),
         labels,
         score_function(None, config.problem_type, len(labels)),
@@ -116,6 +117,7 @@ def _load_heads(checkpoints: Mapping[str, str], options: LoadOptions) -> list[Se
             _kind_of(labels),
             module.encoder,
             tokenizer,
+            own_copy(tokenizer),
             _limit(tokenizer, module.encoder, None, options),
             labels,
             score_function(None, model.config.problem_type, len(labels)),

@@ -21,6 +21,8 @@ from .served import Computing, Encoded, Input, Served, Side, Want
 
 # A guess at a text's tokens before it is tokenized: English has some four characters a token, and two are special.
 _CHARACTERS_A_TOKEN, _SPECIAL = 4, 2
+# Requests of more characters are tokenized by a thread of their own: words without end take seconds.
+_MANY_CHARACTERS = 100_000
 # Requests whose texts are tokenized in one call.
 _REQUESTS_AT_ONCE = 64
 # Of what was measured before a pass so much still counts after it.
@@ -117,8 +119,8 @@ class Passes:
         self._is_closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self.failure: str | None = None
-        # A tokenizer keeps a state, so that one thread uses it.
-        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
+        # A tokenizer keeps a state, so that one thread uses it; the second one uses copies.
+        self._tokenizing, self._tokenizing_long = ThreadPoolExecutor(1, "tokenizer"), ThreadPoolExecutor(1, "spare")
         self._computing = threading.Thread(target=self._compute_all, name="passes", daemon=True)
 
     def start(self, warm_up: Callable[[Served], Sequence[tuple[Want, list[Encoded]]]]) -> None:
@@ -197,8 +199,11 @@ class Passes:
         self._taken += 1
         leaving = asyncio.ensure_future(gone())
         try:
-            self._untokenized.append(request)
-            self._tokenizing.submit(self._tokenize_all)
+            if _characters(inputs) > _MANY_CHARACTERS:
+                self._tokenizing_long.submit(self._tokenize, [request], by_spare=True)
+            else:
+                self._untokenized.append(request)
+                self._tokenizing.submit(self._tokenize_all)
             await asyncio.wait((request.future, leaving), return_when=asyncio.FIRST_COMPLETED)
             if request.future.done():
                 return request.future.result()
@@ -209,14 +214,15 @@ class Passes:
             if not request.future.done():
                 self._drop(request)
 
-    async def with_tokenizer(self, call: Callable[[], _T]) -> _T:
-        """What a function gives that uses a tokenizer, in the thread that may."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, call)
+    async def with_spare(self, call: Callable[[], _T]) -> _T:
+        """What a function gives that uses spare tokenizers, in the thread that may."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing_long, call)
 
     async def close(self) -> None:
         """Ends once all that was taken is computed."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, self._tokenizing.shutdown)
+        for each in (self._tokenizing, self._tokenizing_long):
+            await loop.run_in_executor(None, each.shutdown)
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -247,20 +253,26 @@ class Passes:
         alike: dict[tuple[Served, bool, Side], list[_Request]] = {}
         for request in found:
             alike.setdefault((request.served, request.truncate, request.side), []).append(request)
-        for (served, truncate, side), requests in alike.items():
-            begun = time.monotonic()
-            try:
-                encoded = served.encode([each for request in requests for each in request.inputs], truncate, side)
-            # A tokenizer in Rust that panics raises no Exception.
-            except BaseException as error:
-                for request in requests:
-                    self._fail(request, RequestError(f"the tokenizer failed: {type(error).__name__}", "Backend"))
-                continue
-            now = time.monotonic()
+        for requests in alike.values():
+            self._tokenize(requests)
+
+    def _tokenize(self, requests: list[_Request], *, by_spare: bool = False) -> None:
+        """Tokenizes the texts of requests to one model that are cut alike."""
+        begun = time.monotonic()
+        first = requests[0]
+        inputs = [each for request in requests for each in request.inputs]
+        try:
+            encoded = first.served.encode(inputs, first.truncate, first.side, by_spare=by_spare)
+        # A tokenizer in Rust that panics raises no Exception.
+        except BaseException as error:
             for request in requests:
-                own, encoded = encoded[: len(request.inputs)], encoded[len(request.inputs) :]
-                request.tokenized, request.tokenization = now, now - begun
-                self._enqueue(request, own)
+                self._fail(request, RequestError(f"the tokenizer failed: {type(error).__name__}", "Backend"))
+            return
+        now = time.monotonic()
+        for request in requests:
+            own, encoded = encoded[: len(request.inputs)], encoded[len(request.inputs) :]
+            request.tokenized, request.tokenization = now, now - begun
+            self._enqueue(request, own)
 
     def _enqueue(self, request: _Request, encoded: list[Encoded | RequestError]) -> None:
         errors = [each for each in encoded if isinstance(each, RequestError)]
@@ -350,6 +362,10 @@ class Passes:
         """Hands answers and errors to the event loop."""
         if requests and self._loop is not None:
             self._loop.call_soon_threadsafe(_deliver, requests)
+
+
+def _characters(inputs: Sequence[Input]) -> int:
+    return sum(len(each.text) + len(each.pair or "") for each in inputs if isinstance(each, Item))
 
 
 def _tokens(given: Input) -> float:

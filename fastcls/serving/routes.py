@@ -142,7 +142,7 @@ async def tokenize(asking: Asking, body: TokenizeRequest) -> Any:
     served = asking.model
     prompt = served.prompt(body.prompt_name)
     call = partial(served.tokens, [prompt + text for text in given], body.add_special_tokens)
-    return await asking.server.passes.with_tokenizer(call)
+    return await asking.server.passes.with_spare(call)
 
 
 async def decode(asking: Asking, body: DecodeRequest) -> Any:
@@ -150,7 +150,7 @@ async def decode(asking: Asking, body: DecodeRequest) -> Any:
     given: Any = [body.ids] if body.ids and isinstance(body.ids[0], int) else body.ids
     asking.check_batch(len(given), "ids")
     call = partial(asking.model.decoded, given, body.skip_special_tokens)
-    return await asking.server.passes.with_tokenizer(call)
+    return await asking.server.passes.with_spare(call)
 
 
 async def answer_any(asking: Asking, body: AnyRequest) -> Any:

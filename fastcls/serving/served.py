@@ -80,6 +80,7 @@ class Served:
         kind: what it is for.
         model: a `FastClassifier`, `FastEncoder` or `FastMaskedLM`; of a head on a shared encoder this encoder.
         tokenizer: its own, that nothing else uses.
+        spare: a copy, for a second thread: of texts that take long.
         limit: tokens that a text may have, special ones included.
         labels: their names; empty for vectors.
         apply: makes scores of logits.
@@ -95,6 +96,7 @@ class Served:
     kind: Kind
     model: FastClassifier | FastEncoder | FastMaskedLM
     tokenizer: PreTrainedTokenizerBase
+    spare: PreTrainedTokenizerBase
     limit: int
     labels: tuple[str, ...]
     apply: ScoreFunction
@@ -138,14 +140,17 @@ class Served:
             raise RequestError(message, "Validation")
         return self.prompts[name]
 
-    def encode(self, inputs: Sequence[Input], truncate: bool, side: Side) -> list[Encoded | RequestError]:
+    def encode(
+        self, inputs: Sequence[Input], truncate: bool, side: Side, *, by_spare: bool = False
+    ) -> list[Encoded | RequestError]:
         """Texts to ids, cut to the limit where they may be; what cannot be computed to why."""
+        tokenizer = self.spare if by_spare else self.tokenizer
         found: list[Encoded | RequestError] = [RequestError("`inputs` cannot be empty", "Empty")] * len(inputs)
         texts = [row for row, each in enumerate(inputs) if isinstance(each, Item) and (each.text or each.pair)]
-        self.tokenizer.truncation_side = side
+        tokenizer.truncation_side = side
         for is_pair in (False, True):
             rows = [row for row in texts if (inputs[row].pair is not None) is is_pair]  # type: ignore[union-attr]
-            for row, encoded in self._encoded(inputs, rows, is_pair, truncate):
+            for row, encoded in self._encoded(tokenizer, inputs, rows, is_pair, truncate):
                 found[row] = encoded
         for row, each in enumerate(inputs):
             if not isinstance(each, Item) and each:
@@ -153,28 +158,33 @@ class Served:
         return found
 
     def _encoded(
-        self, inputs: Sequence[Any], rows: list[int], is_pair: bool, truncate: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        inputs: Sequence[Any],
+        rows: list[int],
+        is_pair: bool,
+        truncate: bool,
     ) -> Iterator[tuple[int, Encoded | RequestError]]:
         if not rows:
             return
         cut = Cut("longest_first", self.limit)
-        if is_pair and (problem := pair_problem(self.tokenizer, cut)):
+        if is_pair and (problem := pair_problem(tokenizer, cut)):
             yield from ((row, RequestError(f"`inputs` {problem}", "Tokenizer")) for row in rows)
             return
         texts = [inputs[row].text for row in rows]
         pairs = [inputs[row].pair for row in rows] if is_pair else None
         try:
-            encoded = encode(self.tokenizer, texts, pairs, cut)
+            encoded = encode(tokenizer, texts, pairs, cut)
         except Exception as error:
             if len(rows) == 1:
                 yield rows[0], RequestError(f"`inputs` {tokenizer_problem(inputs[rows[0]], error)}", "Tokenizer")
                 return
             for row in rows:
-                yield from self._encoded(inputs, [row], is_pair, truncate)
+                yield from self._encoded(tokenizer, inputs, [row], is_pair, truncate)
             return
         for row, ids, types, was_cut in zip(rows, encoded.ids, encoded.types, encoded.cut, strict=True):
             if was_cut and not truncate:
-                yield row, self._too_long(self._count(inputs[row]))
+                yield row, self._too_long(_count(tokenizer, inputs[row]))
             else:
                 yield row, self._checked(Encoded(ids, types, self.head))
 
@@ -198,12 +208,6 @@ class Served:
             bad = next(int(token) for token in encoded.ids if not 0 <= token < size)
             return RequestError(f"`inputs` {outside(bad, size)}", "Tokenizer")
         return encoded
-
-    def _count(self, item: Item) -> int | None:
-        if len(item.text) + len(item.pair or "") > _CHARACTERS_COUNTED:
-            return None
-        pairs = None if item.pair is None else [item.pair]
-        return len(encode(self.tokenizer, [item.text], pairs, Cut(False, None)).ids[0])
 
     def _too_long(self, count: int | None) -> RequestError:
         given = "more" if count is None else str(count)
@@ -257,9 +261,9 @@ class Served:
     def _tokens(self, text: str, add_special_tokens: bool) -> list[dict[str, Any]]:
         if not text:
             raise RequestError("`inputs` cannot be empty", "Empty")
-        has_places = self.tokenizer.is_fast
+        has_places = self.spare.is_fast
         try:
-            found: Any = self.tokenizer(
+            found: Any = self.spare(
                 text,
                 add_special_tokens=add_special_tokens,
                 truncation=False,
@@ -271,7 +275,7 @@ class Served:
             raise RequestError(f"`inputs` {tokenizer_problem((text,), error)}", "Tokenizer") from error
         ids, special = found["input_ids"], found["special_tokens_mask"]
         places = found["offset_mapping"] if has_places else [(None, None)] * len(ids)
-        names = self.tokenizer.convert_ids_to_tokens(ids)
+        names = self.spare.convert_ids_to_tokens(ids)
         return [
             {
                 "id": token,
@@ -295,7 +299,15 @@ class Served:
                 raise RequestError("`input_ids` cannot be empty", "Empty")
             if max(each) >= size:
                 raise RequestError(f"`ids` {outside(max(each), size)}", "Tokenizer")
-        return [str(self.tokenizer.decode(list(each), skip_special_tokens=skip_special_tokens)) for each in ids]
+        return [str(self.spare.decode(list(each), skip_special_tokens=skip_special_tokens)) for each in ids]
+
+
+def _count(tokenizer: PreTrainedTokenizerBase, item: Item) -> int | None:
+    """How many tokens a text has that was cut; None where counting them takes long."""
+    if len(item.text) + len(item.pair or "") > _CHARACTERS_COUNTED:
+        return None
+    pairs = None if item.pair is None else [item.pair]
+    return len(encode(tokenizer, [item.text], pairs, Cut(False, None)).ids[0])
 
 
 def _weights(logits: Tensor) -> Weights:
