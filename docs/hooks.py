@@ -36,7 +36,7 @@ PAGES = {
     "kernels/README.md#the-cpu": "kernels.md#the-cpu",
 }
 # What is shown or linked to as it is, under the same path.
-SHOWN = ("benchmarks/results/*/*.png", "examples/*.py")
+SHOWN = ("benchmarks/results/*/*.png", "examples/*.py", "examples/Dockerfile")
 
 
 def on_files(files: Files, config: Any) -> None:

@@ -10,6 +10,9 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +42,7 @@ SHOWN = ("CONTRIBUTING.md", "kernels/README.md", "benchmarks/README.md", "CHANGE
 NOT_RUN = {
     "docs/files.md": 1,
     "docs/scale.md": 5,
+    "docs/serving.md": 9,
     "docs/quick-start.md": 2,
     "docs/migration.md": 2,
     "docs/onnxruntime.md": 1,
@@ -188,11 +192,63 @@ def test_examples_run(page: str, desk: Path) -> None:
         assert len((desk / "labels.jsonl").read_text(encoding="utf-8").splitlines()) == 12
 
 
+@pytest.fixture(scope="module")
+def server(stand_ins: Path) -> Iterator[str]:
+    """Where the models answer of which the page about serving speaks."""
+    for library in ("uvicorn", "httptools", "orjson", "prometheus_client"):
+        pytest.importorskip(library, reason="a server needs the extra serve")
+    import uvicorn
+
+    from fastcls.serving.app import create_app
+    from fastcls.serving.loaded import load
+    from fastcls.serving.options import LoadOptions, ServeOptions
+    from fastcls.serving.run import bound
+
+    poolings: dict[str, Any] = {"bert-classifier": None, "reranker": None, "encoder": "mean"}
+    models = [
+        load(str(stand_ins / name), name, LoadOptions(device="cpu", pooling=pooling))
+        for name, pooling in poolings.items()
+    ]
+    with bound("127.0.0.1", 0) as at:
+        running = uvicorn.Server(uvicorn.Config(create_app(lambda: models, ServeOptions()), log_config=None))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [at]})
+        thread.start()
+        while not running.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{at.getsockname()[1]}"
+        running.should_exit = True
+        thread.join(60)
+
+
+# They stand in .not-run, because they need a server.
+@pytest.mark.parametrize(
+    "block",
+    [block for block in blocks_of(PAGES["docs/serving.md"]) if block.language == "python"],
+    ids=lambda block: re.split(r"[ .]", block.code)[1],
+)
+def test_clients_of_a_server_get_answers(block: Block, server: str) -> None:
+    for library in re.findall(r"^(?:from|import) ([\w.]+)", block.code, flags=re.MULTILINE):
+        pytest.importorskip(library, reason=f"needs {library}, which is not installed")
+    assert "http://localhost:3000" in block.code
+    code = block.code.replace("http://localhost:3000", server)
+    run_python("docs/serving.md", block._replace(code=code), {"__name__": "docs/serving.md"})
+
+
+def test_probes_ask_for_what_a_server_has(server: str) -> None:
+    (probes,) = [block.code for block in blocks_of(PAGES["docs/serving.md"]) if block.language == "yaml"]
+    paths = re.findall(r"httpGet: {path: (\S+), port: 3000}", probes)
+    assert len(paths) == probes.count("httpGet") == 3
+    for path in paths:
+        with urllib.request.urlopen(server + path) as answer:
+            assert answer.status == 200
+
+
 def test_no_example_is_left_out_unseen() -> None:
     for page, text in PAGES.items():
         blocks = blocks_of(text)
         assert text.count("```") == 2 * len(blocks), f"{page}: a fence that is no block"
-        assert {block.language for block in blocks} <= {"python", "sh"}, page
+        assert {block.language for block in blocks} <= {"python", "sh", "yaml"}, page
         assert sum(not block.runs for block in blocks) == NOT_RUN.get(page, 0), page
     for document in SHOWN:
         assert {block.language for block in blocks_of((ROOT / document).read_text(encoding="utf-8"))} <= {"sh"}

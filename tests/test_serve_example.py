@@ -1,38 +1,95 @@
-"""The example of Ray Serve: requests share passes, none fails its neighbours, and who leaves is not computed."""
+"""The examples of serving: Ray Serve runs the server as it is, and the image starts it and sees whether it computes."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import http.client
 import json
 import os
+import re
+import shlex
+import signal
 import socket
+import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import typer.main
 from support import assert_as_exact_as, tiny_bert
 
 from fastcls import Classifier
+from fastcls.tools.cli import app as commands
 from fastcls.tools.demo import sample_texts, sample_tokenizer
 
-pytest.importorskip("ray.serve", reason="the example needs ray[serve]")
-pytest.importorskip("fastapi", reason="the example needs ray[serve]")
+pytest.importorskip("starlette", reason='the examples need fastcls\'s extra "serve"')
+pytest.importorskip("prometheus_client", reason='the examples need fastcls\'s extra "serve"')
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 NAMES = ("bad", "fair", "good")
 CLIENTS = 16
+# A pass of the served application, and a request that keeps it busy for a while.
+TOKENS_PER_PASS = 256
+LONG = [f"{'service ' * 80}{number}" for number in range(1024)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier and a reranker."""
+    folder = tmp_path_factory.mktemp("served")
+    tokenizer = sample_tokenizer(sample_texts())
+    names = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
+    model = tiny_bert(vocab_size=len(tokenizer), **names)
+    # No label is the best one everywhere.
+    model.classifier.bias.data -= Classifier(model, tokenizer).logits(sample_texts()).mean(0)
+    for name, each in (("classifier", model), ("reranker", tiny_bert(vocab_size=len(tokenizer), num_labels=1))):
+        each.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+class Served(NamedTuple):
+    """An application of one replica that refuses texts it would have to cut, and where it answers."""
+
+    port: int
+
+    def ask(self, path: str, body: object = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            headers = {"Content-Type": "application/json"}
+            content = None if body is None else json.dumps(body)
+            connection.request("GET" if body is None else "POST", path, content, headers)
+            answer = connection.getresponse()
+            found = answer.read().decode()
+            return answer.status, json.loads(found) if found.startswith(("{", "[")) else found
+        finally:
+            connection.close()
+
+    def counts(self) -> dict[str, float]:
+        """Its metrics of one number."""
+        status, found = self.ask("/metrics")
+        assert status == 200
+        return {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", found, flags=re.MULTILINE)}
+
+
+def passes_of(lengths: list[int]) -> int:
+    """How many passes texts of so many tokens make that wait together."""
+    passes, left = 0, 0
+    for length in lengths:
+        passes, left = (passes, left - length) if length <= left else (passes + 1, TOKENS_PER_PASS - length)
+    return passes
 
 
 @pytest.fixture(scope="module")
 def example() -> Iterator[Any]:
+    pytest.importorskip("ray.serve", reason="the example needs ray[serve]")
+    pytest.importorskip("fastapi", reason="the example needs ray[serve]")
     sys.path.insert(0, str(EXAMPLES))
     import serve_ray
 
@@ -40,292 +97,205 @@ def example() -> Iterator[Any]:
     sys.path.remove(str(EXAMPLES))
 
 
-Test = Callable[..., Coroutine[Any, Any, None]]
-
-
-def in_a_loop(test: Test) -> Callable[..., None]:
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
-
-    return run
-
-
-class Model:
-    """Answers a text by itself in capitals, as soon as `may_end` is set; BAD by why not, and BUG by an error."""
-
-    def __init__(self) -> None:
-        self.passes: list[list[str]] = []
-        self.may_end = threading.Event()
-        self.threads: set[int] = set()
-
-    def compute(self, texts: list[str]) -> list[str]:
-        self.passes.append(texts)
-        self.threads.add(threading.get_ident())
-        assert self.may_end.wait(60)
-        if "BUG" in texts:
-            raise ZeroDivisionError
-        return [f"not {text}" if text == "BAD" else text.upper() for text in texts]
-
-    def count(self, texts: list[str]) -> list[int]:
-        return [len(text) for text in texts]
-
-
-async def busy(example: Any, model: Model, tokens_per_pass: int) -> tuple[Any, list[asyncio.Task[Any]]]:
-    """Passes of a model that computes its first text until it may end."""
-    passes = example.Passes(model.compute, model.count, tokens_per_pass)
-    first = asyncio.create_task(passes.answers(["first"]))
-    while not model.passes:
-        await asyncio.sleep(0.001)
-    return passes, [first]
-
-
-async def asked(passes: Any, *requests: list[str]) -> list[asyncio.Task[Any]]:
-    """Requests in this order, once all their texts wait."""
-    tasks = []
-    for texts in requests:
-        before = passes.statistics()["waiting"]
-        tasks.append(asyncio.create_task(passes.answers(texts)))
-        while passes.statistics()["waiting"] < before + len(texts):
-            await asyncio.sleep(0.001)
-    return tasks
-
-
-@in_a_loop
-async def test_what_waits_is_computed_in_order_by_passes_of_so_many_tokens(example: Any) -> None:
-    model = Model()
-    passes, tasks = await busy(example, model, 6)
-    tasks += await asked(passes, ["aa", "bbbbb", "c"], ["dddddddddd", "e"], ["f"])
-    model.may_end.set()
-    assert await asyncio.gather(*tasks) == [["FIRST"], ["AA", "BBBBB", "C"], ["DDDDDDDDDD", "E"], ["F"]]
-    assert model.passes == [["first"], ["aa", "bbbbb"], ["c", "dddddddddd"], ["e", "f"]]
-    assert passes.statistics() == {"requests": 4, "texts": 7, "passes": 4, "waiting": 0}
-    assert len(model.threads) == 1
-    assert threading.get_ident() not in model.threads
-
-
-@in_a_loop
-async def test_a_text_that_comes_alone_does_not_wait_for_others(example: Any) -> None:
-    model = Model()
-    model.may_end.set()
-    passes = example.Passes(model.compute, model.count, 1000)
-    assert await passes.answers(["one"]) == ["ONE"]
-    assert await passes.answers(["two"]) == ["TWO"]
-    assert model.passes == [["one"], ["two"]]
-
-
-@in_a_loop
-async def test_what_a_client_that_left_asked_is_dropped_where_it_waits(example: Any) -> None:
-    model = Model()
-    passes, tasks = await busy(example, model, 6)
-    left, stays = await asked(passes, ["aaaa", "bbbb", "cccc"], ["dd", "ee"])
-    left.cancel()
-    tasks[0].cancel()
-    model.may_end.set()
-    assert await stays == ["DD", "EE"]
-    assert model.passes == [["first"], ["dd", "ee"]], "those dropped do not fill a pass"
-    with pytest.raises(asyncio.CancelledError):
-        await left
-
-
-@in_a_loop
-async def test_a_failed_pass_fails_its_own_requests_and_the_health_until_one_succeeds(example: Any) -> None:
-    model = Model()
-    passes, tasks = await busy(example, model, 6)
-    tasks += await asked(passes, ["BUG", "xxx", "second", "dropped"], ["of its own"])
-    model.may_end.set()
-    found = await asyncio.gather(*tasks, return_exceptions=True)
-    assert found[0] == ["FIRST"]
-    assert isinstance(found[1], ZeroDivisionError)
-    assert found[2] == ["OF ITS OWN"]
-    assert not any("dropped" in texts for texts in model.passes), "nobody waits for it any more"
-    replica = object.__new__(example.Replica.__mro__[1])
-    replica._passes = passes
-    await replica.check_health()
-    with pytest.raises(ZeroDivisionError):
-        await passes.answers(["BUG"])
-    with pytest.raises(RuntimeError, match="computes no more"):
-        await replica.check_health()
-    assert await passes.answers(["fine"]) == ["FINE"]
-    await replica.check_health()
-    passes.worker.cancel()
-    await asyncio.wait([passes.worker])
-    with pytest.raises(RuntimeError, match="computes no more"):
-        await replica.check_health()
-
-
-# A pass of the served application, and a request that keeps it busy for a while.
-TOKENS_PER_PASS = 256
-LONG = [f"{'service ' * 80}{number}" for number in range(1024)]
-
-
-def passes_of(lengths: list[int]) -> int:
-    """How many passes texts of so many tokens make that wait together."""
-    passes = tokens = 0
-    for length in lengths:
-        passes, tokens = passes + (tokens == 0), tokens + length
-        if tokens >= TOKENS_PER_PASS:
-            tokens = 0
-    return passes
-
-
-class Served(NamedTuple):
-    """An application of one replica that refuses texts it would have to cut, and where it answers."""
-
-    folder: Path
-    port: int
-
-    def ask(self, path: str, body: object = None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            method = "GET" if body is None else "POST"
-            headers = {"Content-Type": "application/json"}
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
-            answer = connection.getresponse()
-            content = answer.read().decode()
-            is_json = "json" in (answer.getheader("Content-Type") or "")
-            return answer.status, json.loads(content) if is_json else content
-        finally:
-            connection.close()
-
-    def classified(self, texts: list[str]) -> tuple[int, Any]:
-        return self.ask("/classify", {"texts": texts})
-
-    def statistics(self) -> dict[str, int]:
-        status, found = self.ask("/statistics")
-        assert status == 200
-        return dict(found)
-
-
 @pytest.fixture(scope="module")
-def served(example: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(example: Any, folders: Path) -> Iterator[Served]:
     import ray
     from ray import serve
 
-    folder = tmp_path_factory.mktemp("served")
-    tokenizer = sample_tokenizer(sample_texts())
-    names = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
-    model = tiny_bert(vocab_size=len(tokenizer), **names)
-    # No label is the best one everywhere.
-    model.classifier.bias.data -= Classifier(model, tokenizer).logits(sample_texts()).mean(0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # What this process imports its replicas do, wherever they start.
     paths = os.pathsep.join(os.path.abspath(path) for path in (str(EXAMPLES), *sys.path) if path)
-    environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "FASTCLS_SHARED": str(folder / "shared")}}
+    environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        settings = {"model": str(folder), "max_replicas": 1, "tokens_per_pass": TOKENS_PER_PASS, "long_texts": "error"}
-        serve.run(example.app(example.Settings(**settings)))
-        yield Served(folder, port)
+        settings = example.Settings(
+            model=f"{folders / 'classifier'},{folders / 'reranker'}",
+            max_replicas=1,
+            max_batch_tokens=TOKENS_PER_PASS,
+            max_client_batch_size=len(LONG),
+            auto_truncate=False,
+            deadline=60,
+        )
+        serve.run(example.app(settings))
+        yield Served(port)
     finally:
         serve.shutdown()
         ray.shutdown()
 
 
-def test_requests_at_once_share_passes_and_get_the_answers_of_a_classifier(served: Served) -> None:
-    samples = sample_texts()
-    requests = [
-        [f"{samples[(client + row) % len(samples)]} {client}" for row in range(1 + client % 5)]
-        for client in range(CLIENTS)
-    ]
-    # Too long for the model, between others: it alone is refused, and by its place.
-    too_long, bad = "service " * 96, 6
-    requests[bad].insert(1, too_long)
-    count = sum(map(len, requests))
-    before = served.statistics()
+class TestRayServe:
+    """`examples/serve_ray.py`."""
 
-    def client(texts: list[str]) -> list[tuple[int, Any]]:
-        return [served.classified(texts) for _ in range(3)]
+    def test_requests_at_once_share_passes_and_get_the_answers_of_a_classifier(
+        self, served: Served, folders: Path
+    ) -> None:
+        samples = sample_texts()
+        requests = [
+            [f"{samples[(client + row) % len(samples)]} {client}" for row in range(1 + client % 5)]
+            for client in range(CLIENTS)
+        ]
+        # Too long for the model, between others: its own request alone is refused.
+        too_long, bad = "service " * 96, 6
+        requests[bad].insert(1, too_long)
+        before = served.counts()
 
-    with ThreadPoolExecutor(1 + CLIENTS) as clients:
-        long = clients.submit(served.classified, LONG)
-        while not served.statistics()["waiting"] and not long.done():
+        def client(texts: list[str]) -> list[tuple[int, Any]]:
+            return [served.ask("/predict", {"inputs": [[text] for text in texts]}) for _ in range(3)]
+
+        with ThreadPoolExecutor(1 + CLIENTS) as clients:
+            long = clients.submit(served.ask, "/rerank", {"query": "service", "texts": LONG})
+            while not served.counts()["te_queue_size"] and not long.done():
+                time.sleep(0.005)
+            answers = list(clients.map(client, requests))
+            assert long.result()[0] == 200
+        after = served.counts()
+        message = "`inputs` must have less than 96 tokens. Given: 98"
+        assert answers.pop(bad) == [(413, {"error": message, "error_type": "Validation"})] * 3
+        del requests[bad]
+        assert {status for each in answers for status, _ in each} == {200}
+
+        classifier = Classifier.from_pretrained(folders / "classifier", device="cpu")
+        exactly = Classifier.from_pretrained(folders / "classifier", device="cpu", dtype=torch.float64)
+        texts = [text for request in requests for text in request]
+        own = classifier(texts)
+        assert len({each["label"] for each in own}) > 1
+        exact = torch.tensor([each["score"] for each in exactly(texts)], dtype=torch.float64)
+        for turn in range(3):
+            found = [row[0] for each in answers for row in each[turn][1]]
+            assert [row["label"] for row in found] == [each["label"] for each in own]
+            scores = torch.tensor([row["score"] for row in found], dtype=torch.float64).float()
+            # Bits may differ, since products of other sizes add up in another order.
+            assert_as_exact_as(scores, [torch.tensor([each["score"] for each in own])], exact, "scores", times=2.0)
+
+        made = {name: after[name] - before[name] for name in before}
+        assert made["fastcls_texts"] == len(LONG) + 3 * len(texts)
+        lengths = [len(ids) for ids in classifier.tokenizer(["service"] * len(LONG), LONG)["input_ids"]]
+        # What came while the long request was computed shares passes, though the model is faster than its clients.
+        assert made["te_batch_next_size_count"] - passes_of(lengths) < 3 * len(requests)
+        assert after["te_queue_size"] == 0
+
+    def test_a_client_that_leaves_is_not_computed_to_the_end(self, served: Served) -> None:
+        before = served.counts()["fastcls_texts"]
+        body = json.dumps({"query": "service", "texts": LONG}).encode()
+        head = "POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", served.port)) as client:
+            client.sendall(head.encode() + body)
+            while not (found := served.counts())["te_queue_size"]:
+                assert found["fastcls_texts"] == before, "it was over before the client could leave"
+                time.sleep(0.005)
+        while served.counts()["te_queue_size"]:
             time.sleep(0.005)
-        answers = list(clients.map(client, requests))
-        assert long.result()[0] == 200
-    after = served.statistics()
-    detail = [{"type": "text", "loc": ["body", "texts", 1], "msg": "is longer than 96 tokens"}]
-    assert answers.pop(bad) == [(422, {"detail": detail})] * 3
-    del requests[bad]
-    assert {status for each in answers for status, _ in each} == {200}
+        status, (answer, *_) = served.ask("/predict", {"inputs": "thank you"})
+        assert (status, answer["label"] in NAMES) == (200, True)
+        assert served.counts()["fastcls_texts"] - before < len(LONG)
 
-    classifier = Classifier.from_pretrained(served.folder, device="cpu")
-    exactly = Classifier.from_pretrained(served.folder, device="cpu", dtype=torch.float64)
-    texts = [text for request in requests for text in request]
-    own = classifier(texts)
-    assert len({each["label"] for each in own}) > 1
-    exact = torch.tensor([each["score"] for each in exactly(texts)], dtype=torch.float64)
-    for turn in range(3):
-        found = [row for each in answers for row in each[turn][1]]
-        assert [row["label"] for row in found] == [each["label"] for each in own]
-        scores = torch.tensor([row["score"] for row in found], dtype=torch.float64).float()
-        # Bits may differ, since products of other sizes add up in another order.
-        assert_as_exact_as(scores, [torch.tensor([each["score"] for each in own])], exact, "scores", times=2.0)
+    def test_health_and_every_model_are_there(self, served: Served) -> None:
+        assert served.ask("/-/healthz") == (200, "success")
+        assert served.ask("/health") == (200, "")
+        status, listed = served.ask("/v1/models")
+        assert (status, [each["id"] for each in listed["data"]]) == (200, ["classifier", "reranker"])
+        status, described = served.ask("/info")
+        assert (status, described["max_concurrent_requests"], described["max_input_length"]) == (200, 64, 96)
 
-    made = {name: after[name] - before[name] for name in before}
-    assert made["requests"] == 1 + 3 * CLIENTS
-    assert made["texts"] == len(LONG) + 3 * count
-    passes_of_long = passes_of([len(ids) for ids in classifier.tokenizer(LONG)["input_ids"]])
-    # What came while the long request was computed shares passes, though the model is faster than its clients.
-    assert made["passes"] - passes_of_long < 3 * CLIENTS
-    assert after["waiting"] == 0
+    def test_a_replica_is_well_as_long_as_its_model_computes(
+        self, example: Any, folders: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from fastcls.serving.app import create_app
+        from fastcls.serving.loaded import load_all
+        from fastcls.serving.options import LoadOptions, ServeOptions
+        from fastcls.serving.served import Served
 
+        def fails(*_: object) -> None:
+            raise ZeroDivisionError
 
-@pytest.mark.parametrize(
-    ("body", "where"),
-    [
-        ({"texts": []}, ["body", "texts"]),
-        ({"texts": "one"}, ["body", "texts"]),
-        ({"texts": ["fine", 7]}, ["body", "texts", 1]),
-        ({"texts": ["fine", None]}, ["body", "texts", 1]),
-        # Half a character, which JSON can say and UTF-8 cannot.
-        ({"texts": ["fine", "\ud800"]}, ["body", "texts", 1]),
-        ({"texts": ["x" * 100_001]}, ["body", "texts", 0]),
-        ({"texts": ["x"] * 1025}, ["body", "texts"]),
-        ({"text": ["one"]}, ["body", "texts"]),
-    ],
-    ids=["none", "no_list", "number", "null", "half_a_character", "huge", "many", "other_name"],
-)
-def test_what_is_no_list_of_texts_is_refused_by_place(served: Served, body: object, where: list[Any]) -> None:
-    status, found = served.ask("/classify", body)
-    assert status == 422
-    assert [each["loc"] for each in found["detail"]] == [where]
-    assert served.classified(["fine"])[0] == 200
+        async def see() -> None:
+            models = load_all([str(folders / "classifier")], LoadOptions(device="cpu"))
+            replica = example.Replica()
+            replica.app = create_app(lambda: models, ServeOptions())
+            async with replica.app.router.lifespan_context(replica.app):
+                await replica.check_health()
+                server = replica.app.state.server
+                with monkeypatch.context() as broken:
+                    broken.setattr(Served, "compute", fails)
+                    server.passes.failure = "as after a pass that failed"
+                    with pytest.raises(RuntimeError, match="computes no more"):
+                        await replica.check_health()
+                await replica.check_health()
+                assert server.passes.failure is None
+            with pytest.raises(RuntimeError, match="computes no more"):
+                await replica.check_health()
 
+        asyncio.run(asyncio.wait_for(see(), 60))
 
-def test_health_and_the_routes_description_are_there(served: Served) -> None:
-    assert served.ask("/-/healthz") == (200, "success")
-    status, described = served.ask("/openapi.json")
-    assert status == 200
-    assert described["paths"].keys() == {"/classify", "/statistics"}
+    def test_settings_are_read_as_a_command_line_gives_them(self, example: Any) -> None:
+        given = {"model": "x", "num_cpus": "2", "max_replicas": "8", "quantize": "int8", "auto_truncate": "false"}
+        settings = example.Settings.model_validate(given)
+        assert (settings.num_cpus, settings.max_replicas, settings.quantize) == (2, 8, "int8")
+        assert settings.auto_truncate is False
+        for wrong in ({"model": "x", "num_cpu": "2"}, {"model": "x", "max_batch_tokens": "0"}, {}):
+            with pytest.raises(ValueError, match=r"num_cpu|max_batch_tokens|model"):
+                example.Settings.model_validate(wrong)
 
 
-def test_a_client_that_leaves_is_not_computed_to_the_end(served: Served) -> None:
-    before = served.statistics()["texts"]
-    body = json.dumps({"texts": LONG}).encode()
-    head = (
-        f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    with socket.create_connection(("127.0.0.1", served.port)) as client:
-        client.sendall(head.encode() + body)
-        while not (found := served.statistics())["waiting"]:
-            assert found["texts"] == before, "it was over before the client could leave"
-            time.sleep(0.005)
-    while served.statistics()["waiting"]:
-        time.sleep(0.005)
-    status, (answer,) = served.classified(["thank you"])
-    assert (status, answer["label"] in NAMES) == (200, True)
-    assert served.statistics()["texts"] - before < len(LONG)
+@pytest.fixture(scope="module")
+def steps() -> list[tuple[str, str]]:
+    """Each instruction of the image with what it says."""
+    text = re.sub(r"^\s*#.*\n", "", (EXAMPLES / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines if line.strip()]
 
 
-def test_settings_are_read_as_a_command_line_gives_them(example: Any) -> None:
-    settings = example.Settings.model_validate({"model": "x", "num_cpus": "2", "max_replicas": "8", "quantize": "int8"})
-    assert (settings.num_cpus, settings.max_replicas, settings.quantize) == (2, 8, "int8")
-    for wrong in ({"model": "x", "num_cpu": "2"}, {"model": "x", "tokens_per_pass": "0"}, {}):
-        with pytest.raises(ValueError, match=r"num_cpu|tokens_per_pass|model"):
-            example.Settings.model_validate(wrong)
+def of(steps: list[tuple[str, str]], instruction: str) -> str:
+    (found,) = [said for name, said in steps if name == instruction]
+    return found
+
+
+class TestImage:
+    """`examples/Dockerfile`, as far as it can be seen without docker."""
+
+    def test_what_it_copies_is_there(self, steps: list[tuple[str, str]]) -> None:
+        copied = [shlex.split(said) for name, said in steps if name == "COPY" and "--from" not in said]
+        assert copied
+        for *sources, _ in copied:
+            assert all((ROOT / source).exists() for source in sources), sources
+
+    def test_what_it_starts_is_a_command_that_there_is(self, steps: list[tuple[str, str]]) -> None:
+        program, command, *given = json.loads(of(steps, "ENTRYPOINT")) + json.loads(of(steps, "CMD"))
+        assert (program, command) == ("fastcls", "serve")
+        served = typer.main.get_group(commands).commands["serve"]
+        known = {name: each for each in served.params for name in each.opts}
+        options = [each for each in given if each.startswith("-")]
+        assert set(options) <= known.keys() | {"--help"}
+        assert of(steps, "EXPOSE") == str(known["--port"].default)
+        assert of(steps, "STOPSIGNAL") == "SIGTERM"
+        assert of(steps, "USER") not in ("root", "0")
+
+    def test_its_health_is_whether_the_server_computes(
+        self, steps: list[tuple[str, str]], folders: Path, tmp_path: Path
+    ) -> None:
+        _, command, *given = json.loads(of(steps, "ENTRYPOINT"))
+        program, *check = json.loads(of(steps, "HEALTHCHECK").partition("CMD ")[2])
+        assert program == "python"
+        start = ["-m", "fastcls", command, *given, str(folders / "classifier"), "--port", "0", "--json-output"]
+        paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
+        environment = {**os.environ, "PYTHONPATH": paths}
+        with open(tmp_path / "log", "w+") as log:
+            server = subprocess.Popen([sys.executable, *start], stderr=log, env=environment)
+            try:
+                while not (url := re.search(r'"url": "http://0\.0\.0\.0:(\d+)"', (tmp_path / "log").read_text())):
+                    assert server.poll() is None, (tmp_path / "log").read_text()
+                    time.sleep(0.05)
+                # The port alone is another one: 3000 may be somebody's.
+                asks = [sys.executable, *(each.replace(":3000/", f":{url[1]}/") for each in check)]
+                assert asks[1:] != check
+                assert subprocess.run(asks, timeout=60).returncode == 0
+            finally:
+                server.send_signal(signal.SIGTERM)
+                status = server.wait(60)
+        # uvicorn sends itself the signal once more, when all is answered.
+        assert status in (0, -signal.SIGTERM)
+        assert subprocess.run(asks, timeout=60, stderr=subprocess.DEVNULL).returncode != 0

@@ -47,6 +47,7 @@ def create_app(models: Callable[[], Sequence[Served]], options: ServeOptions) ->
 
     Returns:
         An ASGI application. At its start it loads the models and computes once, at its end what it had taken.
+        Meanwhile its `state.server` is the `Server`.
     """
     state = _State(models, options)
     computing = {route.path: route for route in (*ROUTES, *V1_ROUTES, _ANY)} | {**ALIASES, "/invocations": _ANY}
@@ -95,8 +96,8 @@ class _State:
         return self._server
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        self._server = Server(self._load(), self._options)
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self._server = app.state.server = Server(self._load(), self._options)
         self.server.passes.start(_warm_up)
         yield
         await self.server.passes.close()
@@ -142,10 +143,8 @@ class _State:
             raise RequestError("expected `Authorization: Bearer KEY` with the server's key", "Validation", 401)
 
     async def health(self, _: Request) -> Response:
-        """Whether the model computes. After a pass that failed a small one shows whether it does again."""
-        passes = self.server.passes
-        is_well = passes.is_alive and (passes.failure is None or await self.server.computes_again())
-        if is_well:
+        """Whether the models compute."""
+        if await self.server.computes():
             return Response(status_code=200)
         return _refused(RequestError("unhealthy", "Unhealthy"), "/health")
 

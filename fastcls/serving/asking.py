@@ -35,8 +35,10 @@ class Server:
         self.metrics = Metrics(lambda: self.passes.waiting)
         self.passes = Passes(self.models, options, self.metrics)
 
-    async def computes_again(self) -> bool:
-        """Whether the first model computes a text of one token."""
+    async def computes(self) -> bool:
+        """Whether the models compute. After a pass that failed the first one tries a text of one token."""
+        if self.passes.failure is None or not self.passes.is_alive:
+            return self.passes.is_alive
         with contextlib.suppress(RequestError):
             await self.passes.answer(
                 self.models[0], self.models[0].wants[0], [(0,)], truncate=True, side="right", gone=_never

@@ -19,6 +19,7 @@ _HELP = {
     "fastcls_computed_tokens": "Tokens that were computed",
     "fastcls_padding_avoided_tokens": "Tokens of padding that a server that pads would have computed in these passes",
 }
+_UNLABELLED = ("fastcls_texts", "fastcls_computed_tokens", "fastcls_padding_avoided_tokens")
 
 
 class Metrics:
@@ -33,7 +34,8 @@ class Metrics:
     def __init__(self, waiting: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
         self._waiting = waiting
-        self._counts: Counter[tuple[str, str, str]] = Counter()
+        # Those without a label are there before anything is counted, so that a rate has a beginning.
+        self._counts: Counter[tuple[str, str, str]] = Counter({(name, "", ""): 0 for name in _UNLABELLED})
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, buckets=buckets, registry=self._registry)
