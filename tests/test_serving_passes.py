@@ -76,11 +76,25 @@ def test_a_pass_holds_one_group_and_no_more_tokens_or_texts_than_allowed() -> No
     queue.put(texts_of("one", 5, 5, 5, group="a"))
     queue.put(texts_of("two", 5, 5, group="b"))
     assert owners(queue.next_pass(14)) == [("one", 0), ("one", 1)]
-    assert owners(queue.next_pass(100, max_texts=1)) == [("one", 2)]
-    assert owners(queue.next_pass(100)) == [("two", 0), ("two", 1)]
+    assert owners(queue.next_pass(100, max_texts=1)) == [("two", 0)]
+    assert owners(queue.next_pass(100)) == [("two", 1)]
+    assert owners(queue.next_pass(100)) == [("one", 2)]
     assert queue.next_pass(100) == []
     queue.put(texts_of("long", 500, 1))
     assert owners(queue.next_pass(100)) == [("long", 0)], "a text that alone has more is computed alone"
+
+
+def test_a_large_request_for_one_model_does_not_hold_up_another_model() -> None:
+    queue = FairQueue()
+    queue.put(texts_of("large", *[100] * 20, group="a"))
+    assert owners(queue.next_pass(200)) == [("large", 0), ("large", 1)]
+    queue.put(texts_of("small", 10, group="b"))
+    assert owners(queue.next_pass(200)) == [("small", 0)]
+    for number in range(100):
+        queue.put(texts_of(f"small {number}", 10, group="b"))
+        if owners(queue.next_pass(200))[0] == ("large", 2):
+            break
+    assert 0 < number < 99, "neither do small ones hold up the large one"
 
 
 def test_what_is_dropped_is_not_computed() -> None:

@@ -2,7 +2,7 @@
 
 Every request gets an equal share of the model's time, as if the requests that wait were served by turns, a moment each
 (generalised processor sharing: Demers, Keshav and Shenker, 1989). A text's turn is the share at which it would be done;
-the earliest turn comes first. Besides, each pass takes the text that has waited longest.
+the earliest turn comes first. Besides, each pass takes the text that has waited longest of those that it can compute.
 """
 
 from __future__ import annotations
@@ -39,6 +39,22 @@ class Waiting:
     gone: bool = field(default=False, init=False)
 
 
+class _Group:
+    """The texts that can be computed in one pass, in the order of their turns and of their age."""
+
+    def __init__(self) -> None:
+        self.by_turn: list[tuple[float, int, Waiting]] = []
+        self.by_age: deque[Waiting] = deque()
+
+    def trim(self) -> bool:
+        """Lets go of texts in front that wait no more; whether others are left."""
+        while self.by_turn and self.by_turn[0][2].gone:
+            heapq.heappop(self.by_turn)
+        while self.by_age and self.by_age[0].gone:
+            self.by_age.popleft()
+        return bool(self.by_turn)
+
+
 class FairQueue:
     """Texts that wait, for one thread at a time.
 
@@ -52,8 +68,7 @@ class FairQueue:
         # What every request that waits has been given so far, in seconds.
         self._share = 0.0
         self._count = 0
-        self._by_turn: dict[Hashable, list[tuple[float, int, Waiting]]] = {}
-        self._by_age: deque[Waiting] = deque()
+        self._groups: dict[Hashable, _Group] = {}
         self._of_owner: dict[Any, int] = {}
 
     @property
@@ -68,8 +83,9 @@ class FairQueue:
             turn += each.cost
             each.turn = turn
             self._count += 1
-            heapq.heappush(self._by_turn.setdefault(each.group, []), (turn, self._count, each))
-            self._by_age.append(each)
+            group = self._groups.setdefault(each.group, _Group())
+            heapq.heappush(group.by_turn, (turn, self._count, each))
+            group.by_age.append(each)
             self._of_owner[each.owner] = self._of_owner.get(each.owner, 0) + 1
             self.texts += 1
             self.cost += each.cost
@@ -87,27 +103,24 @@ class FairQueue:
             max_tokens: how many at most, unless a text alone has more.
             max_texts: how many at most; None for any number.
         """
-        while self._by_age and self._by_age[0].gone:
-            self._by_age.popleft()
-        if not self._by_age:
-            # What is left in the heaps was dropped.
-            self._by_turn.clear()
+        for key, each in list(self._groups.items()):
+            if not each.trim():
+                del self._groups[key]
+        if not self._groups:
             return []
-        requests, oldest = self.requests, self._by_age.popleft()
+        group = min(self._groups.values(), key=lambda group: group.by_turn[0][0])
+        requests, oldest = self.requests, group.by_age.popleft()
         taken, tokens = [oldest], oldest.tokens
         self._remove(oldest)
-        heap = self._by_turn[oldest.group]
-        while heap and (max_texts is None or len(taken) < max_texts):
-            *_, each = heap[0]
-            if not each.gone:
-                if tokens + each.tokens > max_tokens:
+        while group.by_turn and (max_texts is None or len(taken) < max_texts):
+            *_, waiting = group.by_turn[0]
+            if not waiting.gone:
+                if tokens + waiting.tokens > max_tokens:
                     break
-                self._remove(each)
-                taken.append(each)
-                tokens += each.tokens
-            heapq.heappop(heap)
-        if not heap:
-            del self._by_turn[oldest.group]
+                self._remove(waiting)
+                taken.append(waiting)
+                tokens += waiting.tokens
+            heapq.heappop(group.by_turn)
         self._share += sum(each.cost for each in taken) / requests
         return taken
 
