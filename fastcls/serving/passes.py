@@ -1,4 +1,4 @@
-"""Requests to answers: one thread tokenizes, one computes, and a pass starts the moment the model is free."""
+"""Requests to answers: a thread computes, passes that start the moment the model is free with what is there."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class _Request:
     inputs: Sequence[Input]
     truncate: bool
     side: Side
+    guess: float
     deadline: float
     future: asyncio.Future[Answer]
-    received: float
     waiting: list[Waiting] = field(default_factory=list)
     results: list[Any] = field(default_factory=list)
     error: Exception | None = None
@@ -114,12 +114,16 @@ class Passes:
         self._max_tokens = options.tokens_per_pass(models[0].device.type)
         self._queue, self._changed = FairQueue(), threading.Condition()
         self._untokenized: deque[_Request] = deque()
+        self._untokenized_cost = 0.0
         self._pace: dict[tuple[Computing, Want], _Pace] = {}
         self._taken = 0
         self._is_closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self.failure: str | None = None
-        # A tokenizer keeps a state, so that one thread uses it; the second one uses copies.
+        # While a GPU computes a thread tokenizes. On a CPU the model takes all cores, and whoever tokenizes beside it
+        # holds up one of them that the others then wait for: there the thread that computes does it between passes.
+        self._tokenizes_between = models[0].device.type == "cpu"
+        # A tokenizer keeps a state, so that one thread uses it; of texts that take long another one, with copies.
         self._tokenizing, self._tokenizing_long = ThreadPoolExecutor(1, "tokenizer"), ThreadPoolExecutor(1, "spare")
         self._computing = threading.Thread(target=self._compute_all, name="passes", daemon=True)
 
@@ -158,14 +162,19 @@ class Passes:
             raise failed[0]
 
     @property
+    def _untokenized_here(self) -> bool:
+        """Whether requests wait for the thread that computes to tokenize them."""
+        return self._tokenizes_between and bool(self._untokenized)
+
+    @property
     def is_alive(self) -> bool:
         """Whether the thread that computes still runs."""
         return self._computing.is_alive()
 
     @property
     def waiting(self) -> int:
-        """How many texts wait for a pass."""
-        return self._queue.texts
+        """How many texts wait for a pass, tokenized or not."""
+        return self._queue.texts + sum(len(each.inputs) for each in list(self._untokenized) if not each.is_over)
 
     async def answer(
         self,
@@ -190,11 +199,11 @@ class Passes:
             RequestError: too many requests, a text that cannot be computed, or a pass that failed.
             ClientGoneError: the client has left.
         """
-        self._admit(served, want, inputs)
+        guess = self._admit(served, want, inputs)
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         request = _Request(
-            served, want, inputs, truncate, side, now + self._options.deadline, loop.create_future(), now
+            served, want, inputs, truncate, side, guess, now + self._options.deadline, loop.create_future()
         )
         self._taken += 1
         leaving = asyncio.ensure_future(gone())
@@ -202,8 +211,7 @@ class Passes:
             if _characters(inputs) > _MANY_CHARACTERS:
                 self._tokenizing_long.submit(self._tokenize, [request], by_spare=True)
             else:
-                self._untokenized.append(request)
-                self._tokenizing.submit(self._tokenize_all)
+                self._add(request)
             await asyncio.wait((request.future, leaving), return_when=asyncio.FIRST_COMPLETED)
             if request.future.done():
                 return request.future.result()
@@ -228,28 +236,43 @@ class Passes:
             self._changed.notify()
         await loop.run_in_executor(None, self._computing.join)
 
-    def _admit(self, served: Served, want: Want, inputs: Sequence[Input]) -> None:
-        """Refuses a request that would wait too long."""
+    def _add(self, request: _Request) -> None:
+        with self._changed:
+            self._untokenized.append(request)
+            self._untokenized_cost += request.guess
+            if self._tokenizes_between:
+                self._changed.notify()
+        if not self._tokenizes_between:
+            self._tokenizing.submit(self._tokenize_all)
+
+    def _admit(self, served: Served, want: Want, inputs: Sequence[Input]) -> float:
+        """Refuses a request that would wait too long; a guess at the seconds that one takes which is not refused."""
         if self._is_closing:
             raise overloaded("the server is stopping")
         if self._taken >= self._options.max_concurrent_requests:
             raise overloaded(f"{self._taken} requests are being answered")
         pace = self._pace.get((served.computing, want))
         if pace is None:
-            return
+            return 0.0
         tokens = sum(min(_tokens(each), served.limit) for each in inputs)
+        seconds = tokens * pace.seconds_a_token
         # Its turn comes when all others have been given as much, or all that they asked for.
-        wait = min(self._queue.cost, self._queue.requests * tokens * pace.seconds_a_token)
+        cost, requests = self._queue.cost + self._untokenized_cost, self._queue.requests + len(self._untokenized)
+        wait = min(cost, requests * seconds)
         if wait > self._options.deadline:
             raise overloaded(f"it would wait for {wait:.1f} s, and at most {self._options.deadline:g} s are allowed")
+        return seconds
 
     def _tokenize_all(self) -> None:
-        """Tokenizes the texts of the requests that have come, those alike in one call. In the tokenizer's thread."""
+        """Tokenizes the texts of the requests that have come, those alike in one call."""
         found: list[_Request] = []
-        while self._untokenized and len(found) < _REQUESTS_AT_ONCE:
-            request = self._untokenized.popleft()
-            if not request.is_over:
-                found.append(request)
+        with self._changed:
+            while self._untokenized and len(found) < _REQUESTS_AT_ONCE:
+                request = self._untokenized.popleft()
+                # Sums of floats drift.
+                self._untokenized_cost = self._untokenized_cost - request.guess if self._untokenized else 0.0
+                if not request.is_over:
+                    found.append(request)
         alike: dict[tuple[Served, bool, Side], list[_Request]] = {}
         for request in found:
             alike.setdefault((request.served, request.truncate, request.side), []).append(request)
@@ -305,10 +328,13 @@ class Passes:
         self._begin()
         while True:
             with self._changed:
-                while not self._queue.texts and not self._is_closing:
+                while not self._queue.texts and not self._untokenized_here and not self._is_closing:
                     self._changed.wait()
+            if self._untokenized_here:
+                self._tokenize_all()
+            with self._changed:
                 taken = self._queue.next_pass(self._max_tokens, self._options.max_batch_requests)
-                if not taken and self._is_closing:
+                if not taken and not self._untokenized_here and self._is_closing:
                     return
             now = time.monotonic()
             # What was begun is ended.
