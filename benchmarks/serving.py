@@ -12,7 +12,7 @@ the most, calm again). All servers have the same threads and the same model, Min
 of SST-2's sentences a request. A server's answers are compared with transformers' before it is timed, and each one as
 it comes. The load is a process of its own on the same machine: the results name its share of the cores. The peers pause
 for more texts of a batch, or not: both are measured, the faster one is shown. What is not installed is left out:
-pip install -e ".[serve]" aiohttp litserve "ray[serve]" fastapi. The results hold no text.
+pip install -e ".[serve]" litserve "ray[serve]" fastapi. The results hold no text.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ FASTCLS, FASTCLS_AGAIN = "fastcls serve", "fastcls serve again"
 PEERS = {"LitServe": ("litserve", "litserve"), "Ray Serve": ("ray.serve", "ray"), "FastAPI": ("uvicorn", "fastapi")}
 # Seconds for which a batch waits for more texts: the documented examples' own, and none.
 WAITS = (0.01, 0.0)
-PACKAGES = ("litserve", "ray", "fastapi", "starlette", "uvicorn", "uvloop", "httptools", "aiohttp")
+PACKAGES = ("litserve", "ray", "fastapi", "starlette", "uvicorn", "uvloop", "httptools")
 _WARM_UP = 2.0
 _SHARE_OF_SOAK, _SHARE_OF_CALM, _TIMES_OF_OVERLOAD = 0.9, 0.5, 3
 _SECONDS_OF_CALM = 10.0
@@ -383,8 +383,8 @@ def main(
 ) -> None:
     """Times fastcls serve beside other servers."""
     parts = some_of("--part", part, PARTS)
-    if lacking := not_installed("aiohttp"):
-        raise typer.BadParameter(f"the load needs aiohttp: {lacking}")
+    if lacking := not_installed("httptools"):
+        raise typer.BadParameter(f"the load needs httptools: {lacking}")
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     for each in (signal.SIGINT, signal.SIGTERM):

@@ -17,7 +17,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-pytest.importorskip("aiohttp", reason="the load needs aiohttp")
+pytest.importorskip("httptools", reason="the load needs httptools")
 if not Path("/proc/self/stat").exists():
     pytest.skip("a server's processes are read from /proc", allow_module_level=True)
 
