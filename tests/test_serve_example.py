@@ -221,11 +221,11 @@ class TestRayServe:
                 server = replica.app.state.server
                 with monkeypatch.context() as broken:
                     broken.setattr(Served, "compute", fails)
-                    server.passes.failure = "as after a pass that failed"
+                    server.passes.failures[server.models[0].computing] = "as after a pass that failed"
                     with pytest.raises(RuntimeError, match="computes no more"):
                         await replica.check_health()
                 await replica.check_health()
-                assert server.passes.failure is None
+                assert not server.passes.failures
             with pytest.raises(RuntimeError, match="computes no more"):
                 await replica.check_health()
 

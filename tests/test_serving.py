@@ -260,7 +260,7 @@ def test_what_is_not_computed_is_refused_before_its_weights_are_read(tmp_path: P
         (pooled, {"pooling": "cls"}, "pooling must be mean for"),
         (ranked, {"pooling": "mean"}, "pooling must be left out"),
         (plain, {"one_encoder": True}, "BertModel|trained for"),
-        (ranked, {"one_encoder": True, "pooling": "mean"}, "pooling must be left out with one_encoder"),
+        (ranked, {"one_encoder": True, "pooling": "mean"}, "pooling must be left out for sequence classifiers"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             load_all([checkpoint], LoadOptions(device="cpu", **options))

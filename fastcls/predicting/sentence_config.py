@@ -27,6 +27,7 @@ class SentenceConfig(NamedTuple):
         max_length: tokens that a text may have; None where nothing is said.
         prompts: what stands before texts, by name.
         default_prompt_name: the prompt of texts for which none is named.
+        includes_prompt: whether the mean is over the prompt's tokens, too.
     """
 
     pooling: str | None
@@ -34,6 +35,7 @@ class SentenceConfig(NamedTuple):
     max_length: int | None
     prompts: dict[str, str]
     default_prompt_name: str | None
+    includes_prompt: bool = True
 
 
 def read_sentence_config(name: str, revision: str | None = None) -> SentenceConfig | None:
@@ -46,11 +48,12 @@ def read_sentence_config(name: str, revision: str | None = None) -> SentenceConf
     modules = _json_of(name, "modules.json", revision)
     if modules is None:
         return None
-    pooling, further, max_length = None, [], None
+    pooling, further, max_length, includes_prompt = None, [], None, True
     for module in modules:
         kind = str(module["type"]).rpartition(".")[2]
         if kind == "Pooling":
-            pooling = _pooling_of(_json_of(name, f"{module['path']}/config.json", revision) or {})
+            config = _json_of(name, f"{module['path']}/config.json", revision) or {}
+            pooling, includes_prompt = _pooling_of(config), bool(config.get("include_prompt", True))
         elif kind == "SpladePooling":
             pooling = _splade_of(_json_of(name, f"{module['path']}/config.json", revision) or {})
         elif kind in ("Transformer", "MLMTransformer"):
@@ -59,7 +62,9 @@ def read_sentence_config(name: str, revision: str | None = None) -> SentenceConf
         elif kind != "Normalize":
             further.append(kind)
     own = _json_of(name, "config_sentence_transformers.json", revision) or {}
-    return SentenceConfig(pooling, tuple(further), max_length, own.get("prompts") or {}, own.get("default_prompt_name"))
+    return SentenceConfig(
+        pooling, tuple(further), max_length, own.get("prompts") or {}, own.get("default_prompt_name"), includes_prompt
+    )
 
 
 def _json_of(name: str, file: str, revision: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import hmac
@@ -24,9 +25,9 @@ from .asking import Asking, Server
 from .errors import RequestError
 from .openapi import document
 from .options import ServeOptions
-from .passes import ClientGoneError
+from .request import ClientGoneError
 from .routes import ROUTES, Route, answer_any, info
-from .schemas import AnyRequest
+from .schemas import AnyRequest, DocumentsRequest, OpenAIRequest
 from .served import Encoded, Served, Want
 from .v1 import ALIASES
 from .v1 import ROUTES as V1_ROUTES
@@ -36,6 +37,8 @@ _PAGE = Path(__file__).with_name("page.html")
 # What is computed before the first request: texts of so many tokens, one, and a pass of them.
 _WARM_LENGTH, _WARM_TEXTS = 16, 32
 _CLIENT_GONE = 499
+# Bytes of a text's answer that take a millisecond to write.
+_LARGE = 200_000
 _ANY = Route("/", AnyRequest, (), answer_any, "What suits the model: /predict, /rerank, /embed or /embed_sparse")
 
 
@@ -114,7 +117,9 @@ class _State:
             try:
                 self._authorize(request)
                 body = await asking.body(route.body)
-                asking.served = self._model(route, request, getattr(body, "model", None))
+                # Other bodies have no such field, but may have a key of the name, which means nothing there.
+                in_body = body.model if isinstance(body, (OpenAIRequest, DocumentsRequest)) else None
+                asking.served = self._model(route, request, in_body)
                 asking.check_kind(route.kinds, route.path)
                 content = await route.answer(asking, body)
             except RequestError as error:
@@ -131,7 +136,7 @@ class _State:
                 times = asking.times()
                 if asking.answers:
                     self.server.metrics.answered(is_batch=asking.is_batch, **times)
-                response = _json(content, headers=asking.headers(times))
+                response = _answer(await _in_parts(content), headers=asking.headers(times))
             _logged(asking, response)
             return response
 
@@ -193,8 +198,23 @@ def _warm_up(served: Served) -> list[tuple[Want, list[Encoded]]]:
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return _answer(orjson.dumps(content), status, headers)
+
+
+def _answer(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(body, status, headers, "application/json")
+
+
+async def _in_parts(content: Any) -> bytes:
+    """An answer's JSON, between whose texts other requests go on: a vector for each token makes millions of numbers."""
+    if not isinstance(content, list):
+        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    parts = []
+    for each in content:
+        parts.append(orjson.dumps(each, option=orjson.OPT_SERIALIZE_NUMPY))
+        if len(parts[-1]) > _LARGE:
+            await asyncio.sleep(0)
+    return b"[" + b",".join(parts) + b"]"
 
 
 def _refused(error: RequestError, path: str) -> Response:

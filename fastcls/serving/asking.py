@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from ..texts import Item
-from .errors import RequestError
+from .errors import RequestError, overloaded
 from .metrics import Metrics
 from .options import ServeOptions
-from .passes import Answer, ClientGoneError, Passes
+from .passes import Passes
+from .request import Answer, ClientGoneError
 from .schemas import Body
 from .served import Input, Kind, Served, Side, Want
 
 _B = TypeVar("_B", bound=Body)
+_T = TypeVar("_T")
 
 
 class Server:
@@ -34,16 +36,16 @@ class Server:
         self.models, self.options = list(models), options
         self.metrics = Metrics(lambda: self.passes.waiting)
         self.passes = Passes(self.models, options, self.metrics)
+        # Bodies that are on their way, each of which may be as large as is allowed.
+        self.bodies = 0
 
     async def computes(self) -> bool:
-        """Whether the models compute. After a pass that failed the first one tries a text of one token."""
-        if self.passes.failure is None or not self.passes.is_alive:
-            return self.passes.is_alive
-        with contextlib.suppress(RequestError):
-            await self.passes.answer(
-                self.models[0], self.models[0].wants[0], [(0,)], truncate=True, side="right", gone=_never
-            )
-        return self.passes.failure is None
+        """Whether the models compute. One whose last pass failed tries a text of one token."""
+        for served in self.models:
+            if self.passes.is_alive and served.computing in self.passes.failures:
+                with contextlib.suppress(RequestError):
+                    await self.passes.answer(served, served.wants[0], [(0,)], truncate=True, side="right", gone=_never)
+        return self.passes.is_alive and not self.passes.failures
 
     def named(self, name: str) -> Served:
         """The model of a name.
@@ -106,6 +108,9 @@ class Asking:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > options.payload_limit:
             raise _too_large(options.payload_limit)
+        if self.server.bodies >= options.max_concurrent_requests:
+            raise overloaded(f"{self.server.bodies} bodies are being read")
+        self.server.bodies += 1
         try:
             return await asyncio.wait_for(self._parts(options.payload_limit), options.body_timeout)
         except asyncio.TimeoutError:
@@ -113,6 +118,8 @@ class Asking:
             raise RequestError(message, "Validation", 408, reason="body") from None
         except ClientDisconnect:
             raise ClientGoneError from None
+        finally:
+            self.server.bodies -= 1
 
     async def _parts(self, limit: int) -> bytes:
         body = bytearray()
@@ -187,6 +194,14 @@ class Asking:
         )
         self.answers.append(answer)
         return answer.results
+
+    async def with_spare(self, call: Callable[[], _T]) -> _T:
+        """What a function gives that uses spare tokenizers.
+
+        Raises:
+            RequestError, ClientGoneError: see `Passes.with_spare`.
+        """
+        return await self.server.passes.with_spare(call, self._gone)
 
     async def _gone(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":

@@ -2,7 +2,7 @@
 
 Every request gets an equal share of the model's time, as if the requests that wait were served by turns, a moment each
 (generalised processor sharing: Demers, Keshav and Shenker, 1989). A text's turn is the share at which it would be done;
-the earliest turn comes first. Besides, each pass takes the text that has waited longest of those that it can compute.
+the earliest turn comes first. Every second pass begins with the text that has waited longest instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Waiting:
         text: what is computed.
         index: its place in the request.
         turn: its place in the order.
-        gone: whether it is in a pass, or was left out.
+        gone: whether it is not in the queue: not yet, in a pass, or left out.
     """
 
     owner: Any
@@ -36,7 +36,7 @@ class Waiting:
     text: Any
     index: int
     turn: float = field(default=0.0, init=False)
-    gone: bool = field(default=False, init=False)
+    gone: bool = field(default=True, init=False)
 
 
 class _Group:
@@ -44,13 +44,13 @@ class _Group:
 
     def __init__(self) -> None:
         self.by_turn: list[tuple[float, int, Waiting]] = []
-        self.by_age: deque[Waiting] = deque()
+        self.by_age: deque[tuple[int, Waiting]] = deque()
 
     def trim(self) -> bool:
         """Lets go of texts in front that wait no more; whether others are left."""
         while self.by_turn and self.by_turn[0][2].gone:
             heapq.heappop(self.by_turn)
-        while self.by_age and self.by_age[0].gone:
+        while self.by_age and self.by_age[0][1].gone:
             self.by_age.popleft()
         return bool(self.by_turn)
 
@@ -67,7 +67,7 @@ class FairQueue:
         self.texts, self.cost = 0, 0.0
         # What every request that waits has been given so far, in seconds.
         self._share = 0.0
-        self._count = 0
+        self._count = self._passes = 0
         self._groups: dict[Hashable, _Group] = {}
         self._of_owner: dict[Any, int] = {}
 
@@ -81,11 +81,11 @@ class FairQueue:
         turn = self._share
         for each in texts:
             turn += each.cost
-            each.turn = turn
+            each.turn, each.gone = turn, False
             self._count += 1
             group = self._groups.setdefault(each.group, _Group())
             heapq.heappush(group.by_turn, (turn, self._count, each))
-            group.by_age.append(each)
+            group.by_age.append((self._count, each))
             self._of_owner[each.owner] = self._of_owner.get(each.owner, 0) + 1
             self.texts += 1
             self.cost += each.cost
@@ -108,14 +108,19 @@ class FairQueue:
                 del self._groups[key]
         if not self._groups:
             return []
-        group = min(self._groups.values(), key=lambda group: group.by_turn[0][0])
-        requests, oldest = self.requests, group.by_age.popleft()
-        taken, tokens = [oldest], oldest.tokens
-        self._remove(oldest)
+        self._passes += 1
+        requests, taken, tokens = self.requests, list[Waiting](), 0
+        if self._passes % 2:
+            group = min(self._groups.values(), key=lambda group: group.by_turn[0][0])
+        else:
+            group = min(self._groups.values(), key=lambda group: group.by_age[0][0])
+            _, oldest = group.by_age.popleft()
+            taken, tokens = [oldest], oldest.tokens
+            self._remove(oldest)
         while group.by_turn and (max_texts is None or len(taken) < max_texts):
             *_, waiting = group.by_turn[0]
             if not waiting.gone:
-                if tokens + waiting.tokens > max_tokens:
+                if taken and tokens + waiting.tokens > max_tokens:
                     break
                 self._remove(waiting)
                 taken.append(waiting)

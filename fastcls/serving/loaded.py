@@ -47,6 +47,8 @@ def load_all(checkpoints: Sequence[str], options: LoadOptions, names: Sequence[s
             raise ValueError(f"served_model_name must tell the models apart, got {name!r} twice")
         if not name or name != name.strip("/ ") or not name.isprintable():
             raise ValueError(f"served_model_name must be printable, without / at its ends, got {name!r}")
+    if options.pooling is not None and all(_classifies(read_config(each, _of_hub(options))) for each in checkpoints):
+        raise ValueError(f"pooling must be left out for sequence classifiers, got {options.pooling}")
     if options.one_encoder:
         return _load_heads(dict(zip(called, checkpoints, strict=True)), options)
     return [load(each, name, options) for each, name in zip(checkpoints, called, strict=True)]
@@ -63,6 +65,8 @@ def load(checkpoint: str, name: str, options: LoadOptions) -> Served:
     config = read_config(checkpoint, of_hub)
     device = parse_device(options.device)
     task, pooling, sentence = _task(checkpoint, config, options)
+    if not sentence.includes_prompt and (sentence.prompts or options.default_prompt is not None):
+        raise ValueError(f"{checkpoint} must pool over all tokens, got include_prompt false beside its prompts")
     tokenizer = load_tokenizer(checkpoint, **of_hub)
     model = load_model(checkpoint, device, parse_dtype(options.dtype), task=task, **of_hub)
     fast = optimize(
@@ -73,6 +77,7 @@ def load(checkpoint: str, name: str, options: LoadOptions) -> Served:
         release=True,
     )
     assert isinstance(fast, (FastClassifier, FastEncoder, FastMaskedLM))
+    prompt = _default_prompt(checkpoint, sentence, options)
     labels = _labels(config, fast.num_labels) if isinstance(fast, FastClassifier) else ()
     kind: Kind = "embedding" if isinstance(fast, FastEncoder) else "sparse"
     if isinstance(fast, FastMaskedLM):
@@ -91,7 +96,7 @@ def load(checkpoint: str, name: str, options: LoadOptions) -> Served:
         score_function(None, config.problem_type, len(labels)),
         "mean" if pooling == "mean" else "first",
         sentence.prompts,
-        _default_prompt(checkpoint, sentence, options),
+        prompt,
     )
 
 
@@ -154,10 +159,8 @@ def _limit(tokenizer: PreTrainedTokenizerBase, fast: FastModel, of_sentences: in
 
 def _task(checkpoint: str, config: PreTrainedConfig, options: LoadOptions) -> tuple[Task, str | None, SentenceConfig]:
     """What a checkpoint is for, how it pools, and what sentence-transformers says of it."""
-    architecture = next(iter(getattr(config, "architectures", None) or []), "")
-    if architecture.endswith("ForSequenceClassification"):
-        if options.pooling is not None:
-            raise ValueError(f"pooling must be left out for {checkpoint}, which is a sequence classifier")
+    architecture = _architecture(config)
+    if _classifies(config):
         return "sequence classification", None, _NO_SENTENCES
     sentence = read_sentence_config(checkpoint, options.revision) or _NO_SENTENCES
     if sentence.further:
@@ -178,6 +181,14 @@ def _task(checkpoint: str, config: PreTrainedConfig, options: LoadOptions) -> tu
             f"{architecture or 'a model of no class'}, and {found}: for an encoder, pass pooling"
         )
     return "encoder", pooling, sentence
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    return next(iter(getattr(config, "architectures", None) or []), "")
+
+
+def _classifies(config: PreTrainedConfig) -> bool:
+    return _architecture(config).endswith("ForSequenceClassification")
 
 
 def _default_prompt(checkpoint: str, sentence: SentenceConfig, options: LoadOptions) -> str:

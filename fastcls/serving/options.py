@@ -22,7 +22,7 @@ class LoadOptions:
 
     Attributes:
         device, dtype, quantize, batch_invariant: see `Classifier.from_pretrained`.
-        pooling: of an encoder, "cls" or "mean"; of a masked language model "splade". None is what the checkpoint says.
+        pooling: of encoders, "cls" or "mean"; of masked language models "splade". None is what a checkpoint says.
         default_prompt_name, default_prompt: stands before each text that is embedded, by its name in the checkpoint's
             config_sentence_transformers.json, or itself.
         max_input_length: tokens that a text may have, special ones included; None is the tokenizer's limit and the

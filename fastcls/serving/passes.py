@@ -9,92 +9,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from ..texts import Item
 from .errors import RequestError, overloaded
 from .fair_queue import FairQueue, Waiting
 from .metrics import Metrics
 from .options import ServeOptions
+from .request import Answer, ClientGoneError, Pace, Request, characters_of, tokens_of
 from .served import Computing, Encoded, Input, Served, Side, Want
 
-# A guess at a text's tokens before it is tokenized: English has some four characters a token, and two are special.
-_CHARACTERS_A_TOKEN, _SPECIAL = 4, 2
 # Requests of more characters are tokenized by a thread of their own: words without end take seconds.
 _MANY_CHARACTERS = 100_000
 # Requests whose texts are tokenized in one call.
 _REQUESTS_AT_ONCE = 64
-# Of what was measured before a pass so much still counts after it.
-_KEPT = 0.9
+# No pass takes as long: the device or its driver hangs.
+_SECONDS_OF_ANY_PASS = 120.0
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
-
-
-class Answer(NamedTuple):
-    """What became of a request's texts.
-
-    Attributes:
-        results: of each text, what `Served.compute` gives.
-        tokens: how many were computed.
-        tokenization, queue, inference: seconds; the last two are means over the texts.
-    """
-
-    results: list[Any]
-    tokens: int
-    tokenization: float
-    queue: float
-    inference: float
-
-
-@dataclass(eq=False, slots=True)
-class _Request:
-    """The texts of a request, on their way."""
-
-    served: Served
-    want: Want
-    inputs: Sequence[Input]
-    truncate: bool
-    side: Side
-    guess: float
-    deadline: float
-    future: asyncio.Future[Answer]
-    waiting: list[Waiting] = field(default_factory=list)
-    results: list[Any] = field(default_factory=list)
-    error: Exception | None = None
-    left: int = 0
-    tokens: int = 0
-    tokenized: float = 0.0
-    tokenization: float = 0.0
-    queue: float = 0.0
-    inference: float = 0.0
-    is_over: bool = False
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether nothing was computed of it."""
-        return self.left == len(self.results)
-
-    @property
-    def answer(self) -> Answer:
-        count = len(self.results)
-        return Answer(self.results, self.tokens, self.tokenization, self.queue / count, self.inference / count)
-
-
-class _Pace:
-    """How fast a model computes, by its passes, of which later ones and larger ones count for more."""
-
-    def __init__(self) -> None:
-        self._tokens = self._seconds = 0.0
-
-    def add(self, tokens: int, seconds: float) -> None:
-        self._tokens = _KEPT * self._tokens + tokens
-        self._seconds = _KEPT * self._seconds + seconds
-
-    @property
-    def seconds_a_token(self) -> float:
-        return self._seconds / self._tokens if self._tokens else 0.0
 
 
 class Passes:
@@ -106,20 +38,22 @@ class Passes:
         metrics: where passes are counted.
 
     Attributes:
-        failure: why the last pass failed; None if it did not.
+        failures: of models whose last pass failed, why.
     """
 
     def __init__(self, models: Sequence[Served], options: ServeOptions, metrics: Metrics) -> None:
         self._models, self._options, self._metrics = models, options, metrics
         self._max_tokens = options.tokens_per_pass(models[0].device.type)
         self._queue, self._changed = FairQueue(), threading.Condition()
-        self._untokenized: deque[_Request] = deque()
+        self._untokenized: deque[Request] = deque()
         self._untokenized_cost = 0.0
-        self._pace: dict[tuple[Computing, Want], _Pace] = {}
-        self._taken = 0
+        self._pace: dict[tuple[Computing, Want], Pace] = {}
+        self._pending: set[Request] = set()
+        self._by_spare = 0
         self._is_closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.failure: str | None = None
+        self.failures: dict[Computing, str] = {}
+        self._pass_begun: float | None = None
         # While a GPU computes a thread tokenizes. On a CPU the model takes all cores, and whoever tokenizes beside it
         # holds up one of them that the others then wait for: there the thread that computes does it between passes.
         self._tokenizes_between = models[0].device.type == "cpu"
@@ -146,7 +80,7 @@ class Passes:
                         served.computing.compute(texts, want)
                         begun = time.monotonic()
                         served.computing.compute(texts, want)
-                        pace = self._pace.setdefault((served.computing, want), _Pace())
+                        pace = self._pace.setdefault((served.computing, want), Pace())
                         pace.add(sum(len(text.ids) for text in texts), time.monotonic() - begun)
             except BaseException as error:
                 failed.append(error)
@@ -168,8 +102,15 @@ class Passes:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread that computes still runs."""
-        return self._computing.is_alive()
+        """Whether the thread that computes still runs, and does not hang in a pass."""
+        begun = self._pass_begun
+        is_stuck = begun is not None and time.monotonic() - begun > _SECONDS_OF_ANY_PASS
+        return self._computing.is_alive() and not is_stuck
+
+    @property
+    def taken(self) -> int:
+        """How many requests are being answered."""
+        return len(self._pending) + self._by_spare
 
     @property
     def waiting(self) -> int:
@@ -202,29 +143,50 @@ class Passes:
         guess = self._admit(served, want, inputs)
         loop = asyncio.get_running_loop()
         now = time.monotonic()
-        request = _Request(
+        request = Request(
             served, want, inputs, truncate, side, guess, now + self._options.deadline, loop.create_future()
         )
-        self._taken += 1
+        self._pending.add(request)
         leaving = asyncio.ensure_future(gone())
         try:
-            if _characters(inputs) > _MANY_CHARACTERS:
+            if characters_of(inputs) > _MANY_CHARACTERS:
                 self._tokenizing_long.submit(self._tokenize, [request], by_spare=True)
             else:
                 self._add(request)
-            await asyncio.wait((request.future, leaving), return_when=asyncio.FIRST_COMPLETED)
+            both, patience = (request.future, leaving), self._options.deadline
+            await asyncio.wait(both, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if not request.future.done() and not leaving.done():
+                if not request.is_begun:
+                    raise self._late()
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if request.future.done():
                 return request.future.result()
             raise ClientGoneError
         finally:
-            self._taken -= 1
+            self._pending.discard(request)
             leaving.cancel()
             if not request.future.done():
                 self._drop(request)
 
-    async def with_spare(self, call: Callable[[], _T]) -> _T:
-        """What a function gives that uses spare tokenizers, in the thread that may."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing_long, call)
+    async def with_spare(self, call: Callable[[], _T], gone: Callable[[], Any]) -> _T:
+        """What a function gives that uses spare tokenizers, in the thread that may.
+
+        Raises:
+            RequestError: too many requests; and as the function.
+            ClientGoneError: the client has left, see `answer`.
+        """
+        self._check_takes_more()
+        found, leaving = asyncio.wrap_future(self._tokenizing_long.submit(call)), asyncio.ensure_future(gone())
+        self._by_spare += 1
+        try:
+            await asyncio.wait((found, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not found.done():
+                raise ClientGoneError
+            return found.result()
+        finally:
+            self._by_spare -= 1
+            leaving.cancel()
+            found.cancel()
 
     async def close(self) -> None:
         """Ends once all that was taken is computed."""
@@ -236,7 +198,18 @@ class Passes:
             self._changed.notify()
         await loop.run_in_executor(None, self._computing.join)
 
-    def _add(self, request: _Request) -> None:
+    def _check_takes_more(self) -> None:
+        if self._is_closing:
+            raise overloaded("the server is stopping")
+        if not self.is_alive:
+            raise RequestError("unhealthy: the thread that computes has ended", "Unhealthy")
+        if self.taken >= self._options.max_concurrent_requests:
+            raise overloaded(f"{self.taken} requests are being answered")
+
+    def _late(self) -> RequestError:
+        return overloaded(f"the request has waited for {self._options.deadline:g} s")
+
+    def _add(self, request: Request) -> None:
         with self._changed:
             self._untokenized.append(request)
             self._untokenized_cost += request.guess
@@ -247,14 +220,11 @@ class Passes:
 
     def _admit(self, served: Served, want: Want, inputs: Sequence[Input]) -> float:
         """Refuses a request that would wait too long; a guess at the seconds that one takes which is not refused."""
-        if self._is_closing:
-            raise overloaded("the server is stopping")
-        if self._taken >= self._options.max_concurrent_requests:
-            raise overloaded(f"{self._taken} requests are being answered")
+        self._check_takes_more()
         pace = self._pace.get((served.computing, want))
         if pace is None:
             return 0.0
-        tokens = sum(min(_tokens(each), served.limit) for each in inputs)
+        tokens = sum(min(tokens_of(each), served.limit) for each in inputs)
         seconds = tokens * pace.seconds_a_token
         # Its turn comes when all others have been given as much, or all that they asked for.
         cost, requests = self._queue.cost + self._untokenized_cost, self._queue.requests + len(self._untokenized)
@@ -265,22 +235,27 @@ class Passes:
 
     def _tokenize_all(self) -> None:
         """Tokenizes the texts of the requests that have come, those alike in one call."""
-        found: list[_Request] = []
+        found: list[Request] = []
         with self._changed:
-            while self._untokenized and len(found) < _REQUESTS_AT_ONCE:
+            characters = 0
+            while self._untokenized and len(found) < _REQUESTS_AT_ONCE and characters < _MANY_CHARACTERS:
                 request = self._untokenized.popleft()
                 # Sums of floats drift.
                 self._untokenized_cost = self._untokenized_cost - request.guess if self._untokenized else 0.0
                 if not request.is_over:
                     found.append(request)
-        alike: dict[tuple[Served, bool, Side], list[_Request]] = {}
+                    characters += characters_of(request.inputs)
+        alike: dict[tuple[Served, bool, Side], list[Request]] = {}
         for request in found:
             alike.setdefault((request.served, request.truncate, request.side), []).append(request)
         for requests in alike.values():
             self._tokenize(requests)
 
-    def _tokenize(self, requests: list[_Request], *, by_spare: bool = False) -> None:
+    def _tokenize(self, requests: list[Request], *, by_spare: bool = False) -> None:
         """Tokenizes the texts of requests to one model that are cut alike."""
+        requests = [each for each in requests if not each.is_over]
+        if not requests:
+            return
         begun = time.monotonic()
         first = requests[0]
         inputs = [each for request in requests for each in request.inputs]
@@ -288,8 +263,11 @@ class Passes:
             encoded = first.served.encode(inputs, first.truncate, first.side, by_spare=by_spare)
         # A tokenizer in Rust that panics raises no Exception.
         except BaseException as error:
-            for request in requests:
-                self._fail(request, RequestError(f"the tokenizer failed: {type(error).__name__}", "Backend"))
+            if len(requests) > 1:
+                for request in requests:
+                    self._tokenize([request], by_spare=by_spare)
+                return
+            self._fail(first, RequestError(f"`inputs` cannot be tokenized: {type(error).__name__}", "Tokenizer"))
             return
         now = time.monotonic()
         for request in requests:
@@ -297,35 +275,50 @@ class Passes:
             request.tokenized, request.tokenization = now, now - begun
             self._enqueue(request, own)
 
-    def _enqueue(self, request: _Request, encoded: list[Encoded | RequestError]) -> None:
+    def _enqueue(self, request: Request, encoded: list[Encoded | RequestError]) -> None:
         errors = [each for each in encoded if isinstance(each, RequestError)]
         if errors:
             self._fail(request, errors[0])
             return
         group = (request.served.computing, request.want)
-        seconds = self._pace.setdefault(group, _Pace()).seconds_a_token
+        seconds = self._pace.setdefault(group, Pace()).seconds_a_token
         texts = [each for each in encoded if isinstance(each, Encoded)]
         request.results = [None] * len(texts)
         request.left = len(texts)
         request.tokens = sum(len(each.ids) for each in texts)
-        request.waiting = [
+        waiting = [
             Waiting(request, group, len(each.ids), len(each.ids) * seconds, each, index)
             for index, each in enumerate(texts)
         ]
         with self._changed:
             if not request.is_over:
-                self._queue.put(request.waiting)
+                request.waiting = waiting
+                self._queue.put(waiting)
                 self._changed.notify()
 
-    def _drop(self, request: _Request) -> None:
+    def _drop(self, request: Request) -> None:
         """Leaves out what is not yet computed of a request."""
-        request.is_over = True
         with self._changed:
+            request.is_over = True
             self._queue.drop(request.waiting)
 
     def _compute_all(self) -> None:
         """Passes, until closing. In a thread of its own."""
         self._begin()
+        try:
+            self._compute_until_closing()
+        except BaseException as error:
+            _log.critical("the thread that computes has ended", exc_info=error)
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._fail_all)
+
+    def _fail_all(self) -> None:
+        """Answers those that nobody will compute. In the event loop's thread."""
+        for request in list(self._pending):
+            if not request.future.done():
+                request.future.set_exception(RequestError("Inference failed", "Backend"))
+
+    def _compute_until_closing(self) -> None:
         while True:
             with self._changed:
                 while not self._queue.texts and not self._untokenized_here and not self._is_closing:
@@ -338,17 +331,18 @@ class Passes:
                     return
             now = time.monotonic()
             # What was begun is ended.
-            late = {each.owner for each in taken if each.owner.is_untouched and now > each.owner.deadline}
-            for request in late:
-                self._fail(request, overloaded(f"the request has waited for {self._options.deadline:g} s"))
+            for request in {each.owner for each in taken if not each.owner.is_begun and now > each.owner.deadline}:
+                self._fail(request, self._late())
             live = [each for each in taken if not each.owner.is_over]
+            for each in live:
+                each.owner.is_begun = True
             if live:
                 self._pass(live)
 
     def _pass(self, texts: list[Waiting]) -> None:
-        begun = time.monotonic()
+        begun = self._pass_begun = time.monotonic()
         done = self._computed(texts)
-        seconds = time.monotonic() - begun
+        seconds, self._pass_begun = time.monotonic() - begun, None
         lengths = [each.tokens for each in texts]
         self._metrics.passed(len(texts), sum(lengths), max(lengths) * len(texts))
         if done:
@@ -370,42 +364,27 @@ class Passes:
                 middle = len(texts) // 2
                 parts = [self._computed(texts[:middle]), self._computed(texts[middle:])]
                 return all(parts)
-            self.failure = f"{type(error).__name__}: {error}"
+            self.failures[computing] = f"{type(error).__name__}: {error}"
             self._fail(texts[0].owner, RequestError("Inference failed", "Backend"))
-            _log.error("a pass failed: %s", self.failure, exc_info=error)
+            _log.error("a pass failed", exc_info=error)
             return False
-        self.failure = None
+        self.failures.pop(computing, None)
         for each, result in zip(texts, results, strict=True):
             each.owner.results[each.index] = result
         return True
 
-    def _fail(self, request: _Request, error: RequestError) -> None:
+    def _fail(self, request: Request, error: RequestError) -> None:
         request.error = error
         self._drop(request)
         self._tell([request])
 
-    def _tell(self, requests: list[_Request]) -> None:
+    def _tell(self, requests: list[Request]) -> None:
         """Hands answers and errors to the event loop."""
         if requests and self._loop is not None:
             self._loop.call_soon_threadsafe(_deliver, requests)
 
 
-def _characters(inputs: Sequence[Input]) -> int:
-    return sum(len(each.text) + len(each.pair or "") for each in inputs if isinstance(each, Item))
-
-
-def _tokens(given: Input) -> float:
-    """A guess at how many tokens a text has, before it is tokenized."""
-    if not isinstance(given, Item):
-        return len(given)
-    return (len(given.text) + len(given.pair or "")) / _CHARACTERS_A_TOKEN + _SPECIAL
-
-
-class ClientGoneError(Exception):
-    """A client has left before it was answered."""
-
-
-def _deliver(requests: list[_Request]) -> None:
+def _deliver(requests: list[Request]) -> None:
     for request in requests:
         if request.future.done():
             continue

@@ -32,6 +32,8 @@ from .served import Input, Kind, Numbers, Served, Side, Weights
 
 # A vector of zeros has no direction: torch.nn.functional.normalize's bound.
 _SHORTEST = 1e-12
+# Of a tokenize request, whose answer is some fifty times as long.
+_CHARACTERS_TO_SHOW = 200_000
 
 Answering = Callable[[Asking, Any], Awaitable[Any]]
 
@@ -123,7 +125,7 @@ async def similarity(asking: Asking, body: SimilarityRequest) -> Any:
     asking.check_batch(len(sentences), "sentences")
     given = body.parameters
     prompt = asking.model.prompt(given.prompt_name if given else None)
-    items = [Item(prompt + text, None) for text in (body.inputs.source_sentence, *sentences)]
+    items = [_prompted(prompt, text) for text in (body.inputs.source_sentence, *sentences)]
     found = await asking.compute(
         "vector",
         items,
@@ -141,16 +143,17 @@ async def tokenize(asking: Asking, body: TokenizeRequest) -> Any:
     asking.check_batch(len(given))
     served = asking.model
     prompt = served.prompt(body.prompt_name)
-    call = partial(served.tokens, [prompt + text for text in given], body.add_special_tokens)
-    return await asking.server.passes.with_spare(call)
+    if (count := sum(map(len, given))) > _CHARACTERS_TO_SHOW:
+        raise RequestError(f"`inputs` must have at most {_CHARACTERS_TO_SHOW} characters, got {count}", "Validation")
+    texts = [_prompted(prompt, text).text for text in given]
+    return await asking.with_spare(partial(served.tokens, texts, body.add_special_tokens))
 
 
 async def decode(asking: Asking, body: DecodeRequest) -> Any:
     """The text of each list of token ids."""
     given: Any = [body.ids] if body.ids and isinstance(body.ids[0], int) else body.ids
     asking.check_batch(len(given), "ids")
-    call = partial(asking.model.decoded, given, body.skip_special_tokens)
-    return await asking.server.passes.with_spare(call)
+    return await asking.with_spare(partial(asking.model.decoded, given, body.skip_special_tokens))
 
 
 async def answer_any(asking: Asking, body: AnyRequest) -> Any:
@@ -235,6 +238,11 @@ def info(server: Server, served: Served) -> dict[str, Any]:
         "sha": None,
         "docker_label": None,
     }
+
+
+def _prompted(prompt: str, text: str) -> Item:
+    # An empty text stays one, which is refused.
+    return Item(prompt + text if text else "", None)
 
 
 def _item(given: str | Sequence[str]) -> Item:

@@ -10,6 +10,8 @@ from starlette.types import ASGIApp
 
 # Clients that keep a connection use it again after a pause, and must not find it closed under their request.
 _KEEP_ALIVE = 75
+# What was taken is answered by then, or its client does not read the answer.
+_SECONDS_TO_STOP = 60
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -46,6 +48,7 @@ def serve(app: ASGIApp, at: socket.socket, ready: Callable[[str], None]) -> None
         access_log=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=_SECONDS_TO_STOP,
     )
     _Server(config, ready).run(sockets=[at])
 

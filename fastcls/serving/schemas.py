@@ -10,10 +10,12 @@ from .errors import ErrorType
 
 # What a tokenizer holds, and more.
 _Id: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
-_Ids: TypeAlias = list[_Id]
-_OneOrTwo: TypeAlias = Annotated[list[str], Field(min_length=1, max_length=2)]
+# A list of a million wrong things is wrong once: an error for each would take seconds to make.
+_Ids: TypeAlias = Annotated[list[_Id], Field(fail_fast=True)]
+_Texts: TypeAlias = Annotated[list[str], Field(fail_fast=True)]
+_OneOrTwo: TypeAlias = Annotated[list[str], Field(min_length=1, max_length=2, fail_fast=True)]
 _Direction: TypeAlias = Literal["left", "right", "Left", "Right"]
-_Input: TypeAlias = "str | _Ids | list[str | _Ids]"
+_Input: TypeAlias = str | _Ids | Annotated[list[str | _Ids], Field(fail_fast=True)]
 
 _INPUT = "a string, a list of token ids, or a list of these"
 
@@ -46,7 +48,7 @@ class PredictRequest(_Truncated):
         "inputs": "a string, a pair of strings [string, string], or a batch of strings and pairs "
         "[[string], [string, string], ...]"
     }
-    inputs: str | _OneOrTwo | list[_OneOrTwo] = Field(
+    inputs: str | _OneOrTwo | Annotated[list[_OneOrTwo], Field(fail_fast=True)] = Field(
         description="A text, a pair [text, text], or a batch [[text], [text, text], ...].",
         examples=["What is Deep Learning?"],
     )
@@ -57,7 +59,7 @@ class RerankRequest(_Truncated):
     """A query, and texts to rank by it."""
 
     query: str = Field(examples=["What is Deep Learning?"])
-    texts: list[str] = Field(examples=[["Deep Learning is ..."]])
+    texts: _Texts = Field(examples=[["Deep Learning is ..."]])
     raw_scores: bool = Field(False, description="Logits instead of scores.")
     return_text: bool = False
 
@@ -88,7 +90,7 @@ class SimilarityInput(Body):
     """A sentence, and others."""
 
     source_sentence: str = Field(examples=["What is Deep Learning?"])
-    sentences: list[str] = Field(examples=[["What is Machine Learning?"]])
+    sentences: _Texts = Field(examples=[["What is Machine Learning?"]])
 
 
 class SimilarityRequest(Body):
@@ -102,7 +104,7 @@ class TokenizeRequest(Body):
     """Texts to cut into tokens."""
 
     expected = {"inputs": "a string or a list of strings"}
-    inputs: str | list[str] = Field(examples=["What is Deep Learning?"])
+    inputs: str | _Texts = Field(examples=["What is Deep Learning?"])
     add_special_tokens: bool = True
     prompt_name: str | None = None
 
@@ -111,7 +113,7 @@ class DecodeRequest(Body):
     """Token ids to text."""
 
     expected = {"ids": "a list of token ids, or a list of such lists"}
-    ids: _Ids | list[_Ids] = Field(examples=[[101, 2054, 102]])
+    ids: _Ids | Annotated[list[_Ids], Field(fail_fast=True)] = Field(examples=[[101, 2054, 102]])
     skip_special_tokens: bool = True
 
 
@@ -135,11 +137,11 @@ class DocumentsRequest(Body):
 
     expected = {"documents": 'a list of strings, or of objects with "text"'}
     query: str = Field(examples=["What is Deep Learning?"])
-    documents: list[str | _Document] = Field(examples=[["Deep Learning is ..."]])
+    documents: Annotated[list[str | _Document], Field(fail_fast=True)] = Field(examples=[["Deep Learning is ..."]])
     model: str | None = Field(None, description="Which model, where several are served that rank.")
     top_n: int | None = Field(None, ge=1, description="The best so many; null is all.")
     return_documents: bool | None = None
-    rank_fields: list[str] | None = Field(None, description='Must be null or ["text"].')
+    rank_fields: _Texts | None = Field(None, description='Must be null or ["text"].')
     max_chunks_per_doc: int | None = Field(None, description="Must be null: documents are cut, not chunked.")
     max_tokens_per_doc: int | None = Field(None, description="Must be null: see the server's max_input_length.")
 

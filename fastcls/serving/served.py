@@ -38,7 +38,7 @@ _WANTS: dict[Kind, tuple[Want, ...]] = {
 # Every token of a masked language model has a number for each word.
 _TOKENS_AT_ONCE = 2048
 # The tokens of longer texts are not counted for an error's sake.
-_CHARACTERS_COUNTED = 100_000
+_CHARACTERS_COUNTED = 20_000
 
 
 class Encoded(NamedTuple):
