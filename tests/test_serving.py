@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from pydantic import ValidationError
 from serving_support import LIMIT, PROMPTS, SAVE, Answer, ask, running, save_classifier, save_encoder, save_reranker
 from support import tiny_bert, tiny_model
 
@@ -16,6 +18,7 @@ from fastcls import Classifier
 from fastcls.serving.app import create_app
 from fastcls.serving.loaded import load, load_all
 from fastcls.serving.options import LoadOptions, ServeOptions
+from fastcls.serving.schemas import DocumentsRequest, EmbedRequest, OpenAIRequest, PredictRequest
 from fastcls.tools.demo import sample_texts, sample_tokenizer
 
 TEXTS = ["fine", "not at all good", "very very good and warm", "a long walk through a film " * 3]
@@ -77,7 +80,12 @@ def test_vectors_are_those_of_sentence_transformers(url: str, checkpoints: dict[
     found = post(url, "/embed", inputs=TEXTS, prompt_name="query")
     torch.testing.assert_close(torch.tensor(found), torch.tensor(asked), rtol=1e-5, atol=1e-6)
     refused(ask(url, "/embed", {"inputs": TEXTS, "prompt_name": "other"}), 413, *PROMPTS, "'other'")
-    refused(ask(url, "/embed", {"inputs": [2, 3], "prompt_name": "query"}), 413, "`prompt_name` must be null")
+    refused(
+        ask(url, "/embed", {"inputs": [2, 3], "prompt_name": "query"}),
+        413,
+        "must be texts with the prompt",
+        "token ids",
+    )
     few = torch.tensor(post(url, "/embed", inputs=TEXTS, dimensions=5))
     whole = torch.tensor(post(url, "/embed", inputs=TEXTS, normalize=False))
     torch.testing.assert_close(few, torch.nn.functional.normalize(whole[:, :5]), rtol=1e-5, atol=1e-6)
@@ -147,6 +155,57 @@ def test_token_ids_are_taken_as_they_are(url: str, checkpoints: dict[str, Path])
     assert left == post(url, "/embed", inputs=long[-LIMIT:])
 
 
+def test_a_prompt_needs_a_text(tmp_path: Path) -> None:
+    models = load_all([str(save_encoder(tmp_path / "encoder"))], LoadOptions(device="cpu", default_prompt="x: "))
+    with running(create_app(lambda: models, ServeOptions())) as url:
+        refused(ask(url, "/embed", {"inputs": [5, 6]}), 413, "'x: '", "token ids")
+        for sentences in (["fine", ""], [""]):
+            body = {"inputs": {"source_sentence": "good", "sentences": sentences}}
+            refused(ask(url, "/similarity", body), 400, "empty")
+        refused(ask(url, "/embed", {"inputs": ["fine", ""]}), 400, "empty")
+        (tokens,) = post(url, "/tokenize", inputs="fine", add_special_tokens=False)
+        assert "".join(each["text"] for each in tokens) == "x:fine"
+    pooling = tmp_path / "encoder" / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "include_prompt": False}))
+    with pytest.raises(ValueError, match="include_prompt false"):
+        load(str(tmp_path / "encoder"), "a", LoadOptions(device="cpu"))
+
+
+def test_a_body_of_wrong_things_has_few_errors() -> None:
+    wrong = b"[" + b"{}," * 10_000 + b"{}]"
+    for kind, field in ((PredictRequest, b"inputs"), (EmbedRequest, b"inputs"), (OpenAIRequest, b"input")):
+        with pytest.raises(ValidationError) as found:
+            kind.model_validate_json(b'{"' + field + b'": ' + wrong + b"}")
+        assert found.value.error_count() < 10
+    with pytest.raises(ValidationError) as found:
+        DocumentsRequest.model_validate_json(b'{"query": "a", "documents": ' + wrong + b"}")
+    assert found.value.error_count() < 10
+
+
+def test_a_key_that_means_nothing_chooses_no_model(url: str) -> None:
+    assert len(post(url, "/", inputs="fine", model="reranker")) == 3
+    assert len(post(url, "/predict", inputs="fine", model="nobody")) == 3
+
+
+def test_health_is_that_of_every_model(url: str, checkpoints: dict[str, Path]) -> None:
+    models = load_all([str(checkpoints[kind]) for kind in ("classifier", "embedding")], LoadOptions(device="cpu"))
+    app = create_app(lambda: models, ServeOptions())
+    with running(app) as found:
+        passes = app.state.server.passes
+
+        def fail(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("no memory")
+
+        models[1].model.embeddings_of = fail  # type: ignore[method-assign]
+        refused(ask(found, "/models/embedding/embed", {"inputs": "fine"}), 424, "Inference failed")
+        assert ask(found, "/predict", {"inputs": "fine"}).status == 200
+        refused(ask(found, "/health"), 503, "unhealthy")
+        del models[1].model.embeddings_of
+        assert ask(found, "/health").status == 200
+        assert not passes.failures
+    assert ask(url, "/health").status == 200
+
+
 def test_tokens_and_their_places(url: str) -> None:
     text = "Not GOOD, at all"
     (tokens,) = post(url, "/tokenize", inputs=text)
@@ -159,6 +218,7 @@ def test_tokens_and_their_places(url: str) -> None:
     assert post(url, "/decode", ids=[[each["id"] for each in tokens]] * 2) == ["not good , at all"] * 2
     refused(ask(url, "/decode", {"ids": [99_999]}), 422, "99999, outside the vocabulary")
     refused(ask(url, "/tokenize", {"inputs": ["a", ""]}), 400, "empty")
+    refused(ask(url, "/tokenize", {"inputs": "word " * 50_000}), 413, "at most 200000 characters, got 250000")
 
 
 @pytest.mark.parametrize("route", ["/predict", "/embed", "/embed_all", "/embed_sparse"])

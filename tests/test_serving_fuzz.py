@@ -305,7 +305,7 @@ def test_a_defect_of_its_own_is_counted_and_ends_no_connection(
     for is_broken in (False, True, False):
         with monkeypatch.context() as patch:
             if is_broken:
-                patch.setattr("fastcls.serving.served.Served.scores", lambda *_: 1 / 0)
+                patch.setattr("fastcls.serving.routes._predictions", lambda *_: 1 / 0)
             connection.request("POST", "/predict", OK, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             statuses.append((answer.status, "error" in json.loads(answer.read())))

@@ -144,8 +144,15 @@ def test_every_text_is_taken_once(requests: list[tuple[str, list[int]]], max_tok
     assert (queue.texts, queue.cost, queue.requests) == (0, 0.0, 0)
 
 
+class Panic(BaseException):
+    """What ends a tokenizer."""
+
+
 class Model:
-    """In place of a model: a text's answer is its number of tokens. 7 tokens fail, 8 have the tokenizer refuse."""
+    """In place of a model: a text's answer is its number of tokens.
+
+    7 tokens fail, 8 have the tokenizer refuse, and 9 have it panic.
+    """
 
     name, kind, limit = "model", "classifier", 512
     wants = ("logits",)
@@ -170,6 +177,9 @@ class Model:
         self.tokenized.append(len(inputs))
         if by_spare:
             assert self.may_tokenize.wait(30)
+        if 9 in map(len, (each.text for each in inputs)):
+            # As tokenizers in Rust raise what is no Exception.
+            raise Panic
         lengths = [len(each.text) for each in inputs]
         return [
             RequestError("eight", "Tokenizer")
@@ -307,6 +317,64 @@ async def test_what_a_client_left_behind_is_not_computed(device: str) -> None:
         model.may_end.set()
         assert ((await first).results, (await stays).results) == ([3], [1])
         assert model.passes == [[3], [1]]
+
+
+@both
+@in_a_loop
+async def test_a_tokenizer_that_panics_fails_one_request_alone(device: str) -> None:
+    model = Model(device=device)
+    async with Running(model) as running:
+        model.may_end.clear()
+        first = asyncio.create_task(running.ask("abc"))
+        await until(lambda: model.passes == [[3]])
+        others = [asyncio.create_task(running.ask(text)) for text in ("ok", "nine char", "fine")]
+        await asyncio.sleep(0.01)
+        model.may_end.set()
+        found = await asyncio.gather(first, *others, return_exceptions=True)
+        assert [each.results for each in found if isinstance(each, Answer)] == [[3], [2], [4]]
+        assert isinstance(found[2], RequestError)
+        assert (found[2].status, found[2].message) == (422, "`inputs` cannot be tokenized: Panic")
+
+
+@in_a_loop
+async def test_what_waits_for_the_spare_tokenizer_counts_and_is_dropped() -> None:
+    model = Model()
+    async with Running(model, max_concurrent_requests=3) as running:
+        long = asyncio.create_task(running.ask("a" * 100_001))
+        await until(lambda: model.tokenized == [1])
+        leave, called = asyncio.Event(), list[int]()
+        gone = asyncio.create_task(running.ask("b" * 100_001, gone=leave.wait))
+        counted = asyncio.create_task(running.passes.with_spare(lambda: called.append(1), leave.wait))
+        await until(lambda: running.passes.taken == 3)
+        with pytest.raises(RequestError, match="3 requests"):
+            await running.passes.with_spare(lambda: None, never)
+        leave.set()
+        for each in (gone, counted):
+            with pytest.raises(ClientGoneError):
+                await each
+        assert running.passes.taken == 1
+        model.may_tokenize.set()
+        assert (await long).results == [100_001]
+        assert await running.passes.with_spare(lambda: 5, never) == 5
+        assert model.tokenized == [1]
+        assert called == []
+
+
+@in_a_loop
+async def test_a_thread_that_ends_leaves_nobody_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running(Model())
+    async with running:
+
+        def fail(*_: object) -> list[Waiting]:
+            raise MemoryError
+
+        monkeypatch.setattr(FairQueue, "next_pass", fail)
+        with pytest.raises(RequestError, match="Inference failed"):
+            await running.ask("abc")
+        await until(lambda: not running.passes.is_alive)
+        with pytest.raises(RequestError, match="has ended") as refused:
+            await running.ask("abc")
+        assert refused.value.status == 503
 
 
 @in_a_loop

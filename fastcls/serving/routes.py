@@ -185,12 +185,9 @@ def inputs_of(asking: Asking, given: str | list[Any], prompt_name: str | None) -
     texts: list[Any] = given if is_batch else [given]  # type: ignore[assignment]
     asking.check_batch(len(texts))
     prompt = asking.model.prompt(prompt_name)
-    if prompt_name is not None and not all(isinstance(text, str) for text in texts):
-        raise RequestError("`prompt_name` must be null with token ids, before which no text can stand", "Validation")
-    with_prompt = (
-        Item(prompt + text if text else "", None) if isinstance(text, str) else tuple(text) for text in texts
-    )
-    return list(with_prompt), is_batch
+    if prompt and not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"`inputs` must be texts with the prompt {prompt!r:.80}, got token ids", "Validation")
+    return [_prompted(prompt, text) if isinstance(text, str) else tuple(text) for text in texts], is_batch
 
 
 def check_dimensions(asking: Asking, dimensions: int | None) -> None:
