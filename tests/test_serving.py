@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -354,3 +355,27 @@ def test_names_tell_models_apart(checkpoints: dict[str, Path]) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load_all([folder, folder], options, names)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_on_a_gpu_requests_share_passes_and_have_the_classifiers_scores(
+    checkpoints: dict[str, Path], batch_invariant: bool
+) -> None:
+    folder = str(checkpoints["classifier"])
+    options = LoadOptions(device="cuda", dtype="float16", batch_invariant=batch_invariant)
+    classifier = Classifier.from_pretrained(
+        folder, device="cuda", dtype="float16", batch_invariant=batch_invariant, truncation=True
+    )
+    texts = [" ".join(TEXTS[number % 4].split() * (1 + number % 3)) for number in range(64)]
+    expected = [classifier([text], top_k=None)[0] for text in texts]
+    models = load_all([folder], options)
+    app = create_app(lambda: models, ServeOptions())
+    with running(app) as url, ThreadPoolExecutor(16) as clients:
+        found = list(clients.map(lambda text: post(url, "/predict", inputs=text), texts))
+        metrics = ask(url, "/metrics").content.decode()
+    assert "fastcls_texts 64.0" in metrics
+    for answer, labels in zip(found, expected, strict=True):
+        scores = {each["label"]: each["score"] for each in labels}
+        given = {each["label"]: each["score"] for each in answer}
+        assert given == (scores if batch_invariant else pytest.approx(scores, abs=2e-3))
