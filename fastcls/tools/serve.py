@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -119,7 +120,7 @@ def serve(
 
     Of several models a request means the first one that gives what it asks for,
     or the one in its path: /models/NAME/predict. SIGTERM and Ctrl-C end the
-    server once all that it had taken is answered.
+    server once all that it had taken is answered, SIGTERM with status 0.
     """
     _check_installed()
     from ..loading import parse_quantize
@@ -152,7 +153,8 @@ def serve(
         cors_allow_origin=tuple(cors_allow_origin or ("*",)),
         ui=not no_ui,
     )
-    # Before a model is loaded, which takes a while.
+    # Before a model is loaded, which takes a while. Process 1 of a container ignores signals that it does not handle.
+    signal.signal(signal.SIGTERM, _stop)
     at = run.bound(host, port)
     set_threads(threads)
     with stderr.status("Loading", spinner="dots"):
@@ -167,6 +169,10 @@ def serve(
             stderr.print(f"Serving {names} at {url}", highlight=False, soft_wrap=True, markup=False)
 
     run.serve(app.create_app(lambda: served, serve_options), at, ready)
+
+
+def _stop(*_: object) -> None:
+    raise SystemExit(0)
 
 
 def _check_installed() -> None:
