@@ -70,8 +70,9 @@ class ServeOptions:
         max_client_batch_size: texts in a request.
         payload_limit: bytes of a request's body.
         auto_truncate: whether texts that are too long are cut where a request does not say.
-        deadline: seconds that a request may wait. One that would wait for three quarters of it, by the pace of the
-            passes before, is refused at once with status 429; so is one that has waited for all of it.
+        deadline: seconds in which a request that is taken is to be answered. One that would wait for half of it, by the
+            pace of the passes before, is refused at once with status 429; so is one that turns out to be late, unless
+            some of it is computed already.
         body_timeout: seconds in which a request's body has to come.
         api_key: what clients send as "Authorization: Bearer KEY"; None asks for nothing.
         cors_allow_origin: the origins of pages that may ask; "*" is any.

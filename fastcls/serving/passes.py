@@ -22,8 +22,9 @@ from .served import Computing, Encoded, Input, Served, Side, Want
 _MANY_CHARACTERS = 100_000
 # Requests whose texts are tokenized in one call.
 _REQUESTS_AT_ONCE = 64
-# Between passes other work is done, too, so that a wait turns out longer than the passes before it.
-_SHARE_OF_DEADLINE = 0.75
+# Between passes other work is done, too, so that a wait turns out longer than the passes before it; and who is taken is
+# to be answered within the deadline.
+_SHARE_OF_DEADLINE = 0.5
 # No pass takes as long: the device or its driver hangs.
 _SECONDS_OF_ANY_PASS = 120.0
 
@@ -169,6 +170,8 @@ class Passes:
             leaving.cancel()
             if not request.future.done():
                 self._drop(request)
+                # Nobody awaits it, whatever becomes of it.
+                request.future.cancel()
 
     async def with_spare(self, call: Callable[[], _T], gone: Callable[[], Any]) -> _T:
         """What a function gives that uses spare tokenizers, in the thread that may.
@@ -331,10 +334,11 @@ class Passes:
                 taken = self._queue.next_pass(self._max_tokens, self._options.max_batch_requests)
                 if not taken and not self._untokenized_here and self._is_closing:
                     return
-            now = time.monotonic()
-            # What was begun is ended.
-            for request in {each.owner for each in taken if not each.owner.is_begun and now > each.owner.deadline}:
-                self._fail(request, self._late())
+            # What was begun is ended. A model that takes longer than a deadline for a pass computes all the same.
+            pass_ends = time.monotonic() + min(sum(each.cost for each in taken), self._options.deadline / 2)
+            for request in {each.owner for each in taken if not each.owner.is_begun}:
+                if pass_ends > request.deadline:
+                    self._fail(request, self._late())
             live = [each for each in taken if not each.owner.is_over]
             for each in live:
                 each.owner.is_begun = True
