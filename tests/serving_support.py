@@ -20,6 +20,7 @@ from fastcls.tools.demo import sample_texts, sample_tokenizer
 
 pytest.importorskip("uvicorn", reason="a server needs the extra serve")
 pytest.importorskip("prometheus_client", reason="a server needs the extra serve")
+pytest.importorskip("orjson", reason="a server needs the extra serve")
 
 import uvicorn
 from starlette.types import ASGIApp

@@ -29,6 +29,7 @@ from fastcls.tools.demo import sample_texts, sample_tokenizer
 
 pytest.importorskip("starlette", reason='the examples need fastcls\'s extra "serve"')
 pytest.importorskip("prometheus_client", reason='the examples need fastcls\'s extra "serve"')
+pytest.importorskip("orjson", reason='the examples need fastcls\'s extra "serve"')
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

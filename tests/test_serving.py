@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
+pytest.importorskip("pydantic", reason="a server needs the extra serve")
+
 from pydantic import ValidationError
 from serving_support import LIMIT, PROMPTS, SAVE, Answer, ask, running, save_classifier, save_encoder, save_reranker
 from support import tiny_bert, tiny_model
