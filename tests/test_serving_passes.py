@@ -221,6 +221,13 @@ class Running:
         self.model.may_end.set()
         await self.passes.close()
 
+    async def held(self) -> asyncio.Task[Answer]:
+        """A request of a text of three tokens, whose pass does not end before the model may."""
+        self.model.may_end.clear()
+        first = asyncio.create_task(self.ask("abc"))
+        await until(lambda: self.model.passes == [[3]])
+        return first
+
     async def ask(self, *texts: str, gone: Callable[[], Any] = never) -> Answer:
         items = [Item(text, None) for text in texts]
         return await self.passes.answer(
@@ -242,9 +249,7 @@ both = pytest.mark.parametrize("device", ["cpu", "cuda"])
 async def test_requests_share_a_pass_which_waits_for_nobody(device: str) -> None:
     model = Model(device=device)
     async with Running(model) as running:
-        model.may_end.clear()
-        first = asyncio.create_task(running.ask("abc"))
-        await until(lambda: model.passes == [[3]])
+        first = await running.held()
         others = [asyncio.create_task(running.ask("a" * length, "b")) for length in (1, 2)]
         await until(lambda: running.passes.waiting == 4)
         model.may_end.set()
@@ -265,9 +270,7 @@ async def test_requests_share_a_pass_which_waits_for_nobody(device: str) -> None
 async def test_one_bad_text_fails_its_own_request_alone(device: str) -> None:
     model = Model(device=device)
     async with Running(model) as running:
-        model.may_end.clear()
-        first = asyncio.create_task(running.ask("abc"))
-        await until(lambda: model.passes == [[3]])
+        first = await running.held()
         asked = [("ok",), ("a", "sevenxx", "b"), ("fine",), ("eightxxx", "c")]
         others = [asyncio.create_task(running.ask(*texts)) for texts in asked]
         # Of the six texts the tokenizer refuses one, and with it a request of two.
@@ -299,9 +302,7 @@ async def test_a_failure_is_known_until_a_pass_succeeds() -> None:
 async def test_what_a_client_left_behind_is_not_computed(device: str) -> None:
     model = Model(device=device)
     async with Running(model) as running:
-        model.may_end.clear()
-        first = asyncio.create_task(running.ask("abc"))
-        await until(lambda: model.passes == [[3]])
+        first = await running.held()
         leave = asyncio.Event()
         gone = asyncio.create_task(running.ask("xx", "xx", gone=leave.wait))
         cancelled = asyncio.create_task(running.ask("yyyy"))
@@ -324,9 +325,7 @@ async def test_what_a_client_left_behind_is_not_computed(device: str) -> None:
 async def test_a_tokenizer_that_panics_fails_one_request_alone(device: str) -> None:
     model = Model(device=device)
     async with Running(model) as running:
-        model.may_end.clear()
-        first = asyncio.create_task(running.ask("abc"))
-        await until(lambda: model.passes == [[3]])
+        first = await running.held()
         others = [asyncio.create_task(running.ask(text)) for text in ("ok", "nine char", "fine")]
         await asyncio.sleep(0.01)
         model.may_end.set()
@@ -428,9 +427,7 @@ async def test_who_would_wait_longer_than_the_deadline_is_refused_at_once(device
 async def test_who_has_waited_longer_than_the_deadline_is_not_computed(device: str) -> None:
     model = Model(device=device)
     async with Running(model, deadline=0.05) as running:
-        model.may_end.clear()
-        first = asyncio.create_task(running.ask("abc"))
-        await until(lambda: model.passes == [[3]])
+        first = await running.held()
         late = asyncio.create_task(running.ask("ab"))
         await until(lambda: running.passes.waiting == 1)
         await asyncio.sleep(0.06)
