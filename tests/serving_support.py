@@ -116,6 +116,13 @@ def ask(url: str, path: str, body: Any = None, *, method: str | None = None, **h
         connection.close()
 
 
+def post_of(url: str, path: str, body: Any) -> Any:
+    """The answer to a POST, which must be one."""
+    answer = ask(url, path, body)
+    assert answer.status == 200, answer.content
+    return answer.json
+
+
 def save_classifier(folder: Path) -> Path:
     """Of three labels; its vocabulary is larger than its tokenizer's."""
     tokenizer = sample_tokenizer(sample_texts())

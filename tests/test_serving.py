@@ -15,7 +15,18 @@ import transformers
 pytest.importorskip("pydantic", reason="a server needs the extra serve")
 
 from pydantic import ValidationError
-from serving_support import LIMIT, PROMPTS, SAVE, Answer, ask, running, save_classifier, save_encoder, save_reranker
+from serving_support import (
+    LIMIT,
+    PROMPTS,
+    SAVE,
+    Answer,
+    ask,
+    post_of,
+    running,
+    save_classifier,
+    save_encoder,
+    save_reranker,
+)
 from support import tiny_bert, tiny_model
 
 from fastcls import Classifier
@@ -42,9 +53,7 @@ def url(checkpoints: dict[str, Path]) -> Iterator[str]:
 
 
 def post(url: str, path: str, **body: Any) -> Any:
-    answer = ask(url, path, body)
-    assert answer.status == 200, answer.content
-    return answer.json
+    return post_of(url, path, body)
 
 
 def refused(answer: Answer, status: int, *words: str) -> None:

@@ -610,3 +610,23 @@ def test_what_a_reader_of_screens_needs_is_there(opened: Open) -> None:
     assert len(ids) == len(set(ids))
     assert [each.text_content() for each in page.get_by_role("heading").all()] == ["fastcls", "Throughput"]
     expect(page.get_by_role("img")).to_have_count(1)
+
+
+def test_a_server_s_own_answers_are_shown(browser: Browser, checkpoints: Callable[[str], Path]) -> None:
+    """With nothing in place of the server."""
+    from serving_support import post_of, serving
+
+    with serving(checkpoints("classifier"), checkpoints("embedding")) as url, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(url)
+        page.locator("#text").fill("good and warm")
+        page.keyboard.press("Enter")
+        expected = post_of(url, "/predict", {"inputs": "good and warm"})
+        page.locator("#results").get_by_text(expected[0]["label"], exact=True).wait_for()
+        assert f"{expected[0]['score']:.4f}" in page.locator("#results").inner_text()
+        page.locator("#model").select_option(checkpoints("embedding").name)
+        page.locator("#first").fill("good and warm")
+        page.locator("#text").fill("good and warm\nfine")
+        page.keyboard.press("Control+Enter")
+        page.locator("#results").get_by_text("1.0000").wait_for()
+        expect(page.locator("#minute dd").first).not_to_have_text(NONE, timeout=20_000)
