@@ -88,10 +88,10 @@ def test_vectors_are_those_of_sentence_transformers(url: str, checkpoints: dict[
     for normalize in (True, False):
         expected = torch.tensor(eager.encode(TEXTS, normalize_embeddings=normalize))
         found = torch.tensor(post(url, "/embed", inputs=TEXTS, normalize=normalize))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     asked = eager.encode(TEXTS, prompt_name="query", normalize_embeddings=True)
     found = post(url, "/embed", inputs=TEXTS, prompt_name="query")
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(asked), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(asked), rtol=1e-4, atol=2e-5)
     refused(ask(url, "/embed", {"inputs": TEXTS, "prompt_name": "other"}), 413, *PROMPTS, "'other'")
     refused(
         ask(url, "/embed", {"inputs": [2, 3], "prompt_name": "query"}),
@@ -101,7 +101,7 @@ def test_vectors_are_those_of_sentence_transformers(url: str, checkpoints: dict[
     )
     few = torch.tensor(post(url, "/embed", inputs=TEXTS, dimensions=5))
     whole = torch.tensor(post(url, "/embed", inputs=TEXTS, normalize=False))
-    torch.testing.assert_close(few, torch.nn.functional.normalize(whole[:, :5]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(few, torch.nn.functional.normalize(whole[:, :5]), rtol=1e-4, atol=2e-5)
     refused(ask(url, "/embed", {"inputs": TEXTS, "dimensions": 1000}), 413, "`dimensions`", "1000")
 
 
@@ -135,7 +135,7 @@ def test_weights_of_words_are_those_of_splade(url: str, checkpoints: dict[str, P
 def test_similarities_are_cosines(url: str) -> None:
     source, *others = torch.tensor(post(url, "/embed", inputs=TEXTS))
     found = post(url, "/similarity", inputs={"source_sentence": TEXTS[0], "sentences": TEXTS[1:]})
-    assert found == pytest.approx([float(source @ other) for other in others], abs=1e-6)
+    assert found == pytest.approx([float(source @ other) for other in others], abs=1e-5)
 
 
 def test_ranks_are_the_classifiers_scores_of_pairs(url: str, checkpoints: dict[str, Path]) -> None:
@@ -143,11 +143,11 @@ def test_ranks_are_the_classifiers_scores_of_pairs(url: str, checkpoints: dict[s
     pairs = [("fine", text) for text in TEXTS]
     scores, logits = [row["score"] for row in classifier(pairs)], classifier.logits(pairs)[:, 0].tolist()
     found = post(url, "/rerank", query="fine", texts=TEXTS, return_text=True)
-    assert [each["score"] for each in found] == pytest.approx(sorted(scores, reverse=True), abs=1e-6)
+    assert [each["score"] for each in found] == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
     assert [each["text"] for each in found] == [TEXTS[each["index"]] for each in found]
-    assert {each["index"]: each["score"] for each in found} == pytest.approx(dict(enumerate(scores)), abs=1e-6)
+    assert {each["index"]: each["score"] for each in found} == pytest.approx(dict(enumerate(scores)), abs=1e-5)
     raw = post(url, "/rerank", query="fine", texts=TEXTS, raw_scores=True)
-    assert {each["index"]: each["score"] for each in raw} == pytest.approx(dict(enumerate(logits)), abs=1e-5)
+    assert {each["index"]: each["score"] for each in raw} == pytest.approx(dict(enumerate(logits)), abs=1e-4)
     top = post(url, "/v1/rerank", query="fine", documents=[{"text": text} for text in TEXTS], top_n=2)
     assert [each["index"] for each in top["results"]] == [each["index"] for each in found[:2]]
     refused_by_name = ask(url, "/v1/rerank", {"query": "a", "documents": TEXTS, "max_tokens_per_doc": 9})

@@ -22,7 +22,7 @@ QUERY = "which film is good?"
 LONG = "good " * 200
 WIDTH = TINY["hidden_size"]
 KEY = "a-key"
-EXACT = 1e-6
+EXACT = 5e-6
 
 
 @pytest.fixture(scope="module")
