@@ -408,20 +408,19 @@ async def test_too_many_requests_are_refused_at_once() -> None:
 async def test_who_would_wait_longer_than_the_deadline_is_refused_at_once(device: str) -> None:
     # So slow it is while it warms up, which says how long others will take.
     model = Model(device=device, seconds=0.02)
-    async with Running(model, deadline=6.0, max_batch_tokens=10) as running:
+    async with Running(model, deadline=3.0) as running:
         model.seconds = 0.0
-        model.may_end.clear()
-        taken = [asyncio.create_task(running.ask("a" * 100)) for _ in range(3)]
-        await until(lambda: running.passes.waiting == 2)
-        # Two others wait, each of whom gets as much: that is 4 s, and of a short text next to nothing.
-        with pytest.raises(RequestError, match=r"would wait for some \d\.\d s, and 6 s") as refused:
-            await running.ask("a" * 500)
+        first = await running.held()
+        second = asyncio.create_task(running.ask("a" * 400))
+        await until(lambda: running.passes.waiting == 1)
+        # It waits for what the second one takes, or for as much as it takes itself; a short text for next to nothing.
+        with pytest.raises(RequestError, match=r"would wait for some \d\.\d s, and 3 s") as refused:
+            await running.ask("a" * 1000)
         assert refused.value.status == 429
         short = asyncio.create_task(running.ask("a"))
-        await until(lambda: running.passes.waiting == 3)
+        await until(lambda: running.passes.waiting == 2)
         model.may_end.set()
-        found = await asyncio.gather(short, *taken, return_exceptions=True)
-        assert isinstance(found[1], Answer)
+        assert [each.results for each in await asyncio.gather(first, second, short)] == [[3], [400], [1]]
 
 
 @both
