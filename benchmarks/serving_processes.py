@@ -93,11 +93,15 @@ class Server:
             pass
         finally:
             # Those, too, that came while it ended.
-            for each in started | set(processes_of(self._popen.pid)):
-                if each in _processes():
-                    _kill(each.pid)
+            left = started | set(processes_of(self._popen.pid))
+            for each in left & _processes().keys():
+                _kill(each.pid)
             self._popen.kill()
             self._popen.wait()
+            # They are nobody's children here, so that nobody can wait for their end.
+            until = time.monotonic() + _SECONDS_TO_END
+            while left & _processes().keys() and time.monotonic() < until:
+                time.sleep(0.01)
             self._log.close()
 
 
