@@ -23,7 +23,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -353,13 +352,6 @@ def show_pieces(found: list[Piece]) -> None:
         print(f"{each.precision:8} {each.what:50} {value}")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def main(
     rows: Annotated[int, typer.Option(min=10)] = 60_000,
     rounds: Annotated[int, typer.Option(min=1)] = 1,
@@ -391,7 +383,7 @@ def main(
         found = {
             "kind": "clusters",
             "provenance": provenance.collect(torch.device("cpu")),
-            "engines": {name: _version(name) for name in ("ray", "pyspark")},
+            "engines": {name: provenance.version_of(name) for name in ("ray", "pyspark")},
             "texts": bench.about,
             "quantize": quantize,
             "samples": [each._asdict() for each in samples],

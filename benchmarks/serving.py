@@ -28,7 +28,6 @@ import tempfile
 import threading
 import time
 from contextlib import AbstractContextManager, ExitStack
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -142,7 +141,7 @@ class Bench:
         self.found: dict[str, Any] = {
             "kind": "serving",
             "provenance": provenance.collect(torch.device("cpu")),
-            "engines": {name: _version(name) for name in PACKAGES},
+            "engines": {name: provenance.version_of(name) for name in PACKAGES},
             "settings": {**settings._asdict(), "clients": CLIENTS, "waits": WAITS, "warm_up": _WARM_UP, "seed": SEED},
             "model": model or "minilm-l6-sst2",
             "texts": f"{len(self.texts)} {'of SST-2 (dev)' if real else 'of made-up words'}, one a request",
@@ -360,13 +359,6 @@ def _line_of(name: str, rate: float, found: dict[str, Any]) -> str:
         f"p99 {number(found['p99_ms'])} ms, max {number(found['max_ms'])} ms; the load took "
         f"{found['generator']['cores']:.2f} cores and was sent {number(late)} ms late (p99)"
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def main(

@@ -397,7 +397,7 @@ class Classifier:
         try:
             for index, item in enumerate(items):
                 window.append(item)
-                characters += len(item.text) + len(item.pair or "")
+                characters += item.characters
                 if len(window) == max_texts or characters >= max_characters:
                     yield first, window
                     window, first, characters = [], index + 1, 0

@@ -28,6 +28,11 @@ class Item(NamedTuple):
     text: str
     pair: str | None
 
+    @property
+    def characters(self) -> int:
+        """How many it has, both texts of a pair together."""
+        return len(self.text) + len(self.pair or "")
+
 
 class TextError(ValueError):
     """A text that cannot be classified.

@@ -24,7 +24,8 @@ _CODE = (".py", ".c", ".h", ".toml", ".json")
 _FOLDER = _SOURCES[0].parent
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """That is installed; None for none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -74,7 +75,7 @@ def collect(device: torch.device) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "fastcls": fastcls.__version__,
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: version_of(package) for package in PACKAGES},
         "commit": output_of("git", "rev-parse", "HEAD") if in_checkout else None,
         "dirty": bool(output_of(*changes)) if in_checkout else None,
         "source_digest": source_digest(),

@@ -73,7 +73,7 @@ def create_app(models: Callable[[], Sequence[Served]], options: ServeOptions) ->
             *(Place(path, show, methods=["GET"]) for path, show in shown.items()),
         ],
         lifespan=state.lifespan,
-        exception_handlers={HTTPException: _not_routed, Exception: _failed},
+        exception_handlers={RequestError: _not_shown, HTTPException: _not_routed, Exception: _failed},
         middleware=[
             Middleware(
                 CORSMiddleware,
@@ -167,19 +167,12 @@ class _State:
         return Response(self.server.metrics.text(), headers={"content-type": self.server.metrics.content_type})
 
     async def info(self, request: Request) -> Response:
-        try:
-            self._authorize(request)
-            named = request.path_params.get("model")
-            served = self.server.models[0] if named is None else self.server.named(named)
-        except RequestError as error:
-            return _refused(error, "/info")
-        return _json(info(self.server, served))
+        self._authorize(request)
+        named = request.path_params.get("model")
+        return _json(info(self.server, self.server.models[0] if named is None else self.server.named(named)))
 
     async def models(self, request: Request) -> Response:
-        try:
-            self._authorize(request)
-        except RequestError as error:
-            return _refused(error, "/v1/models")
+        self._authorize(request)
         listed = [
             {"id": each.name, "object": "model", "created": 0, "owned_by": "fastcls", "kind": each.kind}
             for each in self.server.models
@@ -228,6 +221,12 @@ def _refused(error: RequestError, path: str) -> Response:
         }
     headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(error.status)
     return _json(content, error.status, headers)
+
+
+async def _not_shown(request: Request, error: Exception) -> Response:
+    """A refusal by a route that computes nothing."""
+    assert isinstance(error, RequestError)
+    return _refused(error, request.url.path)
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:

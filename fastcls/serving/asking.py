@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from ..texts import Item
 from .errors import RequestError, overloaded
 from .metrics import Metrics
 from .options import ServeOptions
 from .passes import Passes
-from .request import Answer, ClientGoneError
+from .request import Answer, ClientGoneError, characters_of
 from .schemas import Body
 from .served import Input, Kind, Served, Side, Want
 
@@ -183,7 +182,7 @@ class Asking:
         self.server.metrics.came(is_batch=is_batch)
         self.is_batch = is_batch
         self.texts += len(inputs)
-        self.characters += sum(len(each.text) + len(each.pair or "") for each in inputs if isinstance(each, Item))
+        self.characters += characters_of(inputs)
         answer = await self.server.passes.answer(
             self.model,
             want,

@@ -67,6 +67,7 @@ def load(checkpoint: str, name: str, options: LoadOptions) -> Served:
     task, pooling, sentence = _task(checkpoint, config, options)
     if not sentence.includes_prompt and (sentence.prompts or options.default_prompt is not None):
         raise ValueError(f"{checkpoint} must pool over all tokens, got include_prompt false beside its prompts")
+    prompt = _default_prompt(checkpoint, sentence, options)
     tokenizer = load_tokenizer(checkpoint, **of_hub)
     model = load_model(checkpoint, device, parse_dtype(options.dtype), task=task, **of_hub)
     fast = optimize(
@@ -77,7 +78,6 @@ def load(checkpoint: str, name: str, options: LoadOptions) -> Served:
         release=True,
     )
     assert isinstance(fast, (FastClassifier, FastEncoder, FastMaskedLM))
-    prompt = _default_prompt(checkpoint, sentence, options)
     labels = _labels(config, fast.num_labels) if isinstance(fast, FastClassifier) else ()
     kind: Kind = "embedding" if isinstance(fast, FastEncoder) else "sparse"
     if isinstance(fast, FastMaskedLM):

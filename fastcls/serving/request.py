@@ -84,11 +84,11 @@ class ClientGoneError(Exception):
 
 def characters_of(inputs: Sequence[Input]) -> int:
     """How many characters texts have, those given by token ids excepted."""
-    return sum(len(each.text) + len(each.pair or "") for each in inputs if isinstance(each, Item))
+    return sum(each.characters for each in inputs if isinstance(each, Item))
 
 
 def tokens_of(given: Input) -> float:
     """A guess at how many tokens a text has, before it is tokenized."""
     if not isinstance(given, Item):
         return len(given)
-    return (len(given.text) + len(given.pair or "")) / _CHARACTERS_A_TOKEN + _SPECIAL
+    return given.characters / _CHARACTERS_A_TOKEN + _SPECIAL

@@ -304,7 +304,7 @@ class Served:
 
 def _count(tokenizer: PreTrainedTokenizerBase, item: Item) -> int | None:
     """How many tokens a text has that was cut; None where counting them takes long."""
-    if len(item.text) + len(item.pair or "") > _CHARACTERS_COUNTED:
+    if item.characters > _CHARACTERS_COUNTED:
         return None
     pairs = None if item.pair is None else [item.pair]
     return len(encode(tokenizer, [item.text], pairs, Cut(False, None)).ids[0])
