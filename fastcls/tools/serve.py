@@ -11,7 +11,7 @@ import typer
 from .options import Device, DType, Quantize, Threads
 from .terminal import expected_errors, set_threads, stderr
 
-_LIBRARIES = ("starlette", "uvicorn", "httptools", "pydantic", "orjson", "prometheus_client")
+LIBRARIES = ("starlette", "uvicorn", "httptools", "pydantic", "orjson", "prometheus_client")
 _MODEL, _LIMITS, _LISTEN = "Models", "Limits", "Listening"
 
 
@@ -181,6 +181,6 @@ def _check_installed() -> None:
     Raises:
         ImportError: one is missing; the message says how to install them.
     """
-    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         raise ImportError(f'{", ".join(missing)} must be installed: pip install "fastcls[serve]"')
