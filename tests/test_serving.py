@@ -215,17 +215,18 @@ def test_health_is_that_of_every_model(url: str, checkpoints: dict[str, Path]) -
         refused(ask(found, "/health"), 503, "unhealthy")
         del models[1].model.embeddings_of
         assert ask(found, "/health").status == 200
-        assert not passes.failures
+        assert not passes.failing
     assert ask(url, "/health").status == 200
 
 
 def test_tokens_and_their_places(url: str) -> None:
-    text = "Not GOOD, at all"
+    # In bytes of UTF-8, as text-embeddings-inference has them.
+    text = "Nót GOOD, át all"
     (tokens,) = post(url, "/tokenize", inputs=text)
     assert tokens[0]["special"]
     assert tokens[0]["start"] is None
     inner = [each for each in tokens if not each["special"]]
-    assert [text[each["start"] : each["stop"]] for each in inner] == [each["text"] for each in inner]
+    assert [text.encode()[each["start"] : each["stop"]].decode() for each in inner] == [each["text"] for each in inner]
     (plain,) = post(url, "/tokenize", inputs=text, add_special_tokens=False)
     assert [each["id"] for each in plain] == [each["id"] for each in inner]
     assert post(url, "/decode", ids=[[each["id"] for each in tokens]] * 2) == ["not good , at all"] * 2
@@ -239,6 +240,22 @@ def test_a_batch_has_at_most_so_many_texts(url: str, route: str) -> None:
     given = [["fine"]] * 9 if route == "/predict" else ["fine"] * 9
     refused(ask(url, route, {"inputs": given}), 413, "batch size 9 > maximum allowed batch size 8")
     assert len(post(url, route, inputs=given[:8])) == 8
+
+
+def test_the_source_of_a_similarity_counts_as_a_text(url: str) -> None:
+    body = {"inputs": {"source_sentence": "fine", "sentences": ["good"] * 8}}
+    refused(ask(url, "/similarity", body), 413, "batch size 9 > maximum allowed batch size 8")
+    body["inputs"]["sentences"] = ["good"] * 7
+    assert len(post(url, "/similarity", **body)) == 7
+    body["inputs"]["sentences"] = []
+    refused(ask(url, "/similarity", body), 400, "`inputs.sentences` cannot be empty")
+
+
+@pytest.mark.parametrize(("path", "method", "status"), [("/v1/none", "POST", 404), ("/v1/embeddings", "PUT", 405)])
+def test_routes_of_openai_have_its_errors(url: str, path: str, method: str, status: int) -> None:
+    answer = ask(url, path, {"input": "fine"}, method=method)
+    assert (answer.status, answer.json["code"], answer.json["type"]) == (status, status, "Validation")
+    assert path in answer.json["message"]
 
 
 def test_an_answer_that_is_no_number_is_an_error(tmp_path: Path) -> None:
@@ -332,6 +349,8 @@ def test_what_is_not_computed_is_refused_before_its_weights_are_read(tmp_path: P
         (tokens, {}, "got BertForTokenClassification"),
         (pooled, {"pooling": "cls"}, "pooling must be mean for"),
         (ranked, {"pooling": "mean"}, "pooling must be left out"),
+        (ranked, {"default_prompt": "x: "}, "default_prompt must be left out for sequence classifiers, got 'x: '"),
+        (ranked, {"default_prompt_name": "x"}, "default_prompt_name must be left out"),
         (plain, {"one_encoder": True}, "BertModel|trained for"),
         (ranked, {"one_encoder": True, "pooling": "mean"}, "pooling must be left out for sequence classifiers"),
     ):

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, cast
 
@@ -228,10 +229,10 @@ class Running:
         await until(lambda: self.model.passes == [[3]])
         return first
 
-    async def ask(self, *texts: str, gone: Callable[[], Any] = never) -> Answer:
+    async def ask(self, *texts: str, gone: Callable[[], Any] = never, admitted: bool = False) -> Answer:
         items = [Item(text, None) for text in texts]
         return await self.passes.answer(
-            cast(Served, self.model), "logits", items, truncate=True, side="right", gone=gone
+            cast(Served, self.model), "logits", items, truncate=True, side="right", gone=gone, admitted=admitted
         )
 
 
@@ -292,9 +293,58 @@ async def test_a_failure_is_known_until_a_pass_succeeds() -> None:
     async with Running(Model()) as running:
         with pytest.raises(RequestError):
             await running.ask("sevenxx")
-        assert running.passes.failures == {running.model: "RuntimeError: seven"}
+        assert running.passes.failing == {running.model}
         await running.ask("ok")
-        assert not running.passes.failures
+        assert not running.passes.failing
+    assert "fastcls_texts 1.0" in running.metrics.text().decode(), "what failed was not computed"
+
+
+@in_a_loop
+async def test_a_pass_that_does_not_fit_is_halved_and_so_are_those_after_it() -> None:
+    model, held = Model(), list[weakref.ref[torch.Tensor]]()
+
+    def within_memory(texts: Sequence[Encoded], want: str) -> list[int]:
+        assert not any(each() is not None for each in held), "what a failed pass held is free before its parts"
+        if sum(len(text.ids) for text in texts) > 10:
+            on_device = torch.zeros(1)
+            held.append(weakref.ref(on_device))
+            raise torch.OutOfMemoryError
+        return Model.compute(model, texts, want)
+
+    model.compute = within_memory  # type: ignore[method-assign]
+    async with Running(model) as running:
+        assert (await running.ask(*["abcd"] * 5)).results == [4] * 5
+        assert len(held) == 2, "20 tokens, and 12 of them"
+        model.passes.clear()
+        assert (await running.ask(*["abcd"] * 5)).results == [4] * 5
+        assert model.passes == [[4]] * 5
+        assert len(held) == 2
+
+
+@both
+@in_a_loop
+async def test_a_wait_to_be_tokenized_is_a_wait_in_the_queue(device: str) -> None:
+    model = Model(device=device)
+    async with Running(model) as running:
+        first = await running.held()
+        second = asyncio.create_task(running.ask("abcd"))
+        await asyncio.sleep(0.1)
+        model.may_end.set()
+        await first
+        assert (await second).queue >= 0.09
+
+
+@in_a_loop
+async def test_health_is_asked_for_however_many_wait() -> None:
+    model = Model()
+    async with Running(model, max_concurrent_requests=1) as running:
+        first = await running.held()
+        with pytest.raises(RequestError, match="1 requests"):
+            await running.ask("a")
+        health = asyncio.create_task(running.ask("a", admitted=True))
+        await until(lambda: running.passes.waiting == 1)
+        model.may_end.set()
+        assert ((await first).results, (await health).results) == ([3], [1])
 
 
 @both
@@ -345,18 +395,66 @@ async def test_what_waits_for_the_spare_tokenizer_counts_and_is_dropped() -> Non
         gone = asyncio.create_task(running.ask("b" * 100_001, gone=leave.wait))
         counted = asyncio.create_task(running.passes.with_spare(lambda: called.append(1), leave.wait))
         await until(lambda: running.passes.taken == 3)
+        assert running.passes.waiting == 2
         with pytest.raises(RequestError, match="3 requests"):
             await running.passes.with_spare(lambda: None, never)
         leave.set()
         for each in (gone, counted):
             with pytest.raises(ClientGoneError):
                 await each
-        assert running.passes.taken == 1
+        await until(lambda: running.passes.taken == 1)
         model.may_tokenize.set()
         assert (await long).results == [100_001]
         assert await running.passes.with_spare(lambda: 5, never) == 5
         assert model.tokenized == [1]
         assert called == []
+
+
+@in_a_loop
+async def test_a_call_of_a_spare_tokenizer_has_a_deadline_until_it_begins_and_counts_until_it_ends() -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def call() -> int:
+        begun.set()
+        assert may_end.wait(30)
+        return 5
+
+    async with Running(Model(), deadline=0.2) as running:
+        leave = asyncio.Event()
+        first = asyncio.create_task(running.passes.with_spare(call, never))
+        await until(begun.is_set)
+        with pytest.raises(RequestError, match=r"answered within 0\.2 s") as refused:
+            await running.passes.with_spare(call, never)
+        assert refused.value.status == 429
+        assert not first.done(), "what has begun is ended"
+        leaves = asyncio.create_task(running.passes.with_spare(call, leave.wait))
+        may_end.set()
+        assert (await first, await leaves) == (5, 5)
+        begun.clear()
+        may_end.clear()
+        left = asyncio.create_task(running.passes.with_spare(call, leave.wait))
+        await until(begun.is_set)
+        leave.set()
+        with pytest.raises(ClientGoneError):
+            await left
+        assert running.passes.taken == 1
+        may_end.set()
+        await until(lambda: running.passes.taken == 0)
+
+
+@in_a_loop
+async def test_a_device_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running(Model())
+    async with running:
+        first = await running.held()
+        monkeypatch.setattr("fastcls.serving.passes._SECONDS_OF_ANY_PASS", 0.01)
+        await until(lambda: not running.passes.is_alive)
+        await running.passes.close()
+        with pytest.raises(RequestError, match="stopping"):
+            await running.ask("a")
+        assert not first.done()
+        running.model.may_end.set()
+        assert (await first).results == [3]
 
 
 @in_a_loop
@@ -434,7 +532,7 @@ async def test_who_has_waited_longer_than_the_deadline_is_not_computed(device: s
         await asyncio.sleep(1.1)
         model.may_end.set()
         assert (await first).results == [3]
-        with pytest.raises(RequestError, match="has waited for 1 s") as refused:
+        with pytest.raises(RequestError, match="answered within 1 s") as refused:
             await late
         assert refused.value.status == 429
         assert model.passes == [[3]]

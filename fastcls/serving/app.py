@@ -121,7 +121,7 @@ class _State:
                 in_body = body.model if isinstance(body, (OpenAIRequest, DocumentsRequest)) else None
                 asking.served = self._model(route, request, in_body)
                 asking.check_kind(route.kinds, route.path)
-                content = await route.answer(asking, body)
+                content = await _in_parts(await route.answer(asking, body))
             except RequestError as error:
                 self.server.metrics.failed(error.reason)
                 response = _refused(error, route.path)
@@ -136,7 +136,7 @@ class _State:
                 times = asking.times()
                 if asking.answers:
                     self.server.metrics.answered(is_batch=asking.is_batch, **times)
-                response = _answer(await _in_parts(content), headers=asking.headers(times))
+                response = _answer(content, headers=asking.headers(times))
             _logged(asking, response)
             return response
 
@@ -226,20 +226,30 @@ def _refused(error: RequestError, path: str) -> Response:
 async def _not_shown(request: Request, error: Exception) -> Response:
     """A refusal by a route that computes nothing."""
     assert isinstance(error, RequestError)
-    return _refused(error, request.url.path)
+    return _refused(error, _path_of(request))
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
     """A route that there is not, or another method than it has."""
     assert isinstance(error, HTTPException)
-    content = {"error": f"{error.detail}: {request.method} {request.url.path:.200}", "error_type": "Validation"}
-    return _json(content, error.status_code, dict(error.headers or {}))
+    path = _path_of(request)
+    response = _refused(
+        RequestError(f"{error.detail}: {request.method} {path:.200}", "Validation", error.status_code), path
+    )
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     """A defect of the server's own."""
-    _log.error("a request failed", exc_info=error, extra={"path": request.url.path})
-    return _json({"error": "Internal error", "error_type": "Backend"}, 500)
+    path = _path_of(request)
+    _log.error("a request failed", exc_info=error, extra={"path": path})
+    return _refused(RequestError("Internal error", "Backend", 500), path)
+
+
+def _path_of(request: Request) -> str:
+    """A request's path, which its URL has not where a client sends a Host that is none."""
+    return str(request.scope["path"])
 
 
 def _logged(asking: Asking, response: Response) -> None:
@@ -248,5 +258,5 @@ def _logged(asking: Asking, response: Response) -> None:
     times = {f"{name}_ms": round(seconds * 1000, 1) for name, seconds in asking.times().items()}
     model = asking.served.name if asking.served else None
     counts = {"texts": asking.texts, "tokens": asking.tokens}
-    fields = {"path": asking.request.url.path, "status": response.status_code, "model": model, **counts, **times}
+    fields = {"path": _path_of(asking.request), "status": response.status_code, "model": model, **counts, **times}
     _log.info("request", extra=fields)

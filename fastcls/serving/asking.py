@@ -41,10 +41,12 @@ class Server:
     async def computes(self) -> bool:
         """Whether the models compute. One whose last pass failed tries a text of one token."""
         for served in self.models:
-            if self.passes.is_alive and served.computing in self.passes.failures:
+            if self.passes.is_alive and served.computing in self.passes.failing:
                 with contextlib.suppress(RequestError):
-                    await self.passes.answer(served, served.wants[0], [(0,)], truncate=True, side="right", gone=_never)
-        return self.passes.is_alive and not self.passes.failures
+                    await self.passes.answer(
+                        served, served.wants[0], [(0,)], truncate=True, side="right", gone=_never, admitted=True
+                    )
+        return self.passes.is_alive and not self.passes.failing
 
     def named(self, name: str) -> Served:
         """The model of a name.

@@ -47,8 +47,11 @@ def load_all(checkpoints: Sequence[str], options: LoadOptions, names: Sequence[s
             raise ValueError(f"served_model_name must tell the models apart, got {name!r} twice")
         if not name or name != name.strip("/ ") or not name.isprintable():
             raise ValueError(f"served_model_name must be printable, without / at its ends, got {name!r}")
-    if options.pooling is not None and all(_classifies(read_config(each, _of_hub(options))) for each in checkpoints):
-        raise ValueError(f"pooling must be left out for sequence classifiers, got {options.pooling}")
+    of_vectors = {name: getattr(options, name) for name in ("pooling", "default_prompt_name", "default_prompt")}
+    given = {name: value for name, value in of_vectors.items() if value is not None}
+    if given and all(_classifies(read_config(each, _of_hub(options))) for each in checkpoints):
+        name, value = next(iter(given.items()))
+        raise ValueError(f"{name} must be left out for sequence classifiers, got {value!r:.80}")
     if options.one_encoder:
         return _load_heads(dict(zip(called, checkpoints, strict=True)), options)
     return [load(each, name, options) for each, name in zip(checkpoints, called, strict=True)]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+
+import torch
 
 from .errors import RequestError, overloaded
 from .fair_queue import FairQueue, Waiting
@@ -27,6 +31,8 @@ _REQUESTS_AT_ONCE = 64
 _SHARE_OF_DEADLINE = 0.5
 # No pass takes as long: the device or its driver hangs.
 _SECONDS_OF_ANY_PASS = 120.0
+# Between looks at whether the last pass has ended.
+_SECONDS_TO_LOOK = 0.01
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -41,7 +47,7 @@ class Passes:
         metrics: where passes are counted.
 
     Attributes:
-        failures: of models whose last pass failed, why.
+        failing: models whose last pass failed.
     """
 
     def __init__(self, models: Sequence[Served], options: ServeOptions, metrics: Metrics) -> None:
@@ -53,16 +59,17 @@ class Passes:
         self._pace: dict[tuple[Computing, Want], Pace] = {}
         self._pending: set[Request] = set()
         self._by_spare = 0
-        self._is_closing = False
+        # First no further requests are taken, then what was taken is computed, then the thread ends.
+        self._takes_more, self._is_closing = True, False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.failures: dict[Computing, str] = {}
+        self.failing: set[Computing] = set()
         self._pass_begun: float | None = None
         # While a GPU computes a thread tokenizes. On a CPU the model takes all cores, and whoever tokenizes beside it
         # holds up one of them that the others then wait for: there the thread that computes does it between passes.
         self._tokenizes_between = models[0].device.type == "cpu"
         # A tokenizer keeps a state, so that one thread uses it; of texts that take long another one, with copies.
         self._tokenizing, self._tokenizing_long = ThreadPoolExecutor(1, "tokenizer"), ThreadPoolExecutor(1, "spare")
-        self._computing = threading.Thread(target=self._compute_all, name="passes", daemon=True)
+        self._computing: threading.Thread | None = None
 
     def start(self, warm_up: Callable[[Served], Sequence[tuple[Want, list[Encoded]]]]) -> None:
         """Computes once, so that no request pays for it, and begins. Called in the event loop's thread.
@@ -90,12 +97,16 @@ class Passes:
             finally:
                 ready.set()
 
+        def begin_and_compute() -> None:
+            begin()
+            if not failed:
+                self._compute_all()
+
         ready = threading.Event()
-        self._begin = begin
+        self._computing = threading.Thread(target=begin_and_compute, name="passes", daemon=True)
         self._computing.start()
         ready.wait()
         if failed:
-            self._is_closing = True
             raise failed[0]
 
     @property
@@ -108,7 +119,7 @@ class Passes:
         """Whether the thread that computes still runs, and does not hang in a pass."""
         begun = self._pass_begun
         is_stuck = begun is not None and time.monotonic() - begun > _SECONDS_OF_ANY_PASS
-        return self._computing.is_alive() and not is_stuck
+        return self._computing is not None and self._computing.is_alive() and not is_stuck
 
     @property
     def taken(self) -> int:
@@ -118,7 +129,7 @@ class Passes:
     @property
     def waiting(self) -> int:
         """How many texts wait for a pass, tokenized or not."""
-        return self._queue.texts + sum(len(each.inputs) for each in list(self._untokenized) if not each.is_over)
+        return self._queue.texts + sum(len(each.inputs) for each in self._pending if not each.tokenized)
 
     async def answer(
         self,
@@ -129,6 +140,7 @@ class Passes:
         truncate: bool,
         side: Side,
         gone: Callable[[], Any],
+        admitted: bool = False,
     ) -> Answer:
         """What is computed of a request's texts.
 
@@ -138,16 +150,17 @@ class Passes:
             inputs: the texts, at least one.
             truncate, side: whether and where texts that are too long are cut.
             gone: a coroutine function that returns once the client has left.
+            admitted: whether it is taken however many others are.
 
         Raises:
             RequestError: too many requests, a text that cannot be computed, or a pass that failed.
             ClientGoneError: the client has left.
         """
-        guess = self._admit(served, want, inputs)
+        self._check_runs()
+        guess = 0.0 if admitted else self._admit(served, want, inputs)
         loop = asyncio.get_running_loop()
-        now = time.monotonic()
         request = Request(
-            served, want, inputs, truncate, side, guess, now + self._options.deadline, loop.create_future()
+            served, want, inputs, truncate, side, guess, time.monotonic() + self._options.deadline, loop.create_future()
         )
         self._pending.add(request)
         leaving = asyncio.ensure_future(gone())
@@ -177,42 +190,67 @@ class Passes:
         """What a function gives that uses spare tokenizers, in the thread that may.
 
         Raises:
-            RequestError: too many requests; and as the function.
+            RequestError: too many requests, or a wait beyond the deadline; and as the function.
             ClientGoneError: the client has left, see `answer`.
         """
         self._check_takes_more()
-        found, leaving = asyncio.wrap_future(self._tokenizing_long.submit(call)), asyncio.ensure_future(gone())
-        self._by_spare += 1
+        loop, is_begun = asyncio.get_running_loop(), threading.Event()
+
+        def begin() -> _T:
+            is_begun.set()
+            return call()
+
+        def over(_: object) -> None:
+            # The event loop may have ended before its last call.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._count_spare, -1)
+
+        self._count_spare(1)
+        submitted = self._tokenizing_long.submit(begin)
+        # Not where its client leaves: a call that has begun goes on.
+        submitted.add_done_callback(over)
+        found, leaving = asyncio.wrap_future(submitted), asyncio.ensure_future(gone())
         try:
-            await asyncio.wait((found, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((found, leaving), timeout=self._options.deadline, return_when=asyncio.FIRST_COMPLETED)
+            if not found.done() and not leaving.done():
+                if not is_begun.is_set():
+                    raise self._late()
+                await asyncio.wait((found, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not found.done():
                 raise ClientGoneError
             return found.result()
         finally:
-            self._by_spare -= 1
             leaving.cancel()
             found.cancel()
 
+    def _count_spare(self, change: int) -> None:
+        self._by_spare += change
+
     async def close(self) -> None:
-        """Ends once all that was taken is computed."""
+        """Ends once all that was taken is computed, or the device hangs."""
+        self._takes_more = False
         loop = asyncio.get_running_loop()
         for each in (self._tokenizing, self._tokenizing_long):
             await loop.run_in_executor(None, each.shutdown)
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-        await loop.run_in_executor(None, self._computing.join)
+        while self.is_alive:
+            await asyncio.sleep(_SECONDS_TO_LOOK)
 
-    def _check_takes_more(self) -> None:
-        if self._is_closing:
+    def _check_runs(self) -> None:
+        if not self._takes_more:
             raise overloaded("the server is stopping")
         if not self.is_alive:
             raise RequestError("unhealthy: the thread that computes has ended", "Unhealthy")
+
+    def _check_takes_more(self) -> None:
+        self._check_runs()
         if self.taken >= self._options.max_concurrent_requests:
             raise overloaded(f"{self.taken} requests are being answered")
 
     def _late(self) -> RequestError:
-        return overloaded(f"the request has waited for {self._options.deadline:g} s")
+        return overloaded(f"the request cannot be answered within {self._options.deadline:g} s")
 
     def _add(self, request: Request) -> None:
         with self._changed:
@@ -272,11 +310,15 @@ class Passes:
                 for request in requests:
                     self._tokenize([request], by_spare=by_spare)
                 return
+            # Without its message, which may hold a text.
+            places = traceback.format_list(traceback.extract_tb(error.__traceback__))
+            _log.error("a text was not tokenized: %s\n%s", type(error).__name__, "".join(places).rstrip())
             self._fail(first, RequestError(f"`inputs` cannot be tokenized: {type(error).__name__}", "Tokenizer"))
             return
         now = time.monotonic()
         for request in requests:
             own, encoded = encoded[: len(request.inputs)], encoded[len(request.inputs) :]
+            request.waited = begun - request.came
             request.tokenized, request.tokenization = now, now - begun
             self._enqueue(request, own)
 
@@ -309,7 +351,6 @@ class Passes:
 
     def _compute_all(self) -> None:
         """Passes, until closing. In a thread of its own."""
-        self._begin()
         try:
             self._compute_until_closing()
         except BaseException as error:
@@ -346,38 +387,41 @@ class Passes:
                 self._pass(live)
 
     def _pass(self, texts: list[Waiting]) -> None:
+        """Computes texts; where that fails, those alone fail for whose sake it does."""
+        computing, want = texts[0].group
         begun = self._pass_begun = time.monotonic()
-        done = self._computed(texts)
+        try:
+            results = computing.compute([each.text for each in texts], want)
+        except Exception as error:
+            results = None
+            if isinstance(error, torch.OutOfMemoryError):
+                tokens = sum(each.tokens for each in texts)
+                self._max_tokens = max(1, tokens // 2)
+                _log.warning("%d tokens in a pass do not fit into memory: going on with half of them", tokens)
+            if len(texts) == 1:
+                self.failing.add(computing)
+                self._fail(texts[0].owner, RequestError("Inference failed", "Backend"))
+                _log.error("a pass failed", exc_info=error)
         seconds, self._pass_begun = time.monotonic() - begun, None
+        if results is None:
+            # Here, where no exception holds what the failed pass had on the device.
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+            middle = len(texts) // 2
+            for part in (texts[:middle], texts[middle:]) if middle else ():
+                self._pass(part)
+            return
+        self.failing.discard(computing)
         lengths = [each.tokens for each in texts]
         self._metrics.passed(len(texts), sum(lengths), max(lengths) * len(texts))
-        if done:
-            self._pace[texts[0].group].add(sum(lengths), seconds)
-        for each in texts:
+        self._pace[texts[0].group].add(sum(lengths), seconds)
+        for each, result in zip(texts, results, strict=True):
             request = each.owner
+            request.results[each.index] = result
             request.left -= 1
             request.queue += begun - request.tokenized
             request.inference += seconds
         self._tell([request for request in {each.owner for each in texts} if not request.left])
-
-    def _computed(self, texts: list[Waiting]) -> bool:
-        """Computes texts; where that fails, those alone fail for whose sake it does. Whether all were computed."""
-        computing, want = texts[0].group
-        try:
-            results = computing.compute([each.text for each in texts], want)
-        except Exception as error:
-            if len(texts) > 1:
-                middle = len(texts) // 2
-                parts = [self._computed(texts[:middle]), self._computed(texts[middle:])]
-                return all(parts)
-            self.failures[computing] = f"{type(error).__name__}: {error}"
-            self._fail(texts[0].owner, RequestError("Inference failed", "Backend"))
-            _log.error("a pass failed", exc_info=error)
-            return False
-        self.failures.pop(computing, None)
-        for each, result in zip(texts, results, strict=True):
-            each.owner.results[each.index] = result
-        return True
 
     def _fail(self, request: Request, error: RequestError) -> None:
         request.error = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ class Answer(NamedTuple):
     Attributes:
         results: of each text, what `Served.compute` gives.
         tokens: how many were computed.
-        tokenization, queue, inference: seconds; the last two are means over the texts.
+        tokenization, queue, inference: seconds; of the queue and of inference a mean over the texts.
     """
 
     results: list[Any]
@@ -35,7 +36,13 @@ class Answer(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """The texts of a request, on their way."""
+    """The texts of a request, on their way.
+
+    Attributes:
+        came, waited: when, and for how many seconds until it was tokenized.
+        tokenized: when it was; 0 if it was not.
+        queue, inference: seconds, summed over the texts that were computed so far.
+    """
 
     served: Served
     want: Want
@@ -50,6 +57,8 @@ class Request:
     error: Exception | None = None
     left: int = 0
     tokens: int = 0
+    came: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
     tokenized: float = 0.0
     tokenization: float = 0.0
     queue: float = 0.0
@@ -60,7 +69,8 @@ class Request:
     @property
     def answer(self) -> Answer:
         count = len(self.results)
-        return Answer(self.results, self.tokens, self.tokenization, self.queue / count, self.inference / count)
+        waited = self.waited + self.queue / count
+        return Answer(self.results, self.tokens, self.tokenization, waited, self.inference / count)
 
 
 class Pace:

@@ -122,7 +122,8 @@ async def embed_sparse(asking: Asking, body: EmbedSparseRequest) -> Any:
 async def similarity(asking: Asking, body: SimilarityRequest) -> Any:
     """The cosine of each sentence's vector and the source's."""
     sentences = body.inputs.sentences
-    asking.check_batch(len(sentences), "sentences")
+    # The source counts, too.
+    asking.check_batch(len(sentences) and 1 + len(sentences), "inputs.sentences")
     given = body.parameters
     prompt = asking.model.prompt(given.prompt_name if given else None)
     items = [_prompted(prompt, text) for text in (body.inputs.source_sentence, *sentences)]

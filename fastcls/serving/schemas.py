@@ -191,7 +191,7 @@ class SparseValue(BaseModel):
 
 
 class Token(BaseModel):
-    """A token, and where in the text it stands, in characters."""
+    """A token, and where in the text's UTF-8 it stands, in bytes."""
 
     id: int
     text: str
@@ -293,6 +293,3 @@ class OpenAIError(BaseModel):
     code: int
     type: ErrorType
     error_type: ErrorType
-
-
-Predictions: TypeAlias = "list[Prediction] | list[list[Prediction]]"

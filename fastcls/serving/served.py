@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -69,7 +70,7 @@ class Weights(NamedTuple):
     values: Numbers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Served:
     """A model with its tokenizer, which one thread uses at a time.
 
@@ -110,12 +111,6 @@ class Served:
     def computing(self) -> Computing:
         """What computes its passes."""
         return self if self.heads is None else self.heads
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
     @property
     def device(self) -> torch.device:
@@ -251,7 +246,7 @@ class Served:
         return list(map(Labelled, logits.tolist(), scores.tolist()))
 
     def tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[dict[str, Any]]]:
-        """The tokens of each text, and where in it they stand, in characters.
+        """The tokens of each text, and where in its UTF-8 they stand, in bytes.
 
         Raises:
             RequestError: a text that the tokenizer does not take, or that is empty.
@@ -276,13 +271,15 @@ class Served:
         ids, special = found["input_ids"], found["special_tokens_mask"]
         places = found["offset_mapping"] if has_places else [(None, None)] * len(ids)
         names = self.spare.convert_ids_to_tokens(ids)
+        # Of each character the byte at which it begins.
+        at = list(itertools.accumulate((len(each.encode()) for each in text), initial=0)) if has_places else []
         return [
             {
                 "id": token,
                 "text": name if is_special or start is None else text[start:stop],
                 "special": bool(is_special),
-                "start": None if is_special else start,
-                "stop": None if is_special else stop,
+                "start": None if is_special or start is None else at[start],
+                "stop": None if is_special or stop is None else at[stop],
             }
             for token, name, is_special, (start, stop) in zip(ids, names, special, places, strict=True)
         ]

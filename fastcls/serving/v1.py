@@ -43,7 +43,7 @@ async def rerank(asking: Asking, body: DocumentsRequest) -> Any:
     results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index]} for index in best]
     if body.return_documents:
         results = [{**result, "document": {"text": texts[result["index"]]}} for result in results]
-    version = asking.request.url.path.rpartition("/v")[2].partition("/")[0]
+    version = asking.request.scope["path"].rpartition("/v")[2].partition("/")[0]
     return {
         "id": str(uuid.uuid4()),
         "model": asking.model.name,

@@ -105,7 +105,9 @@ def serve(
     payload_limit: Annotated[int, typer.Option(min=1, help="Bytes of a request.", rich_help_panel=_LIMITS)] = 2_000_000,
     deadline: Annotated[
         float,
-        typer.Option(min=0, help="Seconds that a request may wait for the model; else 429.", rich_help_panel=_LIMITS),
+        typer.Option(
+            min=0, help="Seconds until a request is answered, half of them to wait; else 429.", rich_help_panel=_LIMITS
+        ),
     ] = 10.0,
     json_output: Annotated[bool, typer.Option("--json-output", help="Log a JSON object a line.")] = False,
     log_level: Annotated[str, typer.Option(help="debug, info (a line for each request), warning or error.")] = "info",
@@ -116,7 +118,7 @@ def serve(
     /embed_all, /embed_sparse, /similarity, /tokenize, /info, /health, /metrics),
     of OpenAI (/v1/embeddings) and of Cohere and Jina (/v1/rerank): a client
     changes its URL and nothing else. http://localhost:3000 is a page to try a
-    sentence, /openapi.json describes all routes.
+    sentence, /openapi.json describes the routes.
 
     Of several models a request means the first one that gives what it asks for,
     or the one in its path: /models/NAME/predict. SIGTERM and Ctrl-C end the
