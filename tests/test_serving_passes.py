@@ -252,7 +252,8 @@ async def test_requests_share_a_pass_which_waits_for_nobody(device: str) -> None
     async with Running(model) as running:
         first = await running.held()
         others = [asyncio.create_task(running.ask("a" * length, "b")) for length in (1, 2)]
-        await until(lambda: running.passes.waiting == 4)
+        # On a GPU they are tokenized meanwhile.
+        await until(lambda: running.passes.waiting == 4 and (device == "cpu" or running.passes._queue.texts == 4))
         model.may_end.set()
         assert (await first).results == [3]
         assert [(await other).results for other in others] == [[1, 1], [2, 1]]
@@ -301,11 +302,11 @@ async def test_a_failure_is_known_until_a_pass_succeeds() -> None:
 
 @in_a_loop
 async def test_a_pass_that_does_not_fit_is_halved_and_so_are_those_after_it() -> None:
-    model, held = Model(), list[weakref.ref[torch.Tensor]]()
+    model, held, fits = Model(), list[weakref.ref[torch.Tensor]](), 10
 
     def within_memory(texts: Sequence[Encoded], want: str) -> list[int]:
         assert not any(each() is not None for each in held), "what a failed pass held is free before its parts"
-        if sum(len(text.ids) for text in texts) > 10:
+        if sum(len(text.ids) for text in texts) > fits:
             on_device = torch.zeros(1)
             held.append(weakref.ref(on_device))
             raise torch.OutOfMemoryError
@@ -315,10 +316,31 @@ async def test_a_pass_that_does_not_fit_is_halved_and_so_are_those_after_it() ->
     async with Running(model) as running:
         assert (await running.ask(*["abcd"] * 5)).results == [4] * 5
         assert len(held) == 2, "20 tokens, and 12 of them"
+        assert (await running.ask(*["ab"] * 20)).results == [2] * 20
+        assert len(held) == 2, "passes are small for a while"
+        fits = 10_000
+        for _ in range(64):
+            await running.ask("a")
         model.passes.clear()
-        assert (await running.ask(*["abcd"] * 5)).results == [4] * 5
-        assert model.passes == [[4]] * 5
-        assert len(held) == 2
+        assert (await running.ask(*["ab"] * 20)).results == [2] * 20
+        assert model.passes == [[2] * 20], "and as large as before once they have fitted"
+
+
+@in_a_loop
+async def test_a_text_that_never_fits_makes_no_pass_smaller_or_larger() -> None:
+    model = Model()
+
+    def within_memory(texts: Sequence[Encoded], want: str) -> list[int]:
+        if sum(len(text.ids) for text in texts) > 100:
+            raise torch.OutOfMemoryError
+        return Model.compute(model, texts, want)
+
+    model.compute = within_memory  # type: ignore[method-assign]
+    async with Running(model, max_batch_tokens=20) as running:
+        with pytest.raises(RequestError, match="failed"):
+            await running.ask("a" * 200)
+        await running.ask(*["abcd"] * 10)
+        assert model.passes == [[4] * 5] * 2
 
 
 @both
@@ -328,10 +350,10 @@ async def test_a_wait_to_be_tokenized_is_a_wait_in_the_queue(device: str) -> Non
     async with Running(model) as running:
         first = await running.held()
         second = asyncio.create_task(running.ask("abcd"))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.3)
         model.may_end.set()
         await first
-        assert (await second).queue >= 0.09
+        assert (await second).queue >= 0.1
 
 
 @in_a_loop
@@ -419,19 +441,19 @@ async def test_a_call_of_a_spare_tokenizer_has_a_deadline_until_it_begins_and_co
         assert may_end.wait(30)
         return 5
 
-    async with Running(Model(), deadline=0.2) as running:
-        leave = asyncio.Event()
+    async with Running(Model(), deadline=1.0) as running:
         first = asyncio.create_task(running.passes.with_spare(call, never))
         await until(begun.is_set)
-        with pytest.raises(RequestError, match=r"answered within 0\.2 s") as refused:
+        with pytest.raises(RequestError, match="answered within 1 s") as refused:
             await running.passes.with_spare(call, never)
         assert refused.value.status == 429
         assert not first.done(), "what has begun is ended"
-        leaves = asyncio.create_task(running.passes.with_spare(call, leave.wait))
         may_end.set()
-        assert (await first, await leaves) == (5, 5)
-        begun.clear()
-        may_end.clear()
+        assert await first == 5
+    begun.clear()
+    may_end.clear()
+    async with Running(Model()) as running:
+        leave = asyncio.Event()
         left = asyncio.create_task(running.passes.with_spare(call, leave.wait))
         await until(begun.is_set)
         leave.set()
@@ -452,9 +474,8 @@ async def test_a_device_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.
         await running.passes.close()
         with pytest.raises(RequestError, match="stopping"):
             await running.ask("a")
-        assert not first.done()
-        running.model.may_end.set()
-        assert (await first).results == [3]
+        with pytest.raises(RequestError, match="failed"):
+            await first
 
 
 @in_a_loop

@@ -37,16 +37,25 @@ class Server:
         self.passes = Passes(self.models, options, self.metrics)
         # Bodies that are on their way, each of which may be as large as is allowed.
         self.bodies = 0
+        self._trying: asyncio.Task[None] | None = None
 
     async def computes(self) -> bool:
         """Whether the models compute. One whose last pass failed tries a text of one token."""
+        if self.passes.is_alive and self.passes.failing:
+            # Once for all who ask meanwhile.
+            if self._trying is None or self._trying.done():
+                self._trying = asyncio.ensure_future(self._try())
+            await asyncio.shield(self._trying)
+        return self.passes.is_alive and not self.passes.failing
+
+    async def _try(self) -> None:
+        """Computes a text of one token of each model whose last pass failed."""
         for served in self.models:
-            if self.passes.is_alive and served.computing in self.passes.failing:
+            if served.computing in self.passes.failing:
                 with contextlib.suppress(RequestError):
                     await self.passes.answer(
                         served, served.wants[0], [(0,)], truncate=True, side="right", gone=_never, admitted=True
                     )
-        return self.passes.is_alive and not self.passes.failing
 
     def named(self, name: str) -> Served:
         """The model of a name.

@@ -25,8 +25,8 @@ class LoadOptions:
         pooling: of encoders, "cls" or "mean"; of masked language models "splade". None is what a checkpoint says.
         default_prompt_name, default_prompt: stands before each text that is embedded, by its name in the checkpoint's
             config_sentence_transformers.json, or itself.
-        max_input_length: tokens that a text may have, special ones included; None is the tokenizer's limit and the
-            model's positions, whichever is less.
+        max_input_length: tokens that a text may have, special ones included; None is what sentence-transformers' files
+            say of an encoder, else the tokenizer's limit, and at most the model's positions.
         one_encoder: the models are sequence classifiers that were trained on one frozen encoder, which is computed once
             for all of them; see `optimize_heads`.
         revision: the commit, branch or tag of a name on the hub.

@@ -19,7 +19,7 @@ from .errors import RequestError, overloaded
 from .fair_queue import FairQueue, Waiting
 from .metrics import Metrics
 from .options import ServeOptions
-from .request import Answer, ClientGoneError, Pace, Request, characters_of, tokens_of
+from .request import Answer, ClientGoneError, Pace, PassSize, Request, characters_of, tokens_of
 from .served import Computing, Encoded, Input, Served, Side, Want
 
 # Requests of more characters are tokenized by a thread of their own: words without end take seconds.
@@ -52,10 +52,9 @@ class Passes:
 
     def __init__(self, models: Sequence[Served], options: ServeOptions, metrics: Metrics) -> None:
         self._models, self._options, self._metrics = models, options, metrics
-        self._max_tokens = options.tokens_per_pass(models[0].device.type)
+        self._size = PassSize(options.tokens_per_pass(models[0].device.type))
         self._queue, self._changed = FairQueue(), threading.Condition()
         self._untokenized: deque[Request] = deque()
-        self._untokenized_cost = 0.0
         self._pace: dict[tuple[Computing, Want], Pace] = {}
         self._pending: set[Request] = set()
         self._by_spare = 0
@@ -129,7 +128,13 @@ class Passes:
     @property
     def waiting(self) -> int:
         """How many texts wait for a pass, tokenized or not."""
-        return self._queue.texts + sum(len(each.inputs) for each in self._pending if not each.tokenized)
+        with self._changed:
+            return self._queue.texts + sum(len(each.inputs) for each in self._untaken)
+
+    @property
+    def _untaken(self) -> list[Request]:
+        """Requests that are not in the queue yet. In the event loop's thread, with the lock."""
+        return [each for each in self._pending if not each.tokenized and not each.is_over]
 
     async def answer(
         self,
@@ -156,7 +161,7 @@ class Passes:
             RequestError: too many requests, a text that cannot be computed, or a pass that failed.
             ClientGoneError: the client has left.
         """
-        self._check_runs()
+        self._check_takes_more(anyway=admitted)
         guess = 0.0 if admitted else self._admit(served, want, inputs)
         loop = asyncio.get_running_loop()
         request = Request(
@@ -194,21 +199,16 @@ class Passes:
             ClientGoneError: the client has left, see `answer`.
         """
         self._check_takes_more()
-        loop, is_begun = asyncio.get_running_loop(), threading.Event()
+        is_begun = threading.Event()
 
         def begin() -> _T:
             is_begun.set()
             return call()
 
-        def over(_: object) -> None:
-            # The event loop may have ended before its last call.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._count_spare, -1)
-
         self._count_spare(1)
         submitted = self._tokenizing_long.submit(begin)
         # Not where its client leaves: a call that has begun goes on.
-        submitted.add_done_callback(over)
+        submitted.add_done_callback(lambda _: self._in_loop(self._count_spare, -1))
         found, leaving = asyncio.wrap_future(submitted), asyncio.ensure_future(gone())
         try:
             await asyncio.wait((found, leaving), timeout=self._options.deadline, return_when=asyncio.FIRST_COMPLETED)
@@ -237,16 +237,14 @@ class Passes:
             self._changed.notify()
         while self.is_alive:
             await asyncio.sleep(_SECONDS_TO_LOOK)
+        self._fail_all()
 
-    def _check_runs(self) -> None:
+    def _check_takes_more(self, *, anyway: bool = False) -> None:
         if not self._takes_more:
             raise overloaded("the server is stopping")
         if not self.is_alive:
             raise RequestError("unhealthy: the thread that computes has ended", "Unhealthy")
-
-    def _check_takes_more(self) -> None:
-        self._check_runs()
-        if self.taken >= self._options.max_concurrent_requests:
+        if not anyway and self.taken >= self._options.max_concurrent_requests:
             raise overloaded(f"{self.taken} requests are being answered")
 
     def _late(self) -> RequestError:
@@ -255,7 +253,6 @@ class Passes:
     def _add(self, request: Request) -> None:
         with self._changed:
             self._untokenized.append(request)
-            self._untokenized_cost += request.guess
             if self._tokenizes_between:
                 self._changed.notify()
         if not self._tokenizes_between:
@@ -263,14 +260,16 @@ class Passes:
 
     def _admit(self, served: Served, want: Want, inputs: Sequence[Input]) -> float:
         """Refuses a request that would wait too long; a guess at the seconds that one takes which is not refused."""
-        self._check_takes_more()
         pace = self._pace.get((served.computing, want))
         if pace is None:
             return 0.0
         tokens = sum(min(tokens_of(each), served.limit) for each in inputs)
         seconds = tokens * pace.seconds_a_token
         # Its turn comes when all others have been given as much, or all that they asked for.
-        cost, requests = self._queue.cost + self._untokenized_cost, self._queue.requests + len(self._untokenized)
+        with self._changed:
+            untaken = self._untaken
+            cost = self._queue.cost + sum(each.guess for each in untaken)
+            requests = self._queue.requests + len(untaken)
         wait = min(cost, requests * seconds)
         if wait > _SHARE_OF_DEADLINE * self._options.deadline:
             raise overloaded(f"it would wait for some {wait:.1f} s, and {self._options.deadline:g} s are allowed")
@@ -283,8 +282,6 @@ class Passes:
             characters = 0
             while self._untokenized and len(found) < _REQUESTS_AT_ONCE and characters < _MANY_CHARACTERS:
                 request = self._untokenized.popleft()
-                # Sums of floats drift.
-                self._untokenized_cost = self._untokenized_cost - request.guess if self._untokenized else 0.0
                 if not request.is_over:
                     found.append(request)
                     characters += characters_of(request.inputs)
@@ -318,11 +315,10 @@ class Passes:
         now = time.monotonic()
         for request in requests:
             own, encoded = encoded[: len(request.inputs)], encoded[len(request.inputs) :]
-            request.waited = begun - request.came
-            request.tokenized, request.tokenization = now, now - begun
-            self._enqueue(request, own)
+            request.waited, request.tokenization = begun - request.came, now - begun
+            self._enqueue(request, own, now)
 
-    def _enqueue(self, request: Request, encoded: list[Encoded | RequestError]) -> None:
+    def _enqueue(self, request: Request, encoded: list[Encoded | RequestError], now: float) -> None:
         errors = [each for each in encoded if isinstance(each, RequestError)]
         if errors:
             self._fail(request, errors[0])
@@ -339,7 +335,7 @@ class Passes:
         ]
         with self._changed:
             if not request.is_over:
-                request.waiting = waiting
+                request.tokenized, request.waiting = now, waiting
                 self._queue.put(waiting)
                 self._changed.notify()
 
@@ -355,8 +351,7 @@ class Passes:
             self._compute_until_closing()
         except BaseException as error:
             _log.critical("the thread that computes has ended", exc_info=error)
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._fail_all)
+            self._in_loop(self._fail_all)
 
     def _fail_all(self) -> None:
         """Answers those that nobody will compute. In the event loop's thread."""
@@ -372,7 +367,7 @@ class Passes:
             if self._untokenized_here:
                 self._tokenize_all()
             with self._changed:
-                taken = self._queue.next_pass(self._max_tokens, self._options.max_batch_requests)
+                taken = self._queue.next_pass(self._size.tokens, self._options.max_batch_requests)
                 if not taken and not self._untokenized_here and self._is_closing:
                     return
             # What was begun is ended. A model that takes longer than a deadline for a pass computes all the same.
@@ -390,31 +385,33 @@ class Passes:
         """Computes texts; where that fails, those alone fail for whose sake it does."""
         computing, want = texts[0].group
         begun = self._pass_begun = time.monotonic()
+        is_done = is_too_large = False
         try:
             results = computing.compute([each.text for each in texts], want)
+            is_done = True
         except Exception as error:
-            results = None
-            if isinstance(error, torch.OutOfMemoryError):
-                tokens = sum(each.tokens for each in texts)
-                self._max_tokens = max(1, tokens // 2)
-                _log.warning("%d tokens in a pass do not fit into memory: going on with half of them", tokens)
+            is_too_large = isinstance(error, torch.OutOfMemoryError)
             if len(texts) == 1:
                 self.failing.add(computing)
                 self._fail(texts[0].owner, RequestError("Inference failed", "Backend"))
                 _log.error("a pass failed", exc_info=error)
-        seconds, self._pass_begun = time.monotonic() - begun, None
-        if results is None:
-            # Here, where no exception holds what the failed pass had on the device.
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+        seconds, tokens = time.monotonic() - begun, sum(each.tokens for each in texts)
+        # Here, where no exception holds what the failed pass had on the device.
+        if is_too_large:
+            torch.cuda.empty_cache()
+        self._pass_begun = None
+        if not is_done:
             middle = len(texts) // 2
+            if is_too_large and middle:
+                self._size.did_not_fit(tokens)
+                _log.warning("%d tokens do not fit into memory: a pass has %d for now", tokens, self._size.tokens)
             for part in (texts[:middle], texts[middle:]) if middle else ():
                 self._pass(part)
             return
         self.failing.discard(computing)
-        lengths = [each.tokens for each in texts]
-        self._metrics.passed(len(texts), sum(lengths), max(lengths) * len(texts))
-        self._pace[texts[0].group].add(sum(lengths), seconds)
+        self._size.fitted()
+        self._metrics.passed(len(texts), tokens, max(each.tokens for each in texts) * len(texts))
+        self._pace[texts[0].group].add(tokens, seconds)
         for each, result in zip(texts, results, strict=True):
             request = each.owner
             request.results[each.index] = result
@@ -430,8 +427,14 @@ class Passes:
 
     def _tell(self, requests: list[Request]) -> None:
         """Hands answers and errors to the event loop."""
-        if requests and self._loop is not None:
-            self._loop.call_soon_threadsafe(_deliver, requests)
+        if requests:
+            self._in_loop(_deliver, requests)
+
+    def _in_loop(self, call: Callable[..., None], *args: Any) -> None:
+        # An event loop that has ended, after a device that hung, has nobody left to tell.
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(call, *args)
 
 
 def _deliver(requests: list[Request]) -> None:

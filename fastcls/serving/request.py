@@ -1,4 +1,4 @@
-"""A request's texts on their way, and what is known of how long they take."""
+"""A request's texts on their way, and what is known of the passes that compute them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from .served import Input, Served, Side, Want
 _CHARACTERS_A_TOKEN, _SPECIAL = 4, 2
 # Of what was measured before a pass so much still counts after it.
 _KEPT = 0.9
+# Each pass that fits lets the next one be larger by one part of so many.
+_RECOVERY = 64
 
 
 class Answer(NamedTuple):
@@ -86,6 +88,28 @@ class Pace:
     @property
     def seconds_a_token(self) -> float:
         return self._seconds / self._tokens if self._tokens else 0.0
+
+
+class PassSize:
+    """How large a pass may be: less for a while after one that did not fit into memory.
+
+    Args:
+        most: tokens of a pass, where memory is no matter.
+
+    Attributes:
+        tokens: of a pass, for now.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = self.tokens = most
+
+    def did_not_fit(self, tokens: int) -> None:
+        """A pass of so many tokens did not fit."""
+        self.tokens = max(1, min(self.tokens, tokens) // 2)
+
+    def fitted(self) -> None:
+        """A pass has fitted: whoever took the memory may give it back."""
+        self.tokens = min(self._most, self.tokens + self.tokens // _RECOVERY + 1)
 
 
 class ClientGoneError(Exception):
