@@ -222,11 +222,12 @@ class TestRayServe:
                 server = replica.app.state.server
                 with monkeypatch.context() as broken:
                     broken.setattr(Served, "compute", fails)
-                    server.passes.failures[server.models[0].computing] = "as after a pass that failed"
+                    # As after a pass that failed.
+                    server.passes.failing.add(server.models[0].computing)
                     with pytest.raises(RuntimeError, match="computes no more"):
                         await replica.check_health()
                 await replica.check_health()
-                assert not server.passes.failures
+                assert not server.passes.failing
             with pytest.raises(RuntimeError, match="computes no more"):
                 await replica.check_health()
 
