@@ -237,7 +237,9 @@ class Passes:
             self._changed.notify()
         while self.is_alive:
             await asyncio.sleep(_SECONDS_TO_LOOK)
-        self._fail_all()
+        if self._computing is not None and self._computing.is_alive():
+            # It hangs. One that has ended has told all that it computed, which may be on its way.
+            self._fail_all()
 
     def _check_takes_more(self, *, anyway: bool = False) -> None:
         if not self._takes_more:
