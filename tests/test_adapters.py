@@ -207,6 +207,7 @@ def test_training_changes_adapters_alone_and_they_are_saved(tmp_path: Path) -> N
     torch.testing.assert_close(assert_logits_alike(loaded, reference), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_dropout_of_adapters_is_drawn_anew_for_each_layer_and_comes_again_with_its_seed() -> None:
     model = quiet("AlbertForSequenceClassification", "albert")
     reference, fast = adapted(model, config_of(model, task_type="SEQ_CLS", lora_dropout=0.4), "injected")

@@ -50,6 +50,7 @@ def tiny(name: str, **options: Any) -> Way:
     return way_of(TRAINING_PROVIDERS[name], build_model("tiny", CPU, torch.float32, **options))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("is_there", [True, False])
 def test_steps_with_adapters(is_there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if is_there:
@@ -112,6 +113,7 @@ def with_padding(way: Way) -> Way:
     return Way(way.module, loss)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -235,7 +235,7 @@ SHAPES = [
 # BERT-base once more, with other words, half its layers or another task; and what takes longest.
 TWINS = (
     *("roberta-base", "electra-base", "distilbert", "bert-base-fill", "gte-multilingual-base", "jina-embeddings-v3"),
-    *("deberta-base", "eurobert-210m", "nomic-embed-text-v1.5", "modernbert-base", "deberta-v3-base"),
+    *("deberta-base", "eurobert-210m", "nomic-embed-text-v1.5", "modernbert-base", "deberta-v3-base", "mpnet-base"),
 )
 
 
@@ -1078,6 +1078,7 @@ def test_given_providers_are_no_longer_the_suite() -> None:
     assert {plan.providers for plan in found.plans} == {(SDPA, ONNXRUNTIME), (EAGER, ONNXRUNTIME)}
 
 
+@pytest.mark.full
 def test_first_call_is_measured_in_a_process_of_its_own() -> None:
     plan = FirstCallPlan("minilm-l6", Workload(2, "16"), torch.float32, FASTCLS)
     found = first_call.measure(plan, "cpu", 1)

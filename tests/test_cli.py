@@ -262,6 +262,7 @@ def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.full
 def test_a_closed_pipe_ends_it_quietly(model: Path, many_texts: Path) -> None:
     with start("classify", model, many_texts) as process:
         assert process.stdout is not None
@@ -272,6 +273,7 @@ def test_a_closed_pipe_ends_it_quietly(model: Path, many_texts: Path) -> None:
         assert process.stderr.read() == b""
 
 
+@pytest.mark.full
 def test_ctrl_c_keeps_what_is_done(model: Path, many_texts: Path) -> None:
     with start("classify", model, many_texts) as process:
         assert process.stdout is not None

@@ -174,7 +174,14 @@ def installs(block: Block) -> bool:
     return block.language == "sh" and block.code.startswith("pip install")
 
 
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if any(block.runs for block in blocks_of(text))])
+# The other pages' are the full run's.
+FIRST_PAGES = ("README.md", "docs/quick-start.md")
+RUN_PAGES = [page for page, text in PAGES.items() if any(block.runs for block in blocks_of(text))]
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[] if page in FIRST_PAGES else [pytest.mark.full]) for page in RUN_PAGES]
+)
 def test_examples_run(page: str, desk: Path) -> None:
     for library in sorted(needed(PAGES[page])):
         if not is_installed(library):

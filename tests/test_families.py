@@ -143,7 +143,7 @@ def by_rung(model: Any, inputs: dict[str, Tensor], **options: Any) -> Iterator[t
         yield last_layer, answers(fast, inputs)
 
 
-@pytest.mark.covering(alone=["model_class"])
+@pytest.mark.covering(by=by_family_and_head, alone=["family", "head", "mask"])
 @pytest.mark.parametrize("mask", list(MASKS))
 @every_class
 def test_exact_in_float64(model_class: str, family: str, mask: str) -> None:
@@ -185,6 +185,7 @@ def test_as_exact_as_transformers_in_bfloat16(model_class: str, family: str, dev
     check_in_16_bits(model_class, family, torch.bfloat16, device)
 
 
+@pytest.mark.full
 @arithmetic_and_head
 @every_classifier
 def test_as_exact_as_transformers_in_float16(model_class: str, family: str, device: str) -> None:
@@ -278,6 +279,7 @@ def test_token_types_where_there_are_none_are_ignored(model_class: str, family: 
     assert torch.equal(answers(fast, {**inputs, "token_type_ids": types})["logits"], answers(fast, inputs)["logits"])
 
 
+@family_and_head
 @every_class
 def test_state_dict_has_the_checkpoints_names(model_class: str, family: str) -> None:
     model = tiny_model(model_class, family)

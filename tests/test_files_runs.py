@@ -578,6 +578,7 @@ def started(*arguments: str | Path, limit: int | None = None, **options: Any) ->
     )
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a system without /dev/full")
 def test_a_run_that_is_killed_and_one_whose_disk_is_full_go_on(model: Path, tmp_path: Path) -> None:
     """One process is killed, then the file may not grow; resumed it is what an undisturbed run gives."""
@@ -604,6 +605,7 @@ def test_a_run_that_is_killed_and_one_whose_disk_is_full_go_on(model: Path, tmp_
     assert target.read_bytes() == calm.read_bytes()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a system without /dev/full")
 def test_standard_output_that_takes_no_more(model: Path, tmp_path: Path) -> None:
     source = write_input(tmp_path / "i.jsonl", TEXTS)

@@ -75,6 +75,7 @@ def test_steps_can_be_chosen(tmp_path: Path) -> None:
     assert (refused.exit_code, "must be one of first, second; got third" in words) == (2, True)
 
 
+@pytest.mark.full
 def test_a_step_ends_at_its_limit_with_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Ctrl-C may come while a busy machine still starts it.
     slow = """try:
@@ -104,6 +105,7 @@ def test_a_rehearsal_runs_nothing_and_says_what_fits(tmp_path: Path, monkeypatch
     assert {file.name for file in tmp_path.iterdir()} == {"rehearsal.json"}
 
 
+@pytest.mark.full
 def test_two_checkouts_are_measured_in_turn_with_the_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     about = {"METADATA": "Metadata-Version: 2.1\nName: peer\nVersion: 1", "WHEEL": "Wheel-Version: 1.0", "RECORD": ""}
     with zipfile.ZipFile(tmp_path / "peer-1-py3-none-any.whl", "w") as wheel:

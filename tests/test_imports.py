@@ -38,6 +38,7 @@ def run(code: str, cwd: Path = ROOT, **env: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.full
 def test_kernels_need_torch_alone() -> None:
     code = BLOCK.format(blocked=("triton", "transformers", "fastcls")) + (
         "import torch, fastcls_kernels as fk\n"
@@ -83,6 +84,7 @@ def test_kernels_folder_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "with_library",
     [pytest.param(False, id="without_kernels_library", marks=pytest.mark.full), pytest.param(True, id="with_one")],

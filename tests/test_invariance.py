@@ -206,6 +206,7 @@ def test_a_neighbour_whose_mask_has_holes(kind: str, device: str) -> None:
         assert torch.equal(model(**{**inputs, "attention_mask": holes}).logits[1:2], own)
 
 
+@pytest.mark.full
 @every_classifier
 def test_bits_in_float64(model_class: str, family: str) -> None:
     model = fastcls.optimize(tiny_model(model_class, family).double(), batch_invariant=True)

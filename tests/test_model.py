@@ -135,6 +135,7 @@ def test_absorbing_is_as_exact_as_transformers_with_outlier_features(
         assert_as_exact_as(logits_of(fastcls.optimize(rounded), **inputs), [eager], exact)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_absorbing_is_as_exact_with_outlier_features_in_torch(dtype: torch.dtype) -> None:
     # An outlier's error is that of its text.

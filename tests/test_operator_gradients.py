@@ -121,6 +121,7 @@ def test_a_gradient_changes_no_result(case: str, device: str) -> None:
         assert_as_exact_as(made.detach(), [without], truth, f"result {number}", times=2.5, times_worst=4)
 
 
+@pytest.mark.full
 @every_case
 def test_a_graph_gives_the_same_gradients(case: str, device: str) -> None:
     call = Call.of(case, device, torch.float32)

@@ -137,6 +137,7 @@ def test_one_process_on_one_machine_waits_for_none(model: Path) -> None:
         assert any("driver" in line for line in found["assumptions"])
 
 
+@pytest.mark.full
 def test_two_processes_measure_at_once(model: Path) -> None:
     threads = torch.get_num_threads()
     try:
@@ -163,6 +164,7 @@ def classifier(model: Path) -> Classifier:
     return Classifier.from_pretrained(model, device="cpu")
 
 
+@pytest.mark.full
 def test_an_error_in_a_process_is_raised_by_its_name(classifier: Classifier) -> None:
     with pytest.raises(RuntimeError, match=r"^process 1 of 2 failed: IndexError: .*\n\nTraceback"):
         measure_together(classifier, [], 0.1, 2, 1, lambda _: None)
@@ -179,6 +181,7 @@ def begun(then: Callable[[], None]) -> Callable[[float], None]:
     return progress
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="no signals")
 def test_a_process_that_is_ended_is_named(classifier: Classifier) -> None:
     def kill() -> None:
@@ -190,6 +193,7 @@ def test_a_process_that_is_ended_is_named(classifier: Classifier) -> None:
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="no signals")
 def test_ctrl_c_ends_the_processes_which_do_not_take_it_themselves(classifier: Classifier, capfd: Any) -> None:
     # What starts pytest in the background may have it ignore the signal.

@@ -213,6 +213,7 @@ class Holder:
         self.process.communicate("\n", timeout=60)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process maps is read from /proc")
 def test_processes_of_a_machine_map_one_file_that_the_last_one_removes(model: str, own_folder: Path) -> None:
     first, second = Holder(model), Holder(model)
@@ -226,6 +227,7 @@ def test_processes_of_a_machine_map_one_file_that_the_last_one_removes(model: st
     assert list(own_folder.iterdir()) == []
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="needs flock")
 def test_what_a_killed_process_left_the_next_one_removes(model: str, own_folder: Path) -> None:
     killed = Holder(model)

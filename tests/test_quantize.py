@@ -455,6 +455,7 @@ def test_threads_at_the_first_call(quantize: Any) -> None:
             assert torch.equal(found, expected)
 
 
+@pytest.mark.full
 @pytest.mark.covering(alone=["kind", "forget"])
 @pytest.mark.parametrize("forget", ["clear_caches", "pack_weights", "clear_caches in int8"])
 @pytest.mark.parametrize("kind", ["bert", "mpnet", "modernbert", "deberta"])

@@ -259,6 +259,7 @@ LATER: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.covering(alone=["change", "when"])
 @pytest.mark.parametrize("change", list(LATER))
 @pytest.mark.parametrize("when", ["before", "afterwards"])
 def test_what_is_changed_is_followed(first_token: Any, when: str, change: str) -> None:
@@ -401,6 +402,7 @@ def test_ranks(cross_encoder: Any) -> None:
     _close([each["score"] for each in found], [each["score"] for each in expected])
 
 
+@pytest.mark.full
 @arithmetic
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
 def test_every_family_reranks_and_embeds(

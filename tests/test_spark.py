@@ -139,6 +139,7 @@ def assert_same(found: Any, wanted: Any) -> None:
         assert found == wanted
 
 
+@pytest.mark.full
 def test_spark_is_imported_where_it_is_used_and_its_lack_says_what_to_install() -> None:
     code = BLOCK.format(blocked=("pyspark",)) + (
         "import fastcls.spark\n"

@@ -641,6 +641,7 @@ def test_an_edit_that_no_module_answers_is_refused(model_class: str, family: str
         fastcls.optimize(model)
 
 
+@pytest.mark.full
 @arithmetic_and_head
 @pytest.mark.parametrize(("model_class", "family"), CLASSES, ids=[name for name, _ in CLASSES])
 def test_every_module_of_every_class_is_looked_at(model_class: str, family: str) -> None:

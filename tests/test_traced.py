@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import has_compiler, tiny_bert, tiny_model
-from test_families import CLASSES, answers, arithmetic, shaped_for
+from test_families import CLASSES, answers, arithmetic, family_and_head, shaped_for
 from test_imports import BLOCK, run
 from torch import Tensor
 from torch.export import Dim
@@ -83,6 +83,7 @@ def test_compiled_without_a_break(model_class: str, family: str, device: str) ->
     assert all(calls(graph) in (OPERATORS, OPERATORS[:1]) for graph in backend.graphs)
 
 
+@pytest.mark.full
 def test_compiled_by_inductor(device: str) -> None:
     if device == "cpu" and not has_compiler():
         pytest.skip("needs a C++ compiler: install g++ or set CXX")
@@ -113,6 +114,7 @@ def test_compiled_with_graphs_around_it() -> None:
             torch.testing.assert_close(compiled(**inputs).clone(), score(**inputs))
 
 
+@family_and_head
 @every_class
 def test_exported_for_every_batch_and_length(model_class: str, family: str) -> None:
     fast = fastcls.optimize(tiny_model(model_class, family))
@@ -127,6 +129,7 @@ def test_exported_for_every_batch_and_length(model_class: str, family: str) -> N
         assert_same(module(**inputs), fast(**inputs), inputs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("model_class", "blocked"),
     [
@@ -283,6 +286,7 @@ OUTSIDE: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.full] if "encoder" in case else []) for case in OUTSIDE]
 )
@@ -311,6 +315,7 @@ def test_bad_values_are_named_when_the_graph_runs() -> None:
         compiled(torch.full((2, 3), 199))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "deberta-v2"])
 def test_a_graph_sees_weights_and_options_change(family: str) -> None:
     name = "BertForSequenceClassification" if family == "bert" else "DebertaV2ForSequenceClassification"

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from support import TINY_FAMILIES, tiny_model
+from test_families import by_family_and_head
 from torch import Tensor, nn
 
 import fastcls
@@ -134,6 +135,7 @@ WHOLE_OR_DROPPED = [
 ]
 
 
+@pytest.mark.covering(by=by_family_and_head, alone=["model_type", "head", "drops"])
 @pytest.mark.parametrize(("model_type", "model_class", "drops"), WHOLE_OR_DROPPED)
 def test_loss_and_gradients_are_the_models_own(
     monkeypatch: pytest.MonkeyPatch, model_type: str, model_class: str, drops: bool

@@ -181,11 +181,13 @@ def check(
         assert_as_exact_as(found, runs, exact[place], name)
 
 
+@pytest.mark.covering(alone=["case", "dtype"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_results_and_gradients_are_as_exact_as_eager_ones(kernels: str, case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, kernels, LENGTHS)
 
 
+@pytest.mark.covering(alone=["case", "dtype"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_torch_path_is_as_exact_as_eager_runs(torch_path: str, case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, torch_path, LENGTHS, on_cpu)

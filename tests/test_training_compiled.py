@@ -42,6 +42,7 @@ def step(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return loss * 2 + 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("model_class", "family", "whole"),
     [
@@ -112,6 +113,7 @@ def test_frozen_parts_and_given_embeddings() -> None:
     assert found[0]["embeds"] is not None
 
 
+@pytest.mark.full
 def test_autocast_inside_and_around_a_compiled_step() -> None:
     compiled_model, model = models("BertForSequenceClassification", "bert")
     inputs = inputs_of(model, "BertForSequenceClassification")
@@ -137,6 +139,7 @@ def test_autocast_inside_and_around_a_compiled_step() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
 
 
+@pytest.mark.full
 def test_passes_without_a_backward_pass_are_let_go() -> None:
     model, _ = models("BertForSequenceClassification", "bert")
     inputs = inputs_of(model, "BertForSequenceClassification")

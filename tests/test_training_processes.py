@@ -88,6 +88,7 @@ def assert_is_trained_as_in_one_process(found: dict[str, Any], way: Way) -> None
     assert found["is_loaded"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", WAYS)
 def test_halves_of_batches_in_two_processes(found: dict[Way, dict[str, Any]], name: str) -> None:
     if name in LIBRARIES:
@@ -115,6 +116,7 @@ def test_halves_of_batches_on_two_gpus(wrapper: str, parts: tuple[str, ...]) -> 
     assert found["is_loaded"]
 
 
+@pytest.mark.full
 def test_what_fully_shard_cannot_be_followed_in_is_refused(found: dict[Way, dict[str, Any]]) -> None:
     expected = {
         "parts_alone": "fully_shard must be called on the fast model, too",

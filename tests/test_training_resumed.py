@@ -57,6 +57,7 @@ def test_the_trainer_resumes(tmp_path: Path) -> None:
     assert len(expected) == 16
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate_resumes(precision: str, tmp_path: Path) -> None:
     found = resumed(precision, tmp_path)
