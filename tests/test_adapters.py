@@ -426,6 +426,7 @@ def quiet_again(model: Any) -> Any:
     return again
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "model_class"),
     [

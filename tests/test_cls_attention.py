@@ -87,6 +87,7 @@ def test_queries_may_lie_head_by_head(kernels: str, dtype: torch.dtype) -> None:
     assert torch.equal(cls_attention(query, hidden_states, *arguments), expected)
 
 
+@pytest.mark.full
 # Widths of one chunk, of three, and of three of which the last is not full.
 @pytest.mark.covering(alone=["lengths"])
 @pytest.mark.parametrize(("width", "num_splits"), [(32, 1), (96, 3), (130, 1)])

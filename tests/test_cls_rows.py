@@ -193,6 +193,7 @@ def check_pooler(inputs: list[Any], activation: Activation) -> None:
     check(operation, reference, inputs)
 
 
+@pytest.mark.full
 @pytest.mark.covering(alone=["activation", "dtype"])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_pooler_classifier_kernel_with_another_activation(

@@ -349,6 +349,7 @@ def test_hooks_inside_are_refused_in_a_graph() -> None:
         compiled(IDS)
 
 
+@pytest.mark.full
 def test_a_compiled_model_follows_the_original() -> None:
     for model in (tiny_bert(), tiny_model("DebertaV2ForSequenceClassification", "deberta-v2")):
         compiled = torch.compile(fastcls.optimize(model), backend="aot_eager")
@@ -564,6 +565,7 @@ def test_an_answer_in_the_padding_is_refused() -> None:
         fast(IDS, mask, start_positions=torch.tensor([1, 1, 1]), end_positions=ends)
 
 
+@pytest.mark.full
 def test_every_task_has_a_fast_model() -> None:
     assert {type(fastcls.optimize(tiny_model(name, family))) for name, family in CLASSES} == {*TASKS.values()}
 

@@ -88,6 +88,7 @@ def test_bits_of_every_head(model_class: str, family: str, device: str) -> None:
     check_random_batches(model, [text for text in texts_of(LENGTHS, device) if len(text) != 3], 6, 24)
 
 
+@pytest.mark.covering(alone=["model_class", "last_layer"])
 @pytest.mark.parametrize("last_layer", get_args(LastLayer))
 @every_classifier
 def test_bits_of_every_rung(model_class: str, family: str, last_layer: LastLayer, device: str) -> None:

@@ -394,6 +394,7 @@ def test_every_operation_without_checks_has_its_public_name() -> None:
     assert set(unchecked.__all__) <= set(fastcls_kernels.__all__)
 
 
+@pytest.mark.full
 @every_case
 def test_a_graph_holds_it_as_one_node(case: str, device: str) -> None:
     inputs = Inputs(LENGTHS, device)

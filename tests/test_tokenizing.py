@@ -240,6 +240,7 @@ def test_long_texts_give_what_they_give_when_read_to_the_end(exact: PreTrainedTo
     check()
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("read_little")
 def test_so_do_pairs(exact: PreTrainedTokenizerFast) -> None:
     strategies = st.sampled_from(["longest_first", "only_first", "only_second"])
@@ -445,6 +446,7 @@ def test_nothing_is_nothing(made: dict[str, PreTrainedTokenizerFast]) -> None:
     assert encode(tokenizer, [], None, Cut("longest_first", 8)) == ([], [], [], [])
 
 
+@pytest.mark.full
 def test_no_text_ends_where_white_space_may_grow(exact: PreTrainedTokenizerFast) -> None:
     # Accents are deleted; the spaces between them are one run then, whose tokens depend on where it ends.
     for gap in (" ", " \u0301", "\u0301 ", " \u00b4", "\u200e "):

@@ -174,6 +174,7 @@ except AttributeError as error:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.full
 def test_transformers_outputs_take_the_place_of_stand_ins() -> None:
     code = (
         "import fastcls.engine, fastcls.traced\n"

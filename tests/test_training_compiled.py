@@ -77,6 +77,7 @@ def test_losses_and_gradients_are_those_of_a_step_that_is_not_compiled(
         assert float((found.grad - weight.grad).abs().max()) <= 1e-5 * largest, name
 
 
+@pytest.mark.full
 def test_a_graph_that_must_be_whole_is_refused_by_name() -> None:
     peft = pytest.importorskip("peft", reason="adapters need peft, which is not installed")
     model = tiny_model("BertForSequenceClassification", "bert")

@@ -33,7 +33,10 @@ KERNELS = [
 @pytest.mark.parametrize(
     ("model_class", "family", "drops"),
     [
-        *(pytest.param(*each, True, marks=pytest.mark.full if each in KERNELS[1:3] else []) for each in KERNELS),
+        *(
+            pytest.param(*each, True, marks=pytest.mark.full if each in KERNELS[1:3] + KERNELS[4:] else [])
+            for each in KERNELS
+        ),
         (*KERNELS[0], False),
         # What runs without dropout is less of what runs with it.
         *(pytest.param(*each, False, marks=pytest.mark.full) for each in KERNELS[1:]),

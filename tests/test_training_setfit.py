@@ -58,6 +58,7 @@ def _trained(model: Any, folder: Path, *, end_to_end: bool) -> tuple[list[float]
     return [each["embedding_loss"] for each in history if "embedding_loss" in each], model.predict_proba(GOOD + BAD)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("head", ["logistic", "differentiable"])
 def test_a_fast_body_is_trained_as_the_librarys_own(
     minilm_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, head: str
