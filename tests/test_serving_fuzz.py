@@ -238,10 +238,31 @@ def test_a_slash_too_many_leads_to_the_route(urls: Callable[[str], str]) -> None
         assert (answer.status, answer.headers["location"]) == (307, f"{url}/predict")
 
 
+@pytest.mark.parametrize(
+    ("status", "header"), [(413, {}), (415, {"Content_Type": "text/plain"}), (404, {"path": "/models/nobody/predict"})]
+)
+def test_a_refusal_reaches_a_client_that_first_sends_all(
+    urls: Callable[[str], str], status: int, header: dict[str, str]
+) -> None:
+    # Such connections end with the answer, and are reset where bytes are left unread: unless they are read.
+    given = {"Connection": "close", **header}
+    size = 10_000_000 if status == 413 else 1_500_000
+    body = b'{"inputs": "' + b"x" * size + b'"}'
+    answer = checked(ask(urls("classifier"), given.pop("path", "/predict"), body, **given))
+    assert answer.status == status
+
+
+def test_a_refusal_waits_for_no_body(urls: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # As long as the answer is awaited here: it comes first.
+    monkeypatch.setattr("fastcls.serving.app._SECONDS_OF_SILENCE", 60.0)
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9000000\r\n\r\n"
+    assert sent(urls("classifier"), head).startswith(b"HTTP/1.1 413")
+
+
 def sent(url: str, content: bytes) -> bytes:
     """What comes back on a connection for what is no HTTP of any client's."""
     host, _, port = url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    with socket.create_connection((host, int(port)), timeout=50) as connection:
         connection.sendall(content)
         return connection.recv(65_536)
 

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import hmac
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route as Place
+from starlette.types import Receive, Scope, Send
 
 from .asking import Asking, Server
 from .errors import RequestError
@@ -39,6 +41,8 @@ _WARM_LENGTH, _WARM_TEXTS = 16, 32
 _CLIENT_GONE = 499
 # Bytes of a text's answer that take a millisecond to write.
 _LARGE = 200_000
+# Of a request that is refused before its end so many bytes are read on, for so long, while there is no such silence.
+_MOST_LEFT_ALONE, _SECONDS_TO_READ_ON, _SECONDS_OF_SILENCE = 100_000_000, 30.0, 2.0
 _ANY = Route("/", AnyRequest, (), answer_any, "What suits the model: /predict, /rerank, /embed or /embed_sparse")
 
 
@@ -124,7 +128,7 @@ class _State:
                 content = await _in_parts(await route.answer(asking, body))
             except RequestError as error:
                 self.server.metrics.failed(error.reason)
-                response = _refused(error, route.path)
+                response = _refused(error, route.path, reads_on=not asking.is_read)
             except ClientGoneError:
                 self.server.metrics.failed("client_gone")
                 response = Response(status_code=_CLIENT_GONE)
@@ -210,7 +214,28 @@ async def _in_parts(content: Any) -> bytes:
     return b"[" + b",".join(parts) + b"]"
 
 
-def _refused(error: RequestError, path: str) -> Response:
+class _ReadingOn(Response):
+    """An answer that is there before its request: the rest is read, and left alone.
+
+    A connection that is closed with bytes unread is reset, and many clients then have no answer.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Answers, and ends once the request has."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        left, more, until = _MOST_LEFT_ALONE, True, time.monotonic() + _SECONDS_TO_READ_ON
+        while more and left > 0 and time.monotonic() < until:
+            try:
+                message = await asyncio.wait_for(receive(), _SECONDS_OF_SILENCE)
+            except asyncio.TimeoutError:
+                break
+            left -= len(message.get("body", b""))
+            more = message.get("more_body", False)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _refused(error: RequestError, path: str, *, reads_on: bool = False) -> Response:
     content: dict[str, Any] = {"error": error.message, "error_type": error.error_type}
     if path.startswith(("/v1/", "/v2/")):
         content = {
@@ -220,6 +245,8 @@ def _refused(error: RequestError, path: str) -> Response:
             "error_type": error.error_type,
         }
     headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(error.status)
+    if reads_on:
+        return _ReadingOn(orjson.dumps(content), error.status, headers, "application/json")
     return _json(content, error.status, headers)
 
 

@@ -93,6 +93,7 @@ class Asking:
         answers: what was computed.
         texts, characters: how many there were.
         raw: the body's bytes, once they are read.
+        is_read: whether they are.
     """
 
     def __init__(self, server: Server, request: Request) -> None:
@@ -102,7 +103,7 @@ class Asking:
         self.answers: list[Answer] = []
         self.texts = self.characters = 0
         self.is_batch = False
-        self.raw = b""
+        self.raw, self.is_read = b"", False
 
     async def read(self) -> bytes:
         """The body.
@@ -145,7 +146,7 @@ class Asking:
         Raises:
             RequestError: with status 400, it is no JSON; with 422, it has other types; and as `read`.
         """
-        self.raw = await self.read()
+        self.raw, self.is_read = await self.read(), True
         return parsed(kind, self.raw)
 
     @property
