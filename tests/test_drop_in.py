@@ -14,7 +14,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from support import TINY_FAMILIES, tiny_bert, tiny_model
-from test_families import CLASSES, by_family_and_head, every_class, shaped_for
+from test_families import CLASSES, every_class, family_and_head, shaped_for
 from torch import Tensor, nn
 
 import fastcls
@@ -36,7 +36,7 @@ def labels_of(model: Any) -> dict[str, Tensor]:
     return {"labels": IDS % 2 if by_token else torch.tensor([0, 1, 1])} if "labels" in parameters else {}
 
 
-@pytest.mark.covering(by=by_family_and_head, alone=["family", "head"])
+@family_and_head
 @every_class
 def test_outputs_have_the_type_items_and_tuple_of_transformers(model_class: str, family: str) -> None:
     model = tiny_model(model_class, family)
@@ -400,7 +400,7 @@ def test_a_hook_on_a_head_that_is_not_called_is_refused() -> None:
         unhook()
 
 
-@pytest.mark.covering(by=by_family_and_head, alone=["family", "head"])
+@family_and_head
 @every_class
 def test_arguments_without_names_are_taken_in_the_classs_own_order(model_class: str, family: str) -> None:
     model = tiny_model(model_class, family)

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file, save_file, save_model
 from support import TINY_FAMILIES, live_bytes, tiny_bert, tiny_model
-from test_families import CLASSES, FILLERS, by_family_and_head
+from test_families import CLASSES, FILLERS, family_and_head
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
@@ -70,7 +70,7 @@ def every_fact_of(model: nn.Module) -> dict[str, Any]:
     return facts
 
 
-@pytest.mark.covering(by=by_family_and_head, alone=["family", "head"])
+@family_and_head
 @pytest.mark.parametrize(("model_class", "family"), CLASSES, ids=[name for name, _ in CLASSES])
 def test_the_model_stays_as_it_was(model_class: str, family: str) -> None:
     model = tiny_model(model_class, family)

@@ -245,9 +245,8 @@ def _refused(error: RequestError, path: str, *, reads_on: bool = False) -> Respo
             "error_type": error.error_type,
         }
     headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(error.status)
-    if reads_on:
-        return _ReadingOn(orjson.dumps(content), error.status, headers, "application/json")
-    return _json(content, error.status, headers)
+    made = _ReadingOn if reads_on else Response
+    return made(orjson.dumps(content), error.status, headers, "application/json")
 
 
 async def _not_shown(request: Request, error: Exception) -> Response:

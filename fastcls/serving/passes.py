@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -57,7 +57,7 @@ class Passes:
         self._untokenized: deque[Request] = deque()
         self._pace: dict[tuple[Computing, Want], Pace] = {}
         self._pending: set[Request] = set()
-        self._by_spare = 0
+        self._by_spare: set[Future[Any]] = set()
         # First no further requests are taken, then what was taken is computed, then the thread ends.
         self._takes_more, self._is_closing = True, False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -82,7 +82,7 @@ class Passes:
         self._loop = asyncio.get_running_loop()
         failed: list[BaseException] = []
 
-        def begin() -> None:
+        def run() -> None:
             try:
                 for served in self._models:
                     for want, texts in warm_up(served):
@@ -95,14 +95,11 @@ class Passes:
                 failed.append(error)
             finally:
                 ready.set()
-
-        def begin_and_compute() -> None:
-            begin()
             if not failed:
                 self._compute_all()
 
         ready = threading.Event()
-        self._computing = threading.Thread(target=begin_and_compute, name="passes", daemon=True)
+        self._computing = threading.Thread(target=run, name="passes", daemon=True)
         self._computing.start()
         ready.wait()
         if failed:
@@ -123,7 +120,7 @@ class Passes:
     @property
     def taken(self) -> int:
         """How many requests are being answered."""
-        return len(self._pending) + self._by_spare
+        return len(self._pending) + len(self._by_spare)
 
     @property
     def waiting(self) -> int:
@@ -168,24 +165,14 @@ class Passes:
             served, want, inputs, truncate, side, guess, time.monotonic() + self._options.deadline, loop.create_future()
         )
         self._pending.add(request)
-        leaving = asyncio.ensure_future(gone())
         try:
             if characters_of(inputs) > _MANY_CHARACTERS:
                 self._tokenizing_long.submit(self._tokenize, [request], by_spare=True)
             else:
                 self._add(request)
-            both, patience = (request.future, leaving), self._options.deadline
-            await asyncio.wait(both, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            if not request.future.done() and not leaving.done():
-                if not request.is_begun:
-                    raise self._late()
-                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if request.future.done():
-                return request.future.result()
-            raise ClientGoneError
+            return await self._awaited(request.future, lambda: request.is_begun, gone)
         finally:
             self._pending.discard(request)
-            leaving.cancel()
             if not request.future.done():
                 self._drop(request)
                 # Nobody awaits it, whatever becomes of it.
@@ -199,32 +186,36 @@ class Passes:
             ClientGoneError: the client has left, see `answer`.
         """
         self._check_takes_more()
-        is_begun = threading.Event()
-
-        def begin() -> _T:
-            is_begun.set()
-            return call()
-
-        self._count_spare(1)
-        submitted = self._tokenizing_long.submit(begin)
+        submitted = self._tokenizing_long.submit(call)
+        self._by_spare.add(submitted)
         # Not where its client leaves: a call that has begun goes on.
-        submitted.add_done_callback(lambda _: self._in_loop(self._count_spare, -1))
-        found, leaving = asyncio.wrap_future(submitted), asyncio.ensure_future(gone())
+        submitted.add_done_callback(self._by_spare.discard)
+        found = asyncio.wrap_future(submitted)
         try:
-            await asyncio.wait((found, leaving), timeout=self._options.deadline, return_when=asyncio.FIRST_COMPLETED)
+            return await self._awaited(found, lambda: submitted.running() or submitted.done(), gone)
+        finally:
+            found.cancel()
+
+    async def _awaited(self, found: asyncio.Future[_T], is_begun: Callable[[], bool], gone: Callable[[], Any]) -> _T:
+        """What a future gives, which has its deadline until it is begun.
+
+        Raises:
+            RequestError: it was not begun by then; and as the future.
+            ClientGoneError: the client has left.
+        """
+        leaving = asyncio.ensure_future(gone())
+        both = (found, leaving)
+        try:
+            await asyncio.wait(both, timeout=self._options.deadline, return_when=asyncio.FIRST_COMPLETED)
             if not found.done() and not leaving.done():
-                if not is_begun.is_set():
+                if not is_begun():
                     raise self._late()
-                await asyncio.wait((found, leaving), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not found.done():
                 raise ClientGoneError
             return found.result()
         finally:
             leaving.cancel()
-            found.cancel()
-
-    def _count_spare(self, change: int) -> None:
-        self._by_spare += change
 
     async def close(self) -> None:
         """Ends once all that was taken is computed, or the device hangs."""
